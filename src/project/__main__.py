@@ -1,0 +1,51 @@
+"""`python -m project`: see `python -m project --help`."""
+
+import sys
+
+HELP = """usage: python -m project COMMAND --config FILE [--config OVERLAY ...] [--KEY VALUE ...]
+
+commands:
+  fit         train, and validate after each epoch
+  validate    measure on the validation split
+  test        measure on the test split
+  predict     write predictions, one row per example
+
+the flags that matter:
+  --config FILE                            a configuration; later ones lay over earlier ones
+  --name NAME                              name of the experiment: runs go to runs/NAME/TIME
+  --data.batch_size N                      examples per optimizer step, over all devices together
+  --data.micro_batch_size N                most examples on one device at once; does not change the result
+  --trainer.max_epochs N                   length of training in epochs (or --trainer.max_steps, in optimizer steps)
+  --trainer.devices N                      devices on this machine; does not change the result
+  --trainer.precision bf16-mixed           number format
+  --model.optimizer.lr X                   learning rate
+  --ckpt_path last|best|FILE               resume (fit), or what to measure
+  --print_config                           print the complete configuration and exit
+
+examples:
+  python -m project fit --config configs/digits.yaml
+  python -m project test --config configs/digits.yaml --ckpt_path best
+
+`python -m project fit --help` lists everything.
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; return its exit code: 0 done, 1 it failed, 2 the user's mistake."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        # Importing Lightning takes seconds; nobody should wait for these lines.
+        print(HELP, end="")
+        return 0
+    if arguments[0] == "--version":
+        from project import __version__
+
+        print(f"project {__version__}")
+        return 0
+    from project.cli import run
+
+    return run(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What a batch is. Knows torch; knows nothing of tasks, models or the command line."""

@@ -1,0 +1,42 @@
+"""The exact gradient of a global batch: micro-batches in, one sum, one count, one division.
+
+For targets i with losses l_i and weights w_i, over all micro-batches and devices, the optimizer gets
+
+    grad( sum_i w_i l_i / sum_i w_i )
+
+which is what one device gets from the whole batch at once. A mean per micro-batch would weigh a target by the company
+it happens to have.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+def weighted_sum(losses: Tensor, weights: Tensor | None, target_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the sum of weighted losses (with its graph) and the sum of weights.
+
+    Args:
+        losses: one per target, [N] or [N, T].
+        weights: one per example [N], or None for ones.
+        target_weights: one per target, shaped like `losses`, or None for ones.
+    """
+    if weights is not None:
+        weights = weights.to(losses).reshape(-1, *[1] * (losses.ndim - 1)).expand_as(losses)
+        target_weights = weights if target_weights is None else weights * target_weights
+    if target_weights is None:
+        return losses.sum(), torch.full((), losses.numel(), dtype=losses.dtype, device=losses.device)
+    # A target that does not count must not count even if its loss is not finite: 0 * inf is nan.
+    counted = torch.where(target_weights == 0, losses.new_zeros(()), losses * target_weights)
+    return counted.sum(), target_weights.sum().to(losses.dtype)
+
+
+def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
+    """Multiply all gradients by `factor` in one fused call; none at all where it is known to be one."""
+    # Reading the factor is free on a CPU. On an accelerator it would stall the queue; the multiplication is cheaper.
+    if factor.device.type == "cpu" and factor.item() == 1.0:
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if gradients:
+        torch._foreach_mul_(gradients, factor)

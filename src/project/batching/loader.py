@@ -1,0 +1,154 @@
+"""The loaders: one training item is one optimizer step, and every evaluation example is read once."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from project.batching.fetch import Fetch
+from project.batching.order import Order
+from project.batching.plan import BatchPlan, cut
+
+
+@dataclass
+class Batch:
+    """Examples that go through the network together: one micro-batch.
+
+    Args:
+        inputs: what the network takes, [N, ...]; a tuple of such where the data has several inputs.
+        targets: [N, ...], or None where there are none.
+        index: numbers of the examples within their split, int64 [N].
+        weights: [N] factors of the examples' losses, or None for all one.
+        position: position of the first example in the global batch.
+    """
+
+    inputs: Any
+    targets: Any
+    index: Tensor
+    weights: Tensor | None = None
+    position: int = 0
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def to(self, device: torch.device) -> "Batch":
+        """Return the batch with all its tensors on `device`."""
+
+        def move(value: Any) -> Any:
+            if isinstance(value, tuple | list):
+                return type(value)(move(item) for item in value)
+            if isinstance(value, dict):
+                return {key: move(item) for key, item in value.items()}
+            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+        return replace(
+            self, inputs=move(self.inputs), targets=move(self.targets), index=self.index, weights=move(self.weights)
+        )
+
+
+@dataclass
+class Share:
+    """This device's part of one global batch: one item of the training loader, one optimizer step.
+
+    Args:
+        step: number of the optimizer step, from 0, over the whole training.
+        epoch: number of the epoch, from 0.
+        size: examples in the global batch, over all devices.
+        micro_batches: what this device runs, in order; on the host.
+    """
+
+    step: int
+    epoch: int
+    size: int
+    micro_batches: list[Batch]
+
+
+def make_batch(fields: tuple[Any, ...], index: Tensor, **rest: Any) -> Batch:
+    """Return a batch of fields: inputs first, targets last; a single field is inputs without targets."""
+    *inputs, targets = fields if len(fields) > 1 else (*fields, None)
+    return Batch(inputs[0] if len(inputs) == 1 else tuple(inputs), targets, index, **rest)
+
+
+class TrainLoader:
+    """Yields this device's `Share` of each global batch until the end of the epoch, from any step on.
+
+    A plain iterable and not a `DataLoader`, so that Lightning leaves it alone. Its length is the whole epoch even when
+    it starts late.
+
+    Args:
+        plan: sizes.
+        order: the order of each epoch, over the positions of the plan.
+        fetch: where examples come from.
+        rank: number of this device.
+        position: asked when iteration starts: the number of optimizer steps done.
+    """
+
+    def __init__(self, plan: BatchPlan, order: Order, fetch: Fetch, rank: int, position: Callable[[], int]) -> None:
+        self.plan, self.order, self.fetch, self.rank, self.position = plan, order, fetch, rank, position
+
+    def __len__(self) -> int:
+        return self.plan.steps_per_epoch
+
+    def __iter__(self) -> Iterator[Share]:
+        first = self.position()
+        epoch = first // len(self)
+        steps = range(first, (epoch + 1) * len(self))
+        examples = self.fetch.stream(index for step in steps for index in self.indices(step))
+        for step in steps:
+            start, stop = self.plan.bounds(step)
+            micro_batches = [
+                make_batch(
+                    next(examples),
+                    index,
+                    weights=None if part.counts else torch.zeros(len(index)),
+                    position=part.start - start,
+                )
+                for part, index in zip(self.plan.parts(step, self.rank), self.indices(step), strict=True)
+            ]
+            yield Share(step, epoch, stop - start, micro_batches)
+
+    def indices(self, step: int) -> list[Tensor]:
+        """Return the example numbers of each micro-batch of this device at optimizer step `step`."""
+        parts = self.plan.parts(step, self.rank)
+        epoch = step // len(self)
+        return [self.order.indices(epoch, part.start, part.stop) for part in parts]
+
+
+class EvalLoader:
+    """Yields each example of a split exactly once over all devices: contiguous shards, no padding, no duplicates.
+
+    Every device gets equally many batches, because some strategies synchronise in each forward pass.
+
+    Args:
+        fetch: where examples come from.
+        batch_size: most examples on one device at once.
+        rank: number of this device.
+        devices: number of devices.
+
+    Raises:
+        ValueError: there are fewer examples than devices.
+    """
+
+    def __init__(self, fetch: Fetch, batch_size: int, rank: int = 0, devices: int = 1) -> None:
+        examples = len(fetch)
+        if examples < devices:
+            raise ValueError(
+                f"{examples} examples cannot be evaluated on {devices} devices: use at most {examples} devices"
+            )
+        shards = cut(examples, devices)
+        batches = ceil(ceil(examples / devices) / batch_size)
+        self.fetch = fetch
+        self.borders = [shards[rank] + border for border in cut(shards[rank + 1] - shards[rank], batches)]
+
+    def __len__(self) -> int:
+        return len(self.borders) - 1
+
+    def __iter__(self) -> Iterator[Batch]:
+        ranges = list(pairwise(self.borders))
+        examples = self.fetch.stream(torch.arange(a, b) for a, b in ranges)
+        for a, b in ranges:
+            yield make_batch(next(examples), torch.arange(a, b))

@@ -1,0 +1,199 @@
+"""The batch plan: one batch size, cut into devices, micro-batches and steps by arithmetic alone."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from math import ceil
+from typing import NamedTuple
+
+
+class Part(NamedTuple):
+    """One micro-batch of one device: positions [start, stop) in the epoch's order.
+
+    `counts` is False for the stand-in of a device that has nothing to do: it runs one example with weight zero, because
+    every device must take part in the same number of forward and backward passes.
+    """
+
+    start: int
+    stop: int
+    counts: bool = True
+
+
+def cut(total: int, parts: int) -> list[int]:
+    """Return `parts + 1` borders that cut `total` things into parts whose sizes differ by at most one."""
+    return [total * i // parts for i in range(parts + 1)]
+
+
+def _positive(**values: int | None) -> None:
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}: write a whole number of at least 1")
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How each batch of `batch_size` examples is executed. Nothing in here changes what is computed.
+
+    Args:
+        examples: positions in one epoch (for most orders the number of training examples).
+        batch_size: examples per optimizer step, over all devices together.
+        devices: data-parallel processes, over all nodes.
+        micro_batch_size: most examples on one device at once. None: the device's whole share.
+        drop_last: leave out the short batch at the end of an epoch. It is trained on, exactly, by default.
+        unit: examples that must stay together (a ghost batch); shares and micro-batches are whole units. A remainder
+            smaller than half a unit joins the unit before it.
+        limit: most optimizer steps per epoch. None: all.
+
+    Raises:
+        ValueError: a number is below 1, or there is no step to take.
+    """
+
+    examples: int
+    batch_size: int
+    devices: int = 1
+    micro_batch_size: int | None = None
+    drop_last: bool = False
+    unit: int = 1
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.examples < 1:
+            raise ValueError("the training split has no examples: give it some, or check where it is read from")
+        _positive(batch_size=self.batch_size, micro_batch_size=self.micro_batch_size, devices=self.devices)
+        _positive(unit=self.unit)
+        if self.micro_batch_size is not None and self.micro_batch_size < self.unit:
+            raise ValueError(
+                f"micro_batch_size is {self.micro_batch_size}, but {self.unit} examples must stay together: "
+                f"write at least {self.unit}"
+            )
+        if self.steps_per_epoch == 0:
+            raise ValueError(
+                f"batch_size is {self.batch_size} with drop_last, but there are only {self.examples} examples: no step "
+                f"would be taken; write at most {self.examples}, or drop_last: false"
+            )
+
+    @classmethod
+    def derive(
+        cls,
+        *,
+        examples: int,
+        batch_size: int | None,
+        micro_batch_size: int | None,
+        accumulate_grad_batches: int | None,
+        devices: int,
+        drop_last: bool = False,
+        unit: int = 1,
+        limit: int | None = None,
+    ) -> "BatchPlan":
+        """Make the plan from any two of batch size, micro-batch size and accumulation, or a consistent three.
+
+        Raises:
+            ValueError: too few are given, or the three contradict one another.
+        """
+        _positive(
+            batch_size=batch_size, micro_batch_size=micro_batch_size, accumulate_grad_batches=accumulate_grad_batches
+        )
+        if batch_size is None:
+            if micro_batch_size is None or accumulate_grad_batches is None:
+                raise ValueError(
+                    "data.batch_size is not set: write the number of examples per optimizer step, over all devices"
+                )
+            batch_size = micro_batch_size * accumulate_grad_batches * devices
+        elif accumulate_grad_batches is not None:
+            share = ceil(batch_size / devices)
+            if micro_batch_size is None:
+                if accumulate_grad_batches > share:
+                    raise ValueError(
+                        f"accumulate_grad_batches is {accumulate_grad_batches}, but batch_size {batch_size} on "
+                        f"{devices} device(s) gives each only {share} examples: write at most {share}"
+                    )
+                micro_batch_size = ceil(ceil(share / accumulate_grad_batches) / unit) * unit
+            needed = ceil(share / micro_batch_size)
+            if needed != accumulate_grad_batches:
+                raise ValueError(
+                    f"batch_size {batch_size} on {devices} device(s) in micro-batches of {micro_batch_size} is "
+                    f"{needed} micro-batches per step, but accumulate_grad_batches is {accumulate_grad_batches}: write "
+                    f"accumulate_grad_batches {needed}, or batch_size "
+                    f"{micro_batch_size * accumulate_grad_batches * devices}, or micro_batch_size "
+                    f"{ceil(share / accumulate_grad_batches)}, or leave one of the three out"
+                )
+        return cls(examples, batch_size, devices, micro_batch_size, drop_last, unit, limit)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one epoch."""
+        full, rest = divmod(self.examples, self.batch_size)
+        steps = full if self.drop_last or rest == 0 else full + 1
+        return steps if self.limit is None else min(steps, self.limit)
+
+    @property
+    def last_batch(self) -> int:
+        """Examples in the last batch of an epoch."""
+        start, stop = self.bounds(self.steps_per_epoch - 1)
+        return stop - start
+
+    @property
+    def examples_per_epoch(self) -> int:
+        """Examples trained on in one epoch."""
+        return self.bounds(self.steps_per_epoch - 1)[1]
+
+    @property
+    def share(self) -> int:
+        """Most examples that one device has of one batch."""
+        return max(sum(part.stop - part.start for part in parts if part.counts) for parts in self._all_parts(0))
+
+    @property
+    def largest_micro_batch(self) -> int:
+        """Most examples that are on one device at once."""
+        return max(part.stop - part.start for parts in self._all_parts(0) for part in parts)
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches that each device runs per optimizer step (fewer in a short last batch)."""
+        return len(self.parts(0, 0))
+
+    def bounds(self, step: int) -> tuple[int, int]:
+        """Return the positions [start, stop) in the epoch's order that optimizer step `step` (from 0) trains on."""
+        start = (step % self.steps_per_epoch) * self.batch_size
+        return start, min(start + self.batch_size, self.examples)
+
+    def examples_at(self, steps: int) -> int:
+        """Return the number of examples seen after `steps` optimizer steps."""
+        epochs, rest = divmod(steps, self.steps_per_epoch)
+        return epochs * self.examples_per_epoch + rest * self.batch_size
+
+    def parts(self, step: int, rank: int) -> list[Part]:
+        """Return the micro-batches that device `rank` runs at optimizer step `step`, in order.
+
+        Every device gets equally many; their sizes differ by at most one unit, over all devices.
+        """
+        start, stop = self.bounds(step)
+        whole, rest = divmod(stop - start, self.unit)
+        units = max(1, whole + (2 * rest >= self.unit))
+        shares = cut(units, self.devices)
+        per_micro_batch = units if self.micro_batch_size is None else self.micro_batch_size // self.unit
+        micro_batches = ceil(ceil(units / self.devices) / per_micro_batch)
+
+        def position(border: int) -> int:
+            return stop if border == units else start + border * self.unit
+
+        first, last = shares[rank], shares[rank + 1]
+        borders = [position(first + border) for border in cut(last - first, micro_batches)]
+        return [Part(a, b) if b > a else Part(start, start + 1, counts=False) for a, b in pairwise(borders)]
+
+    def table(self, total_steps: int | None = None) -> dict[str, int]:
+        """Return the figures that are printed and logged before training."""
+        figures = {
+            "examples": self.examples,
+            "batch_size": self.batch_size,
+            "devices": self.devices,
+            "share": self.share,
+            "micro_batch_size": self.largest_micro_batch,
+            "accumulate_grad_batches": self.accumulation,
+            "steps_per_epoch": self.steps_per_epoch,
+            "last_batch": self.last_batch,
+        }
+        return figures if total_steps is None else figures | {"total_steps": total_steps}
+
+    def _all_parts(self, step: int) -> Iterator[list[Part]]:
+        return (self.parts(step, rank) for rank in range(self.devices))

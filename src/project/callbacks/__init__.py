@@ -1,0 +1,1 @@
+"""Callbacks: small, one idea each."""

@@ -1,0 +1,28 @@
+"""One plain line per epoch, which reads as well in a file as on a terminal."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+
+
+class EpochLine(Callback):
+    """Prints `epoch 3  average loss 0.1234` after each epoch, with the validation metrics where there are any.
+
+    Args:
+        metrics: also print what validation measured.
+    """
+
+    def __init__(self, metrics: bool = True) -> None:
+        self.metrics = metrics
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Print the line. The average is exact: over all targets of the epoch, on all devices."""
+        if not trainer.is_global_zero:
+            return
+        loss_sum, count = pl_module.epoch_sums.tolist()
+        line = f"epoch {trainer.current_epoch + 1}  average loss {loss_sum / count:.4f}"
+        if self.metrics:
+            measured = {key: value for key, value in trainer.callback_metrics.items() if key.startswith("val/")}
+            line += "".join(f"  {key} {value:.4f}" for key, value in measured.items())
+        print(line, flush=True)

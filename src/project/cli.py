@@ -1,0 +1,263 @@
+"""The command line: Lightning's CLI with run folders, checks before training, and one line for a mistake."""
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import Namespace
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
+
+from project import resume
+from project import run as runs
+from project.callbacks.checkpoint import Last
+from project.callbacks.epoch_line import EpochLine
+from project.callbacks.run_record import RunRecord
+from project.data.module import SPLITS, DataModule
+from project.errors import Mistake, TrainingStopped, mistakes
+from project.logger import WandbLogger
+from project.parser import Parser
+from project.tasks.task import Task
+from project.trainer import Trainer
+
+
+class CLI(LightningCLI):
+    """`fit`, `validate`, `test`, `predict`, each in a run's folder of its own."""
+
+    datamodule: DataModule
+    model: Task
+    trainer: Trainer
+
+    def __init__(self, arguments: list[str]) -> None:
+        self.folder = Path()
+        self.checkpoint: Path | None = None
+        super().__init__(
+            Task,
+            DataModule,
+            save_config_callback=None,
+            trainer_class=Trainer,
+            seed_everything_default=0,
+            parser_class=Parser,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=arguments,
+        )
+
+    @property
+    def settings(self) -> Namespace:
+        """The configuration of the subcommand."""
+        return self.config[self.config.subcommand]
+
+    def add_arguments_to_parser(self, parser: Any) -> None:
+        """Add what belongs to the run and not to the trainer."""
+        parser.add_argument("--name", type=str, default="run", help="name of the experiment: a folder in the root")
+        parser.add_argument(
+            "--force", type=bool, default=False, help="resume even where model, data or batch have changed"
+        )
+        parser.set_defaults({"trainer.default_root_dir": "runs"})
+
+    def _parse_ckpt_path(self) -> None:
+        """Do not let values of a checkpoint override the command line, as Lightning does: differences are errors."""
+
+    # The run's folder
+
+    def before_instantiate_classes(self) -> None:
+        """Find the checkpoint and the folder, and put the loggers there."""
+        with mistakes():
+            self._place_run()
+
+    def _place_run(self) -> None:
+        settings = self.settings
+        root = Path(settings.trainer.default_root_dir or "runs")
+        self.checkpoint = self._find_checkpoint(root)
+        settings.ckpt_path = None if self.checkpoint is None else str(self.checkpoint)
+        if settings.weights_only is None:
+            settings.weights_only = True
+        self.folder = self._choose_folder(root)
+        self.plain_config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))[self.config.subcommand]
+        settings.trainer.default_root_dir = str(self.folder)
+        loggers = settings.trainer.logger
+        for logger in loggers if isinstance(loggers, list) else [loggers]:
+            arguments = logger.get("init_args") if isinstance(logger, Namespace) else None
+            if arguments is not None and "save_dir" in arguments:
+                arguments.save_dir = str(self.folder / (arguments.save_dir or "."))
+                if "id" in arguments and arguments.id is None:
+                    arguments.id = f"{self.folder.parent.name}-{self.folder.name}"
+
+    def _find_checkpoint(self, root: Path) -> Path | None:
+        settings, command = self.settings, self.config.subcommand
+        which = settings.ckpt_path
+        if which is None:
+            if command != "fit":
+                raise ValueError(f"ckpt_path is not set: write --ckpt_path best, last or a file to {command}")
+            return None
+        if which not in ("last", "best"):
+            path = Path(which)
+            if not path.is_file():
+                raise ValueError(f"ckpt_path {which} does not exist: write last, best or a file")
+            problem = resume.unreadable(path)
+            if problem:
+                raise ValueError(f"ckpt_path {which} cannot be read: {problem}")
+            return path
+        found = resume.find_checkpoint(root, settings.name, which)
+        if found is None:
+            if command != "fit" or which == "best":
+                raise ValueError(
+                    f"ckpt_path {which}: no run in {root / settings.name} has such a checkpoint: fit first"
+                )
+            print(f"no checkpoint in {root / settings.name}: training starts afresh", flush=True)
+        return found
+
+    def _choose_folder(self, root: Path) -> Path:
+        if runs.FOLDER in os.environ:
+            return Path(os.environ[runs.FOLDER])
+        folder = None if self.checkpoint is None else runs.folder_of(self.checkpoint)
+        if folder is None:
+            folder = runs.new_folder(root, self.settings.name)
+        else:
+            runs.check_writable(folder)
+        runs.share_folder(folder)
+        return folder
+
+    def instantiate_classes(self) -> None:
+        """Make model, data module and trainer."""
+        with mistakes():
+            super().instantiate_classes()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """Add the callbacks that every run has."""
+        settings = self._get(self.config_init, "trainer")
+        callbacks = list(settings.get("callbacks") or [])
+        if self.subcommand == "fit":
+            if not any(isinstance(callback, Last) for callback in callbacks):
+                callbacks.append(Last())
+            if not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
+                monitor, mode = self.model.monitor
+                callbacks.append(ModelCheckpoint(monitor=monitor, mode=mode, filename="best"))
+            for callback in callbacks:
+                if isinstance(callback, ModelCheckpoint):
+                    callback.dirpath = callback.dirpath or str(self.folder / "checkpoints")
+                    callback._enable_version_counter = False
+            if not any(isinstance(callback, EpochLine) for callback in callbacks):
+                callbacks.append(EpochLine())
+        settings["callbacks"] = [*callbacks, RunRecord(self.plain_config, str(self.subcommand))]
+        if not sys.stdout.isatty():
+            settings["enable_progress_bar"] = False
+        return super().instantiate_trainer(**kwargs)
+
+    # Checks before anything is trained
+
+    def _prepare(self, stage: str) -> None:
+        """Load the data, make the plan and try the network, so that a mistake is said before training starts."""
+        self.datamodule.trainer = self.trainer
+        if self.trainer.local_rank != 0:
+            return  # the first process says it for all
+        with mistakes():
+            self.datamodule.prepare_data()
+            self.datamodule.setup(stage)
+            self.model.prepare(self.datamodule, SPLITS[stage][0])
+            self._check_checkpoint()
+            if stage == "fit":
+                self._check_monitors()
+
+    def _check_monitors(self) -> None:
+        if self.datamodule.split("val") is None:
+            return
+        known = self.model.metric_names()
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            monitor = getattr(callback, "monitor", None)
+            if monitor is not None and monitor not in known:
+                raise ValueError(
+                    f"{type(callback).__name__} monitors '{monitor}', which is not measured: write one of "
+                    f"{', '.join(known)}"
+                )
+
+    def _check_checkpoint(self) -> None:
+        if self.checkpoint is None:
+            return
+        checkpoint = resume.read_checkpoint(self.checkpoint)
+        differences = resume.weight_differences(checkpoint["state_dict"], self.model.state_dict())
+        if differences:
+            raise ValueError(f"ckpt_path {self.checkpoint} is of another model: {differences}")
+        if self.subcommand != "fit" or self.settings.force:
+            return
+        changes = resume.training_differences(
+            checkpoint, self.plain_config, type(self.datamodule).__qualname__, self.datamodule.fingerprint()
+        )
+        if changes:
+            raise ValueError(
+                f"ckpt_path {self.checkpoint} is of a training that differs ({'; '.join(changes)}): write the old "
+                "values, or --force true to go on with the new"
+            )
+
+    def before_fit(self) -> None:
+        """Check, then print the plan."""
+        self._prepare("fit")
+        plan, total = self.datamodule.plan, self.datamodule.total_steps() if self.datamodule.plan else 0
+        if plan is None or not self.trainer.is_global_zero:
+            return
+        for name, value in plan.table(total).items():
+            print(f"{name:>24}  {value:,}")
+        done = self.checkpoint and resume.read_checkpoint(self.checkpoint)["global_step"]
+        if done:
+            print(f"resuming after step {done:,} from {self.checkpoint}")
+            if done >= total:
+                print(f"already trained for {done:,} of {total:,} steps: write a larger trainer.max_epochs to go on")
+
+    def before_validate(self) -> None:
+        """Check."""
+        self._prepare("validate")
+
+    def before_test(self) -> None:
+        """Check."""
+        self._prepare("test")
+
+    def before_predict(self) -> None:
+        """Check."""
+        self._prepare("predict")
+
+    def after_fit(self) -> None:
+        """Say what came of it, where it is, and what to do next."""
+        if not self.trainer.is_global_zero:
+            return
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, ModelCheckpoint) and callback.best_model_score is not None:
+                print(f"best {callback.monitor} {callback.best_model_score:.4f}: {callback.best_model_path}")
+        given = " ".join(f"--config {path}" for path in self.settings.config)
+        print(f"run folder: {self.folder}")
+        print(f"test it:    python -m project test {given} --ckpt_path best")
+        for logger in self.trainer.loggers:
+            if isinstance(logger, WandbLogger) and logger.offline_folder:
+                print(f"upload it:  wandb sync {logger.offline_folder}")
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command line; return its exit code."""
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    # A metric that is the same on all devices, by construction, need not be averaged over them.
+    warnings.filterwarnings("ignore", ".*sync_dist.*")
+    warnings.filterwarnings("ignore", ".*args parameter is intended to run from within Python.*")
+    warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        CLI(arguments)
+    except Mistake as error:
+        if os.environ.get("PROJECT_TRACEBACK"):
+            raise
+        return _fail(error, 2)
+    except TrainingStopped as error:
+        return _fail(error, 1)
+    return 0
+
+
+def _fail(error: Exception, code: int) -> int:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return code

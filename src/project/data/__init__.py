@@ -1,0 +1,1 @@
+"""Data modules: they own the batching."""

@@ -1,0 +1,76 @@
+"""scikit-learn's handwritten digits: 1,797 real images of 8 x 8 pixels in 10 classes, on every machine."""
+
+from dataclasses import replace
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from project.batching.loader import Batch
+from project.data.module import DataModule
+
+
+class Digits(DataModule):
+    """Handwritten digits (Alpaydin and Kaynak 1998), from the copy inside scikit-learn.
+
+    Inputs are [N, 1, 8, 8] grey values, normalised with mean and deviation of the training split; targets are the
+    digits [N]. The split is stratified: each split has each digit in its proportion.
+
+    Args:
+        val_fraction: share of the images for validation.
+        test_fraction: share of the images for the test.
+        split_seed: which images are in which split. Apart from `seed`, so that runs with other seeds are comparable.
+        **kwargs: those of `DataModule`.
+    """
+
+    def __init__(self, val_fraction: float = 0.15, test_fraction: float = 0.15, split_seed: int = 0, **kwargs) -> None:
+        super().__init__(**kwargs)
+        if not (val_fraction > 0 and test_fraction > 0 and val_fraction + test_fraction < 1):
+            raise ValueError(
+                f"data.val_fraction {val_fraction} and data.test_fraction {test_fraction} leave no training images: "
+                "write two fractions above 0 that add up to less than 1"
+            )
+        self.fractions = {"val": val_fraction, "test": test_fraction}
+        self.split_seed = split_seed
+
+    def load(self, split: str) -> tuple[Tensor, Tensor]:
+        """Return images uint8 [N, 1, 8, 8] with values 0 to 16 and digits int64 [N]."""
+        images, digits = self._all
+        index = self._index[split]
+        return images[index], digits[index]
+
+    def transform(self, batch: Batch, training: bool) -> Batch:
+        """Normalise on the device: bytes travel, floats do not."""
+        mean, deviation = self._statistics
+        return replace(batch, inputs=batch.inputs.to(torch.get_default_dtype()).sub_(mean).div_(deviation))
+
+    @cached_property
+    def _all(self) -> tuple[Tensor, Tensor]:
+        # The file is read directly, because importing scikit-learn takes longer than training on it.
+        spec = find_spec("sklearn")
+        assert spec is not None
+        assert spec.submodule_search_locations is not None
+        path = Path(spec.submodule_search_locations[0]) / "datasets" / "data" / "digits.csv.gz"
+        table = torch.from_numpy(np.loadtxt(path, delimiter=",", dtype=np.uint8))
+        return table[:, :-1].reshape(-1, 1, 8, 8).contiguous(), table[:, -1].long()
+
+    @cached_property
+    def _index(self) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(self.split_seed)
+        parts: dict[str, list[Tensor]] = {"train": [], "val": [], "test": []}
+        digits = self._all[1]
+        for digit in range(10):
+            members = (digits == digit).nonzero().squeeze(1)
+            members = members[torch.randperm(len(members), generator=generator)]
+            val, test = (round(self.fractions[split] * len(members)) for split in ("val", "test"))
+            for split, index in zip(parts, members.split([len(members) - val - test, val, test]), strict=True):
+                parts[split].append(index)
+        return {split: torch.cat(index).sort().values for split, index in parts.items()}
+
+    @cached_property
+    def _statistics(self) -> tuple[float, float]:
+        images = self._all[0][self._index["train"]].double()
+        return images.mean().item(), images.std().item()

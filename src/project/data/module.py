@@ -1,0 +1,217 @@
+"""The base of all data modules: say where the examples are; batching, order, resume and evaluation are inherited."""
+
+import math
+from abc import ABC, abstractmethod
+import os
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from project.batching.fetch import Fetch, make_fetch
+from project.batching.loader import Batch, EvalLoader, Share, TrainLoader, make_batch
+from project.batching.order import Order, Shuffled
+from project.batching.plan import BatchPlan
+
+Source = Sequence[Tensor | np.ndarray] | Dataset | Fetch
+SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
+
+
+class DataModule(pl.LightningDataModule, ABC):
+    """Owns the batch. A subclass says where the examples of each split are, in `load`.
+
+    Any two of `batch_size`, `micro_batch_size` and the trainer's `accumulate_grad_batches` give the third.
+
+    Args:
+        batch_size: examples per optimizer step, over all devices together.
+        micro_batch_size: most examples on one device at once; null: the device's whole share.
+        eval_batch_size: most examples on one device at once in evaluation; null: as in training, at least 256.
+        order: the order of the training examples.
+        drop_last: leave out the short batch at the end of an epoch. It is trained on, exactly, by default.
+        num_workers: processes per device that read a map-style data set; tensors need none.
+        seed: of the order; null: that of `seed_everything`.
+    """
+
+    def __init__(
+        self,
+        batch_size: int | None = None,
+        micro_batch_size: int | None = None,
+        eval_batch_size: int | None = None,
+        order: Order | None = None,
+        drop_last: bool = False,
+        num_workers: int = 0,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("batch_size", batch_size), ("micro_batch_size", micro_batch_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"data.{name} is {value}: write a whole number of at least 1")
+        if eval_batch_size is not None and eval_batch_size < 1:
+            raise ValueError(f"data.eval_batch_size is {eval_batch_size}: write a whole number of at least 1")
+        if num_workers < 0:
+            raise ValueError(f"data.num_workers is {num_workers}: write 0 or a number of processes")
+        self.batch_size = batch_size
+        self.micro_batch_size = micro_batch_size
+        self.eval_batch_size = eval_batch_size
+        self.order = order or Shuffled()
+        self.drop_last = drop_last
+        self.num_workers = num_workers
+        self.seed = seed
+        self.unit = 1
+        self.plan: BatchPlan | None = None
+        self._splits: dict[str, Fetch | None] = {}
+        self._restored_step = 0
+
+    # What a subclass writes
+
+    @abstractmethod
+    def load(self, split: str) -> Source | None:
+        """Return the examples of a split: tensors or arrays (inputs, targets), or a map-style data set.
+
+        Args:
+            split: "train", "val", "test" or "predict" (by default the same as "test").
+        """
+
+    def transform(self, batch: Batch, training: bool) -> Batch:
+        """Return the batch as the network takes it. Runs on the device, so small types (uint8) can travel there."""
+        return batch
+
+    # What is inherited
+
+    def split(self, name: str) -> Fetch | None:
+        """Return the examples of a split, loaded once."""
+        if name not in self._splits:
+            source = self.load("test" if name == "predict" and not self._knows_predict else name)
+            self._splits[name] = None if source is None else make_fetch(source, self.num_workers)
+        return self._splits[name]
+
+    _knows_predict = False
+    """Set to True where `load` has a "predict" split of its own."""
+
+    def loaded(self) -> list[tuple[str, Fetch]]:
+        """Return the splits loaded so far, by name."""
+        return [(name, fetch) for name, fetch in self._splits.items() if fetch is not None]
+
+    def setup(self, stage: str) -> None:
+        """Load the splits that `stage` needs and, for `fit`, make the plan. Calling it again costs nothing."""
+        for name in SPLITS[stage]:
+            fetch = self.split(name)
+            if fetch is not None and len(fetch) == 0:
+                raise ValueError(f"the {name} split has no examples: check where it is read from")
+            if fetch is None and name != "val":
+                raise ValueError(f"{type(self).__name__}.load('{name}') gave nothing: this command needs that split")
+        if stage == "fit" and self.plan is None:
+            self._make_plan()
+
+    def _make_plan(self) -> None:
+        train = self.split("train")
+        assert train is not None
+        trainer = self.trainer
+        if self.seed is None:
+            self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
+        sizes: dict[str, Any] = {
+            "batch_size": self.batch_size,
+            "micro_batch_size": self.micro_batch_size,
+            "accumulate_grad_batches": getattr(trainer, "accumulation", None),
+            "devices": trainer.world_size if trainer else 1,
+            "unit": self.unit,
+        }
+        plan = BatchPlan.derive(examples=len(train), **sizes)
+        self.order.prepare(len(train), plan.batch_size, self.seed, self.labels())
+        limit = trainer.limit_train_batches if trainer else 1.0
+        if isinstance(limit, float):
+            limit = None if limit == 1.0 else max(1, int(plan.steps_per_epoch * limit))
+        self.plan = BatchPlan.derive(examples=len(self.order), **sizes, drop_last=self.drop_last, limit=limit)
+        if self.plan.batch_size > self.plan.examples and (trainer is None or trainer.is_global_zero):
+            warnings.warn(
+                f"data.batch_size is {plan.batch_size}, but there are only {self.plan.examples} examples: every step "
+                "trains on all of them",
+                stacklevel=2,
+            )
+
+    def examples(self, name: str, count: int) -> Batch:
+        """Return the first examples of a split as a batch on the host, as they are before `transform`."""
+        fetch = self.split(name)
+        assert fetch is not None
+        index = torch.arange(min(count, len(fetch)))
+        return make_batch(next(iter(fetch.stream([index]))), index)
+
+    def labels(self) -> Tensor | None:
+        """Return the training targets [examples] where they are whole numbers in memory (some orders need them)."""
+        fields = getattr(self.split("train"), "fields", ())
+        target = fields[-1] if len(fields) > 1 else None
+        return target if target is not None and target.ndim == 1 and not target.is_floating_point() else None
+
+    def train_dataloader(self) -> TrainLoader:
+        """Return the loader that yields one `Share` per optimizer step."""
+        train = self.split("train")
+        assert self.plan is not None
+        assert train is not None
+        return TrainLoader(self.plan, self.order, train, self.trainer.global_rank if self.trainer else 0, self.position)
+
+    def val_dataloader(self) -> EvalLoader | list:
+        """Return this device's shard of the validation split."""
+        return self._eval_loader("val")
+
+    def test_dataloader(self) -> EvalLoader | list:
+        """Return this device's shard of the test split."""
+        return self._eval_loader("test")
+
+    def predict_dataloader(self) -> EvalLoader | list:
+        """Return this device's shard of the predict split."""
+        return self._eval_loader("predict")
+
+    def _eval_loader(self, name: str) -> EvalLoader | list:
+        fetch = self.split(name)
+        if fetch is None:
+            return []
+        size = self.eval_batch_size or max(256, self.plan.largest_micro_batch if self.plan else 0)
+        trainer = self.trainer
+        return EvalLoader(fetch, size, trainer.global_rank if trainer else 0, trainer.world_size if trainer else 1)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Move an evaluation batch to the device. A `Share` stays: its micro-batches follow one by one."""
+        return batch if isinstance(batch, Share) else self.to_device(batch, device, training=False)
+
+    def to_device(self, batch: Batch, device: torch.device, training: bool) -> Batch:
+        """Return one micro-batch on the device, transformed."""
+        return self.transform(batch.to(device), training)
+
+    # The position in training is the number of optimizer steps done, and nothing else
+
+    def position(self) -> int:
+        """Return the number of optimizer steps done."""
+        return max(self._restored_step, self.trainer.global_step if self.trainer else 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position, and a fingerprint of everything that decides which examples form a batch."""
+        return {"step": self.position(), "fingerprint": self.fingerprint()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the position."""
+        self._restored_step = state_dict["step"]
+
+    def fingerprint(self) -> dict[str, int | str | bool | None]:
+        """Return what decides which examples form a batch; it must be the same when training is resumed."""
+        if self.plan is None:
+            return {}
+        return {
+            "examples": self.plan.examples,
+            "batch_size": self.plan.batch_size,
+            "steps_per_epoch": self.plan.steps_per_epoch,
+            "seed": self.seed,
+            "order": type(self.order).__name__,
+        }
+
+    def total_steps(self) -> float:
+        """Return the number of optimizer steps that the trainer's limits allow (inf: no limit)."""
+        assert self.plan is not None
+        assert self.trainer is not None
+        max_epochs, max_steps = self.trainer.max_epochs, self.trainer.max_steps
+        by_epochs = math.inf if max_epochs in (None, -1) else max_epochs * self.plan.steps_per_epoch
+        return min(by_epochs, math.inf if max_steps == -1 else max_steps)

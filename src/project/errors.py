@@ -1,0 +1,21 @@
+"""The two ways in which a run ends with one line and no traceback."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Mistake(Exception):
+    """The user's mistake, found before training: one line that names key, value and remedy. Exit code 2."""
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot go on; the message says why, what is saved, and what to do. Exit code 1."""
+
+
+@contextmanager
+def mistakes() -> Iterator[None]:
+    """While nothing has been trained, turn a wrong value (ValueError) or file (OSError) into the user's mistake."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise Mistake(str(error)) from error

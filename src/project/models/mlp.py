@@ -1,0 +1,47 @@
+"""A multi-layer perceptron."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+
+class MLP(nn.Module):
+    """Linear layers with a norm, ReLU and dropout between them.
+
+    Args:
+        in_features: numbers per example, after flattening.
+        num_classes: outputs per example.
+        hidden_features: width of each hidden layer; none gives a linear model (softmax regression).
+        norm: "none", "layer" or "batch".
+        dropout: probability that a hidden value is zeroed in training.
+    """
+
+    def __init__(
+        self,
+        in_features: int = 64,
+        num_classes: int = 10,
+        hidden_features: Sequence[int] = (128,),
+        norm: str = "none",
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Flatten()]
+        width = in_features
+        for hidden in hidden_features:
+            # No bias before a norm: the norm takes it out again.
+            layers += [nn.Linear(width, hidden, bias=norm == "none"), make_norm(norm, hidden), nn.ReLU()]
+            layers += [nn.Dropout(dropout)] if dropout else []
+            width = hidden
+        self.layers = nn.Sequential(*layers, nn.Linear(width, num_classes))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map [N, ...] with `in_features` numbers per example to logits [N, num_classes]."""
+        return self.layers(inputs)
+
+
+def make_norm(name: str, features: int) -> nn.Module:
+    """Return a norm over `features` for activations [N, features]."""
+    norms = {"none": lambda _: nn.Identity(), "layer": nn.LayerNorm, "batch": nn.BatchNorm1d}
+    if name not in norms:
+        raise ValueError(f"norm is '{name}': write one of {', '.join(norms)}")
+    return norms[name](features)

@@ -1,0 +1,52 @@
+"""The learning rate as a function of examples seen, so that it does not depend on the batch size."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A factor on the optimizer's learning rate: linear warm-up, then one shape down to `floor`.
+
+    Args:
+        shape: constant, cosine (Loshchilov and Hutter 2017, without restarts) or linear.
+        warmup: share of the training in which the rate rises to its full value.
+        warmup_examples: the same as a number of examples; goes before `warmup`.
+        floor: the factor at the end, as a share of the full rate.
+    """
+
+    shape: Literal["constant", "cosine", "linear"] = "constant"
+    warmup: float = 0.0
+    warmup_examples: int | None = None
+    floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"schedule.warmup is {self.warmup}: write a share of the training, from 0 to 1")
+        if not 0 <= self.floor <= 1:
+            raise ValueError(f"schedule.floor is {self.floor}: write a share of the full rate, from 0 to 1")
+        if self.warmup_examples is not None and self.warmup_examples < 0:
+            raise ValueError(f"schedule.warmup_examples is {self.warmup_examples}: write a number of examples")
+
+    @property
+    def needs_end(self) -> bool:
+        """Whether the schedule depends on how long training is."""
+        return self.shape != "constant" or (self.warmup > 0 and self.warmup_examples is None)
+
+    def factor(self, before: int, after: int, total: float) -> float:
+        """Return the factor for one optimizer step.
+
+        Args:
+            before: examples seen before the step.
+            after: examples seen after the step; so the first step of a warm-up moves.
+            total: examples in the whole training.
+        """
+        warmup = self.warmup * total if self.warmup_examples is None and self.warmup else self.warmup_examples or 0
+        if after < warmup:
+            return after / warmup
+        if self.shape == "constant":
+            return 1.0
+        done = min(1.0, max(0.0, (before - warmup) / max(1.0, total - warmup)))
+        left = (1 + math.cos(math.pi * done)) / 2 if self.shape == "cosine" else 1 - done
+        return self.floor + (1 - self.floor) * left

@@ -1,0 +1,1 @@
+"""Tasks: they own the model, its loss, its optimizer and its metrics."""

@@ -1,0 +1,56 @@
+"""Lightning's Trainer, with the defaults that an exact global batch needs."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.strategies import DDPStrategy
+
+from project.callbacks.checkpoint import DurableIO
+
+
+class Trainer(pl.Trainer):
+    """Lightning's Trainer. One loader item is one global batch, so Lightning itself never accumulates.
+
+    Args:
+        accumulate_grad_batches: micro-batches per device and optimizer step; null: derived from `data.batch_size` and
+            `data.micro_batch_size`. It never changes the batch.
+        log_every_n_steps: optimizer steps between two rows in the log.
+        num_sanity_val_steps: validation batches before training. The first examples are tried on the network anyway.
+        use_distributed_sampler: must stay false: the data module cuts the batches.
+        plugins: as in Lightning; checkpoints are written durably unless one of these is a checkpoint writer.
+        **kwargs: those of Lightning's Trainer.
+    """
+
+    def __init__(
+        self,
+        *,
+        accumulate_grad_batches: int | None = None,
+        log_every_n_steps: int = 10,
+        num_sanity_val_steps: int = 0,
+        use_distributed_sampler: bool = False,
+        plugins: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if use_distributed_sampler:
+            raise ValueError("trainer.use_distributed_sampler is true: leave it out, the data module cuts the batches")
+        if accumulate_grad_batches is not None and accumulate_grad_batches < 1:
+            raise ValueError(
+                f"trainer.accumulate_grad_batches is {accumulate_grad_batches}: write a whole number of at least 1"
+            )
+        self.accumulation = accumulate_grad_batches
+        plugins = [] if plugins is None else list(plugins) if isinstance(plugins, list | tuple) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(DurableIO())
+        super().__init__(
+            accumulate_grad_batches=1,
+            log_every_n_steps=log_every_n_steps,
+            num_sanity_val_steps=num_sanity_val_steps,
+            use_distributed_sampler=False,
+            plugins=plugins,
+            **kwargs,
+        )
+        if isinstance(self.strategy, DDPStrategy):
+            # Each device computes the same running statistics, or none. Copying those of the first device over the
+            # others before every forward pass is a cost, and would undo exact ones. Lightning has no setter for it.
+            self.strategy._ddp_kwargs.setdefault("broadcast_buffers", False)
