@@ -20,7 +20,7 @@ from project.callbacks.run_record import RunRecord
 from project.data.module import SPLITS, DataModule
 from project.errors import Mistake, TrainingStopped, mistakes
 from project.logger import WandbLogger
-from project.parser import Parser
+from project.parser import Parser, explain
 from project.tasks.task import Task
 from project.trainer import Trainer
 
@@ -202,7 +202,8 @@ class CLI(LightningCLI):
         plan, total = self.datamodule.plan, self.datamodule.total_steps() if self.datamodule.plan else 0
         if plan is None or not self.trainer.is_global_zero:
             return
-        for name, value in plan.table(total).items():
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        for name, value in {"parameters": parameters, **plan.table(total)}.items():
             print(f"{name:>24}  {value:,}")
         done = self.checkpoint and resume.read_checkpoint(self.checkpoint)["global_step"]
         if done:
@@ -244,6 +245,7 @@ def run(arguments: list[str]) -> int:
     warnings.filterwarnings("ignore", ".*sync_dist.*")
     warnings.filterwarnings("ignore", ".*args parameter is intended to run from within Python.*")
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", ".*LeafSpec.*")
     warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -259,5 +261,5 @@ def run(arguments: list[str]) -> int:
 
 
 def _fail(error: Exception, code: int) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"error: {explain(str(error), [])}", file=sys.stderr)
     return code

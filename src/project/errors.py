@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
 
 class Mistake(Exception):
     """The user's mistake, found before training: one line that names key, value and remedy. Exit code 2."""
@@ -14,8 +16,8 @@ class TrainingStopped(RuntimeError):
 
 @contextmanager
 def mistakes() -> Iterator[None]:
-    """While nothing has been trained, turn a wrong value (ValueError) or file (OSError) into the user's mistake."""
+    """While nothing has been trained, turn a wrong value (ValueError, or what Lightning calls it) or file (OSError) into the user's mistake."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MisconfigurationException) as error:
         raise Mistake(str(error)) from error

@@ -17,6 +17,7 @@ class Trainer(pl.Trainer):
             `data.micro_batch_size`. It never changes the batch.
         log_every_n_steps: optimizer steps between two rows in the log.
         num_sanity_val_steps: validation batches before training. The first examples are tried on the network anyway.
+        enable_model_summary: print a table of the network's layers.
         use_distributed_sampler: must stay false: the data module cuts the batches.
         plugins: as in Lightning; checkpoints are written durably unless one of these is a checkpoint writer.
         **kwargs: those of Lightning's Trainer.
@@ -28,6 +29,7 @@ class Trainer(pl.Trainer):
         accumulate_grad_batches: int | None = None,
         log_every_n_steps: int = 10,
         num_sanity_val_steps: int = 0,
+        enable_model_summary: bool = False,
         use_distributed_sampler: bool = False,
         plugins: Any = None,
         **kwargs: Any,
@@ -46,6 +48,7 @@ class Trainer(pl.Trainer):
             accumulate_grad_batches=1,
             log_every_n_steps=log_every_n_steps,
             num_sanity_val_steps=num_sanity_val_steps,
+            enable_model_summary=enable_model_summary,
             use_distributed_sampler=False,
             plugins=plugins,
             **kwargs,

@@ -241,6 +241,14 @@ def test_weighted_draws_in_proportion(weights, probability):
     assert (share - expected).abs().max() < 4 * (0.25 / len(drawn)) ** 0.5
 
 
+@pytest.mark.parametrize(("u", "example"), [(0.0, 1), (0.25, 3), (1 - 2.0**-53, 3)])
+def test_weighted_never_draws_an_example_of_weight_zero(u, example, monkeypatch):
+    # Not even where the uniform number falls exactly between two examples, or is the largest there is.
+    monkeypatch.setattr(module, "uniform", lambda key, counters: torch.full(counters.shape, u, dtype=torch.float64))
+    order = Weighted([0.0, 1.0, 0.0, 3.0, 0.0]).prepare(5, 1, 0)
+    assert order.indices(0, 0, 2).tolist() == [example, example]
+
+
 def test_weighted_refuses_what_does_not_fit():
     for weights in ([], [0.0, 0.0], [1.0, -1.0], [1.0, float("nan")], [float("inf")]):
         with pytest.raises(ValueError, match="finite, not negative, and not all zero"):
