@@ -246,6 +246,7 @@ def run(arguments: list[str]) -> int:
     warnings.filterwarnings("ignore", ".*args parameter is intended to run from within Python.*")
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
+    warnings.filterwarnings("ignore", ".*`broadcast_buffers` is deprecated.*")
     warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -1,9 +1,9 @@
 """The base of all data modules: say where the examples are; batching, order, resume and evaluation are inherited."""
 
 import math
-from abc import ABC, abstractmethod
 import os
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from project.batching.fetch import Fetch, make_fetch
-from project.batching.loader import Batch, EvalLoader, Share, TrainLoader, make_batch
+from project.batching.loader import Batch, EvalLoader, TrainLoader, make_batch
 from project.batching.order import Order, Shuffled
 from project.batching.plan import BatchPlan
 
@@ -175,8 +175,8 @@ class DataModule(pl.LightningDataModule, ABC):
         return EvalLoader(fetch, size, trainer.global_rank if trainer else 0, trainer.world_size if trainer else 1)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move an evaluation batch to the device. A `Share` stays: its micro-batches follow one by one."""
-        return batch if isinstance(batch, Share) else self.to_device(batch, device, training=False)
+        """Leave batches on the host: the task fetches each micro-batch with `to_device`, inside the precision's context."""
+        return batch
 
     def to_device(self, batch: Batch, device: torch.device, training: bool) -> Batch:
         """Return one micro-batch on the device, transformed."""

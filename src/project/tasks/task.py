@@ -229,7 +229,7 @@ class Task(pl.LightningModule, ABC):
             self.metrics.to(self.device).reset()
 
     def _evaluate(self, batch: Batch) -> None:
-        loss, count = self._weighted_sum(batch)
+        loss, count = self._weighted_sum(self.data.to_device(batch, self.device, training=False))
         self._sums[0] += loss
         self._sums[1] += count
 
@@ -267,7 +267,8 @@ class Task(pl.LightningModule, ABC):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Return the predictions of one batch with the numbers of its examples."""
-        return {"index": batch.index, "predictions": self.predictions(batch)}
+        on_device = self.data.to_device(batch, self.device, training=False)
+        return {"index": batch.index, "predictions": self.predictions(on_device)}
 
     def record(self, values: dict[str, Tensor]) -> None:
         """Give values to the callbacks (as `monitor` keys) and to the loggers, at the number of steps done."""
