@@ -16,6 +16,7 @@ from project import resume
 from project import run as runs
 from project.callbacks.checkpoint import Last
 from project.callbacks.epoch_line import EpochLine
+from project.callbacks.predictions import Predictions
 from project.callbacks.run_record import RunRecord
 from project.data.module import SPLITS, DataModule
 from project.errors import Mistake, TrainingStopped, mistakes
@@ -86,7 +87,7 @@ class CLI(LightningCLI):
         for logger in loggers if isinstance(loggers, list) else [loggers]:
             arguments = logger.get("init_args") if isinstance(logger, Namespace) else None
             if arguments is not None and "save_dir" in arguments:
-                arguments.save_dir = str(self.folder / (arguments.save_dir or "."))
+                arguments.save_dir = str((self.folder / (arguments.save_dir or ".")).absolute())
                 if "id" in arguments and arguments.id is None:
                     arguments.id = f"{self.folder.parent.name}-{self.folder.name}"
 
@@ -146,6 +147,9 @@ class CLI(LightningCLI):
                     callback._enable_version_counter = False
             if not any(isinstance(callback, EpochLine) for callback in callbacks):
                 callbacks.append(EpochLine())
+        if self.subcommand == "predict":
+            callbacks.append(Predictions())
+            settings["logger"] = False  # nothing is measured
         settings["callbacks"] = [*callbacks, RunRecord(self.plain_config, str(self.subcommand))]
         if not sys.stdout.isatty():
             settings["enable_progress_bar"] = False
@@ -199,9 +203,10 @@ class CLI(LightningCLI):
     def before_fit(self) -> None:
         """Check, then print the plan."""
         self._prepare("fit")
-        plan, total = self.datamodule.plan, self.datamodule.total_steps() if self.datamodule.plan else 0
-        if plan is None or not self.trainer.is_global_zero:
-            return
+        plan = self.datamodule.plan
+        if plan is None:
+            return  # the first process of the machine makes it and says it
+        total = self.datamodule.total_steps()
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         for name, value in {"parameters": parameters, **plan.table(total)}.items():
             print(f"{name:>24}  {value:,}")
@@ -222,6 +227,15 @@ class CLI(LightningCLI):
     def before_predict(self) -> None:
         """Check."""
         self._prepare("predict")
+        self.config_init["predict"]["return_predictions"] = False  # they go to a file, as they come
+
+    def after_validate(self) -> None:
+        """Print what was measured."""
+        if self.trainer.is_global_zero:
+            for name, value in self.trainer.callback_metrics.items():
+                print(f"{name} {value:.4f}")
+
+    after_test = after_validate
 
     def after_fit(self) -> None:
         """Say what came of it, where it is, and what to do next."""
@@ -235,7 +249,7 @@ class CLI(LightningCLI):
         print(f"test it:    python -m project test {given} --ckpt_path best")
         for logger in self.trainer.loggers:
             if isinstance(logger, WandbLogger) and logger.offline_folder:
-                print(f"upload it:  wandb sync {logger.offline_folder}")
+                print(f"upload it:  wandb sync {os.path.relpath(logger.offline_folder)}")
 
 
 def run(arguments: list[str]) -> int:
@@ -245,11 +259,14 @@ def run(arguments: list[str]) -> int:
     warnings.filterwarnings("ignore", ".*sync_dist.*")
     warnings.filterwarnings("ignore", ".*args parameter is intended to run from within Python.*")
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint need to be provided.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
+    warnings.filterwarnings("ignore", ".*could not find the monitored key.*")  # it was checked; validation has not run
     warnings.filterwarnings("ignore", ".*`broadcast_buffers` is deprecated.*")
     warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    inherited = runs.FOLDER in os.environ
     try:
         CLI(arguments)
     except Mistake as error:
@@ -258,6 +275,9 @@ def run(arguments: list[str]) -> int:
         return _fail(error, 2)
     except TrainingStopped as error:
         return _fail(error, 1)
+    finally:
+        if not inherited:
+            os.environ.pop(runs.FOLDER, None)
     return 0
 
 

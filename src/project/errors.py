@@ -16,7 +16,7 @@ class TrainingStopped(RuntimeError):
 
 @contextmanager
 def mistakes() -> Iterator[None]:
-    """While nothing has been trained, turn a wrong value (ValueError, or what Lightning calls it) or file (OSError) into the user's mistake."""
+    """While nothing has been trained, turn a wrong value or file into the user's mistake."""
     try:
         yield
     except (ValueError, OSError, MisconfigurationException) as error:

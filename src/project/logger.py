@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 import lightning.pytorch.loggers as loggers
-from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
 INIT_TIMEOUT = 20  # seconds; without a network W&B itself waits 90 and then ends the run
@@ -41,6 +41,7 @@ class WandbLogger(loggers.WandbLogger):
             name=name, save_dir=save_dir, offline=offline, project=project, id=id, log_model=log_model, group=group,
             tags=tags,
         )  # fmt: skip
+        self._wandb_init.pop("anonymous", None)  # W&B warns that it has no effect
         self._broken = False
 
     @property

@@ -61,7 +61,7 @@ def _forget_settings(_: Any, old: Any, new: Any) -> None:
     """
     if not old or "init_args" not in old or old["class_path"] == new["class_path"]:
         return
-    own = inspect.signature(import_object(old["class_path"])).parameters
+    own = inspect.signature(import_object(old["class_path"])).parameters  # type: ignore[arg-type]
     chosen = [
         f"{name}={value}"
         for name, value in vars(old.init_args).items()

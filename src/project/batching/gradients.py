@@ -39,4 +39,4 @@ def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if gradients:
-        torch._foreach_mul_(gradients, factor)
+        torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]

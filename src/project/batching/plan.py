@@ -181,9 +181,9 @@ class BatchPlan:
         borders = [position(first + border) for border in cut(last - first, micro_batches)]
         return [Part(a, b) if b > a else Part(start, start + 1, counts=False) for a, b in pairwise(borders)]
 
-    def table(self, total_steps: int | None = None) -> dict[str, int]:
+    def table(self, total_steps: float) -> dict[str, float]:
         """Return the figures that are printed and logged before training."""
-        figures = {
+        return {
             "examples": self.examples,
             "batch_size": self.batch_size,
             "devices": self.devices,
@@ -192,8 +192,8 @@ class BatchPlan:
             "accumulate_grad_batches": self.accumulation,
             "steps_per_epoch": self.steps_per_epoch,
             "last_batch": self.last_batch,
+            "total_steps": total_steps,
         }
-        return figures if total_steps is None else figures | {"total_steps": total_steps}
 
     def _all_parts(self, step: int) -> Iterator[list[Part]]:
         return (self.parts(step, rank) for rank in range(self.devices))

@@ -20,10 +20,10 @@ class Record(Callback):
 
     def __init__(self) -> None:
         self._gradient_norm: torch.Tensor | None = None
-        self._since = self._seconds = 0.0
+        self._learning_rate = self._since = self._seconds = 0.0
         self._examples = 0
 
-    def _due(self, trainer: pl.Trainer, steps: int) -> bool:
+    def _due(self, trainer: Any, steps: int) -> bool:
         return steps % trainer.log_every_n_steps == 0 or steps == trainer.max_steps
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -41,8 +41,9 @@ class Record(Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Take the norm of the divided gradient, before clipping, where it is due."""
+        """Where a row is due, take the rate of this step, and the norm of its divided gradient before clipping."""
         if self._due(trainer, trainer.global_step + 1):
+            self._learning_rate = optimizer.param_groups[0]["lr"]
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             self._gradient_norm = torch.nn.utils.get_total_norm(gradients)
 
@@ -56,7 +57,7 @@ class Record(Callback):
         seconds = self._seconds + now - self._since
         row = {
             "train/loss": loss_sum / count,
-            "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
+            "learning_rate": self._learning_rate,
             "gradient_norm": float("nan") if self._gradient_norm is None else self._gradient_norm.item(),
             "examples_per_second": self._examples / seconds,
             "examples": pl_module.data.plan.examples_at(trainer.global_step),

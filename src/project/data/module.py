@@ -175,7 +175,7 @@ class DataModule(pl.LightningDataModule, ABC):
         return EvalLoader(fetch, size, trainer.global_rank if trainer else 0, trainer.world_size if trainer else 1)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Leave batches on the host: the task fetches each micro-batch with `to_device`, inside the precision's context."""
+        """Leave batches on the host: the task takes each with `to_device`, inside the precision's context."""
         return batch
 
     def to_device(self, batch: Batch, device: torch.device, training: bool) -> Batch:

@@ -5,6 +5,8 @@ from math import gcd
 
 from torch import Tensor, nn
 
+from project.models.dropout import Dropout
+
 
 class ConvNet(nn.Module):
     """Stages of two 3 x 3 convolutions; each stage but the first halves height and width. Ends in a global mean.
@@ -35,7 +37,7 @@ class ConvNet(nn.Module):
                 layers += [make_norm2d(norm, features), nn.ReLU()]
                 width = features
         self.features = nn.Sequential(*layers)
-        self.head = nn.Sequential(nn.Dropout(dropout) if dropout else nn.Identity(), nn.Linear(width, num_classes))
+        self.head = nn.Sequential(Dropout(dropout) if dropout else nn.Identity(), nn.Linear(width, num_classes))
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images [N, in_channels, H, W] to logits [N, num_classes]."""

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from project.models.dropout import Dropout
+
 
 class MLP(nn.Module):
     """Linear layers with a norm, ReLU and dropout between them.
@@ -30,7 +32,7 @@ class MLP(nn.Module):
         for hidden in hidden_features:
             # No bias before a norm: the norm takes it out again.
             layers += [nn.Linear(width, hidden, bias=norm == "none"), make_norm(norm, hidden), nn.ReLU()]
-            layers += [nn.Dropout(dropout)] if dropout else []
+            layers += [Dropout(dropout)] if dropout else []
             width = hidden
         self.layers = nn.Sequential(*layers, nn.Linear(width, num_classes))
 

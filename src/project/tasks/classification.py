@@ -5,11 +5,13 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from project.batching.loader import Batch
+from project.callbacks.pictures import Pictures
 from project.data.module import DataModule
 from project.tasks.task import Task
 
@@ -36,9 +38,14 @@ class Classification(Task):
         self.measure(logits, batch.targets)
         return F.cross_entropy(logits, batch.targets, reduction="none", label_smoothing=self.label_smoothing)
 
-    def predictions(self, batch: Batch) -> Tensor:
-        """Probability of each class, [N, C]."""
-        return self(batch.inputs).softmax(dim=1)
+    def predictions(self, batch: Batch) -> dict[str, Tensor]:
+        """The most probable class [N], and the probability of each class [N, C]."""
+        probability = self(batch.inputs).float().softmax(dim=1)
+        return {"predicted": probability.argmax(dim=1), "probability": probability}
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Also log a picture of a few predictions."""
+        return [*super().configure_callbacks(), Pictures()]
 
     def make_metrics(self, outputs: Tensor) -> MetricCollection:
         """Top-1 accuracy over all examples, and the mean over classes of their F1."""

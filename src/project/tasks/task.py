@@ -19,7 +19,11 @@ from project.batching.loader import Batch, Share
 from project.batching.random import mix
 from project.callbacks.record import Record
 from project.data.module import SPLITS, DataModule
+from project.models.dropout import Dropout
 from project.optim.schedule import Schedule
+
+DRAWS = 0x647261
+"""Tells what is drawn in training from what else is drawn from the same seed."""
 
 Losses = Tensor | tuple[Tensor, Tensor]
 
@@ -52,6 +56,8 @@ class Task(pl.LightningModule, ABC):
         self.make_optimizer = optimizer
         self.schedule = schedule
         self.decay_matrices_only = decay_matrices_only
+        for number, layer in enumerate(layer for layer in network.modules() if isinstance(layer, Dropout)):
+            layer.number = number
         self.metrics: MetricCollection | None = None
         self.share: Share | None = None
         self._micro_batch = 0
@@ -73,9 +79,9 @@ class Task(pl.LightningModule, ABC):
         """Return the evaluation metrics, given the network's outputs for a few examples."""
         return None
 
-    def predictions(self, batch: Batch) -> Any:
-        """Return what `predict` writes for each example, [N, ...]."""
-        return self(batch.inputs)
+    def predictions(self, batch: Batch) -> dict[str, Tensor]:
+        """Return what `predict` writes for each example: columns [N] or [N, ...] by name."""
+        return {"output": self(batch.inputs)}
 
     def check(self, data: DataModule, outputs: Tensor) -> None:
         """Raise ValueError where the data does not suit the task, given the network's outputs for a few examples."""
@@ -182,21 +188,23 @@ class Task(pl.LightningModule, ABC):
         assert share is not None
         optimizer.zero_grad()
         self._sums = torch.zeros_like(self.window)
-        loss = None
+        key = mix(self.data.seed or 0, DRAWS)
         for number, micro_batch in enumerate(share.micro_batches):
             self._micro_batch = number
-            seed_everything_here(self.device, mix(self.data.seed or 0, share.step, micro_batch.position))
+            # What `Dropout` draws depends on the step and the example; what other layers draw, also on where its
+            # micro-batch begins.
+            Dropout.place = (mix(key, share.step), micro_batch.position)
+            seed_generator(self.device, mix(key, share.step, micro_batch.position))
             last = number == len(share.micro_batches) - 1
             # Gradients cross devices once per step, overlapped with the last backward pass.
             with nullcontext() if last else self._no_sync():
-                loss = backward()
+                loss: Tensor = backward()
         sums = self.trainer.strategy.reduce(self._sums, reduce_op="sum")
         assert isinstance(sums, Tensor)
         scale_gradients(self.parameters(), share.size / sums[1])
         self.window += sums
         self.epoch_sums += sums
         exact = sums[0] / sums[1]
-        assert isinstance(loss, Tensor)
         return loss.copy_(exact)  # Lightning hands this very tensor to `on_train_batch_end`
 
     def _no_sync(self) -> Any:
@@ -315,7 +323,7 @@ class Task(pl.LightningModule, ABC):
         self.epoch_sums = torch.tensor(checkpoint["epoch_sums"], dtype=self.epoch_sums.dtype)
 
 
-def seed_everything_here(device: torch.device, seed: int) -> None:
+def seed_generator(device: torch.device, seed: int) -> None:
     """Seed the generator that random layers on `device` draw from (`torch.manual_seed` visits all accelerators)."""
     if device.type == "cpu":
         torch.default_generator.manual_seed(seed)

@@ -1,0 +1,50 @@
+"""Dropout that does not depend on how the batch is executed."""
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from project.batching.random import mix
+
+
+class Dropout(nn.Module):
+    """Zeroes each value with probability `p` and scales the rest by 1 / (1 - p), as `torch.nn.Dropout` does.
+
+    The mask of an example is a function of (seed, step, position of the example in the global batch, layer), so it is
+    the same on any device, in any micro-batch and after any resume. Outside a `Task`, it is ordinary dropout. Use one
+    instance per place: the same instance gives an example the same mask again.
+
+    Args:
+        p: probability that a value is zeroed.
+    """
+
+    place: ClassVar[tuple[int, int] | None] = None
+    """(a number for seed and step, position of the first example in the global batch); set for each micro-batch."""
+
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__()
+        if not 0 <= p < 1:
+            raise ValueError(f"dropout is {p}: write a probability from 0 to below 1")
+        self.p = p
+        self.number = 0  # of the layer
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map [N, ...] to [N, ...]."""
+        if not self.training or self.p == 0:
+            return inputs
+        if Dropout.place is None:
+            return F.dropout(inputs, self.p, training=True)
+        key, first = Dropout.place
+        examples = mix(mix(key, self.number), torch.arange(first, first + len(inputs), device=inputs.device))
+        values = torch.arange(inputs[0].numel(), device=inputs.device)
+        # A short hash is enough where the keys of the examples are good: one multiply-and-shift round per value.
+        bits = examples[:, None] ^ (values * 0x1E3779B97F4A7C15)
+        bits.bitwise_xor_(bits >> 32).mul_(0x3F58476D1CE4E5B9)
+        keep = bits.bitwise_right_shift_(40).bitwise_and_(0xFFFFFF) >= int(self.p * 2**24)
+        return inputs * keep.view(inputs.shape).to(inputs.dtype).mul_(1 / (1 - self.p))
+
+    def extra_repr(self) -> str:
+        """Show the probability."""
+        return f"p={self.p}"

@@ -1,0 +1,165 @@
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Dataset, IterableDataset, TensorDataset, get_worker_info
+
+from project.batching.fetch import InMemory, Workers, make_fetch
+
+REQUESTS = [[3, 1], [0], [4, 4, 2], [1]]
+
+
+class Squares(Dataset):
+    """Example i is `make(i)`."""
+
+    def __init__(self, make, length: int = 5) -> None:
+        self.make, self.length = make, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, i: int):
+        return self.make(i)
+
+
+class AtOnce(Squares):
+    def __getitem__(self, i: int):
+        raise AssertionError("one by one")
+
+    def __getitems__(self, indices: list[int]):
+        assert all(type(i) is int for i in indices)
+        return [(*self.make(i), len(indices)) for i in indices]
+
+
+def pair(i: int) -> tuple[torch.Tensor, int]:
+    return torch.full((2, 3), float(i)), i * i
+
+
+def read(fetch, requests=REQUESTS) -> list[tuple]:
+    return list(fetch.stream(torch.tensor(request) for request in requests))
+
+
+@pytest.mark.parametrize("as_type", [torch.Tensor, np.ndarray])
+def test_in_memory_is_a_gather(as_type):
+    inputs, targets = torch.arange(30).view(5, 2, 3), torch.arange(5).to(torch.uint8) ** 2
+    values = (inputs, targets) if as_type is torch.Tensor else (inputs.numpy(), targets.numpy())
+    fetch = InMemory(values)
+    assert len(fetch) == 5
+    for request, (x, y) in zip(REQUESTS, read(fetch), strict=True):
+        assert x.tolist() == [inputs[i].tolist() for i in request]
+        assert y.tolist() == [i * i for i in request]
+        assert (x.dtype, y.dtype) == (torch.int64, torch.uint8)
+
+
+def test_in_memory_does_not_hand_out_its_own_memory():
+    inputs = torch.arange(5)
+    (x,) = next(InMemory([inputs]).stream([torch.arange(5)]))
+    x.zero_()
+    assert inputs.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_fields_of_unequal_length_are_refused():
+    with pytest.raises(ValueError, match="differ in length: 7 and 5 examples"):
+        InMemory((torch.zeros(7, 2), np.zeros(5)))
+    with pytest.raises(ValueError, match="7 and 7 and 6"):
+        InMemory((torch.zeros(7), torch.zeros(7), torch.zeros(6)))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_workers_read_a_data_set_in_order(num_workers):
+    fetch = Workers(Squares(pair), num_workers)
+    assert len(fetch) == 5
+    for request, (x, y) in zip(REQUESTS, read(fetch), strict=True):
+        assert x.shape == (len(request), 2, 3)
+        assert x[:, 1, 2].tolist() == request
+        assert y.tolist() == [i * i for i in request]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_whole_micro_batch_is_asked_for_at_once(num_workers):
+    for request, (x, y, asked) in zip(REQUESTS, read(Workers(AtOnce(pair), num_workers)), strict=True):
+        assert x[:, 0, 0].tolist() == request
+        assert y.tolist() == [i * i for i in request]
+        assert asked.tolist() == [len(request)] * len(request)
+
+
+def worker_of(i: int) -> tuple[int, int]:
+    info = get_worker_info()
+    return i, -1 if info is None else info.id
+
+
+def test_num_workers_is_the_number_of_processes():
+    seen = {
+        workers: {int(w[0]) for _, w in read(Workers(Squares(worker_of), workers), [[0, 1]] * 6)} for workers in (0, 2)
+    }
+    assert seen == {0: {-1}, 2: {0, 1}}
+    # A micro-batch is read by one process.
+    assert all(len(w.unique()) == 1 for _, w in read(Workers(Squares(worker_of), 2)))
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda i: {"a": i, "b": [i + 1.0]}, ({"a": [3, 1], "b": [[4.0, 2.0]]},)),
+        (lambda i: ({"a": i}, i * i), ({"a": [3, 1]}, [9, 1])),
+        (lambda i: [i, i + 1, i + 2], ([3, 1], [4, 2], [5, 3])),
+        (lambda i: torch.tensor(i), ([3, 1],)),
+        (lambda i: (i,), ([3, 1],)),
+    ],
+    ids=["dict", "dict and target", "three", "tensor", "tuple of one"],
+)
+def test_items_of_any_structure(make, expected):
+    (fields,) = read(Workers(Squares(make)), [[3, 1]])
+    assert isinstance(fields, tuple)
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, list) else value.tolist()
+
+    assert tuple(map(plain, fields)) == expected
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_global_generator_is_left_alone(num_workers):
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    read(Workers(Squares(pair), num_workers))
+    read(InMemory(pair(4)[:1]), [[1, 0]])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_memory_maps_are_read_where_they_are(tmp_path):
+    written = np.memmap(tmp_path / "inputs", np.float32, "w+", shape=(5, 2))
+    written[:] = np.arange(10).reshape(5, 2)
+    fetch = make_fetch(np.memmap(tmp_path / "inputs", np.float32, "r+", shape=(5, 2)))
+    written[4] = -1
+    written.flush()
+    assert [x.tolist() for (x,) in read(fetch, [[4, 0]])] == [[[-1, -1], [0, 1]]]
+
+
+def test_make_fetch_chooses():
+    inputs, targets = torch.arange(4), np.arange(4)
+    for source, fields in ((inputs, 1), (targets, 1), ((inputs, targets), 2), ([inputs, targets, inputs], 3)):
+        fetch = make_fetch(source, num_workers=2)
+        assert isinstance(fetch, InMemory)
+        assert len(fetch.fields) == fields
+        assert len(fetch) == 4
+    own = InMemory((inputs,))
+    assert make_fetch(own) is own
+    workers = make_fetch(Squares(pair), num_workers=2)
+    assert isinstance(workers, Workers)
+    assert (workers.num_workers, len(workers)) == (2, 5)
+    assert isinstance(make_fetch(TensorDataset(inputs)), Workers)
+    examples = [(inputs[0], 1), (inputs[1], 2)]  # a list of examples is a map-style data set
+    assert [x.tolist() for _, x in read(make_fetch(examples), [[1, 0]])] == [[2, 1]]
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        return iter(int, 1)
+
+
+@pytest.mark.parametrize("source", [Endless(), iter([1]), 7])
+def test_what_cannot_be_read_by_number_is_refused(source):
+    with pytest.raises(ValueError, match=f"{type(source).__name__} has no __getitem__ and __len__"):
+        make_fetch(source)
