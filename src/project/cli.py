@@ -21,7 +21,7 @@ from project.callbacks.run_record import RunRecord
 from project.data.module import SPLITS, DataModule
 from project.errors import Mistake, TrainingStopped, mistakes
 from project.logger import WandbLogger
-from project.parser import Parser, explain
+from project.parser import Parser, check_files, explain
 from project.tasks.task import Task
 from project.trainer import Trainer
 
@@ -268,6 +268,8 @@ def run(arguments: list[str]) -> int:
         logging.getLogger(name).setLevel(logging.WARNING)
     inherited = runs.FOLDER in os.environ
     try:
+        with mistakes():
+            check_files(arguments)
         CLI(arguments)
     except Mistake as error:
         if os.environ.get("PROJECT_TRACEBACK"):

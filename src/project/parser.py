@@ -4,8 +4,10 @@ import difflib
 import inspect
 import re
 import sys
+from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from jsonargparse import Namespace, _typehints
 from jsonargparse._util import import_object
 from lightning.pytorch.cli import LightningArgumentParser
@@ -26,6 +28,31 @@ class Parser(LightningArgumentParser):
         self.exit(2)
 
 
+def check_files(arguments: list[str]) -> None:
+    """Read the configuration files on a command line as YAML, because jsonargparse does not say which one is wrong.
+
+    Raises:
+        ValueError: a file is missing, is not YAML, or holds no keys.
+    """
+    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    paths = [value if name in ("--config", "-c") else name.partition("=")[2] for name, value in pairs if _names(name)]
+    for path in paths:
+        try:
+            content = yaml.safe_load(Path(path).read_text())
+        except OSError as error:
+            raise ValueError(f"--config {path} cannot be read: {error.strerror}") from error
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            where = f" at line {mark.line + 1}" if mark else ""
+            raise ValueError(f"--config {path} is not YAML{where}: {getattr(error, 'problem', error)}") from error
+        if not isinstance(content, dict) or not content:
+            raise ValueError(f"--config {path} holds no keys: write at least one, such as `trainer: {{max_epochs: 5}}`")
+
+
+def _names(argument: str) -> bool:
+    return argument in ("--config", "-c") or argument.startswith("--config=")
+
+
 def explain(message: str, known: list[str]) -> str:
     """Return a message of jsonargparse as one line: what is wrong, and what was probably meant.
 
@@ -40,7 +67,7 @@ def explain(message: str, known: list[str]) -> str:
         errors = [error for error in tried[1].split(" - ") if error != "Expected a <class 'NoneType'>"]
         own = [error for error in errors if not error.startswith("Expected a ")]
         if own:  # the message of a class that refused a value
-            return own[-1]
+            return own[-1] if key is None or key[1] in own[-1] else f"{key[1]}: {own[-1]}"
         types = [re.sub(r"^Expected an? (?:<class '(.*)'>|typing\.Literal)?", r"\1", error) for error in errors]
         return f"{key[1] if key else 'a value'} is {tried[2]}: write {' or '.join(types)}"
     if key and " - Problem with given class_path" in line:
@@ -48,7 +75,12 @@ def explain(message: str, known: list[str]) -> str:
     unknown = re.search(r"[Uu]nrecognized arguments?: --([\w.]+)", line) or re.search(
         r"(?:not accept|Option) (?:option )?'([\w.]+)'", line
     )
-    meant = difflib.get_close_matches(unknown[1], known, n=1) if unknown else []
+    meant = []
+    if unknown:
+        meant = [option for option in known if option.startswith(unknown[1])]
+        meant = sorted(meant, key=len)[:1] or difflib.get_close_matches(unknown[1], known, n=1)
+    if "arguments are required" in line:
+        line += "; write --config FILE, such as configs/digits.yaml"
     return line + (f"; did you mean {meant[0]}?" if meant else "")
 
 

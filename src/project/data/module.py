@@ -58,7 +58,7 @@ class DataModule(pl.LightningDataModule, ABC):
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
         self.eval_batch_size = eval_batch_size
-        self.order = order or Shuffled()
+        self.order = Shuffled() if order is None else order
         self.drop_last = drop_last
         self.num_workers = num_workers
         self.seed = seed
@@ -103,6 +103,9 @@ class DataModule(pl.LightningDataModule, ABC):
             fetch = self.split(name)
             if fetch is not None and len(fetch) == 0:
                 raise ValueError(f"the {name} split has no examples: check where it is read from")
+            devices = self.trainer.world_size if self.trainer else 1
+            if fetch is not None and name != "train" and len(fetch) < devices:
+                raise ValueError(f"the {name} split has {len(fetch)} examples: use at most {len(fetch)} devices")
             if fetch is None and name != "val":
                 raise ValueError(f"{type(self).__name__}.load('{name}') gave nothing: this command needs that split")
         if stage == "fit" and self.plan is None:

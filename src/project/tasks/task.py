@@ -126,6 +126,9 @@ class Task(pl.LightningModule, ABC):
         finally:
             self.train(training)
         self.check(data, outputs)
+        if data.plan is not None:
+            self._new_optimizer()
+            self._examples_in_all(data)
         if self.metrics is None:
             metrics = self.make_metrics(outputs)
             self.metrics = None if metrics is None else metrics.to(self.device)
@@ -289,30 +292,41 @@ class Task(pl.LightningModule, ABC):
 
     # Optimizer and checkpoint
 
-    def configure_optimizers(self) -> Any:
-        """Return the optimizer, with the schedule stepped once per optimizer step."""
+    def parameter_groups(self) -> list[Any]:
+        """Return the parameters for the optimizer."""
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        groups: list[Any] = parameters
-        if self.decay_matrices_only:
-            vectors = [parameter for parameter in parameters if parameter.ndim < 2]
-            matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
-            groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-        optimizer = self.make_optimizer(groups)
+        if not self.decay_matrices_only:
+            return parameters
+        vectors = [parameter for parameter in parameters if parameter.ndim < 2]
+        matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
+        return [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+
+    def _new_optimizer(self) -> Optimizer:
+        optimizer = self.make_optimizer(self.parameter_groups())
         if isinstance(optimizer, LBFGS):
             raise ValueError("model.optimizer LBFGS evaluates the loss several times per step: write another optimizer")
-        plan, total_steps = self.data.plan, self.data.total_steps()
+        return optimizer
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimizer, with the schedule stepped once per optimizer step."""
+        optimizer = self._new_optimizer()
+        plan, total = self.data.plan, self._examples_in_all(self.data)
         assert plan is not None
-        total = math.inf if total_steps == math.inf else plan.examples_at(int(total_steps))
-        if total == math.inf and self.schedule.needs_end:
-            raise ValueError(
-                f"model.schedule {self.schedule.shape} needs to know how long training is: "
-                "write trainer.max_epochs or trainer.max_steps"
-            )
 
         def factor(step: int) -> float:
             return self.schedule.factor(plan.examples_at(step), plan.examples_at(step + 1), total)
 
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+
+    def _examples_in_all(self, data: DataModule) -> float:
+        steps = data.total_steps()
+        if steps == math.inf and self.schedule.needs_end:
+            raise ValueError(
+                f"model.schedule {self.schedule.shape} needs to know how long training is: "
+                "write trainer.max_epochs or trainer.max_steps"
+            )
+        assert data.plan is not None
+        return steps if steps == math.inf else data.plan.examples_at(int(steps))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the sums of the epoch, so that its mean loss is exact after a resume."""
