@@ -244,9 +244,9 @@ class CLI(LightningCLI):
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ModelCheckpoint) and callback.best_model_score is not None:
                 print(f"best {callback.monitor} {callback.best_model_score:.4f}: {callback.best_model_path}")
-        given = " ".join(f"--config {path}" for path in self.settings.config)
+        given = [str(path) for path in self.settings.config or [self.folder / "config.yaml"]]
         print(f"run folder: {self.folder}")
-        print(f"test it:    python -m project test {given} --ckpt_path best")
+        print(f"test it:    python -m project test --config {' --config '.join(given)} --ckpt_path best")
         for logger in self.trainer.loggers:
             if isinstance(logger, WandbLogger) and logger.offline_folder:
                 print(f"upload it:  wandb sync {os.path.relpath(logger.offline_folder)}")

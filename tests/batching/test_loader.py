@@ -236,7 +236,7 @@ def test_only_what_is_used_is_read():
     asked = []
 
     class Counting(InMemory):
-        def stream(self, requests):
+        def stream(self, requests, seed=0):
             return super().stream(asked.append(request.tolist()) or request for request in requests)
 
     train = TrainLoader(BatchPlan(10, 4), Sequential().prepare(10, 4, 0), Counting(fields(10)), 0, lambda: 0)

@@ -1,8 +1,12 @@
+from copy import copy
+from types import SimpleNamespace
+
 import pytest
 import torch
 from sklearn.datasets import load_digits
 
 from project.batching.loader import make_batch
+from project.batching.order import Balanced, Repeated, Sequential, Shuffled, Stratified, Weighted
 from project.data.digits import Digits
 
 SPLITS = ("train", "val", "test")
@@ -125,3 +129,30 @@ def test_a_plan_for_the_training_split():
     assert (data.plan.examples, data.plan.steps_per_epoch, data.plan.last_batch) == (1259, 20, 43)
     counted = torch.cat([b.index for share in data.train_dataloader() for b in share.micro_batches])
     assert torch.equal(counted.sort().values, torch.arange(1259))
+
+
+@pytest.mark.parametrize(
+    "order", [Sequential(), Shuffled(), Stratified(), Balanced(), Weighted([1.0] * 10), Repeated(4)]
+)
+def test_the_order_is_the_one_asked_for(order):
+    data = Digits(batch_size=64, seed=5, order=order)
+    assert data.order is order
+    data.setup("fit")
+    expected = copy(order).prepare(1259, 64, 5, data.load("train")[1])
+    share = next(iter(data.train_dataloader()))
+    assert share.micro_batches[0].index.tolist() == expected.indices(0, 0, 64).tolist()
+    assert data.plan.examples == len(expected) == (4 * 1259 if isinstance(order, Repeated) else 1259)
+
+
+@pytest.mark.parametrize(
+    ("order", "drop_last", "half"),
+    [(Sequential(), False, 10), (Sequential(), True, 9), (Repeated(4), False, 39)],
+    ids=["all", "drop_last", "repeated"],
+)
+def test_half_of_the_epoch_is_half_of_its_steps(order, drop_last, half):
+    # 1259 examples are 19 batches of 64 and one of 43; four times as many are 78 batches and one of 44.
+    data = Digits(batch_size=64, seed=5, drop_last=drop_last)
+    data.order = order
+    data.trainer = SimpleNamespace(limit_train_batches=0.5, world_size=1, global_rank=0, is_global_zero=True)
+    data.setup("fit")
+    assert data.plan.steps_per_epoch == half

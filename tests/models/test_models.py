@@ -4,6 +4,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from project.models.convnet import ConvNet, make_norm2d
+from project.models.dropout import Dropout
 from project.models.mlp import MLP, make_norm
 
 MLP_NORMS, CONV_NORMS = ["none", "layer", "batch"], ["none", "batch", "group", "instance"]
@@ -12,8 +13,9 @@ NORMS = (nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.Instance
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _seed(monkeypatch):
     torch.manual_seed(0)
+    monkeypatch.setattr(Dropout, "place", None)  # a run in this process leaves its own behind
 
 
 def norms_of(network: nn.Module) -> list[nn.Module]:

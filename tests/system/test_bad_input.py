@@ -192,7 +192,9 @@ def other_checkpoints(trained: Result) -> dict[str, tuple[list[object], list[str
     }
 
 
-NAMES = "truncated empty foreign|a pickled network|another model|another rate|another batch size|another seed|another order"
+NAMES = (
+    "truncated empty foreign|a pickled network|another model|another rate|another batch size|another seed|another order"
+)
 
 
 @pytest.mark.parametrize("name", NAMES.replace("truncated empty ", "truncated|empty|").split("|"))
@@ -206,9 +208,9 @@ def test_checkpoint(trained: Result, name: str) -> None:
 def test_force_goes_on_with_the_new_values() -> None:
     first = run_here(*FIT, "--trainer.max_steps", 4)
     result = run_here(
-        *FIT, "--trainer.max_steps", 6, "--ckpt_path", "last", "--data.micro_batch_size", 8, "--model.label_smoothing", 0,
-        "--force", "true",
-    )  # fmt: skip
+        *(*FIT, "--trainer.max_steps", 6, "--ckpt_path", "last"),
+        *("--data.micro_batch_size", 8, "--model.label_smoothing", 0, "--force", "true"),
+    )
     assert result.code == 0, result.err
     assert result.folder == first.folder
 

@@ -19,8 +19,13 @@ class Fetch(Protocol):
         """Return the number of examples."""
         ...
 
-    def stream(self, requests: Iterable[Tensor]) -> Iterator[Example]:
-        """Yield the examples of each request (example numbers, int64 [N]), in order."""
+    def stream(self, requests: Iterable[Tensor], seed: int = 0) -> Iterator[Example]:
+        """Yield the examples of each request (example numbers, int64 [N]), in order.
+
+        Args:
+            requests: may be asked for ahead of time.
+            seed: of what the examples' own code draws at random in other processes.
+        """
         ...
 
 
@@ -40,7 +45,7 @@ class InMemory:
     def __len__(self) -> int:
         return len(self.fields[0])
 
-    def stream(self, requests: Iterable[Tensor]) -> Iterator[Example]:
+    def stream(self, requests: Iterable[Tensor], seed: int = 0) -> Iterator[Example]:
         """Yield one gather per request. `index_select` is four times as fast as `field[index]` on a CPU."""
         for index in requests:
             yield tuple(field.index_select(0, index) for field in self.fields)
@@ -61,7 +66,7 @@ class Workers:
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
 
-    def stream(self, requests: Iterable[Tensor]) -> Iterator[Example]:
+    def stream(self, requests: Iterable[Tensor], seed: int = 0) -> Iterator[Example]:
         """Yield the collated examples of each request."""
         batches = (index.tolist() for index in requests)
         loader = DataLoader(
@@ -69,7 +74,7 @@ class Workers:
             batch_sampler=batches,  # type: ignore[arg-type]
             num_workers=self.num_workers,
             collate_fn=_collate,
-            generator=torch.Generator(),  # leave the global one alone
+            generator=torch.Generator().manual_seed(seed),  # leaves the global one alone
         )
         yield from loader
 

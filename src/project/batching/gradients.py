@@ -20,8 +20,16 @@ def weighted_sum(losses: Tensor, weights: Tensor | None, target_weights: Tensor 
     Args:
         losses: one per target, [N] or [N, T].
         weights: one per example [N], or None for ones.
-        target_weights: one per target, shaped like `losses`, or None for ones.
+        target_weights: one per target, shaped like `losses`, or None for ones. A target of weight zero counts for
+            nothing even if its loss is not finite; its gradient must be.
     """
+    if losses.dtype.itemsize < 4:  # half precision cannot count to 3,000
+        losses = losses.float()
+    if target_weights is not None and target_weights.shape != losses.shape:
+        raise ValueError(
+            f"the weights have the shape {list(target_weights.shape)}, the losses {list(losses.shape)}: "
+            "write one weight per loss"
+        )
     if weights is not None:
         weights = weights.to(losses).reshape(-1, *[1] * (losses.ndim - 1)).expand_as(losses)
         target_weights = weights if target_weights is None else weights * target_weights

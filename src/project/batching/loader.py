@@ -12,6 +12,7 @@ from torch import Tensor
 from project.batching.fetch import Fetch
 from project.batching.order import Order
 from project.batching.plan import BatchPlan, cut
+from project.batching.random import mix
 
 
 @dataclass
@@ -36,11 +37,12 @@ class Batch:
         return len(self.index)
 
     def to(self, device: torch.device) -> "Batch":
-        """Return the batch with all its tensors on `device`."""
+        """Return the batch with its tensors on `device`; the numbers of the examples stay on the host."""
 
         def move(value: Any) -> Any:
             if isinstance(value, tuple | list):
-                return type(value)(move(item) for item in value)
+                items = [move(item) for item in value]
+                return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
             if isinstance(value, dict):
                 return {key: move(item) for key, item in value.items()}
             return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
@@ -97,7 +99,8 @@ class TrainLoader:
         first = self.position()
         epoch = first // len(self)
         steps = range(first, (epoch + 1) * len(self))
-        examples = self.fetch.stream(index for step in steps for index in self.indices(step))
+        requests = (index for step in steps for index in self.indices(step))
+        examples = self.fetch.stream(requests, seed=mix(self.order.seed, first, self.rank))
         for step in steps:
             start, stop = self.plan.bounds(step)
             micro_batches = [
@@ -140,7 +143,8 @@ class EvalLoader:
                 f"{examples} examples cannot be evaluated on {devices} devices: use at most {examples} devices"
             )
         shards = cut(examples, devices)
-        batches = ceil(ceil(examples / devices) / batch_size)
+        # Equally many on each device, and none empty: where devices have one example or two, a batch may be of two.
+        batches = min(ceil(ceil(examples / devices) / batch_size), examples // devices)
         self.fetch = fetch
         self.borders = [shards[rank] + border for border in cut(shards[rank + 1] - shards[rank], batches)]
 

@@ -24,6 +24,11 @@ def cut(total: int, parts: int) -> list[int]:
     return [total * i // parts for i in range(parts + 1)]
 
 
+def _units(size: int, unit: int) -> int:
+    whole, rest = divmod(size, unit)
+    return max(1, whole + (2 * rest >= unit))
+
+
 def _positive(**values: int | None) -> None:
     for name, value in values.items():
         if value is not None and value < 1:
@@ -60,7 +65,7 @@ class BatchPlan:
         if self.examples < 1:
             raise ValueError("the training split has no examples: give it some, or check where it is read from")
         _positive(batch_size=self.batch_size, micro_batch_size=self.micro_batch_size, devices=self.devices)
-        _positive(unit=self.unit)
+        _positive(unit=self.unit, limit=self.limit)
         if self.micro_batch_size is not None and self.micro_batch_size < self.unit:
             raise ValueError(
                 f"micro_batch_size is {self.micro_batch_size}, but {self.unit} examples must stay together: "
@@ -90,34 +95,40 @@ class BatchPlan:
         Raises:
             ValueError: too few are given, or the three contradict one another.
         """
-        _positive(
-            batch_size=batch_size, micro_batch_size=micro_batch_size, accumulate_grad_batches=accumulate_grad_batches
-        )
+        _positive(batch_size=batch_size, micro_batch_size=micro_batch_size, devices=devices, unit=unit)
+        _positive(accumulate_grad_batches=accumulate_grad_batches)
+
+        def plan(batch_size: int, micro_batch_size: int | None) -> BatchPlan:
+            return cls(examples, batch_size, devices, micro_batch_size, drop_last, unit, limit)
+
         if batch_size is None:
             if micro_batch_size is None or accumulate_grad_batches is None:
                 raise ValueError(
                     "data.batch_size is not set: write the number of examples per optimizer step, over all devices"
                 )
-            batch_size = micro_batch_size * accumulate_grad_batches * devices
-        elif accumulate_grad_batches is not None:
-            share = ceil(batch_size / devices)
-            if micro_batch_size is None:
-                if accumulate_grad_batches > share:
-                    raise ValueError(
-                        f"accumulate_grad_batches is {accumulate_grad_batches}, but batch_size {batch_size} on "
-                        f"{devices} device(s) gives each only {share} examples: write at most {share}"
-                    )
-                micro_batch_size = ceil(ceil(share / accumulate_grad_batches) / unit) * unit
-            needed = ceil(share / micro_batch_size)
-            if needed != accumulate_grad_batches:
-                raise ValueError(
-                    f"batch_size {batch_size} on {devices} device(s) in micro-batches of {micro_batch_size} is "
-                    f"{needed} micro-batches per step, but accumulate_grad_batches is {accumulate_grad_batches}: write "
-                    f"accumulate_grad_batches {needed}, or batch_size "
-                    f"{micro_batch_size * accumulate_grad_batches * devices}, or micro_batch_size "
-                    f"{ceil(share / accumulate_grad_batches)}, or leave one of the three out"
-                )
-        return cls(examples, batch_size, devices, micro_batch_size, drop_last, unit, limit)
+            return plan(micro_batch_size * accumulate_grad_batches * devices, micro_batch_size)
+        if accumulate_grad_batches is None:
+            return plan(batch_size, micro_batch_size)
+
+        def accumulation(micro_batch_size: int) -> int:
+            return ceil(share / (micro_batch_size // unit))
+
+        share = ceil(_units(batch_size, unit) / devices)
+        fitting = ceil(share / accumulate_grad_batches) * unit
+        size = fitting if micro_batch_size is None else micro_batch_size
+        if size >= unit and accumulation(size) != accumulate_grad_batches:
+            remedies = [f"accumulate_grad_batches {accumulation(size)}"]
+            if micro_batch_size is None and size > unit:
+                remedies += [f"accumulate_grad_batches {accumulation(size - unit)}"]
+            if accumulation(fitting) == accumulate_grad_batches:
+                remedies += [f"micro_batch_size {fitting}"]
+            remedies += [f"batch_size {size * accumulate_grad_batches * devices}"]
+            raise ValueError(
+                f"batch_size {batch_size} on {devices} device(s) cannot be {accumulate_grad_batches} micro-batches of "
+                f"{'equal size' if micro_batch_size is None else f'at most {size}'} "
+                f"(accumulate_grad_batches {accumulate_grad_batches}): write {', or '.join(remedies)}"
+            )
+        return plan(batch_size, size)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -140,12 +151,12 @@ class BatchPlan:
     @property
     def share(self) -> int:
         """Most examples that one device has of one batch."""
-        return max(sum(part.stop - part.start for part in parts if part.counts) for parts in self._all_parts(0))
+        return max(sum(part.stop - part.start for part in parts if part.counts) for parts in self._all_parts())
 
     @property
     def largest_micro_batch(self) -> int:
         """Most examples that are on one device at once."""
-        return max(part.stop - part.start for parts in self._all_parts(0) for part in parts)
+        return max(part.stop - part.start for parts in self._all_parts() for part in parts)
 
     @property
     def accumulation(self) -> int:
@@ -168,8 +179,7 @@ class BatchPlan:
         Every device gets equally many; their sizes differ by at most one unit, over all devices.
         """
         start, stop = self.bounds(step)
-        whole, rest = divmod(stop - start, self.unit)
-        units = max(1, whole + (2 * rest >= self.unit))
+        units = _units(stop - start, self.unit)
         shares = cut(units, self.devices)
         per_micro_batch = units if self.micro_batch_size is None else self.micro_batch_size // self.unit
         micro_batches = ceil(ceil(units / self.devices) / per_micro_batch)
@@ -195,5 +205,7 @@ class BatchPlan:
             "total_steps": total_steps,
         }
 
-    def _all_parts(self, step: int) -> Iterator[list[Part]]:
-        return (self.parts(step, rank) for rank in range(self.devices))
+    def _all_parts(self) -> Iterator[list[Part]]:
+        """Yield the parts of a full batch and of the last one, whose micro-batches may be the larger."""
+        for step in {0, self.steps_per_epoch - 1}:
+            yield from (self.parts(step, rank) for rank in range(self.devices))

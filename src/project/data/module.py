@@ -5,6 +5,7 @@ import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -124,12 +125,13 @@ class DataModule(pl.LightningDataModule, ABC):
             "devices": trainer.world_size if trainer else 1,
             "unit": self.unit,
         }
-        plan = BatchPlan.derive(examples=len(train), **sizes)
-        self.order.prepare(len(train), plan.batch_size, self.seed, self.labels())
+        batch_size = BatchPlan.derive(examples=len(train), **sizes).batch_size
+        self.order.prepare(len(train), batch_size, self.seed, self.labels())
+        plan = BatchPlan.derive(examples=len(self.order), drop_last=self.drop_last, **sizes)
         limit = trainer.limit_train_batches if trainer else 1.0
         if isinstance(limit, float):
-            limit = None if limit == 1.0 else max(1, int(plan.steps_per_epoch * limit))
-        self.plan = BatchPlan.derive(examples=len(self.order), **sizes, drop_last=self.drop_last, limit=limit)
+            limit = max(1, int(plan.steps_per_epoch * limit))
+        self.plan = replace(plan, limit=limit)
         if self.plan.batch_size > self.plan.examples and (trainer is None or trainer.is_global_zero):
             warnings.warn(
                 f"data.batch_size is {plan.batch_size}, but there are only {self.plan.examples} examples: every step "

@@ -22,6 +22,8 @@ class Schedule:
     floor: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.shape not in ("constant", "cosine", "linear"):
+            raise ValueError(f"schedule.shape is {self.shape}: write constant, cosine or linear")
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"schedule.warmup is {self.warmup}: write a share of the training, from 0 to 1")
         if not 0 <= self.floor <= 1:

@@ -191,24 +191,31 @@ class Task(pl.LightningModule, ABC):
         assert share is not None
         optimizer.zero_grad()
         self._sums = torch.zeros_like(self.window)
-        key = mix(self.data.seed or 0, DRAWS)
-        for number, micro_batch in enumerate(share.micro_batches):
-            self._micro_batch = number
-            # What `Dropout` draws depends on the step and the example; what other layers draw, also on where its
-            # micro-batch begins.
-            Dropout.place = (mix(key, share.step), micro_batch.position)
-            seed_generator(self.device, mix(key, share.step, micro_batch.position))
-            last = number == len(share.micro_batches) - 1
-            # Gradients cross devices once per step, overlapped with the last backward pass.
-            with nullcontext() if last else self._no_sync():
-                loss: Tensor = backward()
+        loss = self._run_micro_batches(share, backward)
         sums = self.trainer.strategy.reduce(self._sums, reduce_op="sum")
         assert isinstance(sums, Tensor)
-        scale_gradients(self.parameters(), share.size / sums[1])
+        count = sums[1] + (sums[1] == 0)  # where no target counts, loss and gradient are zero
+        scale_gradients(self.parameters(), share.size / count)
         self.window += sums
         self.epoch_sums += sums
-        exact = sums[0] / sums[1]
-        return loss.copy_(exact)  # Lightning hands this very tensor to `on_train_batch_end`
+        return loss.copy_(sums[0] / count)  # Lightning hands this very tensor to `on_train_batch_end`
+
+    def _run_micro_batches(self, share: Share, backward: Callable[[], Any]) -> Tensor:
+        key = mix(self.data.seed or 0, DRAWS, share.step)
+        try:
+            for number, micro_batch in enumerate(share.micro_batches):
+                self._micro_batch = number
+                # What `Dropout` draws depends on the step and the example; what other layers draw, also on where its
+                # micro-batch begins.
+                Dropout.place = (key, micro_batch.position)
+                seed_generator(self.device, mix(key, micro_batch.position))
+                # Gradients cross devices once per step, overlapped with the last backward pass.
+                last = number == len(share.micro_batches) - 1
+                with nullcontext() if last else self._no_sync():
+                    loss: Tensor = backward()
+        finally:
+            Dropout.place = None
+        return loss
 
     def _no_sync(self) -> Any:
         block = getattr(self.trainer.strategy, "block_backward_sync", None)
