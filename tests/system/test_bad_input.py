@@ -74,11 +74,11 @@ COMMAND_LINE = {
     ),
     "three that contradict": (
         ["--data.micro_batch_size", "10", "--trainer.accumulate_grad_batches", "3"],
-        ["batch_size 64", "micro-batches of 10", "accumulate_grad_batches 7", "micro_batch_size 22"],
+        ["batch_size 64", "3 micro-batches of at most 10", "accumulate_grad_batches 7", "micro_batch_size 22"],
     ),
     "more micro-batches than examples": (
         ["--trainer.accumulate_grad_batches", "65"],
-        ["accumulate_grad_batches is 65", "at most 64"],
+        ["batch_size 64", "65 micro-batches", "write accumulate_grad_batches 64"],
     ),
     "accumulation zero": (["--trainer.accumulate_grad_batches", "0"], ["accumulate_grad_batches is 0"]),
     "misspelt flag": (["--data.batchsize", "3"], ["batchsize", "did you mean batch_size?"]),
