@@ -17,6 +17,7 @@ from project import run as runs
 from project.callbacks.checkpoint import Last
 from project.callbacks.epoch_line import EpochLine
 from project.callbacks.predictions import Predictions
+from project.callbacks.progress import ProgressBar
 from project.callbacks.run_record import RunRecord
 from project.data.module import SPLITS, DataModule
 from project.errors import Mistake, TrainingStopped, mistakes
@@ -150,16 +151,18 @@ class CLI(LightningCLI):
         if self.subcommand == "predict":
             callbacks.append(Predictions())
             settings["logger"] = False  # nothing is measured
-        settings["callbacks"] = [*callbacks, RunRecord(self.plain_config, str(self.subcommand))]
         if not sys.stdout.isatty():
             settings["enable_progress_bar"] = False
+        elif settings.get("enable_progress_bar") is not False:
+            callbacks.append(ProgressBar())
+        settings["callbacks"] = [*callbacks, RunRecord(self.plain_config, str(self.subcommand))]
         return super().instantiate_trainer(**kwargs)
 
     # Checks before anything is trained
 
     def _prepare(self, stage: str) -> None:
         """Load the data, make the plan and try the network, so that a mistake is said before training starts."""
-        self.datamodule.trainer = self.trainer
+        self.datamodule.trainer, self.datamodule.unit = self.trainer, self.model.unit
         if self.trainer.local_rank != 0:
             return  # the first process says it for all
         with mistakes():
@@ -276,7 +279,7 @@ def run(arguments: list[str]) -> int:
             raise
         return _fail(error, 2)
     except TrainingStopped as error:
-        return _fail(error, 1)
+        return _fail(error, error.code)
     finally:
         if not inherited:
             os.environ.pop(runs.FOLDER, None)

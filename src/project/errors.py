@@ -11,7 +11,16 @@ class Mistake(Exception):
 
 
 class TrainingStopped(RuntimeError):
-    """Training cannot go on; the message says why, what is saved, and what to do. Exit code 1."""
+    """Training cannot go on; the message says why, what is saved, and what to do.
+
+    Args:
+        message: one line.
+        code: the exit code.
+    """
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 
-from project.callbacks.checkpoint import DurableIO
+from project.callbacks.durable import DurableIO
 
 
 class Trainer(pl.Trainer):

@@ -2,20 +2,21 @@ import pytest
 import torch
 from torch import nn
 
+from project.models import place
 from project.models.dropout import Dropout
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind():
     yield
-    Dropout.place = None
+    place.current = None
 
 
 def masks(layer, inputs, key, sizes):
     """Run the examples in micro-batches of the given sizes."""
     outputs, first = [], 0
     for part in inputs.split(sizes):
-        Dropout.place = (key, first)
+        place.current = place.Place(key, first)
         outputs.append(layer(part))
         first += len(part)
     return torch.cat(outputs)

@@ -3,8 +3,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from project.models import place
 from project.models.convnet import ConvNet, make_norm2d
-from project.models.dropout import Dropout
 from project.models.mlp import MLP, make_norm
 
 MLP_NORMS, CONV_NORMS = ["none", "layer", "batch"], ["none", "batch", "group", "instance"]
@@ -15,7 +15,7 @@ NORMS = (nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.Instance
 @pytest.fixture(autouse=True)
 def _seed(monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(Dropout, "place", None)  # a run in this process leaves its own behind
+    monkeypatch.setattr(place, "current", None)
 
 
 def norms_of(network: nn.Module) -> list[nn.Module]:

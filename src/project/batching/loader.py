@@ -25,6 +25,8 @@ class Batch:
         index: numbers of the examples within their split, int64 [N].
         weights: [N] factors of the examples' losses, or None for all one.
         position: position of the first example in the global batch.
+        epoch: number of the epoch, from 0; with `index` it tells what is drawn for an example.
+        counts: False where the examples only stand in for a device that has nothing to do.
     """
 
     inputs: Any
@@ -32,24 +34,37 @@ class Batch:
     index: Tensor
     weights: Tensor | None = None
     position: int = 0
+    epoch: int = 0
+    counts: bool = True
 
     def __len__(self) -> int:
         return len(self.index)
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch with its tensors on `device`; the numbers of the examples stay on the host."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
-        def move(value: Any) -> Any:
+    def split(self, size: int) -> list["Batch"]:
+        """Return the batch in parts of at most `size` examples."""
+        return [
+            replace(
+                self._map(lambda tensor, start=start: tensor[start : start + size]),
+                index=self.index[start : start + size],
+                position=self.position + start,
+            )
+            for start in range(0, len(self), size)
+        ]
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        def apply(value: Any) -> Any:
             if isinstance(value, tuple | list):
-                items = [move(item) for item in value]
+                items = [apply(item) for item in value]
                 return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
             if isinstance(value, dict):
-                return {key: move(item) for key, item in value.items()}
-            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+                return {key: apply(item) for key, item in value.items()}
+            return function(value) if isinstance(value, Tensor) else value
 
-        return replace(
-            self, inputs=move(self.inputs), targets=move(self.targets), index=self.index, weights=move(self.weights)
-        )
+        return replace(self, inputs=apply(self.inputs), targets=apply(self.targets), weights=apply(self.weights))
 
 
 @dataclass
@@ -67,6 +82,11 @@ class Share:
     epoch: int
     size: int
     micro_batches: list[Batch]
+
+    def cut(self, limit: int | None) -> None:
+        """Cut micro-batches of more than `limit` examples."""
+        if limit is not None:
+            self.micro_batches = [part for micro_batch in self.micro_batches for part in micro_batch.split(limit)]
 
 
 def make_batch(fields: tuple[Any, ...], index: Tensor, **rest: Any) -> Batch:
@@ -109,6 +129,8 @@ class TrainLoader:
                     index,
                     weights=None if part.counts else torch.zeros(len(index)),
                     position=part.start - start,
+                    epoch=epoch,
+                    counts=part.counts,
                 )
                 for part, index in zip(self.plan.parts(step, self.rank), self.indices(step), strict=True)
             ]

@@ -1,57 +1,18 @@
-"""Checkpoints that are never torn, and a `last` from which training resumes as if it had not stopped."""
+"""The checkpoint from which training resumes as if it had not stopped: when it is taken, and that it is on a signal."""
 
-import contextlib
 import os
+import signal
+import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
 from project.errors import TrainingStopped
 
-
-class DurableIO(TorchCheckpointIO):
-    """Writes beside the target, flushes to the disk, then renames: a reader sees the old file or the new, whole.
-
-    Lightning writes through the temporary folder, from where a rename to another file system is a copy that can tear.
-    """
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Save `checkpoint` at `path`.
-
-        Raises:
-            TrainingStopped: it cannot be written; whatever was at `path` before is untouched.
-        """
-        if "://" in str(path):  # an object store replaces whole objects anyway
-            super().save_checkpoint(checkpoint, path, storage_options)
-            return
-        target = Path(path)
-        part = target.with_name(f".{target.name}.part")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, target)
-            _flush_folder(target.parent)
-        except (OSError, RuntimeError) as error:
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
-            reason = error.__context__ if isinstance(error.__context__, OSError) else error
-            kept = f"; the one before it is whole: {target}" if target.exists() else ""
-            raise TrainingStopped(f"cannot write the checkpoint {target}: {reason}{kept}") from error
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Last(Checkpoint):
@@ -59,6 +20,9 @@ class Last(Checkpoint):
 
     A checkpoint is taken when the next step is about to begin: only then is everything that belongs to the steps before
     (validation, schedules, the end of an epoch) done and counted.
+
+    SIGTERM and SIGUSR1, to any of the processes, let the step finish, save, and end the run with exit code 143. Under
+    SLURM, SIGUSR1 (`sbatch --signal=USR1@90`) also puts the job back into the queue.
 
     Args:
         every_n_steps: save every so many optimizer steps; null: at the start of each epoch. Always at the end.
@@ -69,17 +33,40 @@ class Last(Checkpoint):
             raise ValueError(f"every_n_steps is {every_n_steps}: write a number of optimizer steps, or null")
         self.every_n_steps = every_n_steps
         self._saved_at = 0
+        self._handlers: dict[int, Any] = {}
+        self._signal: int | None = None
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """There is nothing to save where training starts or resumes."""
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Listen for signals. There is nothing to save where training starts or resumes."""
         self._saved_at = trainer.global_step
+        pl_module.stop_requested = False
+
+        def note(number: int, _: Any) -> None:
+            # A handler runs between any two instructions, so it only leaves a note.
+            self._signal, pl_module.stop_requested = number, True
+
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = {number: signal.signal(number, note) for number in SIGNALS}
+
+    def _stop_listening(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Save the state after the steps before, if it is due."""
+        """Save the state after the steps before, if it is due; stop, if a signal came."""
         step = trainer.global_step
+        stop = pl_module.stop_agreed()
         every = self.every_n_steps or pl_module.data.plan.steps_per_epoch
-        if step % every == 0 and step != self._saved_at:
+        if step != self._saved_at and (stop or step % every == 0):
             self.save(trainer)
+        if stop:
+            if self._signal == signal.SIGUSR1 and trainer.is_global_zero and "SLURM_JOB_ID" in os.environ:
+                subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=False)
+            raise TrainingStopped(
+                f"stopped by a signal after step {step:,}; saved, and the same command with --ckpt_path last goes on",
+                code=128 + signal.SIGTERM,
+            )
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Save where `max_steps` ends training within an epoch: afterwards Lightning counts the epoch as done."""
@@ -91,10 +78,15 @@ class Last(Checkpoint):
         """Save the end of training."""
         if trainer.global_step != self._saved_at:
             self.save(trainer)
+        self._stop_listening()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Leave the signals as they were."""
+        self._stop_listening()
 
     def save(self, trainer: pl.Trainer) -> None:
         """Write `last.ckpt`; what it was before becomes `previous.ckpt`."""
-        last = folder(trainer) / "last.ckpt"
+        last = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
         if trainer.is_global_zero and last.exists():
             spare = last.with_name(".previous.part")
             spare.unlink(missing_ok=True)
@@ -102,8 +94,3 @@ class Last(Checkpoint):
             os.replace(spare, last.with_name("previous.ckpt"))
         trainer.save_checkpoint(last)
         self._saved_at = trainer.global_step
-
-
-def folder(trainer: pl.Trainer) -> Path:
-    """Return where the checkpoints of this run are."""
-    return Path(trainer.default_root_dir) / "checkpoints"

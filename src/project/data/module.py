@@ -6,6 +6,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -67,6 +68,8 @@ class DataModule(pl.LightningDataModule, ABC):
         self.plan: BatchPlan | None = None
         self._splits: dict[str, Fetch | None] = {}
         self._restored_step = 0
+        self.micro_batch_limit: int | None = None
+        """Most examples that were found to fit at once."""
 
     # What a subclass writes
 
@@ -93,6 +96,11 @@ class DataModule(pl.LightningDataModule, ABC):
 
     _knows_predict = False
     """Set to True where `load` has a "predict" split of its own."""
+
+    @property
+    def limit_file(self) -> Path:
+        """Where a run on several devices leaves the micro-batch size with which a restart may fit into memory."""
+        return Path(self.trainer.default_root_dir if self.trainer else ".") / "micro_batch_limit"
 
     def loaded(self) -> list[tuple[str, Fetch]]:
         """Return the splits loaded so far, by name."""
@@ -123,8 +131,12 @@ class DataModule(pl.LightningDataModule, ABC):
             "micro_batch_size": self.micro_batch_size,
             "accumulate_grad_batches": getattr(trainer, "accumulation", None),
             "devices": trainer.world_size if trainer else 1,
-            "unit": self.unit,
+            "unit": getattr(trainer.lightning_module, "unit", self.unit) if trainer else self.unit,
         }
+        if self.limit_file.exists():
+            limit = int(self.limit_file.read_text())
+            sizes["micro_batch_size"] = min(self.micro_batch_size or limit, limit)
+            sizes["accumulate_grad_batches"] = None
         batch_size = BatchPlan.derive(examples=len(train), **sizes).batch_size
         self.order.prepare(len(train), batch_size, self.seed, self.labels())
         plan = BatchPlan.derive(examples=len(self.order), drop_last=self.drop_last, **sizes)
@@ -195,11 +207,16 @@ class DataModule(pl.LightningDataModule, ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position, and a fingerprint of everything that decides which examples form a batch."""
-        return {"step": self.position(), "fingerprint": self.fingerprint()}
+        return {
+            "step": self.position(),
+            "fingerprint": self.fingerprint(),
+            "micro_batch_limit": self.micro_batch_limit,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the position."""
         self._restored_step = state_dict["step"]
+        self.micro_batch_limit = state_dict["micro_batch_limit"]
 
     def fingerprint(self) -> dict[str, int | str | bool | None]:
         """Return what decides which examples form a batch; it must be the same when training is resumed."""

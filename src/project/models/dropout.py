@@ -1,12 +1,11 @@
 """Dropout that does not depend on how the batch is executed."""
 
-from typing import ClassVar
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from project.batching.random import mix
+from project.models import place
 
 
 class Dropout(nn.Module):
@@ -20,9 +19,6 @@ class Dropout(nn.Module):
         p: probability that a value is zeroed.
     """
 
-    place: ClassVar[tuple[int, int] | None] = None
-    """(a number for seed and step, position of the first example in the global batch); set for each micro-batch."""
-
     def __init__(self, p: float = 0.5) -> None:
         super().__init__()
         if not 0 <= p < 1:
@@ -34,9 +30,9 @@ class Dropout(nn.Module):
         """Map [N, ...] to [N, ...]."""
         if not self.training or self.p == 0:
             return inputs
-        if Dropout.place is None:
+        if place.current is None:
             return F.dropout(inputs, self.p, training=True)
-        key, first = Dropout.place
+        key, first, _ = place.current
         examples = mix(mix(key, self.number), torch.arange(first, first + len(inputs), device=inputs.device))
         values = torch.arange(inputs[0].numel(), device=inputs.device)
         # A short hash is enough where the keys of the examples are good: one multiply-and-shift round per value.

@@ -1,12 +1,11 @@
 """The base of all tasks: a subclass gives one loss per target; the exact batch gradient is inherited."""
 
 import math
-from abc import ABC, abstractmethod
+import warnings
+from abc import abstractmethod
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from typing import Any, ClassVar
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
@@ -14,31 +13,23 @@ from torch.optim import LBFGS, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MetricCollection
 
-from project.batching.gradients import scale_gradients, weighted_sum
-from project.batching.loader import Batch, Share
-from project.batching.random import mix
+from project.batching.loader import Batch
 from project.callbacks.record import Record
 from project.data.module import SPLITS, DataModule
-from project.models.dropout import Dropout
+from project.models.norm import has_batchnorm
 from project.optim.schedule import Schedule
-
-DRAWS = 0x647261
-"""Tells what is drawn in training from what else is drawn from the same seed."""
-
-Losses = Tensor | tuple[Tensor, Tensor]
+from project.tasks.step import ExactStep, Losses
 
 
-class Task(pl.LightningModule, ABC):
+class Task(ExactStep):
     """Owns network, loss, optimizer and metrics. A subclass gives one loss per target, in `losses`.
-
-    One item of the training loader is one optimizer step. Its micro-batches run inside `optimizer_step`; then come one
-    all-reduce of (loss sum, count), one division of the gradient, clipping, and the step.
 
     Args:
         network: any module that takes `batch.inputs`.
         optimizer: any class from `torch.optim`, or another that is called in the same way.
         schedule: the learning rate over the training.
         decay_matrices_only: leave biases and norms (parameters with fewer than two dimensions) out of weight decay.
+        **kwargs: those of `ExactStep`.
     """
 
     monitor: ClassVar[tuple[str, str]] = ("val/loss", "min")
@@ -50,21 +41,13 @@ class Task(pl.LightningModule, ABC):
         optimizer: Callable[[Iterable], Optimizer] = AdamW,
         schedule: Schedule = Schedule(),  # noqa: B008 (frozen)
         decay_matrices_only: bool = False,
+        **kwargs: Any,
     ) -> None:
-        super().__init__()
-        self.network = network
+        super().__init__(network, **kwargs)
         self.make_optimizer = optimizer
         self.schedule = schedule
         self.decay_matrices_only = decay_matrices_only
-        for number, layer in enumerate(layer for layer in network.modules() if isinstance(layer, Dropout)):
-            layer.number = number
         self.metrics: MetricCollection | None = None
-        self.share: Share | None = None
-        self._micro_batch = 0
-        self._sums = torch.zeros(2)
-        # Sums of (loss, count) over all devices: since the last log line, and since the epoch began.
-        self.window = torch.zeros(2, dtype=torch.float64)
-        self.epoch_sums = torch.zeros(2, dtype=torch.float64)
 
     # What a subclass writes
 
@@ -87,14 +70,6 @@ class Task(pl.LightningModule, ABC):
         """Raise ValueError where the data does not suit the task, given the network's outputs for a few examples."""
 
     # What is inherited: the network and its metrics
-
-    @property
-    def data(self) -> DataModule:
-        """The data module that owns the batching."""
-        data = getattr(self.trainer, "datamodule", None)
-        if not isinstance(data, DataModule):
-            raise TypeError("a Task trains from a project.data.module.DataModule: pass datamodule= to the trainer")
-        return data
 
     def forward(self, inputs: Any) -> Tensor:
         """Apply the network to the inputs; a tuple of inputs is passed as several arguments."""
@@ -127,11 +102,25 @@ class Task(pl.LightningModule, ABC):
             self.train(training)
         self.check(data, outputs)
         if data.plan is not None:
-            self._new_optimizer()
-            self._examples_in_all(data)
+            self._check_training(data)
         if self.metrics is None:
             metrics = self.make_metrics(outputs)
             self.metrics = None if metrics is None else metrics.to(self.device)
+
+    def _check_training(self, data: DataModule) -> None:
+        self._new_optimizer()
+        self._examples_in_all(data)
+        plan = data.plan
+        assert plan is not None
+        if plan.unit != self.unit:
+            raise ValueError(f"the plan keeps {plan.unit} examples together, but the network needs {self.unit}")
+        if has_batchnorm(self.network) and plan.accumulation * plan.devices > 1:
+            warnings.warn(
+                f"the network has batch norm: its statistics are over the {plan.largest_micro_batch} examples that run "
+                f"at once and not over the batch of {plan.batch_size}, so the result depends on how the batch is "
+                f"executed; write model.ghost_batch_size, such as {min(32, plan.largest_micro_batch)}",
+                stacklevel=2,
+            )
 
     def metric_names(self) -> list[str]:
         """Return the names that a checkpoint or early stopping may monitor."""
@@ -146,93 +135,7 @@ class Task(pl.LightningModule, ABC):
         """Return the callback that writes training figures to the log."""
         return [Record()]
 
-    # The exact step
-
-    def on_train_start(self) -> None:
-        """Put the running sums on the device."""
-        # Sums in double precision where the device has it.
-        dtype = torch.float32 if self.device.type == "mps" else torch.float64
-        self.window = torch.zeros(2, dtype=dtype, device=self.device)
-        self.epoch_sums = self.epoch_sums.to(self.device, dtype)
-
-    def on_train_batch_start(self, batch: Share, batch_idx: int) -> None:
-        """Take this device's share of the next global batch."""
-        if batch.step != self.trainer.global_step:
-            raise RuntimeError(
-                f"the loader gave the batch of step {batch.step}, but step {self.trainer.global_step} is due"
-            )
-        self.share = batch
-
-    def training_step(self, batch: Share, batch_idx: int) -> Tensor:
-        """Return the loss sum of one micro-batch, scaled so that the sum over all is near the mean of the batch."""
-        micro_batch = self.data.to_device(batch.micro_batches[self._micro_batch], self.device, training=True)
-        loss, count = self._weighted_sum(micro_batch)
-        self._sums[0] += loss.detach()
-        self._sums[1] += count
-        # Data-parallel strategies average over devices. The nominal count keeps half-precision gradients in range.
-        return loss * (self.trainer.world_size / batch.size)
-
-    def optimizer_step(
-        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
-    ) -> None:
-        """Run the micro-batches, divide once, and step."""
-        assert optimizer_closure is not None
-        loss = self.gradient(optimizer, optimizer_closure)
-        optimizer.step(closure=lambda: loss)
-
-    def gradient(self, optimizer: Any, backward: Callable[[], Any]) -> Tensor:
-        """Leave the exact gradient of the global batch in the parameters; return the exact loss.
-
-        Args:
-            optimizer: its gradients are zeroed first.
-            backward: runs `training_step` and the backward pass of the micro-batch that is due.
-        """
-        share = self.share
-        assert share is not None
-        optimizer.zero_grad()
-        self._sums = torch.zeros_like(self.window)
-        loss = self._run_micro_batches(share, backward)
-        sums = self.trainer.strategy.reduce(self._sums, reduce_op="sum")
-        assert isinstance(sums, Tensor)
-        count = sums[1] + (sums[1] == 0)  # where no target counts, loss and gradient are zero
-        scale_gradients(self.parameters(), share.size / count)
-        self.window += sums
-        self.epoch_sums += sums
-        return loss.copy_(sums[0] / count)  # Lightning hands this very tensor to `on_train_batch_end`
-
-    def _run_micro_batches(self, share: Share, backward: Callable[[], Any]) -> Tensor:
-        key = mix(self.data.seed or 0, DRAWS, share.step)
-        try:
-            for number, micro_batch in enumerate(share.micro_batches):
-                self._micro_batch = number
-                # What `Dropout` draws depends on the step and the example; what other layers draw, also on where its
-                # micro-batch begins.
-                Dropout.place = (key, micro_batch.position)
-                seed_generator(self.device, mix(key, micro_batch.position))
-                # Gradients cross devices once per step, overlapped with the last backward pass.
-                last = number == len(share.micro_batches) - 1
-                with nullcontext() if last else self._no_sync():
-                    loss: Tensor = backward()
-        finally:
-            Dropout.place = None
-        return loss
-
-    def _no_sync(self) -> Any:
-        block = getattr(self.trainer.strategy, "block_backward_sync", None)
-        return nullcontext() if block is None else block()
-
-    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
-        """Do nothing: gradients are zeroed once per global batch, in `gradient`, and not per micro-batch."""
-
-    def _weighted_sum(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        losses = self.losses(batch)
-        losses, weights = losses if isinstance(losses, tuple) else (losses, None)
-        if losses.ndim == 0 or len(losses) != len(batch):
-            raise ValueError(
-                f"{type(self).__name__}.losses gave the shape {list(losses.shape)} for {len(batch)} examples: return "
-                "one loss per target (reduction='none'), with the examples in the first dimension"
-            )
-        return weighted_sum(losses, batch.weights, weights)
+    # Figures
 
     def on_train_epoch_end(self) -> None:
         """Give the exact mean loss of the epoch."""
@@ -242,18 +145,17 @@ class Task(pl.LightningModule, ABC):
     # Evaluation: every example once, over all devices
 
     def _start_evaluation(self) -> None:
-        self._sums = torch.zeros(2, dtype=self.window.dtype, device=self.device)
+        self._sums = torch.zeros(3, dtype=self.window.dtype, device=self.device)
         if self.metrics is not None:
             self.metrics.to(self.device).reset()
 
     def _evaluate(self, batch: Batch) -> None:
-        loss, count = self._weighted_sum(self.data.to_device(batch, self.device, training=False))
+        loss, count = self.summed_loss(self.data.to_device(batch, self.device, training=False))
         self._sums[0] += loss
         self._sums[1] += count
 
     def _end_evaluation(self, stage: str) -> None:
-        sums = self.trainer.strategy.reduce(self._sums, reduce_op="sum")
-        assert isinstance(sums, Tensor)
+        sums = self.reduce_sums(self._sums)
         values = {f"{stage}/loss": sums[0] / sums[1]}
         if self.metrics is not None:
             values |= {f"{stage}/{name}": value for name, value in self.metrics.compute().items()}
@@ -297,7 +199,7 @@ class Task(pl.LightningModule, ABC):
             for logger in self.trainer.loggers:
                 logger.log_metrics(numbers, step=self.trainer.global_step)
 
-    # Optimizer and checkpoint
+    # Optimizer
 
     def parameter_groups(self) -> list[Any]:
         """Return the parameters for the optimizer."""
@@ -334,21 +236,3 @@ class Task(pl.LightningModule, ABC):
             )
         assert data.plan is not None
         return steps if steps == math.inf else data.plan.examples_at(int(steps))
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the sums of the epoch, so that its mean loss is exact after a resume."""
-        checkpoint["epoch_sums"] = self.epoch_sums.tolist()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the sums of the epoch."""
-        self.epoch_sums = torch.tensor(checkpoint["epoch_sums"], dtype=self.epoch_sums.dtype)
-
-
-def seed_generator(device: torch.device, seed: int) -> None:
-    """Seed the generator that random layers on `device` draw from (`torch.manual_seed` visits all accelerators)."""
-    if device.type == "cpu":
-        torch.default_generator.manual_seed(seed)
-    elif device.type == "cuda":
-        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
-    else:
-        torch.manual_seed(seed)

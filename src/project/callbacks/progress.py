@@ -1,0 +1,27 @@
+"""The progress bar: optimizer steps, time left, loss, examples per second."""
+
+from typing import Any
+
+from lightning.pytorch.callbacks import RichProgressBar
+from rich.progress import ProgressColumn
+
+
+class ProgressBar(RichProgressBar):
+    """Lightning's rich progress bar, with examples per second in place of iterations, and epochs counted from 1."""
+
+    def configure_columns(self, trainer: Any) -> list[ProgressColumn]:
+        """Leave room for the metrics on a terminal of 80 columns."""
+        description, bar, batches, time, _ = super().configure_columns(trainer)
+        bar.bar_width = 8
+        return [description, bar, batches, time]
+
+    def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
+        """Show what the task shows, without a version number."""
+        metrics: dict[str, Any] = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        if "examples/s" in metrics:
+            metrics["examples/s"] = f"{float(metrics['examples/s']):,.0f}"
+        return metrics
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return f"epoch {current_epoch + 1}"

@@ -1,0 +1,290 @@
+"""One optimizer step from one global batch: exact, whatever runs out of memory or of finite numbers."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from project.batching.gradients import scale_gradients, weighted_sum
+from project.batching.loader import Batch, Share
+from project.batching.random import mix
+from project.data.module import DataModule
+from project.errors import TrainingStopped
+from project.models import place
+from project.models.dropout import Dropout
+from project.models.norm import GhostBatchNorm, convert_batchnorm
+
+DRAWS = 0x647261
+"""Tells what is drawn in training from what else is drawn from the same seed."""
+
+Losses = Tensor | tuple[Tensor, Tensor]
+
+
+class ExactStep(pl.LightningModule, ABC):
+    """Runs the micro-batches of a global batch, reduces once, divides once, steps.
+
+    One item of the training loader is one optimizer step, so all of Lightning's counters count the same thing.
+
+    Args:
+        network: any module that takes `batch.inputs`.
+        ghost_batch_size: replace the network's batch norms by ghost batch norms over so many examples.
+        max_skipped_steps: a step whose loss or gradient is not finite is skipped; after so many in a row training
+            stops. 0: do not look (on a GPU, looking waits for the device at each step).
+    """
+
+    def __init__(self, network: nn.Module, ghost_batch_size: int | None = None, max_skipped_steps: int = 10) -> None:
+        super().__init__()
+        if ghost_batch_size is not None and not convert_batchnorm(network, ghost_batch_size):
+            raise ValueError(
+                f"model.ghost_batch_size is {ghost_batch_size}, but the network has no batch norm: leave it out"
+            )
+        self.network = network
+        self.max_skipped_steps = max_skipped_steps
+        self.ghosts = [layer for layer in network.modules() if isinstance(layer, GhostBatchNorm)]
+        sizes = {layer.ghost_batch_size for layer in self.ghosts}
+        if len(sizes) > 1:
+            raise ValueError(f"the network has ghost batches of {sorted(sizes)} examples: write one size")
+        self.unit = sizes.pop() if sizes else 1
+        for number, layer in enumerate(layer for layer in network.modules() if isinstance(layer, Dropout)):
+            layer.number = number
+        self.share: Share | None = None
+        self.skipped_in_a_row = 0
+        self.stop_requested = False
+        """Set on any device, it makes all of them stop after the same step."""
+        self._micro_batch = 0
+        # Sums of (loss, count, devices asked to stop) over all devices: of this step, since the last row in the log,
+        # and since the epoch began.
+        self._sums = torch.zeros(3, dtype=torch.float64)
+        self.window = torch.zeros(3, dtype=torch.float64)
+        self.epoch_sums = torch.zeros(3, dtype=torch.float64)
+
+    @abstractmethod
+    def losses(self, batch: Batch) -> Losses:
+        """Return one loss per target, [N] or [N, T], never averaged; or (losses, weights) shaped alike."""
+
+    @property
+    def data(self) -> DataModule:
+        """The data module that owns the batching."""
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, DataModule):
+            raise TypeError("a Task trains from a project.data.module.DataModule: pass datamodule= to the trainer")
+        return data
+
+    def summed_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the loss sum and the count of a batch on the device."""
+        losses = self.losses(batch)
+        losses, weights = losses if isinstance(losses, tuple) else (losses, None)
+        if losses.ndim == 0 or len(losses) != len(batch):
+            raise ValueError(
+                f"{type(self).__name__}.losses gave the shape {list(losses.shape)} for {len(batch)} examples: return "
+                "one loss per target (reduction='none'), with the examples in the first dimension"
+            )
+        return weighted_sum(losses, batch.weights, weights)
+
+    def reduce_sums(self, sums: Tensor) -> Tensor:
+        """Return the sums over all devices."""
+        total = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        assert isinstance(total, Tensor)
+        return total
+
+    # Lightning's hooks
+
+    def on_train_start(self) -> None:
+        """Put the sums on the device, in double precision where it has that."""
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        self._sums = torch.zeros(3, dtype=dtype, device=self.device)
+        self.window = torch.zeros_like(self._sums)
+        self.epoch_sums = self.epoch_sums.to(self._sums)
+        for ghost in self.ghosts:
+            ghost.zero_sums()
+
+    def on_train_batch_start(self, batch: Share, batch_idx: int) -> None:
+        """Take this device's share of the next global batch."""
+        if batch.step != self.trainer.global_step:
+            raise RuntimeError(
+                f"the loader gave the batch of step {batch.step}, but step {self.trainer.global_step} is due"
+            )
+        self.share = batch
+
+    def training_step(self, batch: Share, batch_idx: int) -> Tensor:
+        """Return the loss sum of one micro-batch, scaled so that the sum over all is near the mean of the batch."""
+        micro_batch = self.data.to_device(batch.micro_batches[self._micro_batch], self.device, training=True)
+        loss, count = self.summed_loss(micro_batch)
+        self._sums[0] += loss.detach()
+        self._sums[1] += count
+        # Data-parallel strategies average over devices. The nominal count keeps half-precision gradients in range.
+        return loss * (self.trainer.world_size / batch.size)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        """Do nothing: gradients are zeroed once per global batch and not per micro-batch."""
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        """Step with the exact gradient of the global batch; or skip the step where it is not finite."""
+        assert optimizer_closure is not None
+        loss = self.gradient(optimizer, optimizer_closure)
+        if self.max_skipped_steps and not self._is_finite():
+            optimizer.zero_grad()
+            self._skip()
+            return
+        self.skipped_in_a_row = 0
+        self.window += self._sums
+        self.epoch_sums += self._sums
+        self._move_running_statistics()
+        optimizer.step(closure=lambda: loss)
+
+    # The gradient
+
+    def gradient(self, optimizer: Any, backward: Callable[[], Any]) -> Tensor:
+        """Leave the exact gradient of the global batch in the parameters; return the exact loss.
+
+        Args:
+            optimizer: its gradients are zeroed first.
+            backward: runs `training_step` and the backward pass of the micro-batch that is due.
+        """
+        share = self.share
+        assert share is not None
+        loss = None
+        while loss is None:
+            optimizer.zero_grad()
+            self._sums = torch.zeros_like(self.window)
+            for ghost in self.ghosts:
+                ghost.zero_sums()
+            share.cut(self.data.micro_batch_limit)
+            loss = self._run_micro_batches(share, backward)
+        self._sums[2] = self.stop_requested
+        self._sums = self.reduce_sums(self._sums)
+        count = self._sums[1] + (self._sums[1] == 0)  # where no target counts, loss and gradient are zero
+        scale_gradients(self.parameters(), share.size / count)
+        return loss.copy_(self._sums[0] / count)  # Lightning hands this very tensor to `on_train_batch_end`
+
+    def _run_micro_batches(self, share: Share, backward: Callable[[], Any]) -> Tensor | None:
+        """Run all micro-batches and return the loss of the last; None if they must be run again, in smaller ones."""
+        key = mix(self.data.seed or 0, DRAWS, share.step)
+        loss = None
+        try:
+            for number, micro_batch in enumerate(share.micro_batches):
+                self._micro_batch = number
+                # What our own layers draw depends on the step and the example; what others draw, also on where their
+                # micro-batch begins.
+                place.current = place.Place(key, micro_batch.position, micro_batch.counts)
+                seed_generator(self.device, mix(key, micro_batch.position))
+                # Gradients cross devices once per step, overlapped with the last backward pass.
+                last = number == len(share.micro_batches) - 1
+                with nullcontext() if last else self._no_sync():
+                    loss = backward()
+            return loss
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            message = str(error).splitlines()[0]
+        finally:
+            place.current = None
+        # Outside the except clause, where the failed pass and its tensors are gone.
+        self._halve(max(len(micro_batch) for micro_batch in share.micro_batches), message)
+        return None
+
+    def _no_sync(self) -> Any:
+        block = getattr(self.trainer.strategy, "block_backward_sync", None)
+        return nullcontext() if block is None else block()
+
+    def _halve(self, size: int, message: str) -> None:
+        """Set half the limit for micro-batches.
+
+        Raises:
+            TrainingStopped: a micro-batch cannot be smaller; or there are several devices, which wait for one another
+                in the middle of a backward pass.
+        """
+        half = max(1, size // 2 // self.unit) * self.unit
+        if half >= size:
+            raise TrainingStopped(
+                f"out of memory with {size} example(s) at once, which cannot be cut further ({message}): "
+                "write a smaller model or input"
+            )
+        self.data.micro_batch_limit = half
+        where = f"step {self.trainer.global_step}: out of memory with micro-batches of {size} examples"
+        if self.trainer.world_size > 1:
+            self.data.limit_file.write_text(str(half))
+            raise TrainingStopped(f"{where} ({message}): the same command with --ckpt_path last goes on with {half}")
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        print(f"{where}: the batch is run again in micro-batches of {half}; its result is the same", flush=True)
+
+    def _move_running_statistics(self) -> None:
+        if self.ghosts:
+            sums = self.reduce_sums(torch.cat([ghost.sums for ghost in self.ghosts], dim=1))
+            widths = [ghost.sums.shape[1] for ghost in self.ghosts]
+            for ghost, own in zip(self.ghosts, sums.split(widths, dim=1), strict=True):
+                ghost.move_running(own)
+
+    # Numbers that are not finite
+
+    def _is_finite(self) -> bool:
+        """Return whether loss and gradient are finite. All devices see the same, after the reduction."""
+        finite = self._sums[0].isfinite()
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:  # which looks for itself
+            gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+            finite = finite & torch.nn.utils.get_total_norm(gradients).isfinite()
+        return bool(finite)
+
+    def _skip(self) -> None:
+        """Say which examples were in a skipped step; stop after too many in a row."""
+        self.skipped_in_a_row += 1
+        share, data = self.share, self.data
+        assert share is not None
+        assert data.plan is not None
+        examples = data.order.indices(share.epoch, *data.plan.bounds(share.step)).tolist()
+        path = Path(self.trainer.default_root_dir) / "skipped.csv"
+        if self.trainer.is_global_zero:
+            with path.open("a") as file:
+                file.write(",".join(map(str, [share.step, *examples])) + "\n")
+            some = ", ".join(map(str, examples[:8])) + (", ..." if len(examples) > 8 else "")
+            print(f"step {share.step}: loss or gradient is not finite; skipped; its examples: {some} (all: {path})")
+        if self.skipped_in_a_row >= self.max_skipped_steps:
+            raise TrainingStopped(
+                f"loss or gradient was not finite in {self.skipped_in_a_row} steps in a row, up to step {share.step}: "
+                f"lower the learning rate, or look at the examples in {path}; last.ckpt has the weights from before"
+            )
+
+    def stop_agreed(self) -> bool:
+        """Return whether any device was asked to stop, as of the last step; all devices get the same answer."""
+        if self.trainer.world_size == 1:
+            return self.stop_requested
+        # Reading waits for the device. On a CPU that is free; elsewhere it is done where a row in the log waits anyway.
+        free = self.device.type == "cpu" or self.trainer.global_step % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        return free and self._sums[2].item() > 0
+
+    # What a checkpoint keeps besides
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the sums of the epoch, so that its mean loss is exact after a resume."""
+        checkpoint["epoch_sums"] = self.epoch_sums.tolist()
+        checkpoint["skipped_in_a_row"] = self.skipped_in_a_row
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the sums of the epoch."""
+        self.epoch_sums = torch.tensor(checkpoint["epoch_sums"], dtype=self.epoch_sums.dtype)
+        self.skipped_in_a_row = checkpoint["skipped_in_a_row"]
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Return whether an error says that a device, or the machine, has no memory left."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
+def seed_generator(device: torch.device, seed: int) -> None:
+    """Seed the generator that random layers on `device` draw from (`torch.manual_seed` visits all accelerators)."""
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    elif device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
