@@ -14,6 +14,7 @@ from lightning.pytorch.cli import LightningCLI
 
 from project import resume
 from project import run as runs
+from project.batching.fetch import DataError
 from project.callbacks.checkpoint import Last
 from project.callbacks.epoch_line import EpochLine
 from project.callbacks.predictions import Predictions
@@ -280,6 +281,8 @@ def run(arguments: list[str]) -> int:
         return _fail(error, 2)
     except TrainingStopped as error:
         return _fail(error, error.code)
+    except DataError as error:
+        return _fail(error, 1)
     finally:
         if not inherited:
             os.environ.pop(runs.FOLDER, None)

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset, IterableDataset, TensorDataset, get_worker_info
 
-from project.batching.fetch import InMemory, Workers, make_fetch
+from project.batching.fetch import DataError, InMemory, Workers, make_fetch
 
 REQUESTS = [[3, 1], [0], [4, 4, 2], [1]]
 
@@ -35,7 +35,9 @@ def pair(i: int) -> tuple[torch.Tensor, int]:
 
 
 def read(fetch, requests=REQUESTS) -> list[tuple]:
-    return list(fetch.stream(torch.tensor(request) for request in requests))
+    read = list(fetch.stream(torch.tensor(request) for request in requests))
+    assert all(weights is None for _, weights in read)
+    return [fields for fields, _ in read]
 
 
 @pytest.mark.parametrize("as_type", [torch.Tensor, np.ndarray])
@@ -52,7 +54,7 @@ def test_in_memory_is_a_gather(as_type):
 
 def test_in_memory_does_not_hand_out_its_own_memory():
     inputs = torch.arange(5)
-    (x,) = next(InMemory([inputs]).stream([torch.arange(5)]))
+    (x,), _ = next(InMemory([inputs]).stream([torch.arange(5)]))
     x.zero_()
     assert inputs.tolist() == [0, 1, 2, 3, 4]
 
@@ -163,3 +165,58 @@ class Endless(IterableDataset):
 def test_what_cannot_be_read_by_number_is_refused(source):
     with pytest.raises(ValueError, match=f"{type(source).__name__} has no __getitem__ and __len__"):
         make_fetch(source)
+
+
+class Torn(Squares):
+    """Some examples cannot be read."""
+
+    torn = (3, 8)
+
+    def __getitem__(self, i: int):
+        if i in self.torn:
+            raise OSError(f"cannot identify image file 'img_{i}.png'")
+        return self.make(i)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_example_ends_reading_with_its_number_and_path(workers):
+    with pytest.raises(DataError, match=r"example 3 cannot be read \(OSError: .*img_3.png.*max_unreadable 2"):
+        list(Workers(Torn(pair), workers).stream(torch.tensor([[1, 2], [3, 4]])))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_examples_are_left_out_up_to_a_limit(workers, capsys):
+    fetch = Workers(Torn(pair), workers, max_unreadable=2)
+    requests = torch.tensor([[1, 2], [3, 4], [8, 3], [3, 5]])
+    (_, first), (second, second_weights), (_, third), (_, fourth) = fetch.stream(requests)
+    assert first is None
+    assert second_weights.tolist() == [0, 1]
+    assert second[1].tolist() == [16, 16]  # example 4 keeps the place of example 3
+    assert third.tolist() == [0, 0]
+    assert fourth.tolist() == [0, 1]
+    assert fetch.unreadable == {3, 8}
+    assert capsys.readouterr().out.count("left out") == 2  # said once each
+    with pytest.raises(DataError, match="example 8 cannot be read"):
+        list(Workers(Torn(pair), workers, max_unreadable=1).stream(requests))
+
+
+def test_nothing_can_be_read():
+    class Gone(Torn):
+        torn = range(100)
+
+    with pytest.raises(DataError, match="no example can be read"):
+        list(Workers(Gone(pair), 0, max_unreadable=100).stream(torch.tensor([[1, 2]])))
+
+
+def test_a_killed_worker_is_one_line():
+    import os
+    import signal
+
+    class Killer(Squares):
+        def __getitem__(self, i: int):
+            if i == 4 and torch.utils.data.get_worker_info() is not None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return self.make(i)
+
+    with pytest.raises(DataError, match=r"killed, probably for want of memory: lower data.num_workers"):
+        list(Workers(Killer(pair), 1).stream(torch.tensor([[1, 2], [3, 4], [5, 6]])))

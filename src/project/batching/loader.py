@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from project.batching.fetch import Fetch
+from project.batching.fetch import DataError, Example, Fetch
 from project.batching.order import Order
 from project.batching.plan import BatchPlan, cut
 from project.batching.random import mix
@@ -89,10 +89,10 @@ class Share:
             self.micro_batches = [part for micro_batch in self.micro_batches for part in micro_batch.split(limit)]
 
 
-def make_batch(fields: tuple[Any, ...], index: Tensor, **rest: Any) -> Batch:
-    """Return a batch of fields: inputs first, targets last; a single field is inputs without targets."""
+def make_batch(fields: Example, index: Tensor, weights: Tensor | None = None, **place: Any) -> Batch:
+    """Return a batch of what was read: inputs first, targets last; a single field is inputs without targets."""
     *inputs, targets = fields if len(fields) > 1 else (*fields, None)
-    return Batch(inputs[0] if len(inputs) == 1 else tuple(inputs), targets, index, **rest)
+    return Batch(inputs[0] if len(inputs) == 1 else tuple(inputs), targets, index, weights, **place)
 
 
 class TrainLoader:
@@ -123,17 +123,12 @@ class TrainLoader:
         examples = self.fetch.stream(requests, seed=mix(self.order.seed, first, self.rank))
         for step in steps:
             start, stop = self.plan.bounds(step)
-            micro_batches = [
-                make_batch(
-                    next(examples),
-                    index,
-                    weights=None if part.counts else torch.zeros(len(index)),
-                    position=part.start - start,
-                    epoch=epoch,
-                    counts=part.counts,
-                )
-                for part, index in zip(self.plan.parts(step, self.rank), self.indices(step), strict=True)
-            ]
+            micro_batches = []
+            for part, index in zip(self.plan.parts(step, self.rank), self.indices(step), strict=True):
+                fields, weights = next(examples)
+                weights = weights if part.counts else torch.zeros(len(index))
+                place = {"position": part.start - start, "epoch": epoch, "counts": part.counts}
+                micro_batches.append(make_batch(fields, index, weights, **place))
             yield Share(step, epoch, stop - start, micro_batches)
 
     def indices(self, step: int) -> list[Tensor]:
@@ -177,4 +172,7 @@ class EvalLoader:
         ranges = list(pairwise(self.borders))
         examples = self.fetch.stream(torch.arange(a, b) for a, b in ranges)
         for a, b in ranges:
-            yield make_batch(next(examples), torch.arange(a, b))
+            fields, weights = next(examples)
+            if weights is not None:
+                raise DataError("an example of an evaluation split cannot be read: evaluation is over all or none")
+            yield make_batch(fields, torch.arange(a, b))

@@ -36,6 +36,7 @@ class DataModule(pl.LightningDataModule, ABC):
         order: the order of the training examples.
         drop_last: leave out the short batch at the end of an epoch. It is trained on, exactly, by default.
         num_workers: processes per device that read a map-style data set; tensors need none.
+        max_unreadable: examples of a map-style data set that may turn out unreadable and are left out of training.
         seed: of the order; null: that of `seed_everything`.
     """
 
@@ -47,6 +48,7 @@ class DataModule(pl.LightningDataModule, ABC):
         order: Order | None = None,
         drop_last: bool = False,
         num_workers: int = 0,
+        max_unreadable: int = 0,
         seed: int | None = None,
     ) -> None:
         super().__init__()
@@ -63,6 +65,7 @@ class DataModule(pl.LightningDataModule, ABC):
         self.order = Shuffled() if order is None else order
         self.drop_last = drop_last
         self.num_workers = num_workers
+        self.max_unreadable = max_unreadable
         self.seed = seed
         self.unit = 1
         self.plan: BatchPlan | None = None
@@ -91,7 +94,7 @@ class DataModule(pl.LightningDataModule, ABC):
         """Return the examples of a split, loaded once."""
         if name not in self._splits:
             source = self.load("test" if name == "predict" and not self._knows_predict else name)
-            self._splits[name] = None if source is None else make_fetch(source, self.num_workers)
+            self._splits[name] = None if source is None else make_fetch(source, self.num_workers, self.max_unreadable)
         return self._splits[name]
 
     _knows_predict = False
@@ -156,7 +159,8 @@ class DataModule(pl.LightningDataModule, ABC):
         fetch = self.split(name)
         assert fetch is not None
         index = torch.arange(min(count, len(fetch)))
-        return make_batch(next(iter(fetch.stream([index]))), index)
+        fields, _ = next(iter(fetch.stream([index])))
+        return make_batch(fields, index)
 
     def labels(self) -> Tensor | None:
         """Return the training targets [examples] where they are whole numbers in memory (some orders need them)."""
