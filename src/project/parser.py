@@ -95,9 +95,9 @@ def _forget_settings(_: Any, old: Any, new: Any) -> None:
         return
     own = inspect.signature(import_object(old["class_path"])).parameters  # type: ignore[arg-type]
     chosen = [
-        f"{name}={value}"
+        name if isinstance(value, Namespace) else f"{name}={value}"
         for name, value in vars(old.init_args).items()
-        if not isinstance(value, Namespace) and name in own and own[name].default != value
+        if name not in own or own[name].default != value
     ]
     old.init_args = Namespace()
     note = f"note: {new['class_path']} takes the place of {old['class_path']}; forgotten: {', '.join(chosen)}"

@@ -37,7 +37,7 @@ class ConvNet(nn.Module):
                 layers += [make_norm2d(norm, features), nn.ReLU()]
                 width = features
         self.features = nn.Sequential(*layers)
-        self.head = nn.Sequential(Dropout(dropout) if dropout else nn.Identity(), nn.Linear(width, num_classes))
+        self.head = nn.Sequential(Dropout(dropout), nn.Linear(width, num_classes))
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images [N, in_channels, H, W] to logits [N, num_classes]."""

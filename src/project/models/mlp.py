@@ -31,8 +31,8 @@ class MLP(nn.Module):
         width = in_features
         for hidden in hidden_features:
             # No bias before a norm: the norm takes it out again.
-            layers += [nn.Linear(width, hidden, bias=norm == "none"), make_norm(norm, hidden), nn.ReLU()]
-            layers += [Dropout(dropout)] if dropout else []
+            linear = nn.Linear(width, hidden, bias=norm == "none")
+            layers += [linear, make_norm(norm, hidden), nn.ReLU(), Dropout(dropout)]
             width = hidden
         self.layers = nn.Sequential(*layers, nn.Linear(width, num_classes))
 
