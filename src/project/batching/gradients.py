@@ -13,8 +13,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+Number = float | Tensor
+"""A number that the host knows, or one that is still on the device."""
 
-def weighted_sum(losses: Tensor, weights: Tensor | None, target_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+
+def weighted_sum(losses: Tensor, weights: Tensor | None, target_weights: Tensor | None = None) -> tuple[Tensor, Number]:
     """Return the sum of weighted losses (with its graph) and the sum of weights.
 
     Args:
@@ -34,16 +37,15 @@ def weighted_sum(losses: Tensor, weights: Tensor | None, target_weights: Tensor 
         weights = weights.to(losses).reshape(-1, *[1] * (losses.ndim - 1)).expand_as(losses)
         target_weights = weights if target_weights is None else weights * target_weights
     if target_weights is None:
-        return losses.sum(), torch.full((), losses.numel(), dtype=losses.dtype, device=losses.device)
+        return losses.sum(), losses.numel()
     # A target that does not count must not count even if its loss is not finite: 0 * inf is nan.
     counted = torch.where(target_weights == 0, losses.new_zeros(()), losses * target_weights)
-    return counted.sum(), target_weights.sum().to(losses.dtype)
+    return counted.sum(), target_weights.sum(dtype=losses.dtype)
 
 
-def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
-    """Multiply all gradients by `factor` in one fused call; none at all where it is known to be one."""
-    # Reading the factor is free on a CPU. On an accelerator it would stall the queue; the multiplication is cheaper.
-    if factor.device.type == "cpu" and factor.item() == 1.0:
+def scale_gradients(parameters: Iterable[nn.Parameter], factor: Number) -> None:
+    """Multiply all gradients by `factor` in one fused call; none at all where the host knows that it is one."""
+    if isinstance(factor, float) and factor == 1.0:
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if gradients:

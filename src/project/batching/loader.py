@@ -1,5 +1,6 @@
 """The loaders: one training item is one optimizer step, and every evaluation example is read once."""
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from project.batching.fetch import DataError, Example, Fetch
 from project.batching.order import Order
-from project.batching.plan import BatchPlan, cut
+from project.batching.plan import BatchPlan, Part, cut
 from project.batching.random import mix
 
 
@@ -119,23 +120,27 @@ class TrainLoader:
         first = self.position()
         epoch = first // len(self)
         steps = range(first, (epoch + 1) * len(self))
-        requests = (index for step in steps for index in self.indices(step))
-        examples = self.fetch.stream(requests, seed=mix(self.order.seed, first, self.rank))
+        # Steps that were asked for and have not come yet: processes that read the data are asked ahead of time.
+        asked: deque[list[tuple[Part, Tensor]]] = deque()
+
+        def requests() -> Iterator[Tensor]:
+            for step in steps:
+                parts = self.plan.parts(step, self.rank)
+                asked.append([(part, self.order.indices(epoch, part.start, part.stop)) for part in parts])
+                yield from (index for _, index in asked[-1])
+
+        examples = self.fetch.stream(requests(), seed=mix(self.order.seed, first, self.rank))
         for step in steps:
             start, stop = self.plan.bounds(step)
+            read = [next(examples)]  # which makes sure that the step was asked for
+            parts = asked.popleft()
+            read += [next(examples) for _ in parts[1:]]
             micro_batches = []
-            for part, index in zip(self.plan.parts(step, self.rank), self.indices(step), strict=True):
-                fields, weights = next(examples)
+            for (fields, weights), (part, index) in zip(read, parts, strict=True):
                 weights = weights if part.counts else torch.zeros(len(index))
                 place = {"position": part.start - start, "epoch": epoch, "counts": part.counts}
                 micro_batches.append(make_batch(fields, index, weights, **place))
             yield Share(step, epoch, stop - start, micro_batches)
-
-    def indices(self, step: int) -> list[Tensor]:
-        """Return the example numbers of each micro-batch of this device at optimizer step `step`."""
-        parts = self.plan.parts(step, self.rank)
-        epoch = step // len(self)
-        return [self.order.indices(epoch, part.start, part.stop) for part in parts]
 
 
 class EvalLoader:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from math import ceil
 from typing import NamedTuple
@@ -130,7 +131,7 @@ class BatchPlan:
             )
         return plan(batch_size, size)
 
-    @property
+    @cached_property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in one epoch."""
         full, rest = divmod(self.examples, self.batch_size)
@@ -143,7 +144,7 @@ class BatchPlan:
         start, stop = self.bounds(self.steps_per_epoch - 1)
         return stop - start
 
-    @property
+    @cached_property
     def examples_per_epoch(self) -> int:
         """Examples trained on in one epoch."""
         return self.bounds(self.steps_per_epoch - 1)[1]

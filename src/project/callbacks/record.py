@@ -52,11 +52,11 @@ class Record(Callback):
         self._examples += batch.size
         if not self._due(trainer, trainer.global_step):
             return
-        loss_sum, count, _ = pl_module.window.tolist()  # waits for the device, so it comes before the clock is read
+        loss = pl_module.window.mean()  # waits for the device, so it comes before the clock is read
         now = time.perf_counter()
         seconds = self._seconds + now - self._since
         row = {
-            "train/loss": loss_sum / count if count else float("nan"),
+            "train/loss": loss,
             "learning_rate": self._learning_rate,
             "gradient_norm": float("nan") if self._gradient_norm is None else self._gradient_norm.item(),
             "examples_per_second": self._examples / seconds,
@@ -68,7 +68,7 @@ class Record(Callback):
         pl_module.log_dict(shown, prog_bar=True, logger=False)
         for logger in trainer.loggers:
             logger.log_metrics(row, step=trainer.global_step)
-        pl_module.window.zero_()
+        pl_module.window = type(pl_module.window)()
         self._since, self._seconds, self._examples = now, 0.0, 0
 
 

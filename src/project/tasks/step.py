@@ -1,17 +1,18 @@
 """One optimizer step from one global batch: exact, whatever runs out of memory or of finite numbers."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from project.batching.gradients import scale_gradients, weighted_sum
+from project.batching.gradients import Number, scale_gradients, weighted_sum
 from project.batching.loader import Batch, Share
 from project.batching.random import mix
 from project.data.module import DataModule
@@ -24,6 +25,28 @@ DRAWS = 0x647261
 """Tells what is drawn in training from what else is drawn from the same seed."""
 
 Losses = Tensor | tuple[Tensor, Tensor]
+
+
+_PLAIN = {"_current_fx_name", "share", "sums", "window", "epoch_sums", "skipped_in_a_row", "_micro_batch"}
+
+
+class Sums(NamedTuple):
+    """Sums over targets: numbers on the host, or tensors that are still on the device."""
+
+    loss: Number = 0.0
+    count: Number = 0.0
+    stops: Number = 0.0
+    """Devices that were asked to stop."""
+
+    def plus(self, loss: Number, count: Number) -> "Sums":
+        """Return the sums with more targets."""
+        if isinstance(loss, Tensor) and loss.device.type != "mps":
+            loss = loss.double()
+        return self._replace(loss=self.loss + loss, count=self.count + count)
+
+    def mean(self) -> float:
+        """Return the mean loss; waits for the device."""
+        return float(self.loss / self.count) if self.count else float("nan")
 
 
 class ExactStep(pl.LightningModule, ABC):
@@ -58,11 +81,15 @@ class ExactStep(pl.LightningModule, ABC):
         self.stop_requested = False
         """Set on any device, it makes all of them stop after the same step."""
         self._micro_batch = 0
-        # Sums of (loss, count, devices asked to stop) over all devices: of this step, since the last row in the log,
-        # and since the epoch began.
-        self._sums = torch.zeros(3, dtype=torch.float64)
-        self.window = torch.zeros(3, dtype=torch.float64)
-        self.epoch_sums = torch.zeros(3, dtype=torch.float64)
+        # Over all devices: of this step, since the last row in the log, and since the epoch began.
+        self.sums, self.window, self.epoch_sums = Sums(), Sums(), Sums()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set plain attributes without a search for parameters: Lightning sets one of them 40 times per step."""
+        if name in _PLAIN:
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     @abstractmethod
     def losses(self, batch: Batch) -> Losses:
@@ -76,7 +103,7 @@ class ExactStep(pl.LightningModule, ABC):
             raise TypeError("a Task trains from a project.data.module.DataModule: pass datamodule= to the trainer")
         return data
 
-    def summed_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def summed_loss(self, batch: Batch) -> tuple[Tensor, Number]:
         """Return the loss sum and the count of a batch on the device."""
         losses = self.losses(batch)
         losses, weights = losses if isinstance(losses, tuple) else (losses, None)
@@ -87,20 +114,27 @@ class ExactStep(pl.LightningModule, ABC):
             )
         return weighted_sum(losses, batch.weights, weights)
 
-    def reduce_sums(self, sums: Tensor) -> Tensor:
-        """Return the sums over all devices."""
-        total = self.trainer.strategy.reduce(sums, reduce_op="sum")
+    def reduce_sums(self, sums: Sums) -> Sums:
+        """Return the sums over all devices: on a CPU as numbers, elsewhere on the device, so that nothing waits."""
+        if self.trainer.world_size > 1:
+            dtype = torch.float32 if self.device.type == "mps" else torch.float64
+            values = [torch.as_tensor(value, dtype=dtype, device=self.device) for value in sums]
+            sums = Sums(*self.reduce(torch.stack(values)).unbind())
+        if self.device.type == "cpu":
+            sums = Sums(*(float(value) for value in sums))
+        return sums
+
+    def reduce(self, values: Tensor) -> Tensor:
+        """Return the sum over all devices."""
+        total = self.trainer.strategy.reduce(values, reduce_op="sum")
         assert isinstance(total, Tensor)
         return total
 
     # Lightning's hooks
 
     def on_train_start(self) -> None:
-        """Put the sums on the device, in double precision where it has that."""
-        dtype = torch.float32 if self.device.type == "mps" else torch.float64
-        self._sums = torch.zeros(3, dtype=dtype, device=self.device)
-        self.window = torch.zeros_like(self._sums)
-        self.epoch_sums = self.epoch_sums.to(self._sums)
+        """Begin the first row of the log."""
+        self.window = Sums()
         for ghost in self.ghosts:
             ghost.zero_sums()
 
@@ -116,8 +150,7 @@ class ExactStep(pl.LightningModule, ABC):
         """Return the loss sum of one micro-batch, scaled so that the sum over all is near the mean of the batch."""
         micro_batch = self.data.to_device(batch.micro_batches[self._micro_batch], self.device, training=True)
         loss, count = self.summed_loss(micro_batch)
-        self._sums[0] += loss.detach()
-        self._sums[1] += count
+        self.sums = self.sums.plus(loss.detach(), count)
         # Data-parallel strategies average over devices. The nominal count keeps half-precision gradients in range.
         return loss * (self.trainer.world_size / batch.size)
 
@@ -130,13 +163,13 @@ class ExactStep(pl.LightningModule, ABC):
         """Step with the exact gradient of the global batch; or skip the step where it is not finite."""
         assert optimizer_closure is not None
         loss = self.gradient(optimizer, optimizer_closure)
-        if self.max_skipped_steps and not self._is_finite():
+        if self.max_skipped_steps and not self._is_finite(optimizer):
             optimizer.zero_grad()
             self._skip()
             return
         self.skipped_in_a_row = 0
-        self.window += self._sums
-        self.epoch_sums += self._sums
+        self.window = self.window.plus(self.sums.loss, self.sums.count)
+        self.epoch_sums = self.epoch_sums.plus(self.sums.loss, self.sums.count)
         self._move_running_statistics()
         optimizer.step(closure=lambda: loss)
 
@@ -154,16 +187,16 @@ class ExactStep(pl.LightningModule, ABC):
         loss = None
         while loss is None:
             optimizer.zero_grad()
-            self._sums = torch.zeros_like(self.window)
+            self.sums = Sums()
             for ghost in self.ghosts:
                 ghost.zero_sums()
             share.cut(self.data.micro_batch_limit)
             loss = self._run_micro_batches(share, backward)
-        self._sums[2] = self.stop_requested
-        self._sums = self.reduce_sums(self._sums)
-        count = self._sums[1] + (self._sums[1] == 0)  # where no target counts, loss and gradient are zero
-        scale_gradients(self.parameters(), share.size / count)
-        return loss.copy_(self._sums[0] / count)  # Lightning hands this very tensor to `on_train_batch_end`
+        self.sums = self.reduce_sums(self.sums._replace(stops=float(self.stop_requested)))
+        count = self.sums.count + (self.sums.count == 0)  # where no target counts, loss and gradient are zero
+        scale_gradients(parameters(optimizer), share.size / count)
+        exact = self.sums.loss / count
+        return loss.fill_(exact)  # Lightning hands this very tensor to `on_train_batch_end`
 
     def _run_micro_batches(self, share: Share, backward: Callable[[], Any]) -> Tensor | None:
         """Run all micro-batches and return the loss of the last; None if they must be run again, in smaller ones."""
@@ -219,20 +252,20 @@ class ExactStep(pl.LightningModule, ABC):
 
     def _move_running_statistics(self) -> None:
         if self.ghosts:
-            sums = self.reduce_sums(torch.cat([ghost.sums for ghost in self.ghosts], dim=1))
+            sums = self.reduce(torch.cat([ghost.sums for ghost in self.ghosts], dim=1))
             widths = [ghost.sums.shape[1] for ghost in self.ghosts]
             for ghost, own in zip(self.ghosts, sums.split(widths, dim=1), strict=True):
                 ghost.move_running(own)
 
     # Numbers that are not finite
 
-    def _is_finite(self) -> bool:
+    def _is_finite(self, optimizer: Any) -> bool:
         """Return whether loss and gradient are finite. All devices see the same, after the reduction."""
-        finite = self._sums[0].isfinite()
-        if getattr(self.trainer.precision_plugin, "scaler", None) is None:  # which looks for itself
-            gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
-            finite = finite & torch.nn.utils.get_total_norm(gradients).isfinite()
-        return bool(finite)
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:  # which looks at the gradient itself
+            return math.isfinite(self.sums.loss)
+        gradients = [parameter.grad for parameter in parameters(optimizer) if parameter.grad is not None]
+        norms = torch._foreach_norm(gradients)  # pyright: ignore[reportPrivateImportUsage]
+        return math.isfinite(self.sums.loss + torch.stack(norms).sum())
 
     def _skip(self) -> None:
         """Say which examples were in a skipped step; stop after too many in a row."""
@@ -259,19 +292,24 @@ class ExactStep(pl.LightningModule, ABC):
             return self.stop_requested
         # Reading waits for the device. On a CPU that is free; elsewhere it is done where a row in the log waits anyway.
         free = self.device.type == "cpu" or self.trainer.global_step % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-        return free and self._sums[2].item() > 0
+        return free and bool(self.sums.stops > 0)
 
     # What a checkpoint keeps besides
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the sums of the epoch, so that its mean loss is exact after a resume."""
-        checkpoint["epoch_sums"] = self.epoch_sums.tolist()
+        checkpoint["epoch_sums"] = [float(value) for value in self.epoch_sums]
         checkpoint["skipped_in_a_row"] = self.skipped_in_a_row
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the sums of the epoch."""
-        self.epoch_sums = torch.tensor(checkpoint["epoch_sums"], dtype=self.epoch_sums.dtype)
+        self.epoch_sums = Sums(*checkpoint["epoch_sums"])
         self.skipped_in_a_row = checkpoint["skipped_in_a_row"]
+
+
+def parameters(optimizer: Any) -> list[nn.Parameter]:
+    """Return the parameters that an optimizer moves (walking over a network's modules takes 50 times as long)."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

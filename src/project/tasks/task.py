@@ -18,7 +18,7 @@ from project.callbacks.record import Record
 from project.data.module import SPLITS, DataModule
 from project.models.norm import has_batchnorm
 from project.optim.schedule import Schedule
-from project.tasks.step import ExactStep, Losses
+from project.tasks.step import ExactStep, Losses, Sums
 
 
 class Task(ExactStep):
@@ -139,24 +139,23 @@ class Task(ExactStep):
 
     def on_train_epoch_end(self) -> None:
         """Give the exact mean loss of the epoch."""
-        self.record({"train/loss_epoch": self.epoch_sums[0] / self.epoch_sums[1]})
-        self.epoch_sums = torch.zeros_like(self.epoch_sums)
+        self.record({"train/loss_epoch": torch.tensor(self.epoch_sums.mean(), dtype=torch.float64)})
+        self.epoch_sums = Sums()
 
     # Evaluation: every example once, over all devices
 
     def _start_evaluation(self) -> None:
-        self._sums = torch.zeros(3, dtype=self.window.dtype, device=self.device)
+        self.sums = Sums()
         if self.metrics is not None:
             self.metrics.to(self.device).reset()
 
     def _evaluate(self, batch: Batch) -> None:
         loss, count = self.summed_loss(self.data.to_device(batch, self.device, training=False))
-        self._sums[0] += loss
-        self._sums[1] += count
+        self.sums = self.sums.plus(loss, count)
 
     def _end_evaluation(self, stage: str) -> None:
-        sums = self.reduce_sums(self._sums)
-        values = {f"{stage}/loss": sums[0] / sums[1]}
+        mean = self.reduce_sums(self.sums).mean()
+        values = {f"{stage}/loss": torch.tensor(mean, dtype=torch.float64)}
         if self.metrics is not None:
             values |= {f"{stage}/{name}": value for name, value in self.metrics.compute().items()}
         self.record(values)
