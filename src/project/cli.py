@@ -11,6 +11,7 @@ import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
 
 from project import resume
 from project import run as runs
@@ -20,7 +21,7 @@ from project.callbacks.epoch_line import EpochLine
 from project.callbacks.predictions import Predictions
 from project.callbacks.progress import ProgressBar
 from project.callbacks.run_record import RunRecord
-from project.data.module import SPLITS, DataModule
+from project.data.module import LIMIT_FILE, SPLITS, DataModule
 from project.errors import Mistake, TrainingStopped, mistakes
 from project.logger import WandbLogger
 from project.parser import Parser, check_files, explain
@@ -78,6 +79,7 @@ class CLI(LightningCLI):
     def _place_run(self) -> None:
         settings = self.settings
         root = Path(settings.trainer.default_root_dir or "runs")
+        self.restart = settings.ckpt_path == "last"
         self.checkpoint = self._find_checkpoint(root)
         settings.ckpt_path = None if self.checkpoint is None else str(self.checkpoint)
         if settings.weights_only is None:
@@ -117,10 +119,15 @@ class CLI(LightningCLI):
             print(f"no checkpoint in {root / settings.name}: training starts afresh", flush=True)
         return found
 
+    def _out_of_memory_folder(self, root: Path) -> Path | None:
+        """Return the newest run's folder, if that run ran out of memory before its first checkpoint."""
+        newest = max((root / self.settings.name).glob("*/"), default=None)
+        return newest if self.restart and newest and (newest / LIMIT_FILE).exists() else None
+
     def _choose_folder(self, root: Path) -> Path:
         if runs.FOLDER in os.environ:
             return Path(os.environ[runs.FOLDER])
-        folder = None if self.checkpoint is None else runs.folder_of(self.checkpoint)
+        folder = runs.folder_of(self.checkpoint) if self.checkpoint else self._out_of_memory_folder(root)
         if folder is None:
             folder = runs.new_folder(root, self.settings.name)
         else:
@@ -264,6 +271,10 @@ def run(arguments: list[str]) -> int:
     warnings.filterwarnings("ignore", ".*args parameter is intended to run from within Python.*")
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint need to be provided.*")
+    warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")  # ours is, by the step alone
+    warnings.filterwarnings(
+        "ignore", ".*`lr_scheduler.step\\(\\)` before `optimizer.step\\(\\)`.*"
+    )  # step 0 was skipped
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
     warnings.filterwarnings("ignore", ".*could not find the monitored key.*")  # it was checked; validation has not run
     warnings.filterwarnings("ignore", ".*`broadcast_buffers` is deprecated.*")
@@ -280,7 +291,8 @@ def run(arguments: list[str]) -> int:
             raise
         return _fail(error, 2)
     except TrainingStopped as error:
-        return _fail(error, error.code)
+        silent = error.everywhere and rank_zero_only.rank != 0
+        return error.code if silent else _fail(error, error.code)
     except DataError as error:
         return _fail(error, 1)
     finally:

@@ -16,11 +16,12 @@ class TrainingStopped(RuntimeError):
     Args:
         message: one line.
         code: the exit code.
+        everywhere: all processes stop for the same reason, so that one of them is enough to say it.
     """
 
-    def __init__(self, message: str, code: int = 1) -> None:
+    def __init__(self, message: str, code: int = 1, everywhere: bool = False) -> None:
         super().__init__(message)
-        self.code = code
+        self.code, self.everywhere = code, everywhere
 
 
 @contextmanager

@@ -65,9 +65,10 @@ def explain(message: str, known: list[str]) -> str:
     tried = re.search(r"Errors: - (.*?) Given value type: .*? Given value: (.*)", line)
     if tried:
         errors = [error for error in tried[1].split(" - ") if error != "Expected a <class 'NoneType'>"]
-        own = [error for error in errors if not error.startswith("Expected a ")]
+        general = ("Expected a ", "Not a valid subclass", "a class path (str)", "a dict with")
+        own = [error for error in errors if not error.startswith(general)]
         if own:  # the message of a class that refused a value
-            return own[-1] if key is None or key[1] in own[-1] else f"{key[1]}: {own[-1]}"
+            return own[0] if key is None or key[1] in own[0] else f"{key[1]}: {own[0]}"
         types = [re.sub(r"^Expected an? (?:<class '(.*)'>|typing\.Literal)?", r"\1", error) for error in errors]
         return f"{key[1] if key else 'a value'} is {tried[2]}: write {' or '.join(types)}"
     if key and " - Problem with given class_path" in line:

@@ -15,7 +15,7 @@ size the fingerprint tells; it may be given in several ways.)"""
 def find_checkpoint(root: Path, name: str, which: str) -> Path | None:
     """Return the checkpoint `last` or `best` of the newest run of that name that has one which can be read.
 
-    Where `last` cannot be read, the newest readable checkpoint of the same run takes its place.
+    Where `last` cannot be read, `previous` or else `best` of the same run takes its place.
     """
     for folder in sorted((root / name).glob("*/checkpoints"), reverse=True):
         wanted = folder / f"{which}.ckpt"

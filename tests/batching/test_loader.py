@@ -183,7 +183,7 @@ def test_too_few_examples_for_the_devices(examples, devices):
 
 def test_a_batch_of_one_two_and_three_fields():
     index, (a, b, c) = torch.tensor([4, 2]), torch.eye(3)
-    one, two, three = make_batch((a,), index), make_batch((a, b), index, position=6), make_batch((a, b, c), index)
+    one, two, three = make_batch((a,), index), make_batch((a, b), index, None, 6), make_batch((a, b, c), index)
     assert one.inputs is a
     assert one.targets is None
     assert (two.inputs is a, two.targets is b, two.index is index, two.position) == (True, True, True, 6)
@@ -241,4 +241,5 @@ def test_only_what_is_used_is_read():
 
     train = TrainLoader(BatchPlan(10, 4), Sequential().prepare(10, 4, 0), Counting(fields(10)), 0, lambda: 0)
     list(islice(train, 2))
-    assert asked == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert asked == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]  # as much at once as one gather takes
+    assert len(asked) == 3

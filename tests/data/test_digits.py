@@ -153,6 +153,8 @@ def test_half_of_the_epoch_is_half_of_its_steps(order, drop_last, half):
     # 1259 examples are 19 batches of 64 and one of 43; four times as many are 78 batches and one of 44.
     data = Digits(batch_size=64, seed=5, drop_last=drop_last)
     data.order = order
-    data.trainer = SimpleNamespace(limit_train_batches=0.5, world_size=1, global_rank=0, is_global_zero=True)
+    data.trainer = SimpleNamespace(
+        limit_train_batches=0.5, world_size=1, global_rank=0, is_global_zero=True, default_root_dir="."
+    )
     data.setup("fit")
     assert data.plan.steps_per_epoch == half

@@ -39,7 +39,8 @@ class Confused(Classification):
         if name is not None:
             matrix = values.pop(name).tolist()
             figures = {key: value.item() for key, value in values.items()}
-            Path(os.environ["CONFUSION"], f"confusion.{self.global_rank}.json").write_text(json.dumps([matrix, figures]))
+            path = Path(os.environ["CONFUSION"], f"confusion.{self.global_rank}.json")
+            path.write_text(json.dumps([matrix, figures]))
         super().record(values)
 """
 

@@ -53,9 +53,34 @@ class InMemory:
         return len(self.fields[0])
 
     def stream(self, requests: Iterable[Tensor], seed: int = 0) -> Iterator[Read]:
-        """Yield one gather per request. `index_select` is four times as fast as `field[index]` on a CPU."""
-        for index in requests:
-            yield tuple(field.index_select(0, index) for field in self.fields), None
+        """Gather many requests at once and yield each its part: a gather has a price of its own, about that of 64 rows.
+
+        `index_select` is four times as fast as `field[index]` on a CPU.
+        """
+        rows = sum(field[0].numel() * field.element_size() for field in self.fields) if len(self) else 1
+        most = max(1, _BLOCK // max(1, rows))
+        for block in _blocks(requests, most):
+            sizes = [index.numel() for index in block]
+            index = block[0] if len(block) == 1 else torch.cat(block)
+            gathered = [field.index_select(0, index).split(sizes) for field in self.fields]
+            for fields in zip(*gathered, strict=True):
+                yield fields, None
+
+
+_BLOCK = 2**20  # bytes gathered at a time
+
+
+def _blocks(requests: Iterable[Tensor], most: int) -> Iterator[list[Tensor]]:
+    """Yield lists of requests of up to `most` examples together, or of one request."""
+    block, size = [], 0
+    for index in requests:
+        if block and size + index.numel() > most:
+            yield block
+            block, size = [], 0
+        block.append(index)
+        size += index.numel()
+    if block:
+        yield block
 
 
 class Workers:

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from project.batching.fetch import DataError, Example, Fetch
 from project.batching.order import Order
-from project.batching.plan import BatchPlan, Part, cut
+from project.batching.plan import BatchPlan, cut
 from project.batching.random import mix
 
 
-@dataclass
+@dataclass(slots=True)
 class Batch:
     """Examples that go through the network together: one micro-batch.
 
@@ -45,15 +45,16 @@ class Batch:
         """Return the batch with its tensors on `device`; the numbers of the examples stay on the host."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def split(self, size: int) -> list["Batch"]:
-        """Return the batch in parts of at most `size` examples."""
+    def split(self, size: int, unit: int = 1) -> list["Batch"]:
+        """Return parts of at most `size` examples, in whole units (the last may be longer by half a one)."""
+        starts = range(0, max(1, len(self) - (unit - 1) // 2), size)
         return [
             replace(
-                self._map(lambda tensor, start=start: tensor[start : start + size]),
-                index=self.index[start : start + size],
+                self._map(lambda tensor, start=start, stop=stop: tensor[start:stop]),
+                index=self.index[start:stop],
                 position=self.position + start,
             )
-            for start in range(0, len(self), size)
+            for start, stop in pairwise([*starts, len(self)])
         ]
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
@@ -68,7 +69,7 @@ class Batch:
         return replace(self, inputs=apply(self.inputs), targets=apply(self.targets), weights=apply(self.weights))
 
 
-@dataclass
+@dataclass(slots=True)
 class Share:
     """This device's part of one global batch: one item of the training loader, one optimizer step.
 
@@ -84,16 +85,22 @@ class Share:
     size: int
     micro_batches: list[Batch]
 
-    def cut(self, limit: int | None) -> None:
-        """Cut micro-batches of more than `limit` examples."""
+    def cut(self, limit: int | None, unit: int = 1) -> None:
+        """Cut micro-batches of more than `limit` examples, in whole units."""
         if limit is not None:
-            self.micro_batches = [part for micro_batch in self.micro_batches for part in micro_batch.split(limit)]
+            self.micro_batches = [part for micro_batch in self.micro_batches for part in micro_batch.split(limit, unit)]
+
+    def largest(self) -> int:
+        """Return the most examples that are run at once."""
+        return max(len(micro_batch) for micro_batch in self.micro_batches)
 
 
-def make_batch(fields: Example, index: Tensor, weights: Tensor | None = None, **place: Any) -> Batch:
+def make_batch(fields: Example, index: Tensor, weights: Tensor | None = None, *place: Any) -> Batch:
     """Return a batch of what was read: inputs first, targets last; a single field is inputs without targets."""
+    if len(fields) == 2:
+        return Batch(*fields, index, weights, *place)
     *inputs, targets = fields if len(fields) > 1 else (*fields, None)
-    return Batch(inputs[0] if len(inputs) == 1 else tuple(inputs), targets, index, weights, **place)
+    return Batch(inputs[0] if len(inputs) == 1 else tuple(inputs), targets, index, weights, *place)
 
 
 class TrainLoader:
@@ -120,26 +127,26 @@ class TrainLoader:
         first = self.position()
         epoch = first // len(self)
         steps = range(first, (epoch + 1) * len(self))
-        # Steps that were asked for and have not come yet: processes that read the data are asked ahead of time.
-        asked: deque[list[tuple[Part, Tensor]]] = deque()
+        # Indices that were asked for and have not come yet: processes that read the data are asked ahead of time.
+        asked: deque[Tensor] = deque()
 
         def requests() -> Iterator[Tensor]:
             for step in steps:
-                parts = self.plan.parts(step, self.rank)
-                asked.append([(part, self.order.indices(epoch, part.start, part.stop)) for part in parts])
-                yield from (index for _, index in asked[-1])
+                start, stop = self.plan.bounds(step)
+                for part in self.plan.parts_of(stop - start, self.rank):
+                    asked.append(self.order.indices(epoch, start + part.start, start + part.stop))
+                    yield asked[-1]
 
         examples = self.fetch.stream(requests(), seed=mix(self.order.seed, first, self.rank))
         for step in steps:
             start, stop = self.plan.bounds(step)
-            read = [next(examples)]  # which makes sure that the step was asked for
-            parts = asked.popleft()
-            read += [next(examples) for _ in parts[1:]]
             micro_batches = []
-            for (fields, weights), (part, index) in zip(read, parts, strict=True):
-                weights = weights if part.counts else torch.zeros(len(index))
-                place = {"position": part.start - start, "epoch": epoch, "counts": part.counts}
-                micro_batches.append(make_batch(fields, index, weights, **place))
+            for part in self.plan.parts_of(stop - start, self.rank):
+                fields, weights = next(examples)
+                index = asked.popleft()
+                if not part.counts:
+                    weights = torch.zeros(len(index))
+                micro_batches.append(make_batch(fields, index, weights, part.start, epoch, part.counts))
             yield Share(step, epoch, stop - start, micro_batches)
 
 

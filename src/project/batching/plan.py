@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from math import ceil
 from typing import NamedTuple
 
 
 class Part(NamedTuple):
-    """One micro-batch of one device: positions [start, stop) in the epoch's order.
+    """One micro-batch of one device: positions [start, stop).
 
     `counts` is False for the stand-in of a device that has nothing to do: it runs one example with weight zero, because
     every device must take part in the same number of forward and backward passes.
@@ -180,17 +180,20 @@ class BatchPlan:
         Every device gets equally many; their sizes differ by at most one unit, over all devices.
         """
         start, stop = self.bounds(step)
-        units = _units(stop - start, self.unit)
+        parts = self.parts_of(stop - start, rank)
+        return [Part(start + part.start, start + part.stop, part.counts) for part in parts]
+
+    @lru_cache(maxsize=64)  # noqa: B019 (a plan is small, and there is one)
+    def parts_of(self, size: int, rank: int) -> list[Part]:
+        """Return the micro-batches of device `rank` in a batch of `size` examples, by positions within the batch."""
+        units = _units(size, self.unit)
         shares = cut(units, self.devices)
         per_micro_batch = units if self.micro_batch_size is None else self.micro_batch_size // self.unit
         micro_batches = ceil(ceil(units / self.devices) / per_micro_batch)
-
-        def position(border: int) -> int:
-            return stop if border == units else start + border * self.unit
-
         first, last = shares[rank], shares[rank + 1]
-        borders = [position(first + border) for border in cut(last - first, micro_batches)]
-        return [Part(a, b) if b > a else Part(start, start + 1, counts=False) for a, b in pairwise(borders)]
+        borders = [first + border for border in cut(last - first, micro_batches)]
+        positions = [size if border == units else border * self.unit for border in borders]
+        return [Part(a, b) if b > a else Part(0, 1, counts=False) for a, b in pairwise(positions)]
 
     def table(self, total_steps: float) -> dict[str, float]:
         """Return the figures that are printed and logged before training."""

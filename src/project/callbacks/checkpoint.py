@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 
 from project.errors import TrainingStopped
+from project.resume import read_checkpoint, unreadable
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -35,10 +36,13 @@ class Last(Checkpoint):
         self._saved_at = 0
         self._handlers: dict[int, Any] = {}
         self._signal: int | None = None
+        self._rotate: bool | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Listen for signals. There is nothing to save where training starts or resumes."""
         self._saved_at = trainer.global_step
+        self._rotate = None
+        _leave_whole_epochs(trainer.fit_loop)
         pl_module.stop_requested = False
 
         def note(number: int, _: Any) -> None:
@@ -66,6 +70,7 @@ class Last(Checkpoint):
             raise TrainingStopped(
                 f"stopped by a signal after step {step:,}; saved, and the same command with --ckpt_path last goes on",
                 code=128 + signal.SIGTERM,
+                everywhere=True,
             )
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -78,6 +83,8 @@ class Last(Checkpoint):
         """Save the end of training."""
         if trainer.global_step != self._saved_at:
             self.save(trainer)
+        else:
+            self._refresh(trainer)
         self._stop_listening()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
@@ -85,12 +92,47 @@ class Last(Checkpoint):
         self._stop_listening()
 
     def save(self, trainer: pl.Trainer) -> None:
-        """Write `last.ckpt`; what it was before becomes `previous.ckpt`."""
-        last = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+        """Write `last.ckpt`; what it was before becomes `previous.ckpt`, if it can be read."""
+        last = _path(trainer)
         if trainer.is_global_zero and last.exists():
-            spare = last.with_name(".previous.part")
-            spare.unlink(missing_ok=True)
-            os.link(last, spare)
-            os.replace(spare, last.with_name("previous.ckpt"))
+            if self._rotate is None:  # an unreadable one of an earlier process must not take a readable one's place
+                self._rotate = unreadable(last) is None
+            if self._rotate:
+                spare = last.with_name(".previous.part")
+                spare.unlink(missing_ok=True)
+                os.link(last, spare)
+                os.replace(spare, last.with_name("previous.ckpt"))
         trainer.save_checkpoint(last)
+        self._rotate = True
         self._saved_at = trainer.global_step
+
+    def _refresh(self, trainer: pl.Trainer) -> None:
+        """Bring what callbacks know up to date: the best score, where a validation came after the last save."""
+        if trainer.is_global_zero and _path(trainer).exists():
+            checkpoint = read_checkpoint(_path(trainer))
+            states = {callback.state_key: callback.state_dict() for callback in trainer.callbacks}  # type: ignore[attr-defined]
+            states = {key: state for key, state in states.items() if state}
+            if checkpoint["global_step"] == trainer.global_step and _differ(states, checkpoint["callbacks"]):
+                checkpoint["callbacks"] = states
+                trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, _path(trainer))
+        trainer.strategy.barrier("refresh")
+
+
+def _path(trainer: pl.Trainer) -> Path:
+    return Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+
+
+def _differ(new: dict[str, Any], old: dict[str, Any]) -> bool:
+    return any(str(state) != str(old.get(key)) for key, state in new.items())
+
+
+def _leave_whole_epochs(loop: Any) -> None:
+    """Let the next epoch begin where a checkpoint holds whole epochs only.
+
+    Lightning takes any checkpoint of a training that is bounded by `max_steps` for one from within an epoch, and would
+    count an epoch without steps.
+    """
+    done = loop.epoch_progress.current
+    if loop.restarting and done.ready == done.completed == done.processed:
+        loop._restarting = False
+        loop.epoch_loop.restarting = False

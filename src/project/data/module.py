@@ -21,6 +21,7 @@ from project.batching.order import Order, Shuffled
 from project.batching.plan import BatchPlan
 
 Source = Sequence[Tensor | np.ndarray] | Dataset | Fetch
+LIMIT_FILE = "micro_batch_limit"
 SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
 
 
@@ -103,7 +104,7 @@ class DataModule(pl.LightningDataModule, ABC):
     @property
     def limit_file(self) -> Path:
         """Where a run on several devices leaves the micro-batch size with which a restart may fit into memory."""
-        return Path(self.trainer.default_root_dir if self.trainer else ".") / "micro_batch_limit"
+        return Path(self.trainer.default_root_dir if self.trainer else ".") / LIMIT_FILE
 
     def loaded(self) -> list[tuple[str, Fetch]]:
         """Return the splits loaded so far, by name."""
@@ -134,7 +135,7 @@ class DataModule(pl.LightningDataModule, ABC):
             "micro_batch_size": self.micro_batch_size,
             "accumulate_grad_batches": getattr(trainer, "accumulation", None),
             "devices": trainer.world_size if trainer else 1,
-            "unit": getattr(trainer.lightning_module, "unit", self.unit) if trainer else self.unit,
+            "unit": getattr(getattr(trainer, "lightning_module", None), "unit", self.unit),
         }
         if self.limit_file.exists():
             limit = int(self.limit_file.read_text())

@@ -92,6 +92,9 @@ def convert_batchnorm(network: nn.Module, ghost_batch_size: int) -> int:
                     raise ValueError(f"ghost_batch_size: the batch norm {name} has no weights or running statistics")
                 ghost = GhostBatchNorm(layer.num_features, ghost_batch_size, layer.eps, layer.momentum)
                 ghost.load_state_dict(layer.state_dict(), strict=False)
+                ghost.train(layer.training)
+                ghost.weight.requires_grad_(layer.weight.requires_grad)
+                ghost.bias.requires_grad_(layer.bias.requires_grad)
                 setattr(parent, name, ghost)
                 count += 1
     return count

@@ -190,7 +190,7 @@ class ExactStep(pl.LightningModule, ABC):
             self.sums = Sums()
             for ghost in self.ghosts:
                 ghost.zero_sums()
-            share.cut(self.data.micro_batch_limit)
+            share.cut(self.data.micro_batch_limit, self.unit)
             loss = self._run_micro_batches(share, backward)
         self.sums = self.reduce_sums(self.sums._replace(stops=float(self.stop_requested)))
         count = self.sums.count + (self.sums.count == 0)  # where no target counts, loss and gradient are zero
@@ -216,27 +216,31 @@ class ExactStep(pl.LightningModule, ABC):
             return loss
         except RuntimeError as error:
             if not is_out_of_memory(error):
+                if self.trainer.world_size > 1 and self.data.limit_file.exists():
+                    raise TrainingStopped("another process ran out of memory", everywhere=True) from error
                 raise
             message = str(error).splitlines()[0]
         finally:
             place.current = None
         # Outside the except clause, where the failed pass and its tensors are gone.
-        self._halve(max(len(micro_batch) for micro_batch in share.micro_batches), message)
+        self._halve(share, message)
         return None
 
     def _no_sync(self) -> Any:
         block = getattr(self.trainer.strategy, "block_backward_sync", None)
         return nullcontext() if block is None else block()
 
-    def _halve(self, size: int, message: str) -> None:
+    def _halve(self, share: Share, message: str) -> None:
         """Set half the limit for micro-batches.
 
         Raises:
             TrainingStopped: a micro-batch cannot be smaller; or there are several devices, which wait for one another
                 in the middle of a backward pass.
         """
+        size = share.largest()
         half = max(1, size // 2 // self.unit) * self.unit
-        if half >= size:
+        share.cut(half, self.unit)
+        if share.largest() >= size:
             raise TrainingStopped(
                 f"out of memory with {size} example(s) at once, which cannot be cut further ({message}): "
                 "write a smaller model or input"
@@ -281,9 +285,12 @@ class ExactStep(pl.LightningModule, ABC):
             some = ", ".join(map(str, examples[:8])) + (", ..." if len(examples) > 8 else "")
             print(f"step {share.step}: loss or gradient is not finite; skipped; its examples: {some} (all: {path})")
         if self.skipped_in_a_row >= self.max_skipped_steps:
+            last = path.parent / "checkpoints" / "last.ckpt"
+            saved = f"; {last.name} has the weights from before" if last.exists() else ""
             raise TrainingStopped(
                 f"loss or gradient was not finite in {self.skipped_in_a_row} steps in a row, up to step {share.step}: "
-                f"lower the learning rate, or look at the examples in {path}; last.ckpt has the weights from before"
+                f"lower the learning rate, or look at the examples in {path}{saved}",
+                everywhere=True,
             )
 
     def stop_agreed(self) -> bool:
@@ -303,6 +310,8 @@ class ExactStep(pl.LightningModule, ABC):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the sums of the epoch."""
+        # Lightning loads the weights before it converts the module: into float32, which 64-true would not survive.
+        self.trainer.precision_plugin.convert_module(self)
         self.epoch_sums = Sums(*checkpoint["epoch_sums"])
         self.skipped_in_a_row = checkpoint["skipped_in_a_row"]
 

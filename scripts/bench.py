@@ -1,0 +1,64 @@
+"""What the benchmarks share: alternatives in turn, in one process, on the same data; medians, ratios, and the machine."""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+def arguments(description: str | None, pairs: int = 5) -> argparse.Namespace:
+    """Return the command line that all benchmarks take."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--pairs", type=int, default=pairs, help="rounds in which every alternative has its turn")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the work of one turn; the tests take little")
+    parser.add_argument("--threads", type=int, default=1, help="of PyTorch")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    return given
+
+
+def interleave(alternatives: dict[str, Callable[[], float]], pairs: int) -> dict[str, list[float]]:
+    """Run each alternative once per round, after one round that does not count; return what they measured."""
+    measured: dict[str, list[float]] = {name: [] for name in alternatives}
+    for number in range(pairs + 1):
+        for name, run in alternatives.items():
+            value = run()
+            if number:
+                measured[name].append(value)
+    return measured
+
+
+def report(title: str, unit: str, measured: dict[str, list[float]], base: str) -> dict[str, dict[str, float]]:
+    """Print and return the median of each alternative, and the median over the rounds of its ratio to `base`."""
+    print(f"\n{title}  (median of {len(measured[base])} rounds, {unit}; ratio to: {base})")
+    figures = {}
+    for name, values in measured.items():
+        ratio = statistics.median(a / b for a, b in zip(values, measured[base], strict=True))
+        figures[name] = {"median": statistics.median(values), "ratio": ratio}
+        print(f"  {name:<52}{statistics.median(values):>14,.1f}{ratio:>9.2f}")
+    return figures
+
+
+def machine() -> dict[str, str | int]:
+    """Return what the figures were measured on."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    return {
+        "device": device,
+        "cores": os.cpu_count() or 0,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def save(path: Path | None, figures: dict) -> None:
+    """Write the figures with the machine they are from."""
+    print(f"\n{machine()}")
+    if path is not None:
+        path.write_text(json.dumps({"machine": machine(), **figures}, indent=2) + "\n")

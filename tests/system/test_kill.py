@@ -1,0 +1,20 @@
+"""SIGKILL at random moments costs nothing but time: the short form of `scripts/kill.py`."""
+
+import random
+import sys
+from pathlib import Path
+
+from helpers import ROOT
+
+sys.path.insert(0, str(ROOT / "scripts"))
+from kill import PHASES, make_chain, torture
+
+
+def test_six_kills_lose_nothing(tmp_path: Path) -> None:
+    choice = random.Random(4)
+    chains = [make_chain(choice, 3, [1, 3], same=False), make_chain(choice, 3, [2], same=True)]
+    assert {run.processes for run in chains[0]} == {1, 2, 3}
+    assert all({run.phase for run in chain[:-1]} == PHASES.keys() for chain in chains)
+    reports = torture(chains, tmp_path)
+    assert [violation for report in reports for violation in report.violations] == []
+    assert sum(report.kills.total() for report in reports) == 6
