@@ -1,4 +1,4 @@
-"""What the benchmarks share: alternatives in turn, in one process, on the same data; medians, ratios, and the machine."""
+"""What the benchmarks share: alternatives in turn, in one process, on the same data; medians, ratios, the machine."""
 
 import argparse
 import json

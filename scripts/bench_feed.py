@@ -1,7 +1,7 @@
 """How fast examples are fed: ours against a plain DataLoader, the bare gather, and a copy of the same bytes.
 
-60,000 x 784 bytes, batches of 64 and of 256, whole epochs, nothing else done with the batch. The bare `index_select` loop
-is the practical limit; the copy is the physical one.
+60,000 x 784 bytes, batches of 64 and of 256, whole epochs, nothing else done with the batch. The bare loop of
+`index_select` is the practical limit; the copy is the physical one.
 
     python scripts/bench_feed.py
 """
@@ -49,7 +49,7 @@ class Gather:
     def __init__(self, inputs: torch.Tensor, targets: torch.Tensor, batch_size: int) -> None:
         self.inputs, self.targets, self.batch_size = inputs, targets, batch_size
 
-    def __iter__(self):  # noqa: ANN204
+    def __iter__(self):
         for index in torch.randperm(len(self.inputs)).split(self.batch_size):
             yield self.inputs.index_select(0, index), self.targets.index_select(0, index)
 
@@ -57,7 +57,7 @@ class Gather:
 class Copy(Gather):
     """The same bytes, in order."""
 
-    def __iter__(self):  # noqa: ANN204
+    def __iter__(self):
         for start in range(0, len(self.inputs), self.batch_size):
             stop = start + self.batch_size
             yield self.inputs[start:stop].clone(), self.targets[start:stop].clone()
@@ -80,9 +80,7 @@ def main() -> None:
                     "ours, in memory": ours(make_fetch((inputs, targets)), batch_size),
                     "ours, memory map": ours(mapped, batch_size),
                     "memory copy": timed(Copy(inputs, targets, batch_size), examples),
-                    "DataLoader": timed(
-                        DataLoader(TensorDataset(inputs, targets), batch_size, shuffle=True), examples
-                    ),
+                    "DataLoader": timed(DataLoader(TensorDataset(inputs, targets), batch_size, shuffle=True), examples),
                 },
                 given.pairs,
             )

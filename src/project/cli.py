@@ -116,7 +116,8 @@ class CLI(LightningCLI):
                 raise ValueError(
                     f"ckpt_path {which}: no run in {root / settings.name} has such a checkpoint: fit first"
                 )
-            print(f"no checkpoint in {root / settings.name}: training starts afresh", flush=True)
+            if runs.FOLDER not in os.environ:  # the first process says it for all
+                print(f"no checkpoint in {root / settings.name}: training starts afresh", flush=True)
         return found
 
     def _out_of_memory_folder(self, root: Path) -> Path | None:

@@ -177,7 +177,7 @@ def stop_out_of_memory(batch_size: int, *arguments: object) -> tuple[Result, Pat
     run = (*FIT, *TWO, *CONSTANT, "--data.batch_size", batch_size)
     result = run_process(*run, *fragile(most=most), *arguments, timeout=60)
     assert result.code not in (0, 2)
-    (line,) = {line for line in errors(result) if line.startswith("error: ")}
+    (line,) = {line for line in errors(result) if "out of memory with" in line}
     assert f"out of memory with micro-batches of {(batch_size + 1) // 2} examples (CUDA out of memory." in line
     assert line.endswith("the same command with --ckpt_path last goes on with 25")
     (limit,) = Path("runs/digits").glob("*/micro_batch_limit")

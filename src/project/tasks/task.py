@@ -191,8 +191,7 @@ class Task(ExactStep):
 
     def record(self, values: dict[str, Tensor]) -> None:
         """Give values to the callbacks (as `monitor` keys) and to the loggers, at the number of steps done."""
-        values = {name: value.detach().float() for name, value in values.items()}
-        self.log_dict(values, logger=False)
+        self.log_dict({name: value.detach().float() for name, value in values.items()}, logger=False)
         if self.trainer.is_global_zero and not self.trainer.sanity_checking:
             numbers = {name: value.item() for name, value in values.items()}
             for logger in self.trainer.loggers:
