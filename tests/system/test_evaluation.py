@@ -2,11 +2,14 @@
 
 import csv
 import json
+import os
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import yaml
-from helpers import Result, run_process
+from helpers import Result, run_here, run_process
 
 MODULE = """
 import json
@@ -46,7 +49,7 @@ class Confused(Classification):
 
 
 @pytest.fixture(scope="module")
-def evaluated(trained: Result, tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[list, dict, list]]:
+def evaluated(trained: Result, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, tuple]]:
     """Test and predict with 1, 2 and 3 processes: confusion matrix, figures, rows of the predictions."""
     home, results = tmp_path_factory.mktemp("evaluation"), {}
     (home / "few_digits.py").write_text(MODULE)
@@ -59,18 +62,21 @@ def evaluated(trained: Result, tmp_path_factory: pytest.TempPathFactory) -> dict
     checkpoint = home / "last.ckpt"
     checkpoint.write_bytes((trained.folder / "checkpoints" / "last.ckpt").read_bytes())
     environment = {"PYTHONPATH": str(home), "CONFUSION": str(home), "OMP_NUM_THREADS": "1"}
+    os.environ["CONFUSION"] = str(home)
+    sys.path.insert(0, str(home))
     for devices, commands in {1: ("test", "predict"), 2: ("test",), 3: ("test", "predict")}.items():
         root = home / str(devices)
         split = ("--trainer.devices", devices, "--trainer.strategy", "ddp") if devices > 1 else ()
         common = ("--config", home / "few.yaml", "--ckpt_path", checkpoint, "--trainer.default_root_dir", root, *split)
         for command in commands:
-            done = run_process(command, *common, **environment)
+            done = run_process(command, *common, **environment) if devices > 1 else run_here(command, *common)
             assert done.code == 0, done.err
         per_rank = [json.loads((home / f"confusion.{rank}.json").read_text()) for rank in range(devices)]
         assert all(found == per_rank[0] for found in per_rank)  # every device knows the same
         rows = [list(csv.DictReader(path.open())) for path in root.glob("*/*/predictions.csv")]
         results[devices] = (*per_rank[0], *rows)
-    return results
+    yield results
+    sys.path.remove(str(home))
 
 
 @pytest.mark.parametrize("devices", [2, 3])
