@@ -67,7 +67,7 @@ class InMemory:
                 yield fields, None
 
 
-_BLOCK = 2**20  # bytes gathered at a time
+_BLOCK = 2**19  # bytes gathered at a time
 
 
 def _blocks(requests: Iterable[Tensor], most: int) -> Iterator[list[Tensor]]:

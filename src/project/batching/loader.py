@@ -12,7 +12,7 @@ from torch import Tensor
 
 from project.batching.fetch import DataError, Example, Fetch
 from project.batching.order import Order
-from project.batching.plan import BatchPlan, cut
+from project.batching.plan import BatchPlan, Part, cut
 from project.batching.random import mix
 
 
@@ -127,27 +127,29 @@ class TrainLoader:
         first = self.position()
         epoch = first // len(self)
         steps = range(first, (epoch + 1) * len(self))
-        # Indices that were asked for and have not come yet: processes that read the data are asked ahead of time.
-        asked: deque[Tensor] = deque()
+        # Steps that were asked for and have not come yet: processes that read the data are asked ahead of time.
+        asked: deque[tuple[int, list[Part], list[Tensor]]] = deque()
 
         def requests() -> Iterator[Tensor]:
             for step in steps:
                 start, stop = self.plan.bounds(step)
-                for part in self.plan.parts_of(stop - start, self.rank):
-                    asked.append(self.order.indices(epoch, start + part.start, start + part.stop))
-                    yield asked[-1]
+                parts = self.plan.parts_of(stop - start, self.rank)
+                indices = [self.order.indices(epoch, start + part.start, start + part.stop) for part in parts]
+                asked.append((stop - start, parts, indices))
+                yield from indices
 
         examples = self.fetch.stream(requests(), seed=mix(self.order.seed, first, self.rank))
         for step in steps:
-            start, stop = self.plan.bounds(step)
-            micro_batches = []
-            for part in self.plan.parts_of(stop - start, self.rank):
-                fields, weights = next(examples)
-                index = asked.popleft()
-                if not part.counts:
-                    weights = torch.zeros(len(index))
-                micro_batches.append(make_batch(fields, index, weights, part.start, epoch, part.counts))
-            yield Share(step, epoch, stop - start, micro_batches)
+            read = [next(examples)]  # which makes sure that the step was asked for
+            size, parts, indices = asked.popleft()
+            read += [next(examples) for _ in parts[1:]]
+            micro_batches = [
+                make_batch(
+                    fields, index, weights if part.counts else torch.zeros(len(index)), part.start, epoch, part.counts
+                )
+                for (fields, weights), part, index in zip(read, parts, indices, strict=True)
+            ]
+            yield Share(step, epoch, size, micro_batches)
 
 
 class EvalLoader:

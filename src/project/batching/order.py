@@ -121,7 +121,10 @@ class Shuffled(_Blocks):
 
     def _compute(self, key: int, positions: Tensor) -> Tensor:
         if self.examples <= _SORTED:
-            return mix(key, positions).sort(stable=True).indices
+            bits = self.examples.bit_length()
+            hashes = (mix(key, positions) >> bits << bits) | positions  # the hash above, the example below: no ties
+            hashes.numpy().sort()  # in place; three times as fast as torch's sort with its indices
+            return hashes & (2**bits - 1)
         return permute(key, self.examples, positions)
 
 

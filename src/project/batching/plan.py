@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import pairwise
 from math import ceil
 from typing import NamedTuple
@@ -183,9 +183,18 @@ class BatchPlan:
         parts = self.parts_of(stop - start, rank)
         return [Part(start + part.start, start + part.stop, part.counts) for part in parts]
 
-    @lru_cache(maxsize=64)  # noqa: B019 (a plan is small, and there is one)
     def parts_of(self, size: int, rank: int) -> list[Part]:
         """Return the micro-batches of device `rank` in a batch of `size` examples, by positions within the batch."""
+        parts = self._known_parts.get((size, rank))
+        if parts is None:
+            parts = self._known_parts[size, rank] = self._cut(size, rank)
+        return parts
+
+    @cached_property
+    def _known_parts(self) -> dict[tuple[int, int], list[Part]]:
+        return {}
+
+    def _cut(self, size: int, rank: int) -> list[Part]:
         units = _units(size, self.unit)
         shares = cut(units, self.devices)
         per_micro_batch = units if self.micro_batch_size is None else self.micro_batch_size // self.unit
