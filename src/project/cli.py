@@ -146,9 +146,10 @@ class CLI(LightningCLI):
         settings = self._get(self.config_init, "trainer")
         callbacks = list(settings.get("callbacks") or [])
         if self.subcommand == "fit":
-            if not any(isinstance(callback, Last) for callback in callbacks):
+            saving = settings.get("enable_checkpointing") is not False
+            if saving and not any(isinstance(callback, Last) for callback in callbacks):
                 callbacks.append(Last())
-            if not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
+            if saving and not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
                 monitor, mode = self.model.monitor
                 callbacks.append(ModelCheckpoint(monitor=monitor, mode=mode, filename="best"))
             for callback in callbacks:
@@ -258,7 +259,8 @@ class CLI(LightningCLI):
                 print(f"best {callback.monitor} {callback.best_model_score:.4f}: {callback.best_model_path}")
         given = [str(path) for path in self.settings.config or [self.folder / "config.yaml"]]
         print(f"run folder: {self.folder}")
-        print(f"test it:    python -m project test --config {' --config '.join(given)} --ckpt_path best")
+        if (self.folder / "checkpoints" / "best.ckpt").exists():
+            print(f"test it:    python -m project test --config {' --config '.join(given)} --ckpt_path best")
         for logger in self.trainer.loggers:
             if isinstance(logger, WandbLogger) and logger.offline_folder:
                 print(f"upload it:  wandb sync {os.path.relpath(logger.offline_folder)}")

@@ -10,7 +10,6 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.optim import LBFGS, AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MetricCollection
 
 from project.batching.loader import Batch
@@ -214,16 +213,20 @@ class Task(ExactStep):
             raise ValueError("model.optimizer LBFGS evaluates the loss several times per step: write another optimizer")
         return optimizer
 
-    def configure_optimizers(self) -> Any:
-        """Return the optimizer, with the schedule stepped once per optimizer step."""
+    def configure_optimizers(self) -> Optimizer:
+        """Return the optimizer. Its learning rate is set before each step, so that it depends on the step alone."""
         optimizer = self._new_optimizer()
-        plan, total = self.data.plan, self._examples_in_all(self.data)
+        self.rates = [group["lr"] for group in optimizer.param_groups]
+        return optimizer
+
+    def before_step(self, optimizer: Any) -> None:
+        """Set the learning rate of the step that is due."""
+        plan, step = self.data.plan, self.trainer.global_step
         assert plan is not None
-
-        def factor(step: int) -> float:
-            return self.schedule.factor(plan.examples_at(step), plan.examples_at(step + 1), total)
-
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+        total = self._examples_in_all(self.data) if self.schedule.needs_end else math.inf
+        factor = self.schedule.factor(plan.examples_at(step), plan.examples_at(step + 1), total)
+        for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
 
     def _examples_in_all(self, data: DataModule) -> float:
         steps = data.total_steps()
