@@ -292,6 +292,8 @@ def run(arguments: list[str]) -> int:
     except Mistake as error:
         if os.environ.get("PROJECT_TRACEBACK"):
             raise
+        if not inherited and runs.FOLDER in os.environ:
+            runs.remove_if_empty(Path(os.environ[runs.FOLDER]))
         return _fail(error, 2)
     except TrainingStopped as error:
         silent = error.everywhere and rank_zero_only.rank != 0

@@ -1,5 +1,6 @@
 """A run's folder, `<root>/<name>/<time>`: its configuration, its checkpoints, its log."""
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -27,6 +28,13 @@ def new_folder(root: Path, name: str) -> Path:
         else:
             return folder
     raise ValueError(_unwritable(stem, "a file is in the way"))
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Remove the folder of a run that did not begin."""
+    with contextlib.suppress(OSError):  # which a folder that holds something raises
+        (folder / "checkpoints").rmdir()
+        folder.rmdir()
 
 
 def check_writable(folder: Path) -> None:

@@ -57,6 +57,7 @@ def fails(result: Result, *words: str, code: int = 2) -> None:
     assert "Traceback" not in result.err
     assert "usage:" not in result.out + result.err
     assert "epoch 1" not in result.out  # nothing was trained
+    assert not list(Path("runs").glob("*/*"))  # and nothing is left lying about
 
 
 def file(name: str, text: str) -> str:

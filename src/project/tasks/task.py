@@ -122,7 +122,7 @@ class Task(ExactStep):
             )
 
     def metric_names(self) -> list[str]:
-        """Return the names that a checkpoint or early stopping may monitor."""
+        """Return the names that a checkpoint or early stopping may monitor; add what a subclass gives to `record`."""
         return ["val/loss", *(f"val/{name}" for name in self.metrics or ()), "train/loss_epoch"]
 
     def setup(self, stage: str) -> None:
