@@ -86,6 +86,7 @@ class CLI(LightningCLI):
             settings.weights_only = True
         self.folder = self._choose_folder(root)
         self.plain_config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))[self.config.subcommand]
+        self.plain_config["ckpt_path"] = None  # the configuration of a run does not say how often it was resumed
         settings.trainer.default_root_dir = str(self.folder)
         loggers = settings.trainer.logger
         for logger in loggers if isinstance(loggers, list) else [loggers]:
