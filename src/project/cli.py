@@ -28,6 +28,19 @@ from project.parser import Parser, check_files, explain
 from project.tasks.task import Task
 from project.trainer import Trainer
 
+UNFOUNDED = (
+    "sync_dist",  # a metric that is the same on all devices, by construction, need not be averaged over them
+    "args parameter is intended to run from within Python",
+    "Checkpoint directory .* exists and is not empty",
+    "callbacks used to create the checkpoint need to be provided",
+    "your dataloader is not resumable",  # ours is, by the step alone
+    "LeafSpec",
+    "could not find the monitored key",  # it was checked; validation has not run yet
+    "`broadcast_buffers` is deprecated",
+    "smaller than the logging interval",
+)
+"""Warnings of Lightning and PyTorch that are wrong here, or none of the user's business."""
+
 
 class CLI(LightningCLI):
     """`fit`, `validate`, `test`, `predict`, each in a run's folder of its own."""
@@ -39,6 +52,7 @@ class CLI(LightningCLI):
     def __init__(self, arguments: list[str]) -> None:
         self.folder = Path()
         self.checkpoint: Path | None = None
+        self.steps_done = 0
         super().__init__(
             Task,
             DataModule,
@@ -200,6 +214,7 @@ class CLI(LightningCLI):
         if self.checkpoint is None:
             return
         checkpoint = resume.read_checkpoint(self.checkpoint)
+        self.steps_done = checkpoint["global_step"]
         differences = resume.weight_differences(checkpoint["state_dict"], self.model.state_dict())
         if differences:
             raise ValueError(f"ckpt_path {self.checkpoint} is of another model: {differences}")
@@ -224,7 +239,7 @@ class CLI(LightningCLI):
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         for name, value in {"parameters": parameters, **plan.table(total)}.items():
             print(f"{name:>24}  {value:,}")
-        done = self.checkpoint and resume.read_checkpoint(self.checkpoint)["global_step"]
+        done = self.steps_done
         if done:
             print(f"resuming after step {done:,} from {self.checkpoint}")
             if done >= total:
@@ -270,19 +285,8 @@ class CLI(LightningCLI):
 def run(arguments: list[str]) -> int:
     """Run the command line; return its exit code."""
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    # A metric that is the same on all devices, by construction, need not be averaged over them.
-    warnings.filterwarnings("ignore", ".*sync_dist.*")
-    warnings.filterwarnings("ignore", ".*args parameter is intended to run from within Python.*")
-    warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
-    warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint need to be provided.*")
-    warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")  # ours is, by the step alone
-    warnings.filterwarnings(
-        "ignore", ".*`lr_scheduler.step\\(\\)` before `optimizer.step\\(\\)`.*"
-    )  # step 0 was skipped
-    warnings.filterwarnings("ignore", ".*LeafSpec.*")
-    warnings.filterwarnings("ignore", ".*could not find the monitored key.*")  # it was checked; validation has not run
-    warnings.filterwarnings("ignore", ".*`broadcast_buffers` is deprecated.*")
-    warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
+    for pattern in UNFOUNDED:
+        warnings.filterwarnings("ignore", f".*{pattern}.*")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     inherited = runs.FOLDER in os.environ

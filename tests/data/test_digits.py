@@ -158,3 +158,16 @@ def test_half_of_the_epoch_is_half_of_its_steps(order, drop_last, half):
     )
     data.setup("fit")
     assert data.plan.steps_per_epoch == half
+
+
+def test_a_limit_of_an_earlier_run_is_not_taken_for_one_of_this_run():
+    data = Digits(batch_size=64)
+    assert not data.ran_out_of_memory()
+    data.limit_file.write_text("25")
+    assert data.ran_out_of_memory()
+    resumed = Digits(batch_size=64)
+    resumed.setup("fit")
+    assert resumed.plan.largest_micro_batch <= 25
+    assert not resumed.ran_out_of_memory()
+    resumed.limit_file.write_text("12")
+    assert resumed.ran_out_of_memory()

@@ -53,11 +53,10 @@ class DataModule(pl.LightningDataModule, ABC):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("batch_size", batch_size), ("micro_batch_size", micro_batch_size)):
+        sizes = {"batch_size": batch_size, "micro_batch_size": micro_batch_size, "eval_batch_size": eval_batch_size}
+        for name, value in sizes.items():
             if value is not None and value < 1:
                 raise ValueError(f"data.{name} is {value}: write a whole number of at least 1")
-        if eval_batch_size is not None and eval_batch_size < 1:
-            raise ValueError(f"data.eval_batch_size is {eval_batch_size}: write a whole number of at least 1")
         if num_workers < 0:
             raise ValueError(f"data.num_workers is {num_workers}: write 0 or a number of processes")
         self.batch_size = batch_size
@@ -74,6 +73,7 @@ class DataModule(pl.LightningDataModule, ABC):
         self._restored_step = 0
         self.micro_batch_limit: int | None = None
         """Most examples that were found to fit at once."""
+        self._left_limit: int | None = None
 
     # What a subclass writes
 
@@ -106,6 +106,13 @@ class DataModule(pl.LightningDataModule, ABC):
         """Where a run on several devices leaves the micro-batch size with which a restart may fit into memory."""
         return Path(self.trainer.default_root_dir if self.trainer else ".") / LIMIT_FILE
 
+    def _read_limit(self) -> int | None:
+        return int(self.limit_file.read_text()) if self.limit_file.exists() else None
+
+    def ran_out_of_memory(self) -> bool:
+        """Return whether a process of this run has left a limit, and not one of an earlier run."""
+        return self._read_limit() != self._left_limit
+
     def loaded(self) -> list[tuple[str, Fetch]]:
         """Return the splits loaded so far, by name."""
         return [(name, fetch) for name, fetch in self._splits.items() if fetch is not None]
@@ -137,9 +144,9 @@ class DataModule(pl.LightningDataModule, ABC):
             "devices": trainer.world_size if trainer else 1,
             "unit": getattr(getattr(trainer, "lightning_module", None), "unit", self.unit),
         }
-        if self.limit_file.exists():
-            limit = int(self.limit_file.read_text())
-            sizes["micro_batch_size"] = min(self.micro_batch_size or limit, limit)
+        self._left_limit = self._read_limit()
+        if self._left_limit is not None:
+            sizes["micro_batch_size"] = min(self.micro_batch_size or self._left_limit, self._left_limit)
             sizes["accumulate_grad_batches"] = None
         batch_size = BatchPlan.derive(examples=len(train), **sizes).batch_size
         self.order.prepare(len(train), batch_size, self.seed, self.labels())

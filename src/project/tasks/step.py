@@ -224,7 +224,7 @@ class ExactStep(pl.LightningModule, ABC):
             return loss
         except RuntimeError as error:
             if not is_out_of_memory(error):
-                if self.trainer.world_size > 1 and self.data.limit_file.exists():
+                if self.trainer.world_size > 1 and self.data.ran_out_of_memory():
                     raise TrainingStopped("another process ran out of memory", everywhere=True) from error
                 raise
             message = str(error).splitlines()[0]
