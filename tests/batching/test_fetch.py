@@ -1,9 +1,13 @@
+import os
+import random
+import threading
+
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import Dataset, IterableDataset, TensorDataset, get_worker_info
 
-from project.batching.fetch import DataError, InMemory, Workers, make_fetch
+from project.batching.fetch import DataError, InMemory, Request, Workers, make_fetch
 
 REQUESTS = [[3, 1], [0], [4, 4, 2], [1]]
 
@@ -34,8 +38,21 @@ def pair(i: int) -> tuple[torch.Tensor, int]:
     return torch.full((2, 3), float(i)), i * i
 
 
+def asked(*requests: list[int]) -> list[Request]:
+    """The micro-batches in requests of two."""
+    pairs = [requests[i : i + 2] for i in range(0, len(requests), 2)]
+    return [
+        Request(
+            torch.tensor([i for part in pair for i in part]),
+            [len(part) for part in pair],
+            [100 * number + place for place in range(len(pair))],
+        )
+        for number, pair in enumerate(pairs)
+    ]
+
+
 def read(fetch, requests=REQUESTS) -> list[tuple]:
-    read = list(fetch.stream(torch.tensor(request) for request in requests))
+    read = list(fetch.stream(asked(*requests)))
     assert all(weights is None for _, weights in read)
     return [fields for fields, _ in read]
 
@@ -54,9 +71,53 @@ def test_in_memory_is_a_gather(as_type):
 
 def test_in_memory_does_not_hand_out_its_own_memory():
     inputs = torch.arange(5)
-    (x,), _ = next(InMemory([inputs]).stream([torch.arange(5)]))
+    (x,), _ = next(InMemory([inputs]).stream([Request.one(torch.arange(5))]))
     x.zero_()
     assert inputs.tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float64, torch.bfloat16, torch.bool])
+def test_memory_is_used_again_only_where_nobody_looks(dtype):
+    inputs = torch.arange(3000).view(1500, 2).to(dtype)
+    requests = [Request.one(torch.arange(i, i + 5)) for i in range(0, 1500, 5)]
+    views = [x[2:4] for (x,), _ in InMemory([inputs]).stream(requests)]  # views of what was handed out
+    assert all(torch.equal(view, inputs[i + 2 : i + 4]) for i, view in zip(range(0, 1500, 5), views, strict=True))
+    addresses = {x.data_ptr() for (x,), _ in InMemory([inputs]).stream(requests)}
+    assert len(addresses) <= 2 or dtype == torch.bfloat16
+
+
+def test_a_gather_takes_whole_micro_batches_up_to_a_block(monkeypatch):
+    monkeypatch.setattr("project.batching.fetch._BLOCK", 5 * 8)
+    taken, index_select = [], torch.index_select
+    monkeypatch.setattr(
+        torch, "index_select", lambda x, d, i, out: taken.append(len(i)) or index_select(x, d, i, out=out)
+    )
+    sizes = [2, 2, 2, 7, 1, 4, 5, 6]
+    fields = [
+        x.tolist() for (x,), _ in InMemory([torch.arange(29)]).stream([Request(torch.arange(29), sizes, [0] * 8)])
+    ]
+    assert fields == [x.tolist() for x in torch.arange(29).split(sizes)]
+    assert taken == [4, 2, 7, 5, 5, 6]
+
+
+def test_a_memory_map_is_read_ahead_by_a_thread(tmp_path):
+    np.save(tmp_path / "inputs.npy", np.arange(10))
+    fetch = make_fetch(np.load(tmp_path / "inputs.npy", mmap_mode="r"))
+    assert str(fetch) == "mapped"
+    threads = []
+    requests = (threads.append(threading.current_thread()) or Request.one(torch.tensor([i])) for i in range(10))
+    stream = fetch.stream(requests)
+    assert next(stream)[0][0].item() == 0
+    stream.close()
+    assert 2 <= len(threads) <= 4
+    assert all(thread is not threading.main_thread() for thread in threads)
+    assert not any(thread.is_alive() for thread in threads)  # an epoch that ends early leaves none behind
+
+
+def test_an_error_in_the_thread_comes_out(tmp_path):
+    np.save(tmp_path / "inputs.npy", np.arange(10))
+    with pytest.raises(IndexError, match="out of range"):
+        list(make_fetch(np.load(tmp_path / "inputs.npy", mmap_mode="r")).stream([Request.one(torch.tensor([99]))]))
 
 
 def test_fields_of_unequal_length_are_refused():
@@ -96,6 +157,47 @@ def test_num_workers_is_the_number_of_processes():
     assert seen == {0: {-1}, 2: {0, 1}}
     # A micro-batch is read by one process.
     assert all(len(w.unique()) == 1 for _, w in read(Workers(Squares(worker_of), 2)))
+
+
+def test_workers_outlive_an_epoch_also_one_that_ends_early():
+    fetch = Workers(Squares(lambda i: os.getpid(), length=100), 2)
+    next(fetch.stream(asked(*[[i] for i in range(100)])))
+    second = {int(x) for (x,), _ in fetch.stream(asked([0], [1], [2], [3]))}
+    third = {int(x) for (x,), _ in fetch.stream(asked([0], [1], [2], [3]))}
+    assert second == third
+    assert len(second) == 2
+    assert os.getpid() not in second
+
+
+def draws(i: int) -> tuple[int, float, float, float]:
+    return i, torch.rand(()).item(), np.random.rand(), random.random()
+
+
+def test_what_examples_draw_depends_on_their_place_alone():
+    def read(workers: int, *sizes: int, seed: int = 7, first: int = 0) -> torch.Tensor:
+        positions = [first + sum(sizes[:i]) for i in range(len(sizes))]
+        requests = [Request(torch.arange(12) % 5, list(sizes), positions)]
+        return torch.cat(
+            [
+                torch.stack([x.double() for x in fields], 1)
+                for fields, _ in Workers(Squares(draws), workers).stream(requests, seed)
+            ]
+        )
+
+    here = read(0, 12)
+    assert torch.equal(here, read(0, 5, 7))
+    assert torch.equal(here, read(2, 3, 4, 5))
+    for other in (read(0, 12, seed=8), read(0, 12, first=1)):
+        assert (here[:, 1:] != other[:, 1:]).all()
+    assert len(here[:, 1:].unique()) == 36  # also where an example comes twice
+
+
+def test_generators_of_this_process_are_left_alone():
+    torch.manual_seed(1), np.random.seed(1), random.seed(1)
+    before = draws(0)
+    torch.manual_seed(1), np.random.seed(1), random.seed(1)
+    read(Workers(Squares(draws), 0), [[1, 2]])
+    assert draws(0) == before
 
 
 @pytest.mark.parametrize(
@@ -181,13 +283,13 @@ class Torn(Squares):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_unreadable_example_ends_reading_with_its_number_and_path(workers):
     with pytest.raises(DataError, match=r"example 3 cannot be read \(OSError: .*img_3.png.*max_unreadable 2"):
-        list(Workers(Torn(pair), workers).stream(torch.tensor([[1, 2], [3, 4]])))
+        list(Workers(Torn(pair), workers).stream(asked([1, 2], [3, 4])))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_unreadable_examples_are_left_out_up_to_a_limit(workers, capsys):
     fetch = Workers(Torn(pair), workers, max_unreadable=2)
-    requests = torch.tensor([[1, 2], [3, 4], [8, 3], [3, 5]])
+    requests = asked([1, 2], [3, 4], [8, 3], [3, 5])
     (_, first), (second, second_weights), (_, third), (_, fourth) = fetch.stream(requests)
     assert first is None
     assert second_weights.tolist() == [0, 1]
@@ -205,11 +307,10 @@ def test_nothing_can_be_read():
         torn = range(100)
 
     with pytest.raises(DataError, match="no example can be read"):
-        list(Workers(Gone(pair), 0, max_unreadable=100).stream(torch.tensor([[1, 2]])))
+        list(Workers(Gone(pair), 0, max_unreadable=100).stream(asked([1, 2])))
 
 
 def test_a_killed_worker_is_one_line():
-    import os
     import signal
 
     class Killer(Squares):
@@ -219,4 +320,4 @@ def test_a_killed_worker_is_one_line():
             return self.make(i)
 
     with pytest.raises(DataError, match=r"killed, probably for want of memory: lower data.num_workers"):
-        list(Workers(Killer(pair), 1).stream(torch.tensor([[1, 2], [3, 4], [5, 6]])))
+        list(Workers(Killer(pair), 1).stream(asked([1, 2], [3, 4], [5, 6])))

@@ -232,14 +232,43 @@ def test_to_keeps_named_tuples():
     assert moved.inputs.right.tolist() == [1.0]
 
 
-def test_only_what_is_used_is_read():
+def test_only_what_is_used_is_asked_for():
     asked = []
 
     class Counting(InMemory):
         def stream(self, requests, seed=0):
-            return super().stream(asked.append(request.tolist()) or request for request in requests)
+            return super().stream(asked.append(request) or request for request in requests)
 
-    train = TrainLoader(BatchPlan(10, 4), Sequential().prepare(10, 4, 0), Counting(fields(10)), 0, lambda: 0)
+    plan, examples = BatchPlan(10_000, 1000), Counting([torch.arange(10_000)])
+    train = TrainLoader(plan, Sequential().prepare(10_000, 1000, 0), examples, 0, lambda: 3)
     list(islice(train, 2))
-    assert asked == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]  # as much at once as one gather takes
-    assert len(asked) == 3
+    assert [(request.index[0].item(), request.sizes) for request in asked] == [(3000, [1000, 1000])]
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("batch_size", [100, 3000])
+def test_requests_over_many_steps_keep_examples_positions_and_places(devices, batch_size):
+    plan, asked = BatchPlan(5050, batch_size, devices, micro_batch_size=40), []
+    order = Shuffled().prepare(5050, batch_size, seed=3)
+
+    class Counting(InMemory):
+        def stream(self, requests, seed=0):
+            return super().stream(asked.append(request) or request for request in requests)
+
+    for rank in range(devices):
+        asked.clear()
+        shares = list(TrainLoader(plan, order, Counting([torch.arange(5050)]), rank, lambda: 0))
+        micro_batches = [micro_batch for share in shares for micro_batch in share.micro_batches]
+        places = [place for request in asked for place in request.positions]
+        for micro_batch, place in zip(micro_batches, places, strict=True):
+            expected = order.indices(0, place, place + len(micro_batch))
+            assert torch.equal(micro_batch.index, expected)
+            assert torch.equal(micro_batch.inputs, expected)
+            assert place % batch_size == micro_batch.position
+
+
+def test_to_converts_all_but_the_numbers_of_the_examples():
+    batch = Batch((torch.zeros(2), torch.ones(2)), torch.zeros(2), torch.arange(2), weights=torch.ones(2))
+    moved = batch.to(torch.device("cpu"), lambda tensor: tensor.double())
+    assert {moved.inputs[0].dtype, moved.inputs[1].dtype, moved.targets.dtype, moved.weights.dtype} == {torch.float64}
+    assert moved.index.dtype == torch.int64

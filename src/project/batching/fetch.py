@@ -1,18 +1,45 @@
 """From example numbers to tensors: one whole micro-batch per read."""
 
+import random
+import sys
+import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
+
+from project.batching.random import mix
 
 Example = tuple[Any, ...]
 """The fields of a micro-batch: inputs first, targets last (just inputs where there are no targets)."""
 Read = tuple[Example, Tensor | None]
 """The fields, and the weights of the examples, [N]; None: all one."""
+
+
+class Request(NamedTuple):
+    """Micro-batches to read.
+
+    Args:
+        index: numbers of their examples, one micro-batch after the other, int64 [sum of sizes], on the host.
+        sizes: examples of each micro-batch.
+        positions: place of each micro-batch's first example in the epoch. What an example's own code draws at random
+            depends on its place, and not on the process that reads it.
+    """
+
+    index: Tensor
+    sizes: list[int]
+    positions: list[int]
+
+    @classmethod
+    def one(cls, index: Tensor, position: int = 0) -> "Request":
+        """Return a request for a single micro-batch."""
+        return cls(index, [len(index)], [position])
 
 
 class DataError(RuntimeError):
@@ -26,25 +53,33 @@ class Fetch(Protocol):
         """Return the number of examples."""
         ...
 
-    def stream(self, requests: Iterable[Tensor], seed: int = 0) -> Iterator[Read]:
-        """Yield the examples of each request (example numbers, int64 [N]), in order.
+    def stream(self, requests: Iterable[Request], seed: int = 0) -> Iterator[Read]:
+        """Yield each micro-batch of each request, in order.
 
         Args:
-            requests: may be asked for ahead of time.
-            seed: of what the examples' own code draws at random in other processes.
+            requests: may be asked for ahead of time, and from a thread.
+            seed: of what the examples' own code draws at random.
         """
         ...
 
 
 class InMemory:
-    """Tensors [N, ...] that are indexed alike; a micro-batch is one gather from each.
+    """Tensors [N, ...] that are indexed alike, in memory or in memory-mapped files: a micro-batch is one gather each.
+
+    Args:
+        fields: inputs first, targets last.
+        pinned: hand out pinned memory, from which a GPU copies while the host goes on.
 
     Raises:
         ValueError: the tensors differ in length.
     """
 
-    def __init__(self, fields: Sequence[Tensor | np.ndarray]) -> None:
-        self.fields = tuple(torch.as_tensor(field) for field in fields)
+    def __init__(self, fields: Sequence[Tensor | np.ndarray], pinned: bool = False) -> None:
+        self.mapped = any(isinstance(field, np.memmap) for field in fields)
+        with warnings.catch_warnings():  # of maps that are open for reading only, which is all that is done with them
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            self.fields = tuple(torch.as_tensor(field) for field in fields)
+        self.pinned = pinned
         lengths = [len(field) for field in self.fields]
         if len(set(lengths)) != 1:
             raise ValueError(f"inputs and targets differ in length: {' and '.join(map(str, lengths))} examples")
@@ -52,41 +87,119 @@ class InMemory:
     def __len__(self) -> int:
         return len(self.fields[0])
 
-    def stream(self, requests: Iterable[Tensor], seed: int = 0) -> Iterator[Read]:
-        """Gather many requests at once and yield each its part: a gather has a price of its own, about that of 64 rows.
+    def __str__(self) -> str:
+        """Return how the data is fed, for the plan's table."""
+        return "mapped" if self.mapped else "resident" if not self.pinned else "pinned"
 
-        `index_select` is four times as fast as `field[index]` on a CPU.
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all examples."""
+        return sum(field.nbytes for field in self.fields)
+
+    def on(self, device: torch.device, share: float) -> "InMemory":
+        """Return the way to feed `device`: a copy there, where it takes at most `share` of what is free; or pinned."""
+        if device.type != "cuda":
+            return self
+        if self.nbytes <= share * torch.cuda.mem_get_info(device)[0]:
+            return InMemory([field.to(device) for field in self.fields])
+        pinned = InMemory(self.fields, pinned=True)
+        pinned.mapped = self.mapped
+        return pinned
+
+    def stream(self, requests: Iterable[Request], seed: int = 0) -> Iterator[Read]:
+        """Gather several micro-batches at once: a gather has a price of its own, about that of 64 rows.
+
+        Where the data may have to come from a disk, or goes to a GPU, a thread gathers ahead.
         """
-        rows = sum(field[0].numel() * field.element_size() for field in self.fields) if len(self) else 1
-        most = max(1, _BLOCK // max(1, rows))
-        for block in _blocks(requests, most):
-            sizes = [index.numel() for index in block]
-            index = block[0] if len(block) == 1 else torch.cat(block)
-            gathered = [field.index_select(0, index).split(sizes) for field in self.fields]
-            for fields in zip(*gathered, strict=True):
-                yield fields, None
+        reads = self._gather(requests)
+        for block in _ahead(reads) if self.mapped or self.pinned else reads:
+            yield from block
+
+    def _gather(self, requests: Iterable[Request]) -> Iterator[list[Read]]:
+        most = max(1, _BLOCK * len(self) // max(1, self.nbytes))
+        select = [_Select(field, self.pinned) for field in self.fields]
+        for index, sizes in chain.from_iterable(_blocks(request, most) for request in requests):
+            fields = [select_from(index).split(sizes) for select_from in select]
+            reads: list[Read] = [(example, None) for example in zip(*fields, strict=True)]
+            del fields  # here and below: memory is free again as soon as its last reader is done
+            yield reads
+            del reads
 
 
-_BLOCK = 2**19  # bytes gathered at a time
+_BLOCK = 2**20  # bytes gathered at a time: they stay in the cache of a core until they are used
 
 
-def _blocks(requests: Iterable[Tensor], most: int) -> Iterator[list[Tensor]]:
-    """Yield lists of requests of up to `most` examples together, or of one request."""
-    block, size = [], 0
-    for index in requests:
-        if block and size + index.numel() > most:
-            yield block
-            block, size = [], 0
-        block.append(index)
-        size += index.numel()
-    if block:
-        yield block
+class _Select:
+    """Gathers rows, into memory that is used again as soon as no tensor of it is left: fresh memory costs more."""
+
+    def __init__(self, field: Tensor, pinned: bool) -> None:
+        self.field, self.pinned = field, pinned
+        # A tensor made of an array holds the array for as long as any view of the tensor lives. NumPy has no bfloat16.
+        self.numpy = None if field.device.type != "cpu" or field.dtype == torch.bfloat16 else field[:0].numpy()
+        self.arrays: list[np.ndarray] = []
+
+    def __call__(self, index: Tensor) -> Tensor:
+        """Return field[index], to which `index_select` is the way that is four times as fast on a CPU."""
+        rows = len(index)
+        if self.pinned:  # torch itself uses pinned memory again, after the copy from it
+            shape = rows, *self.field.shape[1:]
+            memory = torch.empty(shape, dtype=self.field.dtype, pin_memory=True)
+        elif self.numpy is not None:
+            memory = self._memory(rows)
+        else:
+            return self.field.index_select(0, index.to(self.field.device, non_blocking=True))
+        return torch.index_select(self.field, 0, index, out=memory)
+
+    def _memory(self, rows: int) -> Tensor:
+        for array in self.arrays:
+            if sys.getrefcount(array) == _FREE and len(array) >= rows:
+                break
+        else:
+            assert self.numpy is not None
+            array = np.empty((rows, *self.numpy.shape[1:]), self.numpy.dtype)
+            self.arrays = [array, *self.arrays[: _KEPT - 1]]
+        memory = torch.from_numpy(array)
+        return memory if len(array) == rows else memory[:rows]
+
+
+_KEPT = 4  # buffers: one that is written, one that is read, and two that a thread has made ahead
+_FREE = 3  # references to an array that nobody uses: the list's, the loop's, and the question's
+
+
+def _ahead(items: Iterator[Any], count: int = 2) -> Iterator[Any]:
+    """Yield the items, up to `count` of which a thread makes ahead of time."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting = deque(thread.submit(next, items, None) for _ in range(count))
+        while (item := waiting.popleft().result()) is not None:
+            waiting.append(thread.submit(next, items, None))
+            yield item
+
+
+def _blocks(request: Request, most: int) -> Iterator[tuple[Tensor, list[int]]]:
+    """Yield index and sizes of micro-batches that have up to `most` examples together, or of one."""
+    index, sizes, _ = request
+    if len(index) <= most:
+        yield index, sizes
+        return
+    start = number = 0
+    while number < len(sizes):
+        first, stop = number, start + sizes[number]
+        number += 1
+        while number < len(sizes) and stop + sizes[number] - start <= most:
+            stop += sizes[number]
+            number += 1
+        yield index[start:stop], sizes[first:number]
+        start = stop
 
 
 class Workers:
     """A map-style data set whose examples must be made one by one, in `num_workers` processes (0: in this one).
 
-    `__getitems__(list of int)` is used where the data set has it. Workers get whole micro-batches, in order.
+    `__getitems__(list of int)` is used where the data set has it. Workers get whole micro-batches, in order, and live
+    as long as this object.
+
+    What an example's code draws from the generators of torch, numpy and Python is a function of the seed and of the
+    example's place in the epoch (with `__getitems__`: of the micro-batch's place).
 
     Args:
         dataset: has `__len__` and `__getitem__`.
@@ -101,29 +214,41 @@ class Workers:
         if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
             raise ValueError(f"{type(dataset).__name__} has no __getitem__ and __len__: a data set must have both")
         self.dataset = dataset
-        self.num_workers = num_workers
         self.max_unreadable = max_unreadable
         self.unreadable: set[int] = set()
+        self.num_workers = num_workers
+        self._requests = _Requests()
+        self._loader = DataLoader(
+            _Reader(dataset),
+            batch_size=None,
+            sampler=self._requests,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            collate_fn=_as_it_is,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # leaves the global one alone
+        )
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
 
-    def stream(self, requests: Iterable[Tensor], seed: int = 0) -> Iterator[Read]:
+    def __str__(self) -> str:
+        """Return how the data is fed, for the plan's table."""
+        return f"{self.num_workers} workers" if self.num_workers else "one by one"
+
+    def stream(self, requests: Iterable[Request], seed: int = 0) -> Iterator[Read]:
         """Yield the collated examples of each request.
 
         Raises:
             DataError: too many examples cannot be read, or a process died.
         """
-        loader = DataLoader(
-            _Reader(self.dataset),
-            batch_size=None,
-            sampler=(index.tolist() for index in requests),  # type: ignore[arg-type]
-            num_workers=self.num_workers,
-            collate_fn=_as_it_is,
-            generator=torch.Generator().manual_seed(seed),  # leaves the global one alone
+        self._requests.current = (
+            (part.tolist(), seed, position)
+            for index, sizes, positions in requests
+            for part, position in zip(index.split(sizes), positions, strict=True)
         )
         try:
-            for fields, weights, problems in loader:
+            for fields, weights, problems in self._loader:
                 for index, problem in problems.items():
                     self._leave_out(index, problem)
                 yield fields, weights
@@ -148,37 +273,65 @@ class Workers:
         print(f"{line}; left out, {len(self.unreadable)} so far", flush=True)
 
 
+class _Requests(Sampler):
+    """What the workers are asked for in this epoch: they outlive it."""
+
+    current: Iterable[tuple[list[int], int, int]] = ()
+
+    def __iter__(self) -> Iterator[tuple[list[int], int, int]]:
+        return iter(self.current)
+
+
 class _Reader(Dataset):
     """Reads whole micro-batches of a data set, in whatever process it is in."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, indices: list[int]) -> tuple[Example, Tensor | None, dict[int, str]]:
+    def __getitem__(self, request: tuple[list[int], int, int]) -> tuple[Example, Tensor | None, dict[int, str]]:
         """Return fields, weights (None: all one) and what cannot be read, by number of the example."""
+        state = None if get_worker_info() else (torch.get_rng_state(), np.random.get_state(), random.getstate())
+        try:
+            return self._examples(*request)
+        finally:
+            if state is not None:  # this process draws from its generators for other ends
+                torch.set_rng_state(state[0])
+                np.random.set_state(state[1])
+                random.setstate(state[2])
+
+    def _examples(self, indices: list[int], seed: int, position: int) -> tuple[Example, Tensor | None, dict[int, str]]:
         whole = getattr(self.dataset, "__getitems__", None)
         if whole is not None:
             try:
+                _seed(mix(seed, position))
                 return _collate(whole(indices)), None, {}
             except Exception:  # one of them: which, is found below
                 pass
-        examples = [self._read(index) for index in indices]
+        examples = [self._read(index, mix(seed, position + place)) for place, index in enumerate(indices)]
         problems = {index: problem for index, (_, problem) in zip(indices, examples, strict=True) if problem}
         if not problems:
             return _collate([example for example, _ in examples]), None, {}
         # Another example keeps the place, with weight zero, so that shapes and positions stay what they were.
-        others = chain(examples, map(self._read, range(len(self.dataset))))  # type: ignore[arg-type]
+        others = chain(examples, (self._read(index, seed) for index in range(len(self.dataset))))  # type: ignore[arg-type]
         spare = next((example for example, problem in others if not problem), None)
         if spare is None:
             raise DataError(f"no example can be read; example {indices[0]}: {problems[indices[0]]}")
         kept = [spare if problem else example for example, problem in examples]
         return _collate(kept), torch.tensor([0.0 if problem else 1.0 for _, problem in examples]), problems
 
-    def _read(self, index: int) -> tuple[Any, str | None]:
+    def _read(self, index: int, seed: int) -> tuple[Any, str | None]:
+        _seed(seed)
         try:
             return self.dataset[index], None
         except Exception as error:
             return None, f"{type(error).__name__}: {error}"
+
+
+def _seed(seed: int) -> None:
+    """Seed the generators that an example's code may draw from."""
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed % 2**32)  # the legacy generator, which transforms draw from
+    random.seed(seed)
 
 
 def _as_it_is(item: Any) -> Any:

@@ -5,12 +5,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import ceil
+from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from project.batching.fetch import DataError, Example, Fetch
+from project.batching.fetch import DataError, Example, Fetch, Request
 from project.batching.order import Order
 from project.batching.plan import BatchPlan, Part, cut
 from project.batching.random import mix
@@ -41,9 +42,10 @@ class Batch:
     def __len__(self) -> int:
         return len(self.index)
 
-    def to(self, device: torch.device) -> "Batch":
-        """Return the batch with its tensors on `device`; the numbers of the examples stay on the host."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+    def to(self, device: torch.device, convert: Callable[[Tensor], Tensor] | None = None) -> "Batch":
+        """Return the batch with its tensors on `device`, converted; the numbers of the examples stay on the host."""
+        moved = self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        return moved if convert is None else moved._map(convert)
 
     def split(self, size: int, unit: int = 1) -> list["Batch"]:
         """Return parts of at most `size` examples, in whole units (the last may be longer by half a one)."""
@@ -69,9 +71,10 @@ class Batch:
         return replace(self, inputs=apply(self.inputs), targets=apply(self.targets), weights=apply(self.weights))
 
 
-@dataclass(slots=True)
 class Share:
     """This device's part of one global batch: one item of the training loader, one optimizer step.
+
+    Not a dataclass: Lightning's mixed precision would walk through one, and copy it, at each step.
 
     Args:
         step: number of the optimizer step, from 0, over the whole training.
@@ -80,10 +83,10 @@ class Share:
         micro_batches: what this device runs, in order; on the host.
     """
 
-    step: int
-    epoch: int
-    size: int
-    micro_batches: list[Batch]
+    __slots__ = ("epoch", "micro_batches", "size", "step")
+
+    def __init__(self, step: int, epoch: int, size: int, micro_batches: list[Batch]) -> None:
+        self.step, self.epoch, self.size, self.micro_batches = step, epoch, size, micro_batches
 
     def cut(self, limit: int | None, unit: int = 1) -> None:
         """Cut micro-batches of more than `limit` examples, in whole units."""
@@ -117,6 +120,9 @@ class TrainLoader:
         position: asked when iteration starts: the number of optimizer steps done.
     """
 
+    waited = 0.0
+    """Seconds so far in which training waited for examples."""
+
     def __init__(self, plan: BatchPlan, order: Order, fetch: Fetch, rank: int, position: Callable[[], int]) -> None:
         self.plan, self.order, self.fetch, self.rank, self.position = plan, order, fetch, rank, position
 
@@ -125,31 +131,66 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[Share]:
         first = self.position()
-        epoch = first // len(self)
-        steps = range(first, (epoch + 1) * len(self))
-        # Steps that were asked for and have not come yet: processes that read the data are asked ahead of time.
-        asked: deque[tuple[int, list[Part], list[Tensor]]] = deque()
+        epoch, length = first // len(self), max(1, _ASKED // self.plan.batch_size)
+        last = (epoch + 1) * len(self)
+        runs = [range(step, min(step + length, last)) for step in range(first, last, length)]
+        # What was asked for and has not come yet: some ways to read are asked ahead of time.
+        asked: deque[list[Tensor]] = deque()
 
-        def requests() -> Iterator[Tensor]:
+        def requests() -> Iterator[Request]:
+            for steps in runs:
+                request = self._request(epoch, steps)
+                asked.append(list(request.index.split(request.sizes)))
+                yield request
+
+        examples = self.fetch.stream(requests(), seed=mix(self.order.seed, epoch))
+        for steps in runs:
+            indices = iter(())
             for step in steps:
-                start, stop = self.plan.bounds(step)
-                parts = self.plan.parts_of(stop - start, self.rank)
-                indices = [self.order.indices(epoch, start + part.start, start + part.stop) for part in parts]
-                asked.append((stop - start, parts, indices))
-                yield from indices
+                size, parts = self._parts(step)
+                asking = perf_counter()
+                read = [next(examples) for _ in parts]
+                self.waited += perf_counter() - asking
+                if step == steps.start:
+                    indices = iter(asked.popleft())
+                micro_batches = [
+                    make_batch(
+                        fields,
+                        index,
+                        weights if part.counts else torch.zeros(len(index)),
+                        part.start,
+                        epoch,
+                        part.counts,
+                    )
+                    for (fields, weights), part, index in zip(read, parts, indices, strict=False)
+                ]
+                yield Share(step, epoch, size, micro_batches)
 
-        examples = self.fetch.stream(requests(), seed=mix(self.order.seed, first, self.rank))
-        for step in steps:
-            read = [next(examples)]  # which makes sure that the step was asked for
-            size, parts, indices = asked.popleft()
-            read += [next(examples) for _ in parts[1:]]
-            micro_batches = [
-                make_batch(
-                    fields, index, weights if part.counts else torch.zeros(len(index)), part.start, epoch, part.counts
-                )
-                for (fields, weights), part, index in zip(read, parts, indices, strict=True)
-            ]
-            yield Share(step, epoch, size, micro_batches)
+    def _parts(self, step: int) -> tuple[int, list[Part]]:
+        """Return the size of a global batch, and this device's micro-batches of it."""
+        start, stop = self.plan.bounds(step)
+        return stop - start, self.plan.parts_of(stop - start, self.rank)
+
+    def _request(self, epoch: int, steps: range) -> Request:
+        """Return the request for this device's share of several batches."""
+        places = [
+            (start + part.start, start + part.stop)
+            for start, (_, parts) in ((self.plan.bounds(step)[0], self._parts(step)) for step in steps)
+            for part in parts
+        ]
+        slices: list[list[int]] = []
+        for start, stop in places:
+            if slices and slices[-1][1] == start:
+                slices[-1][1] = stop
+            else:
+                slices.append([start, stop])
+        indices = [self.order.indices(epoch, start, stop) for start, stop in slices]
+        index = indices[0] if len(indices) == 1 else torch.cat(indices)
+        return Request(index, [stop - start for start, stop in places], [start for start, _ in places])
+
+
+_ASKED = 2048
+"""Examples of global batches that are asked for at a time."""
 
 
 class EvalLoader:
@@ -184,7 +225,7 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         ranges = list(pairwise(self.borders))
-        examples = self.fetch.stream(torch.arange(a, b) for a, b in ranges)
+        examples = self.fetch.stream(Request.one(torch.arange(a, b), a) for a, b in ranges)
         for a, b in ranges:
             fields, weights = next(examples)
             if weights is not None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from project.batching.fetch import Fetch, make_fetch
+from project.batching.fetch import Fetch, InMemory, Request, make_fetch
 from project.batching.loader import Batch, EvalLoader, TrainLoader, make_batch
 from project.batching.order import Order, Shuffled
 from project.batching.plan import BatchPlan
@@ -39,6 +39,7 @@ class DataModule(pl.LightningDataModule, ABC):
         num_workers: processes per device that read a map-style data set; tensors need none.
         max_unreadable: examples of a map-style data set that may turn out unreadable and are left out of training.
         seed: of the order; null: that of `seed_everything`.
+        resident_share: the data is held on a GPU where each split takes at most this share of its free memory.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class DataModule(pl.LightningDataModule, ABC):
         num_workers: int = 0,
         max_unreadable: int = 0,
         seed: int | None = None,
+        resident_share: float = 0.25,
     ) -> None:
         super().__init__()
         sizes = {"batch_size": batch_size, "micro_batch_size": micro_batch_size, "eval_batch_size": eval_batch_size}
@@ -59,6 +61,8 @@ class DataModule(pl.LightningDataModule, ABC):
                 raise ValueError(f"data.{name} is {value}: write a whole number of at least 1")
         if num_workers < 0:
             raise ValueError(f"data.num_workers is {num_workers}: write 0 or a number of processes")
+        if not 0 <= resident_share <= 1:
+            raise ValueError(f"data.resident_share is {resident_share}: write a share from 0 to 1")
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
         self.eval_batch_size = eval_batch_size
@@ -67,9 +71,12 @@ class DataModule(pl.LightningDataModule, ABC):
         self.num_workers = num_workers
         self.max_unreadable = max_unreadable
         self.seed = seed
+        self.resident_share = resident_share
         self.unit = 1
         self.plan: BatchPlan | None = None
         self._splits: dict[str, Fetch | None] = {}
+        self._fed: dict[str, Fetch] = {}
+        self._loader: TrainLoader | None = None
         self._restored_step = 0
         self.micro_batch_limit: int | None = None
         """Most examples that were found to fit at once."""
@@ -167,7 +174,7 @@ class DataModule(pl.LightningDataModule, ABC):
         fetch = self.split(name)
         assert fetch is not None
         index = torch.arange(min(count, len(fetch)))
-        fields, _ = next(iter(fetch.stream([index])))
+        fields, _ = next(iter(fetch.stream([Request.one(index)])))
         return make_batch(fields, index)
 
     def labels(self) -> Tensor | None:
@@ -178,10 +185,27 @@ class DataModule(pl.LightningDataModule, ABC):
 
     def train_dataloader(self) -> TrainLoader:
         """Return the loader that yields one `Share` per optimizer step."""
-        train = self.split("train")
         assert self.plan is not None
-        assert train is not None
-        return TrainLoader(self.plan, self.order, train, self.trainer.global_rank if self.trainer else 0, self.position)
+        rank = self.trainer.global_rank if self.trainer else 0
+        waited = self.waited
+        self._loader = TrainLoader(self.plan, self.order, self.feed("train"), rank, self.position)
+        self._loader.waited = waited
+        return self._loader
+
+    @property
+    def waited(self) -> float:
+        """Seconds so far in which training waited for examples."""
+        return self._loader.waited if self._loader else 0.0
+
+    def feed(self, name: str) -> Fetch:
+        """Return the way in which the examples of a split reach the device."""
+        if name not in self._fed:
+            fetch = self.split(name)
+            assert fetch is not None
+            if isinstance(fetch, InMemory) and self.trainer is not None:
+                fetch = fetch.on(self.trainer.strategy.root_device, self.resident_share)
+            self._fed[name] = fetch
+        return self._fed[name]
 
     def val_dataloader(self) -> EvalLoader | list:
         """Return this device's shard of the validation split."""
@@ -196,20 +220,22 @@ class DataModule(pl.LightningDataModule, ABC):
         return self._eval_loader("predict")
 
     def _eval_loader(self, name: str) -> EvalLoader | list:
-        fetch = self.split(name)
-        if fetch is None:
+        if self.split(name) is None:
             return []
         size = self.eval_batch_size or max(256, self.plan.largest_micro_batch if self.plan else 0)
         trainer = self.trainer
-        return EvalLoader(fetch, size, trainer.global_rank if trainer else 0, trainer.world_size if trainer else 1)
+        return EvalLoader(
+            self.feed(name), size, trainer.global_rank if trainer else 0, trainer.world_size if trainer else 1
+        )
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Leave batches on the host: the task takes each with `to_device`, inside the precision's context."""
         return batch
 
     def to_device(self, batch: Batch, device: torch.device, training: bool) -> Batch:
-        """Return one micro-batch on the device, transformed."""
-        return self.transform(batch.to(device), training)
+        """Return one micro-batch on the device, in the precision of the trainer, transformed."""
+        convert = self.trainer.precision_plugin.convert_input if self.trainer else None
+        return self.transform(batch.to(device, convert), training)
 
     # The position in training is the number of optimizer steps done, and nothing else
 

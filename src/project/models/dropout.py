@@ -30,17 +30,31 @@ class Dropout(nn.Module):
         """Map [N, ...] to [N, ...]."""
         if not self.training or self.p == 0:
             return inputs
-        if place.current is None:
-            return F.dropout(inputs, self.p, training=True)
-        key, first, _ = place.current
-        examples = mix(mix(key, self.number), torch.arange(first, first + len(inputs), device=inputs.device))
-        values = torch.arange(inputs[0].numel(), device=inputs.device)
-        # A short hash is enough where the keys of the examples are good: one multiply-and-shift round per value.
-        bits = examples[:, None] ^ (values * 0x1E3779B97F4A7C15)
-        bits.bitwise_xor_(bits >> 32).mul_(0x3F58476D1CE4E5B9)
-        keep = bits.bitwise_right_shift_(40).bitwise_and_(0xFFFFFF) >= int(self.p * 2**24)
-        return inputs * keep.view(inputs.shape).to(inputs.dtype).mul_(1 / (1 - self.p))
+        if torch.compiler.is_compiling():
+            return inputs * _opaque_mask(inputs.detach(), self.p, self.number)
+        return inputs * mask(inputs, self.p, self.number)
 
     def extra_repr(self) -> str:
         """Show the probability."""
         return f"p={self.p}"
+
+
+def mask(inputs: Tensor, p: float, number: int) -> Tensor:
+    """Return what the inputs [N, ...] of layer `number` are multiplied by: 0, or 1 / (1 - p)."""
+    if place.current is None:
+        return F.dropout(torch.ones_like(inputs), p, training=True)
+    key, first, _ = place.current
+    examples = mix(mix(key, number), torch.arange(first, first + len(inputs), device=inputs.device))
+    values = torch.arange(inputs[0].numel(), device=inputs.device)
+    # A short hash is enough where the keys of the examples are good: one multiply-and-shift round per value.
+    bits = examples[:, None] ^ (values * 0x1E3779B97F4A7C15)
+    bits.bitwise_xor_(bits >> 32).mul_(0x3F58476D1CE4E5B9)
+    keep = bits.bitwise_right_shift_(40).bitwise_and_(0xFFFFFF) >= int(p * 2**24)
+    return keep.view(inputs.shape).to(inputs.dtype).mul_(1 / (1 - p))
+
+
+# A compiler must not look into it: the place is another one at each step.
+_opaque_mask = torch.library.custom_op("project::dropout_mask", mask, mutates_args=())
+_opaque_mask.register_fake(
+    lambda inputs, p, number: torch.empty(inputs.shape, dtype=inputs.dtype, device=inputs.device)
+)
