@@ -5,8 +5,9 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -21,6 +22,8 @@ from project.callbacks.epoch_line import EpochLine
 from project.callbacks.predictions import Predictions
 from project.callbacks.progress import ProgressBar
 from project.callbacks.run_record import RunRecord
+from project.callbacks.summary import Summary
+from project.choosing import speed
 from project.data.module import LIMIT_FILE, SPLITS, DataModule
 from project.errors import Mistake, TrainingStopped, mistakes
 from project.logger import WandbLogger
@@ -43,7 +46,7 @@ UNFOUNDED = (
 
 
 class CLI(LightningCLI):
-    """`fit`, `validate`, `test`, `predict`, each in a run's folder of its own."""
+    """`fit`, `validate`, `test`, `predict`, `inspect`, each in a run's folder of its own."""
 
     datamodule: DataModule
     model: Task
@@ -72,11 +75,22 @@ class CLI(LightningCLI):
         """The configuration of the subcommand."""
         return self.config[self.config.subcommand]
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return the verbs, which are methods of the trainer, and which of their arguments are not options."""
+        return LightningCLI.subcommands() | {"inspect": {"model", "datamodule"}}
+
     def add_arguments_to_parser(self, parser: Any) -> None:
         """Add what belongs to the run and not to the trainer."""
         parser.add_argument("--name", type=str, default="run", help="name of the experiment: a folder in the root")
         parser.add_argument(
             "--force", type=bool, default=False, help="resume even where model, data or batch have changed"
+        )
+        parser.add_argument(
+            "--speed",
+            type=Literal["auto"] | None,
+            default=None,
+            help="auto: measure a few steps, and set what is not set of precision, memory format, micro-batch, threads",
         )
         parser.set_defaults({"trainer.default_root_dir": "runs"})
 
@@ -93,14 +107,17 @@ class CLI(LightningCLI):
     def _place_run(self) -> None:
         settings = self.settings
         root = Path(settings.trainer.default_root_dir or "runs")
-        self.restart = settings.ckpt_path == "last"
-        self.checkpoint = self._find_checkpoint(root)
-        settings.ckpt_path = None if self.checkpoint is None else str(self.checkpoint)
-        if settings.weights_only is None:
-            settings.weights_only = True
+        takes_checkpoint = "ckpt_path" in settings
+        self.restart = takes_checkpoint and settings.ckpt_path == "last"
+        if takes_checkpoint:
+            self.checkpoint = self._find_checkpoint(root)
+            settings.ckpt_path = None if self.checkpoint is None else str(self.checkpoint)
+            if settings.weights_only is None:
+                settings.weights_only = True
         self.folder = self._choose_folder(root)
         self.plain_config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))[self.config.subcommand]
-        self.plain_config["ckpt_path"] = None  # the configuration of a run does not say how often it was resumed
+        if takes_checkpoint:
+            self.plain_config["ckpt_path"] = None  # the configuration of a run does not say how often it was resumed
         settings.trainer.default_root_dir = str(self.folder)
         loggers = settings.trainer.logger
         for logger in loggers if isinstance(loggers, list) else [loggers]:
@@ -137,8 +154,8 @@ class CLI(LightningCLI):
 
     def _out_of_memory_folder(self, root: Path) -> Path | None:
         """Return the newest run's folder, if that run ran out of memory before its first checkpoint."""
-        newest = max((root / self.settings.name).glob("*/"), default=None)
-        return newest if self.restart and newest and (newest / LIMIT_FILE).exists() else None
+        newest = max((root / self.settings.name).glob("*/config.yaml"), default=None)  # `inspect` leaves none
+        return newest.parent if self.restart and newest and (newest.parent / LIMIT_FILE).exists() else None
 
     def _choose_folder(self, root: Path) -> Path:
         if runs.FOLDER in os.environ:
@@ -161,6 +178,8 @@ class CLI(LightningCLI):
         settings = self._get(self.config_init, "trainer")
         callbacks = list(settings.get("callbacks") or [])
         if self.subcommand == "fit":
+            if self.settings.speed == "auto":
+                self._speed_up(settings)
             saving = settings.get("enable_checkpointing") is not False
             if saving and not any(isinstance(callback, Last) for callback in callbacks):
                 callbacks.append(Last())
@@ -173,6 +192,7 @@ class CLI(LightningCLI):
                     callback._enable_version_counter = False
             if not any(isinstance(callback, EpochLine) for callback in callbacks):
                 callbacks.append(EpochLine())
+            callbacks.append(Summary())
         if self.subcommand == "predict":
             callbacks.append(Predictions())
             settings["logger"] = False  # nothing is measured
@@ -183,16 +203,42 @@ class CLI(LightningCLI):
         settings["callbacks"] = [*callbacks, RunRecord(self.plain_config, str(self.subcommand))]
         return super().instantiate_trainer(**kwargs)
 
+    def _speed_up(self, settings: Any) -> None:
+        """Set what is the fastest on this machine."""
+        path = self.folder / speed.FILE
+        self.model.prepare(self.datamodule, "train")
+        gpu = settings.get("accelerator") in (None, "auto", "gpu", "cuda") and torch.cuda.is_available()
+        devices = settings.get("devices")
+        automatic = torch.cuda.device_count() if gpu else 1
+        speed.speed_up(
+            self.model,
+            self.datamodule,
+            settings,
+            path,
+            torch.device("cuda" if gpu else "cpu"),
+            int(devices) if str(devices).isdecimal() else len(devices) if isinstance(devices, list) else automatic,
+        )
+        chosen = yaml.safe_load(path.read_text())
+        for key, value in chosen["trainer"].items():
+            settings[key] = value
+        self.datamodule.micro_batch_size = chosen["data"]["micro_batch_size"]
+
     # Checks before anything is trained
 
-    def _prepare(self, stage: str) -> None:
-        """Load the data, make the plan and try the network, so that a mistake is said before training starts."""
+    def _load(self, stage: str) -> None:
+        """Load the data and make the plan; the first process of a machine does."""
         self.datamodule.trainer, self.datamodule.unit = self.trainer, self.model.unit
+        if self.trainer.local_rank == 0:
+            with mistakes():
+                self.datamodule.prepare_data()
+                self.datamodule.setup(stage)
+
+    def _prepare(self, stage: str) -> None:
+        """Also try the network, so that a mistake is said before training starts."""
+        self._load(stage)
         if self.trainer.local_rank != 0:
             return  # the first process says it for all
         with mistakes():
-            self.datamodule.prepare_data()
-            self.datamodule.setup(stage)
             self.model.prepare(self.datamodule, SPLITS[stage][0])
             self._check_checkpoint()
             if stage == "fit":
@@ -239,11 +285,16 @@ class CLI(LightningCLI):
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         for name, value in {"parameters": parameters, **plan.table(total)}.items():
             print(f"{name:>24}  {value:,}")
+        print(f"{'feeding':>24}  {self.datamodule.feed('train')}")
         done = self.steps_done
         if done:
             print(f"resuming after step {done:,} from {self.checkpoint}")
             if done >= total:
                 print(f"already trained for {done:,} of {total:,} steps: write a larger trainer.max_epochs to go on")
+
+    def before_inspect(self) -> None:
+        """Load; what is wrong with the model does not keep anyone from looking at the data."""
+        self._load("fit")
 
     def before_validate(self) -> None:
         """Check."""
@@ -277,6 +328,17 @@ class CLI(LightningCLI):
         print(f"run folder: {self.folder}")
         if (self.folder / "checkpoints" / "best.ckpt").exists():
             print(f"test it:    python -m project test --config {' --config '.join(given)} --ckpt_path best")
+        self._say_upload()
+
+    def after_inspect(self) -> None:
+        """Record the configuration, and say where the picture is."""
+        RunRecord(self.plain_config, "inspect").setup(self.trainer, self.model, "fit")
+        if self.trainer.is_global_zero:
+            print(f"run folder: {self.folder}")
+            print(f"look at it: {self.folder / 'inspect.png'}")
+            self._say_upload()
+
+    def _say_upload(self) -> None:
         for logger in self.trainer.loggers:
             if isinstance(logger, WandbLogger) and logger.offline_folder:
                 print(f"upload it:  wandb sync {os.path.relpath(logger.offline_folder)}")

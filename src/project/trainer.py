@@ -8,7 +8,12 @@ from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.profilers import PassThroughProfiler, Profiler
 from lightning.pytorch.strategies import DDPStrategy
 
+from project import host
 from project.callbacks.durable import DurableIO
+from project.choosing import batches
+from project.data.module import DataModule
+from project.errors import mistakes
+from project.tasks.task import Task
 
 
 class Unprofiled(PassThroughProfiler):
@@ -34,6 +39,10 @@ class Trainer(pl.Trainer):
         use_distributed_sampler: must stay false: the data module cuts the batches.
         plugins: as in Lightning; checkpoints are written durably unless one of these is a checkpoint writer.
         profiler: "simple", "advanced" or "pytorch", to see where the time goes.
+        channels_last: lay images out with the channels last, which convolutions like better on GPUs and with bf16.
+        compile: compile the network (`torch.compile`); the first steps take up to minutes.
+        threads: of PyTorch on the CPU, per process; null: the processes of a machine share its cores.
+        keep_memory: on a CPU, keep freed memory for the next step: faster where a micro-batch needs much.
         **kwargs: those of Lightning's Trainer.
     """
 
@@ -47,6 +56,10 @@ class Trainer(pl.Trainer):
         use_distributed_sampler: bool = False,
         plugins: Any = None,
         profiler: Profiler | str | None = None,
+        channels_last: bool = False,
+        compile: bool = False,
+        threads: int | None = None,
+        keep_memory: bool = False,
         **kwargs: Any,
     ) -> None:
         if use_distributed_sampler:
@@ -55,7 +68,14 @@ class Trainer(pl.Trainer):
             raise ValueError(
                 f"trainer.accumulate_grad_batches is {accumulate_grad_batches}: write a whole number of at least 1"
             )
+        if threads is not None and threads < 1:
+            raise ValueError(f"trainer.threads is {threads}: write a whole number of at least 1")
         self.accumulation = accumulate_grad_batches
+        self.channels_last, self.compile = channels_last, compile
+        if threads is not None:
+            host.set_threads(threads)
+        if keep_memory and not host.keep_memory(True):
+            print("trainer.keep_memory is true, but this C library cannot: training goes on without", flush=True)
         plugins = [] if plugins is None else list(plugins) if isinstance(plugins, list | tuple) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(DurableIO())
@@ -73,3 +93,15 @@ class Trainer(pl.Trainer):
             # Each device computes the same running statistics, or none. Copying those of the first device over the
             # others before every forward pass is a cost, and would undo exact ones. Lightning has no setter for it.
             self.strategy._ddp_kwargs.setdefault("broadcast_buffers", False)
+
+    def inspect(self, model: Task, datamodule: DataModule, seconds: float = 10.0) -> None:
+        """Look at the batches without training: what is in them, what is wrong with them, a picture.
+
+        Args:
+            model: tried on the data.
+            datamodule: has its plan.
+            seconds: most time for reading each split; of larger ones, a random part is looked at.
+        """
+        if self.is_global_zero:  # one process sees the batches of all devices
+            with mistakes():
+                batches.inspect(self, model, datamodule, seconds)

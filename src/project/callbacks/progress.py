@@ -1,5 +1,6 @@
 """The progress bar: optimizer steps, time left, loss, examples per second."""
 
+from time import perf_counter
 from typing import Any
 
 from lightning.pytorch.callbacks import RichProgressBar
@@ -7,7 +8,18 @@ from rich.progress import ProgressColumn
 
 
 class ProgressBar(RichProgressBar):
-    """Lightning's rich progress bar, with examples per second in place of iterations, and epochs counted from 1."""
+    """Lightning's rich progress bar, with examples per second in place of iterations, and epochs counted from 1.
+
+    It moves ten times a second at most: eyes see no more, and a move takes as long as a small step.
+    """
+
+    _moved = 0.0
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Move, if it is time or the epoch is over."""
+        if perf_counter() - self._moved > 0.1 or trainer.is_last_batch:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            self._moved = perf_counter()
 
     def configure_columns(self, trainer: Any) -> list[ProgressColumn]:
         """Leave room for the metrics on a terminal of 80 columns."""

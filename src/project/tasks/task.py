@@ -8,13 +8,16 @@ from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor, nn
-from torch.optim import LBFGS, AdamW, Optimizer
+from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
 from torchmetrics import MetricCollection
 
-from project.batching.loader import Batch
-from project.callbacks.record import Record
+from project.batching.loader import Batch, Share
+from project.callbacks.record import Record, row_is_due
 from project.data.module import SPLITS, DataModule
+from project.models.compiled import compile_network
+from project.models.flops import count_flops
 from project.models.norm import has_batchnorm
 from project.optim.schedule import Schedule
 from project.tasks.step import ExactStep, Losses, Sums
@@ -46,7 +49,13 @@ class Task(ExactStep):
         self.make_optimizer = optimizer
         self.schedule = schedule
         self.decay_matrices_only = decay_matrices_only
+        self.channels_last = False
         self.metrics: MetricCollection | None = None
+        self.step_metrics: MetricCollection | None = None
+        """The same metrics, of one training batch."""
+        self.row_is_due = False
+        self.flops_per_example: float | None = None
+        """Of the forward pass; None: not known."""
 
     # What a subclass writes
 
@@ -72,12 +81,29 @@ class Task(ExactStep):
 
     def forward(self, inputs: Any) -> Tensor:
         """Apply the network to the inputs; a tuple of inputs is passed as several arguments."""
+        if self.channels_last and isinstance(inputs, Tensor) and inputs.ndim == 4:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
         return self.network(*inputs) if isinstance(inputs, tuple) else self.network(inputs)
 
+    def lay_out(self, channels_last: bool) -> None:
+        """Lay images and the weights of convolutions out with the channels last, or not. Changes speed alone."""
+        self.channels_last = channels_last
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        for parameter in self.network.parameters():
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.contiguous(memory_format=layout)
+
+    def configure_model(self) -> None:
+        """Lay the network out, and compile it, as the trainer says."""
+        self.lay_out(getattr(self.trainer, "channels_last", False))
+        if getattr(self.trainer, "compile", False):
+            compile_network(self.network, self.trainer.strategy.root_device)
+
     def measure(self, *values: Tensor) -> None:
-        """Update the metrics of the running evaluation; does nothing in training."""
-        if self.metrics is not None and not self.training:
-            self.metrics.update(*values)
+        """Update the metrics: of the running evaluation, or in training of the step, where a row in the log is due."""
+        metrics = self.metrics if not self.training else self.step_metrics if self.row_is_due else None
+        if metrics is not None:
+            metrics.update(*values)
 
     def prepare(self, data: DataModule, split: str) -> None:
         """Try the network on the first examples of a split and make the metrics, before anything is trained.
@@ -85,12 +111,15 @@ class Task(ExactStep):
         Raises:
             ValueError: the network cannot take the data, or the data does not suit the task.
         """
-        batch = data.to_device(data.examples(split, 2), self.device, training=False)
+        precision = data.trainer.precision_plugin if data.trainer is not None else Precision()
+        precision.convert_module(self)
+        with precision.forward_context():
+            batch = data.to_device(data.examples(split, 2), self.device, training=False)
         training = self.training
         self.eval()
         try:
-            with torch.no_grad():
-                outputs = self(batch.inputs)
+            with torch.no_grad(), precision.forward_context():
+                outputs, flops = count_flops(lambda: self(batch.inputs))
         except RuntimeError as error:
             shape = list(batch.inputs.shape[1:]) if isinstance(batch.inputs, Tensor) else type(batch.inputs).__name__
             raise ValueError(
@@ -99,16 +128,21 @@ class Task(ExactStep):
             ) from error
         finally:
             self.train(training)
+        self.flops_per_example = flops and flops / len(batch)
         self.check(data, outputs)
         if data.plan is not None:
             self._check_training(data)
         if self.metrics is None:
             metrics = self.make_metrics(outputs)
             self.metrics = None if metrics is None else metrics.to(self.device)
+            self.step_metrics = None if metrics is None else metrics.clone()
 
     def _check_training(self, data: DataModule) -> None:
         self._new_optimizer()
         self._examples_in_all(data)
+        first = data.examples("train", 32)
+        if isinstance(first.inputs, Tensor) and len(first) > 1 and bool((first.inputs == first.inputs[:1]).all()):
+            warnings.warn(f"the inputs of the first {len(first)} training examples are all the same", stacklevel=2)
         plan = data.plan
         assert plan is not None
         if plan.unit != self.unit:
@@ -135,6 +169,19 @@ class Task(ExactStep):
         return [Record()]
 
     # Figures
+
+    def on_train_batch_start(self, batch: Share, batch_idx: int) -> None:
+        """Measure the step, if a row in the log is due after it."""
+        super().on_train_batch_start(batch, batch_idx)
+        self.row_is_due = self.step_metrics is not None and row_is_due(self.trainer, batch.step + 1)
+
+    def measured(self) -> dict[str, float]:
+        """Return the metrics of the training batch that was measured, over all devices."""
+        if self.step_metrics is None:
+            return {}
+        values = {f"train/{name}": value.item() for name, value in self.step_metrics.compute().items()}
+        self.step_metrics.reset()
+        return values
 
     def on_train_epoch_end(self) -> None:
         """Give the exact mean loss of the epoch."""
@@ -211,20 +258,24 @@ class Task(ExactStep):
         optimizer = self.make_optimizer(self.parameter_groups())
         if isinstance(optimizer, LBFGS):
             raise ValueError("model.optimizer LBFGS evaluates the loss several times per step: write another optimizer")
+        if isinstance(optimizer, SGD | Adam):
+            for group in optimizer.param_groups:  # one kernel for all parameters, unless something else was asked for
+                if group["fused"] is None and not group["foreach"] and not group["differentiable"]:
+                    group["fused"] = all(_has_fused(parameter) for parameter in group["params"])
         return optimizer
 
     def configure_optimizers(self) -> Optimizer:
         """Return the optimizer. Its learning rate is set before each step, so that it depends on the step alone."""
         optimizer = self._new_optimizer()
         self.rates = [group["lr"] for group in optimizer.param_groups]
+        self.examples_in_all = self._examples_in_all(self.data)
         return optimizer
 
     def before_step(self, optimizer: Any) -> None:
         """Set the learning rate of the step that is due."""
         plan, step = self.data.plan, self.trainer.global_step
         assert plan is not None
-        total = self._examples_in_all(self.data) if self.schedule.needs_end else math.inf
-        factor = self.schedule.factor(plan.examples_at(step), plan.examples_at(step + 1), total)
+        factor = self.schedule.factor(plan.examples_at(step), plan.examples_at(step + 1), self.examples_in_all)
         for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
 
@@ -237,3 +288,7 @@ class Task(ExactStep):
             )
         assert data.plan is not None
         return steps if steps == math.inf else data.plan.examples_at(int(steps))
+
+
+def _has_fused(parameter: nn.Parameter) -> bool:
+    return parameter.device.type in ("cpu", "cuda") and parameter.is_floating_point()
