@@ -2,9 +2,11 @@
 
 import argparse
 import json
+import logging
 import os
 import platform
 import statistics
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,22 +16,27 @@ import torch
 def arguments(description: str | None, pairs: int = 5) -> argparse.Namespace:
     """Return the command line that all benchmarks take."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--pairs", type=int, default=pairs, help="rounds in which every alternative has its turn")
+    parser.add_argument(
+        "--pairs", type=int, default=pairs, help="rounds of turns, after one that does not count; 0: it counts"
+    )
     parser.add_argument("--scale", type=float, default=1.0, help="share of the work of one turn; the tests take little")
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
     return given
 
 
 def interleave(alternatives: dict[str, Callable[[], float]], pairs: int) -> dict[str, list[float]]:
-    """Run each alternative once per round, after one round that does not count; return what they measured."""
+    """Run each alternative once per round, after one round that warms up; return what they measured."""
     measured: dict[str, list[float]] = {name: [] for name in alternatives}
     for number in range(pairs + 1):
         for name, run in alternatives.items():
             value = run()
-            if number:
+            if number or not pairs:
                 measured[name].append(value)
     return measured
 
@@ -41,7 +48,8 @@ def report(title: str, unit: str, measured: dict[str, list[float]], base: str) -
     for name, values in measured.items():
         ratio = statistics.median(a / b for a, b in zip(values, measured[base], strict=True))
         figures[name] = {"median": statistics.median(values), "ratio": ratio}
-        print(f"  {name:<52}{statistics.median(values):>14,.1f}{ratio:>9.2f}")
+        median = statistics.median(values)
+        print(f"  {name:<52}{median:>14,.{0 if median >= 1000 else 2}f}{ratio:>9.2f}")
     return figures
 
 

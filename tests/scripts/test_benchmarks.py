@@ -8,10 +8,16 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
+EPOCH = {"plain PyTorch loop, data in one tensor", "ours, speed: auto in float32", "Lightning as documented"}
 ALTERNATIVES = {
     "bench_feed.py": {"bare index_select loop", "ours, in memory", "ours, memory map", "memory copy", "DataLoader"},
-    "bench_step.py": {"plain PyTorch loop", "ours", "Lightning as documented"},
+    "bench_step.py": {"plain PyTorch loop", "ours"},
+    "bench_epoch.py": EPOCH,
+    "bench_first_result.py": {"plain PyTorch script", "ours, CSV log", "ours, W&B offline (the default)"},
+    "bench_scale.py": set(),
+    "bench_long.py": set(),
 }
+"""What is in each table of a benchmark, among others."""
 
 
 def test_all_benchmarks_are_here() -> None:
@@ -20,12 +26,13 @@ def test_all_benchmarks_are_here() -> None:
 
 @pytest.mark.parametrize("name", ALTERNATIVES)
 def test_benchmark(name: str) -> None:
-    command = [sys.executable, ROOT / "scripts" / name, "--pairs", "1", "--scale", "0.02", "--json", "figures.json"]
+    command = [sys.executable, ROOT / "scripts" / name, "--pairs", "0", "--scale", "0.01", "--json", "figures.json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     figures = json.loads(Path("figures.json").read_text())
     assert figures.pop("machine")["cores"] > 0
-    assert len(figures) == 2
+    assert figures
     for table in figures.values():
-        assert table.keys() == ALTERNATIVES[name]
+        assert table.keys() >= ALTERNATIVES[name]
+        assert len(table) > 1
         assert all(row["median"] > 0 and row["ratio"] > 0 for row in table.values())
