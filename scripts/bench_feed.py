@@ -9,6 +9,7 @@
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import bench
@@ -27,8 +28,9 @@ EXAMPLES, BYTES = 60_000, 784
 def ours(fetch: Fetch, batch_size: int) -> Callable[[], float]:
     """Return a run over one epoch of the training loader, as a task would see it."""
     plan = BatchPlan(len(fetch), batch_size)
-    loader = TrainLoader(plan, Shuffled().prepare(len(fetch), batch_size, seed=0), fetch, 0, lambda: 0)
-    return timed(loader, len(fetch))
+    epoch = count()
+    order = Shuffled().prepare(len(fetch), batch_size, seed=0)
+    return timed(TrainLoader(plan, order, fetch, 0, lambda: next(epoch) * plan.steps_per_epoch), len(fetch))
 
 
 def timed(loader: object, examples: int) -> Callable[[], float]:

@@ -32,6 +32,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from kill_trace import (
     BATCH_SIZE,
@@ -82,7 +83,7 @@ def make_chain(choice: random.Random, kills: int, processes: list[int], same: bo
     return runs
 
 
-def start(run: Run, folder: Path, trace: str) -> subprocess.Popen[bytes]:
+def start(run: Run, folder: Path, trace: str, popen: Any) -> Any:
     """Start `python -m project fit ... --ckpt_path last` as a process group of its own."""
     last = {"class_path": "project.callbacks.checkpoint.Last", "init_args": {"every_n_steps": SAVE_EVERY}}
     trainer = {
@@ -103,10 +104,11 @@ def start(run: Run, folder: Path, trace: str) -> subprocess.Popen[bytes]:
     command += [word for file in (*CONFIGS, overlay) for word in ("--config", str(file))]
     environment = os.environ | {"PYTHONPATH": str(SCRIPTS), "OMP_NUM_THREADS": "1"}
     with open(f"{trace}.log", "wb") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=folder, start_new_session=True)
+        output = {"stdout": log.fileno(), "stderr": log.fileno()}
+        return popen(command, **output, env=environment, cwd=folder, process_group=0)
 
 
-def wait(process: subprocess.Popen[bytes], condition: Callable[[], bool] = lambda: False) -> bool:
+def wait(process: Any, condition: Callable[[], bool] = lambda: False) -> bool:
     """Wait until the condition holds, or the process has ended, or it took too long; return whether it holds."""
     deadline = time.monotonic() + TIMEOUT
     while not (met := condition()) and process.poll() is None and time.monotonic() < deadline and not HALT.is_set():
@@ -114,7 +116,7 @@ def wait(process: subprocess.Popen[bytes], condition: Callable[[], bool] = lambd
     return met
 
 
-def wait_for_moment(run: Run, process: subprocess.Popen[bytes], trace: str) -> int:
+def wait_for_moment(run: Run, process: Any, trace: str) -> int:
     """Wait until the run is to be killed; return when it had done its steps, in nanoseconds."""
     file = Path(f"{trace}.0")
 
@@ -132,7 +134,7 @@ def wait_for_moment(run: Run, process: subprocess.Popen[bytes], trace: str) -> i
     return now
 
 
-def run_chain(runs: list[Run], folder: Path) -> Report:
+def run_chain(runs: list[Run], folder: Path, popen: Any) -> Report:
     """Run a chain in a new folder; report what it did, and what went wrong in itself."""
     folder.mkdir()
     report, trace = Report(), ""
@@ -141,7 +143,7 @@ def run_chain(runs: list[Run], folder: Path) -> Report:
             break
         trace, first = str(folder / f"{number}"), look_at_checkpoints(folder, report)
         report.afresh += number > 0 and first == 0
-        process, now = start(run, folder, trace), 0
+        process, now = start(run, folder, trace, popen), 0
         try:
             if run.phase is None:
                 wait(process)
@@ -149,7 +151,7 @@ def run_chain(runs: list[Run], folder: Path) -> Report:
                 now = wait_for_moment(run, process, trace)
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # the group is ours: the process began a session
+                os.killpg(process.pid, signal.SIGKILL)  # the process leads a group of its own
             code = process.wait()
         if code != (0 if run.phase is None else -signal.SIGKILL):
             raise RuntimeError(f"{trace}.log: ended with code {code}\n{Path(f'{trace}.log').read_text()[-2000:]}")
@@ -160,13 +162,20 @@ def run_chain(runs: list[Run], folder: Path) -> Report:
     return report
 
 
-def torture(chains: list[list[Run]], folder: Path, jobs: int = 2) -> list[Report]:
-    """Run the uninterrupted run and the chains, `jobs` at a time; return their reports."""
+def torture(chains: list[list[Run]], folder: Path, jobs: int = 2, popen: Any = subprocess.Popen) -> list[Report]:
+    """Run the uninterrupted run and the chains, `jobs` at a time; return their reports.
+
+    Args:
+        chains: what to run.
+        folder: where.
+        jobs: chains at a time.
+        popen: what starts a process; the tests have one that is quicker than `subprocess.Popen`.
+    """
     HALT.clear()
     with ThreadPoolExecutor(jobs) as pool:
         try:
-            reference = pool.submit(run_chain, [Run()], folder / "uninterrupted")
-            running = [pool.submit(run_chain, runs, folder / f"chain_{i}") for i, runs in enumerate(chains)]
+            reference = pool.submit(run_chain, [Run()], folder / "uninterrupted", popen)
+            running = [pool.submit(run_chain, runs, folder / f"chain_{i}", popen) for i, runs in enumerate(chains)]
             reports = [reference.result(), *(chain.result() for chain in running)]
         except BaseException:
             HALT.set()  # the chains kill what they have started, and end

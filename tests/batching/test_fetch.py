@@ -88,10 +88,8 @@ def test_memory_is_used_again_only_where_nobody_looks(dtype):
 
 def test_a_gather_takes_whole_micro_batches_up_to_a_block(monkeypatch):
     monkeypatch.setattr("project.batching.fetch._BLOCK", 5 * 8)
-    taken, index_select = [], torch.index_select
-    monkeypatch.setattr(
-        torch, "index_select", lambda x, d, i, out: taken.append(len(i)) or index_select(x, d, i, out=out)
-    )
+    taken, take = [], np.take
+    monkeypatch.setattr(np, "take", lambda x, i, *rest, **more: taken.append(len(i)) or take(x, i, *rest, **more))
     sizes = [2, 2, 2, 7, 1, 4, 5, 6]
     fields = [
         x.tolist() for (x,), _ in InMemory([torch.arange(29)]).stream([Request(torch.arange(29), sizes, [0] * 8)])
@@ -100,24 +98,36 @@ def test_a_gather_takes_whole_micro_batches_up_to_a_block(monkeypatch):
     assert taken == [4, 2, 7, 5, 5, 6]
 
 
-def test_a_memory_map_is_read_ahead_by_a_thread(tmp_path):
+@pytest.mark.parametrize("slow", [True, False])
+def test_a_memory_map_on_a_slow_disk_is_read_ahead_by_a_thread(tmp_path, monkeypatch, slow):
+    monkeypatch.setattr("project.batching.fetch._SLOW", -1 if slow else 1000)
+    monkeypatch.setattr("project.batching.fetch._PARCEL", 1)
     np.save(tmp_path / "inputs.npy", np.arange(10))
     fetch = make_fetch(np.load(tmp_path / "inputs.npy", mmap_mode="r"))
     assert str(fetch) == "mapped"
     threads = []
     requests = (threads.append(threading.current_thread()) or Request.one(torch.tensor([i])) for i in range(10))
     stream = fetch.stream(requests)
-    assert next(stream)[0][0].item() == 0
+    assert [next(stream)[0][0].item() for _ in range(4)] == [0, 1, 2, 3]
     stream.close()
-    assert 2 <= len(threads) <= 4
-    assert all(thread is not threading.main_thread() for thread in threads)
-    assert not any(thread.is_alive() for thread in threads)  # an epoch that ends early leaves none behind
+    others = set(threads) - {threading.main_thread()}
+    assert len(others) == slow
+    assert len(threads) <= 7
+    assert not any(thread.is_alive() for thread in others)  # an epoch that ends early leaves none behind
 
 
-def test_an_error_in_the_thread_comes_out(tmp_path):
+@pytest.mark.parametrize("index", [[-1], [0, 10]])
+def test_an_example_that_is_not_there(index):
+    with pytest.raises(IndexError, match="were asked for, of 10"):
+        list(InMemory([torch.arange(10)]).stream([Request.one(torch.tensor(index))]))
+
+
+def test_an_error_in_the_thread_comes_out(tmp_path, monkeypatch):
+    monkeypatch.setattr("project.batching.fetch._SLOW", -1)
     np.save(tmp_path / "inputs.npy", np.arange(10))
-    with pytest.raises(IndexError, match="out of range"):
-        list(make_fetch(np.load(tmp_path / "inputs.npy", mmap_mode="r")).stream([Request.one(torch.tensor([99]))]))
+    requests = [Request.one(torch.tensor([i])) for i in (1, 2, 99)]
+    with pytest.raises(IndexError, match="examples 99 to 99 were asked for, of 10"):
+        list(make_fetch(np.load(tmp_path / "inputs.npy", mmap_mode="r")).stream(requests))
 
 
 def test_fields_of_unequal_length_are_refused():

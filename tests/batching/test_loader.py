@@ -239,10 +239,10 @@ def test_only_what_is_used_is_asked_for():
         def stream(self, requests, seed=0):
             return super().stream(asked.append(request) or request for request in requests)
 
-    plan, examples = BatchPlan(10_000, 1000), Counting([torch.arange(10_000)])
-    train = TrainLoader(plan, Sequential().prepare(10_000, 1000, 0), examples, 0, lambda: 3)
+    plan, examples = BatchPlan(50_000, 4000), Counting([torch.arange(50_000)])
+    train = TrainLoader(plan, Sequential().prepare(50_000, 4000, 0), examples, 0, lambda: 3)
     list(islice(train, 2))
-    assert [(request.index[0].item(), request.sizes) for request in asked] == [(3000, [1000, 1000])]
+    assert [(request.index[0].item(), request.sizes) for request in asked] == [(12_000, [4000, 4000])]
 
 
 @pytest.mark.parametrize("devices", [1, 2])

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
+from time import perf_counter
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -80,6 +81,7 @@ class InMemory:
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")
             self.fields = tuple(torch.as_tensor(field) for field in fields)
         self.pinned = pinned
+        self._spare: list[list[_Gather]] = []  # of epochs that are over; their memory is good for the next
         lengths = [len(field) for field in self.fields]
         if len(set(lengths)) != 1:
             raise ValueError(f"inputs and targets differ in length: {' and '.join(map(str, lengths))} examples")
@@ -107,89 +109,128 @@ class InMemory:
         return pinned
 
     def stream(self, requests: Iterable[Request], seed: int = 0) -> Iterator[Read]:
-        """Gather several micro-batches at once: a gather has a price of its own, about that of 64 rows.
+        """Gather from each field by itself.
 
-        Where the data may have to come from a disk, or goes to a GPU, a thread gathers ahead.
+        A thread gathers ahead where the data goes to a GPU, and from when on it turns out to come from a disk: where it
+        is in memory, it costs more to hand it over than to gather it.
         """
-        reads = self._gather(requests)
-        for block in _ahead(reads) if self.mapped or self.pinned else reads:
-            yield from block
+        reads, row = self._gather(requests), self.nbytes // max(1, len(self))
+        return _ahead(reads, row) if self.pinned else _ahead_if_slow(reads, row) if self.mapped else reads
 
-    def _gather(self, requests: Iterable[Request]) -> Iterator[list[Read]]:
-        most = max(1, _BLOCK * len(self) // max(1, self.nbytes))
-        select = [_Select(field, self.pinned) for field in self.fields]
-        for index, sizes in chain.from_iterable(_blocks(request, most) for request in requests):
-            fields = [select_from(index).split(sizes) for select_from in select]
-            reads: list[Read] = [(example, None) for example in zip(*fields, strict=True)]
-            del fields  # here and below: memory is free again as soon as its last reader is done
-            yield reads
-            del reads
-
-
-_BLOCK = 2**20  # bytes gathered at a time: they stay in the cache of a core until they are used
+    def _gather(self, requests: Iterable[Request]) -> Iterator[Read]:
+        gathers = self._spare.pop() if self._spare else [_Gather(field, self.pinned) for field in self.fields]
+        for request in requests:
+            index = request.index
+            if len(index) and (int(index.min()) < 0 or int(index.max()) >= len(self)):
+                raise IndexError(f"examples {int(index.min())} to {int(index.max())} were asked for, of {len(self)}")
+            for fields in zip(*(gather(request) for gather in gathers), strict=True):
+                yield fields, None
+        self._spare.append(gathers)
 
 
-class _Select:
+_BLOCK = 2**19  # bytes gathered at a time: about what stays in the cache of a core until it is used
+
+
+class _Gather:
     """Gathers rows, into memory that is used again as soon as no tensor of it is left: fresh memory costs more."""
 
     def __init__(self, field: Tensor, pinned: bool) -> None:
         self.field, self.pinned = field, pinned
-        # A tensor made of an array holds the array for as long as any view of the tensor lives. NumPy has no bfloat16.
-        self.numpy = None if field.device.type != "cpu" or field.dtype == torch.bfloat16 else field[:0].numpy()
+        self.most = max(1, _BLOCK * len(field) // max(1, field.nbytes))
+        # NumPy's gather is as fast as torch's, on one core, and needs no cores that others use. It has no bfloat16.
+        self.rows = None if field.device.type != "cpu" or field.dtype == torch.bfloat16 else field.numpy()
         self.arrays: list[np.ndarray] = []
 
-    def __call__(self, index: Tensor) -> Tensor:
-        """Return field[index], to which `index_select` is the way that is four times as fast on a CPU."""
-        rows = len(index)
+    def __call__(self, request: Request) -> Iterator[Tensor]:
+        """Yield the rows of each micro-batch; several are gathered at once, for a gather has a price of its own."""
+        for index, sizes in _blocks(request, self.most):
+            if len(sizes) > 1:
+                yield from self._rows(index).split_with_sizes(sizes)
+            else:
+                yield self._rows(index)
+
+    def _rows(self, index: Tensor) -> Tensor:
+        """Return field[index] (which, written so, takes four times as long on a CPU)."""
         if self.pinned:  # torch itself uses pinned memory again, after the copy from it
-            shape = rows, *self.field.shape[1:]
+            shape = len(index), *self.field.shape[1:]
             memory = torch.empty(shape, dtype=self.field.dtype, pin_memory=True)
-        elif self.numpy is not None:
-            memory = self._memory(rows)
-        else:
+            return torch.index_select(self.field, 0, index, out=memory)
+        if self.rows is None:
             return self.field.index_select(0, index.to(self.field.device, non_blocking=True))
-        return torch.index_select(self.field, 0, index, out=memory)
+        array = self._memory(index.numel())
+        np.take(self.rows, index.numpy(), 0, out=array, mode="clip")  # "raise" would copy once more
+        return torch.from_numpy(array)
 
-    def _memory(self, rows: int) -> Tensor:
+    def _memory(self, rows: int) -> np.ndarray:
         for array in self.arrays:
+            # A tensor made of an array holds the array for as long as any view of the tensor lives.
             if sys.getrefcount(array) == _FREE and len(array) >= rows:
-                break
-        else:
-            assert self.numpy is not None
-            array = np.empty((rows, *self.numpy.shape[1:]), self.numpy.dtype)
-            self.arrays = [array, *self.arrays[: _KEPT - 1]]
-        memory = torch.from_numpy(array)
-        return memory if len(array) == rows else memory[:rows]
+                return array if len(array) == rows else array[:rows]
+        assert self.rows is not None
+        array = np.empty((rows, *self.rows.shape[1:]), self.rows.dtype)
+        self.arrays = [array, *self.arrays[: _KEPT - 1]]
+        return array
 
 
-_KEPT = 4  # buffers: one that is written, one that is read, and two that a thread has made ahead
+_KEPT = 16  # buffers: one that is written, one that is read, and those that a thread has made ahead
 _FREE = 3  # references to an array that nobody uses: the list's, the loop's, and the question's
 
 
-def _ahead(items: Iterator[Any], count: int = 2) -> Iterator[Any]:
-    """Yield the items, up to `count` of which a thread makes ahead of time."""
+def _ahead_if_slow(reads: Iterator[Read], row: int) -> Iterator[Read]:
+    """Yield the reads, ahead of time as soon as one took far longer than memory takes."""
+    while True:
+        start = perf_counter()
+        if (read := next(reads, None)) is None:
+            return
+        took = perf_counter() - start
+        slow = took > _SLOW + row * len(read[0][0]) / _DISK
+        yield read
+        if slow:
+            yield from _ahead(reads, row)
+
+
+_SLOW, _DISK = 1e-3, 2.5e8  # seconds, and bytes per second: memory takes a tenth of either
+
+
+def _ahead(reads: Iterator[Read], row: int, count: int = 2) -> Iterator[Read]:
+    """Yield the reads, of which a thread makes up to `count` parcels of about `_BLOCK` bytes ahead of time.
+
+    Args:
+        reads: what is yielded.
+        row: bytes of an example.
+        count: parcels.
+    """
+
+    def parcel() -> list[Read]:
+        made, size = [], 0
+        for read in reads:
+            made.append(read)
+            size += row * len(read[0][0])
+            if size >= _PARCEL:
+                break
+        return made
+
     with ThreadPoolExecutor(1) as thread:
-        waiting = deque(thread.submit(next, items, None) for _ in range(count))
-        while (item := waiting.popleft().result()) is not None:
-            waiting.append(thread.submit(next, items, None))
-            yield item
+        waiting = deque(thread.submit(parcel) for _ in range(count))
+        while made := waiting.popleft().result():
+            waiting.append(thread.submit(parcel))
+            yield from made
 
 
-def _blocks(request: Request, most: int) -> Iterator[tuple[Tensor, list[int]]]:
-    """Yield index and sizes of micro-batches that have up to `most` examples together, or of one."""
-    index, sizes, _ = request
-    if len(index) <= most:
-        yield index, sizes
-        return
-    start = number = 0
-    while number < len(sizes):
-        first, stop = number, start + sizes[number]
-        number += 1
-        while number < len(sizes) and stop + sizes[number] - start <= most:
-            stop += sizes[number]
-            number += 1
-        yield index[start:stop], sizes[first:number]
-        start = stop
+_PARCEL = 2**20  # bytes handed over at a time
+
+
+def _blocks(request: Request, most: int) -> Iterable[tuple[Tensor, list[int]]]:
+    """Return index and sizes of micro-batches that have up to `most` examples together, or of one."""
+    blocks: list[list[int]] = []
+    total = most
+    for size in request.sizes:
+        if not blocks or total + size > most:
+            blocks.append([])
+            total = 0
+        blocks[-1].append(size)
+        total += size
+    return zip(request.index.split_with_sizes([sum(sizes) for sizes in blocks]), blocks, strict=True)
 
 
 class Workers:

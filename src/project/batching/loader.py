@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from math import ceil
 from time import perf_counter
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from project.batching.fetch import DataError, Example, Fetch, Request
+from project.batching.fetch import DataError, Example, Fetch, Read, Request
 from project.batching.order import Order
 from project.batching.plan import BatchPlan, Part, cut
 from project.batching.random import mix
@@ -135,61 +135,59 @@ class TrainLoader:
         last = (epoch + 1) * len(self)
         runs = [range(step, min(step + length, last)) for step in range(first, last, length)]
         # What was asked for and has not come yet: some ways to read are asked ahead of time.
-        asked: deque[list[Tensor]] = deque()
+        asked: deque[list[_Step]] = deque()
 
         def requests() -> Iterator[Request]:
-            for steps in runs:
-                request = self._request(epoch, steps)
-                asked.append(list(request.index.split(request.sizes)))
+            for run in runs:
+                request, steps = self._request(epoch, run)
+                asked.append(steps)
                 yield request
 
-        examples = self.fetch.stream(requests(), seed=mix(self.order.seed, epoch))
-        for steps in runs:
-            indices = iter(())
-            for step in steps:
-                size, parts = self._parts(step)
-                asking = perf_counter()
-                read = [next(examples) for _ in parts]
-                self.waited += perf_counter() - asking
-                if step == steps.start:
-                    indices = iter(asked.popleft())
-                micro_batches = [
-                    make_batch(
-                        fields,
-                        index,
-                        weights if part.counts else torch.zeros(len(index)),
-                        part.start,
-                        epoch,
-                        part.counts,
-                    )
-                    for (fields, weights), part, index in zip(read, parts, indices, strict=False)
-                ]
+        reads = self._timed(self.fetch.stream(requests(), seed=mix(self.order.seed, epoch)))
+        for _ in runs:
+            examples = chain([next(reads)], reads)  # the first of a run makes sure that it was asked for
+            for step, size, parts in asked.popleft():
+                micro_batches = []
+                for (start, _, counts), index in parts:
+                    fields, weights = next(examples)
+                    weights = weights if counts else torch.zeros(len(index))
+                    micro_batches.append(make_batch(fields, index, weights, start, epoch, counts))
                 yield Share(step, epoch, size, micro_batches)
 
-    def _parts(self, step: int) -> tuple[int, list[Part]]:
-        """Return the size of a global batch, and this device's micro-batches of it."""
-        start, stop = self.plan.bounds(step)
-        return stop - start, self.plan.parts_of(stop - start, self.rank)
+    def _timed(self, reads: Iterator[Read]) -> Iterator[Read]:
+        while True:
+            asking = perf_counter()
+            read = next(reads, None)
+            self.waited += perf_counter() - asking
+            if read is None:
+                return
+            yield read
 
-    def _request(self, epoch: int, steps: range) -> Request:
-        """Return the request for this device's share of several batches."""
-        places = [
-            (start + part.start, start + part.stop)
-            for start, (_, parts) in ((self.plan.bounds(step)[0], self._parts(step)) for step in steps)
-            for part in parts
-        ]
-        slices: list[list[int]] = []
-        for start, stop in places:
-            if slices and slices[-1][1] == start:
-                slices[-1][1] = stop
-            else:
-                slices.append([start, stop])
+    def _request(self, epoch: int, run: range) -> tuple[Request, list["_Step"]]:
+        """Return what to read for this device's share of some batches, and what the shares are."""
+        sizes, positions, slices, shares = [], [], [], []
+        for step in run:
+            first, last = self.plan.bounds(step)
+            parts = self.plan.parts_of(last - first, self.rank)
+            shares.append((step, last - first, parts))
+            for start, stop, _ in parts:
+                sizes.append(stop - start)
+                positions.append(first + start)
+                if slices and slices[-1][1] == first + start:
+                    slices[-1][1] = first + stop
+                else:
+                    slices.append([first + start, first + stop])
         indices = [self.order.indices(epoch, start, stop) for start, stop in slices]
         index = indices[0] if len(indices) == 1 else torch.cat(indices)
-        return Request(index, [stop - start for start, stop in places], [start for start, _ in places])
+        each = iter(index.split_with_sizes(sizes))
+        steps = [(step, size, list(zip(parts, each, strict=False))) for step, size, parts in shares]
+        return Request(index, sizes, positions), steps
 
 
-_ASKED = 2048
+_Step = tuple[int, int, list[tuple[Part, Tensor]]]
+"""Number, size of the global batch, and this device's micro-batches with the numbers of their examples."""
+
+_ASKED = 8192
 """Examples of global batches that are asked for at a time."""
 
 

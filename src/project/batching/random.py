@@ -2,6 +2,7 @@
 
 from typing import overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,7 +35,7 @@ def mix(*keys: int | Tensor) -> int | Tensor:
     """
     state: int | Tensor = _START
     for key in keys:
-        state = _scramble(state + _int64((_int64(key) + 1) * _GOLDEN))
+        state = _scramble(_int64(state + _int64((_int64(key) + 1) * _GOLDEN)))
     return state & (2**63 - 1)
 
 
@@ -73,16 +74,25 @@ def permute(key: int | Tensor, size: int | Tensor, positions: Tensor) -> Tensor:
 
 
 def _scramble(x: int | Tensor) -> int | Tensor:
-    """The output function of SplitMix64 (Stafford's variant 13), the same for an int and for an int64 tensor."""
-    x = _int64(x)
-    x = _int64((x ^ _shift(x, 30)) * _MULTIPLY_1)
-    x = _int64((x ^ _shift(x, 27)) * _MULTIPLY_2)
-    return x ^ _shift(x, 31)
+    """The output function of SplitMix64 (Stafford's variant 13), the same for an int and for an int64 tensor.
 
-
-def _shift(x: int | Tensor, bits: int) -> int | Tensor:
-    """Logical right shift: `>>` copies the sign bit into the top, the mask takes it out again."""
-    return (x >> bits) & (2 ** (64 - bits) - 1)
+    Changes a tensor in place.
+    """
+    if isinstance(x, Tensor) and x.device.type == "cpu":
+        bits = x.numpy().view(np.uint64)  # half the work, for shifts of unsigned numbers are logical
+        for shift, factor in ((30, _MULTIPLY_1), (27, _MULTIPLY_2), (31, 1)):
+            bits ^= bits >> np.uint64(shift)
+            if factor != 1:
+                bits *= np.uint64(factor % 2**64)
+        return x
+    for shift, factor in ((30, _MULTIPLY_1), (27, _MULTIPLY_2), (31, 1)):
+        shifted = x >> shift
+        shifted &= 2 ** (64 - shift) - 1  # a logical shift: `>>` copies the sign bit into the top
+        x ^= shifted
+        if factor != 1:
+            x *= factor
+            x = _int64(x)
+    return x
 
 
 def _int64(x: int | Tensor) -> int | Tensor:
