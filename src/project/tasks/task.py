@@ -19,6 +19,7 @@ from project.data.module import SPLITS, DataModule
 from project.models.compiled import compile_network
 from project.models.flops import count_flops
 from project.models.norm import has_batchnorm
+from project.optim.scaling import RULES, scale
 from project.optim.schedule import Schedule
 from project.tasks.step import ExactStep, Losses, Sums
 
@@ -30,6 +31,8 @@ class Task(ExactStep):
         network: any module that takes `batch.inputs`.
         optimizer: any class from `torch.optim`, or another that is called in the same way.
         schedule: the learning rate over the training.
+        reference_batch_size: the batch size at which the optimizer's rate is quoted; null: it is used as it stands.
+        scaling: how the rate follows the batch from there: linear, sqrt or none; null: by the class of the optimizer.
         decay_matrices_only: leave biases and norms (parameters with fewer than two dimensions) out of weight decay.
         **kwargs: those of `ExactStep`.
     """
@@ -43,9 +46,18 @@ class Task(ExactStep):
         optimizer: Callable[[Iterable], Optimizer] = AdamW,
         schedule: Schedule = Schedule(),  # noqa: B008 (frozen)
         decay_matrices_only: bool = False,
+        reference_batch_size: int | None = None,
+        scaling: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(network, **kwargs)
+        if reference_batch_size is not None and reference_batch_size < 1:
+            raise ValueError(f"model.reference_batch_size is {reference_batch_size}: write a number of examples")
+        if scaling not in (None, *RULES):
+            raise ValueError(f"model.scaling is {scaling}: write {', '.join(RULES)}, or null")
+        if scaling is not None and reference_batch_size is None:
+            raise ValueError(f"model.scaling is {scaling}, but model.reference_batch_size is not set: write it too")
+        self.reference_batch_size, self.scaling = reference_batch_size, scaling
         self.make_optimizer = optimizer
         self.schedule = schedule
         self.decay_matrices_only = decay_matrices_only
@@ -267,6 +279,17 @@ class Task(ExactStep):
     def configure_optimizers(self) -> Optimizer:
         """Return the optimizer. Its learning rate is set before each step, so that it depends on the step alone."""
         optimizer = self._new_optimizer()
+        plan = self.data.plan
+        if plan is not None and self.reference_batch_size not in (None, plan.batch_size):
+            before = optimizer.param_groups[0]["lr"]
+            rule = scale(optimizer, plan.batch_size, self.reference_batch_size, self.scaling)
+            if self.trainer.is_global_zero:
+                after = optimizer.param_groups[0]["lr"]
+                print(
+                    f"learning rate {before:.4g} at {self.reference_batch_size} examples per step is {after:.4g} at "
+                    f"{plan.batch_size} (model.scaling {rule})",
+                    flush=True,
+                )
         self.rates = [group["lr"] for group in optimizer.param_groups]
         self.examples_in_all = self._examples_in_all(self.data)
         return optimizer

@@ -1,0 +1,45 @@
+"""The learning rate follows the batch: quoted at one batch size, used at another."""
+
+from math import sqrt
+from typing import Any
+
+from torch.optim import Optimizer
+
+RULES = ("linear", "sqrt", "none")
+
+
+def default_rule(optimizer: Optimizer) -> str:
+    """Return the rule for an optimizer: sqrt for those that divide by the size of past gradients, else linear.
+
+    Linear is for SGD and what is built on it (Goyal et al. 2017, arXiv 1706.02677), sqrt for adaptive methods
+    (Malladi et al. 2022, arXiv 2205.10287; for LAMB, You et al. 2020, arXiv 1904.00962).
+    """
+    divides = {"betas", "beta2_decay", "rho", "lr_decay"} & optimizer.defaults.keys()  # Adam's, Adafactor, Adadelta
+    return "sqrt" if divides or type(optimizer).__name__ == "RMSprop" else "linear"
+
+
+def scale(optimizer: Optimizer, batch_size: int, reference: int, rule: str | None = None) -> str:
+    """Move the rate of each group from the reference batch size to `batch_size`; return the rule that was used.
+
+    Weight decay that is multiplied by the rate (AdamW) follows too: weights shrink as much per example at any batch
+    size (Wang and Aitchison 2024, arXiv 2405.13698).
+
+    Args:
+        optimizer: its rates are those for `reference` examples per step.
+        batch_size: examples per step.
+        reference: examples per step at which the rates are quoted.
+        rule: linear, sqrt or none; None: `default_rule`.
+    """
+    rule = rule or default_rule(optimizer)
+    ratio = batch_size / reference
+    factor = {"linear": ratio, "sqrt": sqrt(ratio), "none": 1.0}[rule]
+    for group in optimizer.param_groups:
+        group["lr"] *= factor
+        if rule != "none" and _decays_by_the_rate(optimizer, group):
+            group["weight_decay"] *= ratio / factor
+    return rule
+
+
+def _decays_by_the_rate(optimizer: Optimizer, group: dict[str, Any]) -> bool:
+    decoupled = group.get("decoupled_weight_decay", type(optimizer).__name__ in ("AdamW", "Lamb", "Adafactor"))
+    return bool(decoupled) and bool(group.get("weight_decay"))
