@@ -118,7 +118,7 @@ def test_a_run_says_what_it_chose_and_computes_the_same(monkeypatch: pytest.Monk
     assert 32 <= chosen["data"]["micro_batch_size"] <= 64
     again = run_here(*common, "--config", overlay)
     assert again.code == 0, again.err
-    assert furthest(fast, again) == 0  # measuring left no trace
+    assert furthest(fast, again) < 1e-9  # measuring left no trace, but two threads may add in another order
     # A restart keeps to the choice, for what is measured might tip the other way.
     monkeypatch.setattr(speed, "choose", lambda *_: pytest.fail("measured again"))
     more = run_here(*common, "--speed", "auto", "--name", "fast", "--trainer.max_epochs", 2, "--ckpt_path", "last")
