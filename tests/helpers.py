@@ -2,17 +2,23 @@
 
 import contextlib
 import csv
+import functools
+import gc
 import io
 import os
 import re
+import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import forks
 import torch
 
 ROOT = Path(__file__).parents[1]
@@ -51,10 +57,19 @@ def absolute(arguments: tuple[object, ...]) -> list[str]:
     return [re.sub(r"^configs/", f"{ROOT}/configs/", str(argument)) for argument in arguments]
 
 
-def run_here(*arguments: object) -> Result:
-    """Run a command of the project in this process: importing Lightning once is enough."""
+@functools.cache
+def command_line() -> Callable[[list[str]], int]:
+    """Import the project; what is imported is not garbage, and the collector need not look through it each time."""
+    import project.cli  # noqa: F401 - which `main` imports otherwise
     from project.__main__ import main
 
+    gc.freeze()
+    return main
+
+
+def run_here(*arguments: object) -> Result:
+    """Run a command of the project in this process: importing Lightning once is enough."""
+    main = command_line()
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -64,16 +79,66 @@ def run_here(*arguments: object) -> Result:
     return Result(code, out.getvalue(), err.getvalue())
 
 
-def run_process(*arguments: object, timeout: float = 120, **environment: str) -> Result:
-    """Run a command of the project as a process of its own, as a user does."""
-    done = subprocess.run(
-        [sys.executable, "-m", "project", *absolute(arguments)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env=os.environ | environment,
-    )
-    return Result(done.returncode, done.stdout, done.stderr)
+class Started:
+    """A command of the project, running in a process of its own, which leads a process group of its own.
+
+    Args:
+        arguments: of the command.
+        fresh: start a new interpreter, as a user does, and not a fork of one that has imported the project.
+        environment: variables to add.
+    """
+
+    def __init__(self, *arguments: object, fresh: bool = False, **environment: str) -> None:
+        pipes = [os.pipe(), os.pipe()]
+        self.process = (subprocess.Popen if fresh else forks.Process)(
+            [sys.executable, "-m", "project", *absolute(arguments)],
+            stdout=pipes[0][1],
+            stderr=pipes[1][1],
+            env=os.environ | environment,
+            process_group=0,
+        )
+        self._text = [b"", b""]
+        self._readers = [
+            threading.Thread(target=self._read, args=(number, pipe[0]), daemon=True)
+            for number, pipe in enumerate(pipes)
+        ]
+        for reader, pipe in zip(self._readers, pipes, strict=True):
+            os.close(pipe[1])
+            reader.start()
+
+    def _read(self, number: int, descriptor: int) -> None:
+        while data := os.read(descriptor, 2**16):
+            self._text[number] += data
+        os.close(descriptor)
+
+    @property
+    def out(self) -> str:
+        """What it has written to stdout so far."""
+        return self._text[0].decode(errors="replace")
+
+    @property
+    def err(self) -> str:
+        return self._text[1].decode(errors="replace")
+
+    def kill(self) -> None:
+        """Kill it and the processes that it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    def end(self, timeout: float) -> Result:
+        """Wait for its end, and that of all processes that share its output."""
+        deadline = time.monotonic() + timeout
+        for reader in self._readers:
+            reader.join(max(0, deadline - time.monotonic()))
+        if any(reader.is_alive() for reader in self._readers):
+            self.kill()
+            raise TimeoutError(f"still running after {timeout} seconds:\n{self.out}{self.err}")
+        return Result(self.process.wait(max(0, deadline - time.monotonic())), self.out, self.err)
+
+
+def run_process(*arguments: object, fresh: bool = False, timeout: float = 120, **environment: str) -> Result:
+    """Run a command of the project as a process of its own; a `fresh` one is started as a user does."""
+    return Started(*arguments, fresh=fresh, **environment).end(timeout)
 
 
 def furthest(first: Result, second: Result) -> float:

@@ -5,8 +5,6 @@ import os
 import re
 import resource
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CSV, DIGITS, Result, absolute, furthest, run_here
+from helpers import CSV, DIGITS, Result, Started, furthest, run_here
 
 from project.callbacks.durable import DurableIO
 from project.errors import TrainingStopped
@@ -89,14 +87,9 @@ def test_a_full_disk() -> None:
     folder = first.folder / "checkpoints"
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     size = len(before["last.ckpt"]) // 2
-    done = subprocess.run(
-        [sys.executable, "-m", "project", *absolute((*FIT, *RESUME, "--trainer.max_epochs", 4))],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
-    )
-    result = Result(done.returncode, done.stdout, done.stderr)
+    process = Started(*FIT, *RESUME, "--trainer.max_epochs", 4)
+    resource.prlimit(process.process.pid, resource.RLIMIT_FSIZE, (size, size))
+    result = process.end(timeout=60)
     assert result.code == 1, result.out + result.err
     (line,) = errors(result)
     assert line.startswith(f"error: cannot write the checkpoint {folder.relative_to(Path.cwd())}")
@@ -170,30 +163,20 @@ def test_a_run_without_a_readable_checkpoint_is_passed_over() -> None:
 # Signals
 
 
-def start(*arguments: object) -> subprocess.Popen:
-    command = [sys.executable, "-u", "-m", "project", *absolute((*FIT, *arguments))]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
-    )
-
-
-def signalled(process: subprocess.Popen, number: int, whom: Callable[[], int]) -> Result:
+def signalled(process: Started, number: int, whom: Callable[[], int]) -> Result:
     """Wait until it trains, send the signal, wait for its end."""
-    assert process.stdout is not None
+    deadline = time.monotonic() + 60
     try:
-        out = ""
-        while not re.search(r"^epoch 2 ", out, re.MULTILINE):
-            line = process.stdout.readline()
-            assert line, out + process.communicate()[1]
-            out += line
+        while not re.search(r"^epoch 2 ", process.out, re.MULTILINE):
+            trains = process.process.poll() is None and time.monotonic() < deadline
+            assert trains, process.out + process.err
+            time.sleep(0.01)
         time.sleep(0.05)  # into an epoch
         os.kill(whom(), number)
-        rest, err = process.communicate(timeout=30)
+        return process.end(timeout=30)
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    return Result(process.returncode, out + rest, err)
+        if process.process.poll() is None:
+            process.kill()
 
 
 def child(pid: int) -> int:
@@ -210,8 +193,10 @@ def child(pid: int) -> int:
 )
 def test_a_signal_saves_and_stops(number: int, devices: int) -> None:
     double = ("--trainer.precision", "64-true")
-    process = start(*double, "--trainer.max_epochs", 100000, *(TWO if devices == 2 else ()))
-    result = signalled(process, number, lambda: child(process.pid) if devices == 2 else process.pid)
+    arguments = (*FIT, *double, "--trainer.max_epochs", 100000, *(TWO if devices == 2 else ()))
+    process = Started(*arguments, fresh=devices == 2, OMP_NUM_THREADS="1")
+    leader = process.process.pid
+    result = signalled(process, number, lambda: child(leader) if devices == 2 else leader)
     assert result.code == 143, result.err
     lines = errors(result)
     found = re.fullmatch(

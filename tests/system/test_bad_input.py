@@ -236,5 +236,6 @@ def test_changing_the_class_forgets_the_settings_of_the_old(monkeypatch: pytest.
     assert "torch.optim.SGD takes the place of torch.optim.AdamW; forgotten: lr=0.003, weight_decay=0.05" in fresh.err
 
 
-def test_as_a_process() -> None:
-    fails(run_process(*FIT, "--data.batch_size", "0"), "data.batch_size is 0")
+@pytest.mark.parametrize("fresh", [True, False], ids=["a new interpreter", "forked"])
+def test_as_a_process(fresh: bool) -> None:
+    fails(run_process(*FIT, "--data.batch_size", "0", fresh=fresh), "data.batch_size is 0")

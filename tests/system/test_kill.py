@@ -4,6 +4,7 @@ import random
 import sys
 from pathlib import Path
 
+import forks
 from helpers import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -15,6 +16,6 @@ def test_six_kills_lose_nothing(tmp_path: Path) -> None:
     chains = [make_chain(choice, 3, [1, 3], same=False), make_chain(choice, 3, [2], same=True)]
     assert {run.processes for run in chains[0]} == {1, 2, 3}
     assert all({run.phase for run in chain[:-1]} == PHASES.keys() for chain in chains)
-    reports = torture(chains, tmp_path)
+    reports = torture(chains, tmp_path, popen=forks.Process)
     assert [violation for report in reports for violation in report.violations] == []
     assert sum(report.kills.total() for report in reports) == 6
