@@ -53,6 +53,7 @@ class CLI(LightningCLI):
     trainer: Trainer
 
     def __init__(self, arguments: list[str]) -> None:
+        self.verb = next((argument for argument in arguments if not argument.startswith("-")), None)
         self.folder = Path()
         self.checkpoint: Path | None = None
         self.steps_done = 0
@@ -75,10 +76,13 @@ class CLI(LightningCLI):
         """The configuration of the subcommand."""
         return self.config[self.config.subcommand]
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Return the verbs, which are methods of the trainer, and which of their arguments are not options."""
-        return LightningCLI.subcommands() | {"inspect": {"model", "datamodule"}}
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Return the verbs, which are methods of the trainer, and which of their arguments are not options.
+
+        Only the one that is asked for, if it is one: making the parser of each takes 20 milliseconds.
+        """
+        verbs = LightningCLI.subcommands() | {"inspect": {"model", "datamodule"}}
+        return {self.verb: verbs[self.verb]} if self.verb in verbs else verbs
 
     def add_arguments_to_parser(self, parser: Any) -> None:
         """Add what belongs to the run and not to the trainer."""

@@ -12,6 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.fabric.plugins.precision import Precision
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -235,6 +236,8 @@ class DataModule(pl.LightningDataModule, ABC):
     def to_device(self, batch: Batch, device: torch.device, training: bool) -> Batch:
         """Return one micro-batch on the device, in the precision of the trainer, transformed."""
         convert = self.trainer.precision_plugin.convert_input if self.trainer else None
+        if getattr(convert, "__func__", None) is Precision.convert_input:
+            convert = None  # it would do nothing, to each tensor
         return self.transform(batch.to(device, convert), training)
 
     # The position in training is the number of optimizer steps done, and nothing else
