@@ -52,7 +52,7 @@ def images(count: int) -> tuple[Tensor, Tensor]:
 
 
 class OneByOne(Dataset):
-    """One example at a time, as torchvision's MNIST with ToTensor and Normalize makes it."""
+    """One example at a time, with the operations of torchvision's MNIST, ToTensor and Normalize."""
 
     def __init__(self, inputs: Tensor, targets: Tensor) -> None:
         self.inputs, self.targets = inputs, targets
@@ -62,8 +62,24 @@ class OneByOne(Dataset):
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         image = Image.fromarray(self.inputs[i, 0].numpy(), mode="L")
-        tensor = torch.from_numpy(np.array(image, copy=True)).view(28, 28, 1).permute(2, 0, 1).contiguous()
-        return tensor.float().div(255).sub_(0.13).div_(0.31), int(self.targets[i])
+        return normalize(to_tensor(image), (0.13,), (0.31,)), int(self.targets[i])
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """Return [1, H, W] from 0 to 1."""
+    tensor = torch.from_numpy(np.array(image, np.uint8, copy=True))
+    tensor = tensor.view(image.size[1], image.size[0], len(image.getbands()))
+    return tensor.permute((2, 0, 1)).contiguous().to(dtype=torch.get_default_dtype()).div(255)
+
+
+def normalize(tensor: Tensor, mean: tuple[float, ...], deviation: tuple[float, ...]) -> Tensor:
+    """Return (tensor - mean) / deviation."""
+    tensor = tensor.clone()
+    means = torch.as_tensor(mean, dtype=tensor.dtype, device=tensor.device)
+    deviations = torch.as_tensor(deviation, dtype=tensor.dtype, device=tensor.device)
+    if (deviations == 0).any():
+        raise ValueError("a deviation is zero")
+    return tensor.sub_(means.view(-1, 1, 1)).div_(deviations.view(-1, 1, 1))
 
 
 class Flat(torch.nn.Module):
@@ -156,6 +172,7 @@ def main() -> None:
     figures = {}
     for title, make, batch_size, share in (
         ("MLP 784-256-10, batch 64", lambda: Flat(mlp()), 64, 1.0),
+        ("MLP 784-256-10, batch 512", lambda: Flat(mlp()), 512, 1.0),
         ("ConvNet, batch 256", ConvNet, 256, 0.1),
     ):
         count = int(len(inputs) * share)

@@ -54,7 +54,7 @@ def first_batch(examples: int) -> Callable[[], float]:
 
 def rate(run: Callable[..., float], make: Made, shape: tuple[int, ...], batch_size: int, work: float) -> float:
     """Return examples per second of a training loop."""
-    inputs = torch.randint(0, 256, (max(2000, batch_size), *shape), dtype=torch.uint8)
+    inputs = torch.randint(0, 256, (max(20_000, batch_size), *shape), dtype=torch.uint8)
     targets = torch.randint(0, 10, (len(inputs),))
     steps = max(2, int(work / batch_size))
     return batch_size / run(make, inputs, targets, batch_size, steps) * 1e6
@@ -103,7 +103,7 @@ def main() -> None:
     )
     for name, make, shape, work, batches in (
         ("MLP 784-256-10", mlp, (784,), 40_000, (1, 8, 64, 512, 8192)),
-        ("ConvNet 28 x 28", ConvNet, (1, 28, 28), 3_000, (16, 64, 256, 1024, 4096)),
+        ("ConvNet 28 x 28", ConvNet, (1, 28, 28), 1_500, (64, 256, 1024, 4096)),
     ):
         alternatives: dict[str, Callable[[], float]] = {}
         for batch_size in sorted(batches, key=lambda size: size != 64):
@@ -113,7 +113,7 @@ def main() -> None:
                 alternatives[f"plain loop, batch {batch_size}"] = lambda a=settings: rate(plain, *a)
                 alternatives[f"ours, batch {batch_size}"] = lambda a=settings: rate(ours, *a)
         measure(f"batch: {name}", "examples/s", alternatives)
-    epochs = max(1, int(20 * given.scale))
+    epochs = max(1, int(10 * given.scale))
     networks = {"ConvNet": ("--model.network", "project.models.convnet.ConvNet"), "MLP": ()}
     for name, network in list(networks.items())[: 1 if given.scale < 0.1 else 2]:
         network = (*network, "--data.batch_size", "256", "--trainer.log_every_n_steps", "1")

@@ -44,7 +44,7 @@ def adamw(parameters: Any) -> torch.optim.Optimizer:
 
 def warm_up(steps: int) -> int:
     """Return the number of steps that are not timed."""
-    return min(20, max(2, steps // 4))
+    return min(20, max(1, steps // 4))
 
 
 def plain(make: Made, inputs: Tensor, targets: Tensor, batch_size: int, steps: int, parts: int = 1) -> float:

@@ -14,6 +14,7 @@ commands:
   validate    measure on the validation split
   test        measure on the test split
   predict     write predictions, one row per example
+  tune        choose the batch size: what fits, what is fast, what the gradient says
   inspect     look at the batches without training, and find what is wrong with the data
 
 the flags that matter:

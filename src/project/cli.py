@@ -46,7 +46,7 @@ UNFOUNDED = (
 
 
 class CLI(LightningCLI):
-    """`fit`, `validate`, `test`, `predict`, `inspect`, each in a run's folder of its own."""
+    """`fit`, `validate`, `test`, `predict`, `inspect`, `tune`, each in a run's folder of its own."""
 
     datamodule: DataModule
     model: Task
@@ -81,7 +81,8 @@ class CLI(LightningCLI):
 
         Only the one that is asked for, if it is one: making the parser of each takes 20 milliseconds.
         """
-        verbs = LightningCLI.subcommands() | {"inspect": {"model", "datamodule"}}
+        own = {"model", "datamodule"}
+        verbs = LightningCLI.subcommands() | {"inspect": own, "tune": own}
         return {self.verb: verbs[self.verb]} if self.verb in verbs else verbs
 
     def add_arguments_to_parser(self, parser: Any) -> None:
@@ -300,6 +301,10 @@ class CLI(LightningCLI):
         """Load; what is wrong with the model does not keep anyone from looking at the data."""
         self._load("fit")
 
+    def before_tune(self) -> None:
+        """Check."""
+        self._prepare("fit")
+
     def before_validate(self) -> None:
         """Check."""
         self._prepare("validate")
@@ -341,6 +346,12 @@ class CLI(LightningCLI):
             print(f"run folder: {self.folder}")
             print(f"look at it: {self.folder / 'inspect.png'}")
             self._say_upload()
+
+    def after_tune(self) -> None:
+        """Record the configuration, and say where the findings are."""
+        RunRecord(self.plain_config, "tune").setup(self.trainer, self.model, "fit")
+        if self.trainer.is_global_zero:
+            print(f"run folder: {self.folder}")
 
     def _say_upload(self) -> None:
         for logger in self.trainer.loggers:

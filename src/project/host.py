@@ -1,8 +1,12 @@
 """What a process takes of its machine: cores and memory."""
 
+import contextlib
 import ctypes
 import os
+import re
+import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -25,3 +29,27 @@ def keep_memory(keep: bool) -> bool:
     if mallopt is None:
         return False
     return bool(mallopt(_MMAP_MAX, 0 if keep else 65536) and mallopt(_TRIM_THRESHOLD, -1 if keep else 2**26))
+
+
+def available_memory() -> int:
+    """Return the bytes of memory that are free or can be freed (elsewhere than on Linux: half of all)."""
+    info = Path("/proc/meminfo")
+    if info.exists():
+        return int(re.search(r"MemAvailable:\s+(\d+)", info.read_text())[1]) * 1024  # type: ignore[index]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes used so far: of the device where that is known, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Count the most bytes anew from now on, where the system can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")

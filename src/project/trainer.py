@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from project import host
 from project.callbacks.durable import DurableIO
 from project.choosing import batches
+from project.choosing.tune import tune
 from project.data.module import DataModule
 from project.errors import mistakes
 from project.tasks.task import Task
@@ -105,3 +106,16 @@ class Trainer(pl.Trainer):
         if self.is_global_zero:  # one process sees the batches of all devices
             with mistakes():
                 batches.inspect(self, model, datamodule, seconds)
+
+    def tune(self, model: Task, datamodule: DataModule, steps: int = 400, memory_gib: float | None = None) -> None:
+        """Choose the batch size: what fits, what is fast, what the gradient says, what follows from it.
+
+        Args:
+            model: what is to be trained; it stays as it is.
+            datamodule: has its plan.
+            steps: most optimizer steps of the short run from which the gradient noise scale is taken.
+            memory_gib: what may be used, in GiB; null: most of what is free.
+        """
+        if self.is_global_zero:  # one device is measured
+            with mistakes():
+                tune(self, model, datamodule, steps, memory_gib)

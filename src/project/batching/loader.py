@@ -47,6 +47,10 @@ class Batch:
         moved = self._map(lambda tensor: tensor.to(device, non_blocking=True))
         return moved if convert is None else moved._map(convert)
 
+    def take(self, places: Tensor) -> "Batch":
+        """Return the examples at some places in the batch, int64 [N]."""
+        return replace(self._map(lambda tensor: tensor[places]), index=self.index[places])
+
     def split(self, size: int, unit: int = 1) -> list["Batch"]:
         """Return parts of at most `size` examples, in whole units (the last may be longer by half a one)."""
         starts = range(0, max(1, len(self) - (unit - 1) // 2), size)

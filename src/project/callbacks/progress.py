@@ -29,7 +29,7 @@ class ProgressBar(RichProgressBar):
 
     def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
         """Show what the task shows, without a version number."""
-        metrics: dict[str, Any] = super().get_metrics(trainer, pl_module)
+        metrics: dict[str, Any] = super().get_metrics(trainer, pl_module) | getattr(pl_module, "shown", {})
         metrics.pop("v_num", None)
         if "examples/s" in metrics:
             metrics["examples/s"] = f"{float(metrics['examples/s']):,.0f}"

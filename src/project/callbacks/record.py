@@ -1,7 +1,5 @@
 """What goes into the log while training: one row every `log_every_n_steps` optimizer steps."""
 
-import resource
-import sys
 import warnings
 from typing import Any, NamedTuple
 
@@ -12,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from torch.optim import Optimizer
 
 from project.callbacks.phases import Phases
+from project.host import peak_memory
 
 
 class Totals(NamedTuple):
@@ -121,8 +120,7 @@ class Record(Callback):
             "epoch": batch.epoch,
             **self.figures(pl_module, self._row, totals),
         }
-        shown = {"train/loss": row["train/loss"], "examples/s": row["examples_per_second"]}
-        pl_module.log_dict(shown, prog_bar=True, logger=False)
+        pl_module.shown = {"train/loss": loss, "examples/s": row["examples_per_second"]}
         for logger in trainer.loggers:
             logger.log_metrics(row, step=trainer.global_step)
         pl_module.window = type(pl_module.window)()
@@ -132,14 +130,6 @@ class Record(Callback):
 def row_is_due(trainer: Any, steps: int) -> bool:
     """Return whether a row is written after so many optimizer steps."""
     return steps % trainer.log_every_n_steps == 0 or steps == trainer.max_steps
-
-
-def peak_memory(device: torch.device) -> int:
-    """Return the most bytes used so far: of the device where that is known, else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def peak_flops(trainer: Any) -> float | None:

@@ -29,6 +29,7 @@ FILE = "speed.yaml"
 
 _GAIN = 1.05  # a way must be so many times as fast as the one before to take its place
 _TURN = 0.1  # seconds of measuring at a time, at least
+_EXAMPLES = 256  # are read; larger micro-batches repeat them
 _LONG = 1200.0  # seconds of training, from which on compiling may pay
 _OVERHEAD = 2e-4  # seconds that each micro-batch costs besides, in Python
 
@@ -63,7 +64,7 @@ class Stopwatch:
     def __init__(self, task: Task, data: DataModule, size: int, device: torch.device, rounds: int = 5) -> None:
         self.tasks = {False: copy.deepcopy(task).to(device).train()}
         self.data, self.device, self.rounds = data, device, rounds
-        self.examples = data.examples("train", size)
+        self.examples = data.examples("train", min(size, _EXAMPLES))
 
     def task(self, way: Way) -> Task:
         """Return a copy of the task, laid out and compiled."""
@@ -75,7 +76,7 @@ class Stopwatch:
 
     def seconds(self, way: Way) -> float:
         """Return the seconds per example of forward and backward pass (inf: out of memory)."""
-        micro_batch = self.examples.split(way.size)[0]
+        micro_batch = self.examples.take(torch.arange(way.size) % len(self.examples))
         with _as_before():
             torch.set_num_threads(way.threads)
             keep_memory(way.keep_memory)

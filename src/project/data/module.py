@@ -1,5 +1,6 @@
 """The base of all data modules: say where the examples are; batching, order, resume and evaluation are inherited."""
 
+import copy
 import math
 import os
 import warnings
@@ -169,6 +170,14 @@ class DataModule(pl.LightningDataModule, ABC):
                 "trains on all of them",
                 stacklevel=2,
             )
+
+    def resized(self, batch_size: int, micro_batch_size: int | None) -> "DataModule":
+        """Return a copy with other sizes, that shares the data."""
+        other = copy.copy(self)
+        other.batch_size, other.micro_batch_size = batch_size, micro_batch_size
+        other.order, other.plan, other.trainer = copy.copy(self.order), None, None
+        other._loader, other._restored_step = None, 0
+        return other
 
     def examples(self, name: str, count: int) -> Batch:
         """Return the first examples of a split as a batch on the host, as they are before `transform`."""

@@ -66,6 +66,8 @@ class Task(ExactStep):
         self.step_metrics: MetricCollection | None = None
         """The same metrics, of one training batch."""
         self.row_is_due = False
+        self.shown: dict[str, float] = {}
+        """What the progress bar shows. Lightning's `self.log` would cost a millisecond, and more at each later step."""
         self.flops_per_example: float | None = None
         """Of the forward pass; None: not known."""
 
