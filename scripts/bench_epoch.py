@@ -159,7 +159,7 @@ def chosen(make: Made, inputs: Tensor, targets: Tensor, batch_size: int, setting
     tried = candidates(task, data, settings, torch.device("cpu"), 1)
     size = max((size for size in tried["size"] if size <= 256), default=batch_size)
     start = Way(size, threads=torch.get_num_threads())
-    watch = Stopwatch(task, data, batch_size, torch.device("cpu"), rounds)
+    watch = Stopwatch(task, data, batch_size, torch.device("cpu"), max(1, rounds))
     way, lines = choose(watch, start, tried, examples=len(inputs))
     print("\n".join(lines))
     return way

@@ -185,6 +185,7 @@ def main() -> None:
     }
     figures = {}
     for title, (make, inputs, labels, batch_size, steps) in work.items():
+        batch_size = max(16, int(batch_size * min(1.0, 10 * given.scale)))
         settings = (make, inputs, labels, batch_size, max(3, int(steps * given.scale)))
         alternatives = {"plain PyTorch loop": plain, "ours": ours, "Lightning as documented": documented}
         in_parts = {"plain PyTorch loop": plain, "ours": ours}

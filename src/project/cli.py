@@ -211,6 +211,7 @@ class CLI(LightningCLI):
     def _speed_up(self, settings: Any) -> None:
         """Set what is the fastest on this machine."""
         path = self.folder / speed.FILE
+        self.datamodule.prepare_data()
         self.model.prepare(self.datamodule, "train")
         gpu = settings.get("accelerator") in (None, "auto", "gpu", "cuda") and torch.cuda.is_available()
         devices = settings.get("devices")
@@ -225,8 +226,13 @@ class CLI(LightningCLI):
         )
         chosen = yaml.safe_load(path.read_text())
         for key, value in chosen["trainer"].items():
-            settings[key] = value
-        self.datamodule.micro_batch_size = chosen["data"]["micro_batch_size"]
+            if settings.get(key) is None:  # what has been set since goes before
+                settings[key] = self.plain_config["trainer"][key] = value
+        free = self.datamodule.micro_batch_size is None and settings.get("accumulate_grad_batches") is None
+        if free and "data" in chosen:
+            size = self.datamodule.micro_batch_size = chosen["data"]["micro_batch_size"]
+            self.plain_config["data"].setdefault("init_args", {})["micro_batch_size"] = size
+        self.plain_config["speed"] = None  # so that the saved configuration gives the same run
 
     # Checks before anything is trained
 

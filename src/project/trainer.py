@@ -41,6 +41,7 @@ class Trainer(pl.Trainer):
         plugins: as in Lightning; checkpoints are written durably unless one of these is a checkpoint writer.
         profiler: "simple", "advanced" or "pytorch", to see where the time goes.
         channels_last: lay images out with the channels last, which convolutions like better on GPUs and with bf16.
+            Null, here and below, is no, but leaves it to `speed: auto`.
         compile: compile the network (`torch.compile`); the first steps take up to minutes.
         threads: of PyTorch on the CPU, per process; null: the processes of a machine share its cores.
         keep_memory: on a CPU, keep freed memory for the next step: faster where a micro-batch needs much.
@@ -57,10 +58,10 @@ class Trainer(pl.Trainer):
         use_distributed_sampler: bool = False,
         plugins: Any = None,
         profiler: Profiler | str | None = None,
-        channels_last: bool = False,
-        compile: bool = False,
+        channels_last: bool | None = None,
+        compile: bool | None = None,
         threads: int | None = None,
-        keep_memory: bool = False,
+        keep_memory: bool | None = None,
         **kwargs: Any,
     ) -> None:
         if use_distributed_sampler:
@@ -72,7 +73,7 @@ class Trainer(pl.Trainer):
         if threads is not None and threads < 1:
             raise ValueError(f"trainer.threads is {threads}: write a whole number of at least 1")
         self.accumulation = accumulate_grad_batches
-        self.channels_last, self.compile = channels_last, compile
+        self.channels_last, self.compile = bool(channels_last), bool(compile)
         if threads is not None:
             host.set_threads(threads)
         if keep_memory and not host.keep_memory(True):

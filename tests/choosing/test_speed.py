@@ -114,7 +114,7 @@ def test_a_run_says_what_it_chose_and_computes_the_same(monkeypatch: pytest.Monk
     assert furthest(plain, fast) < 1e-9
     overlay = fast.folder / "speed.yaml"
     chosen = yaml.safe_load(overlay.read_text())
-    assert chosen["trainer"]["precision"] == "64-true"
+    assert "precision" not in chosen["trainer"]  # which was set
     assert 32 <= chosen["data"]["micro_batch_size"] <= 64
     again = run_here(*common, "--config", overlay)
     assert again.code == 0, again.err
@@ -163,3 +163,48 @@ def test_bad_input(arguments, line) -> None:
     assert result.code == 2
     assert line in result.err
     assert len(result.err.strip().splitlines()) == 1
+
+
+def test_what_is_set_after_a_choice_goes_before_it() -> None:
+    common = (*SHORT, "--name", "set", "--speed", "auto")
+    first = run_here(*common)
+    (first.folder / "speed.yaml").write_text(
+        "trainer: {precision: bf16-mixed, threads: 1}\ndata: {micro_batch_size: 32}\n"
+    )
+    again = ("--ckpt_path", "last", "--trainer.max_epochs", 2)
+    taken = run_here(*common, *again)
+    assert taken.code == 0, taken.err
+    assert "micro_batch_size  32\n" in taken.out
+    saved = yaml.safe_load((taken.folder / "config.yaml").read_text())
+    assert saved["trainer"]["precision"] == "bf16-mixed"
+    assert saved["speed"] is None
+    kept = run_here(*common, *again[:-1], 3, "--trainer.precision", "32-true", "--data.micro_batch_size", 8)
+    assert kept.code == 0, kept.err
+    assert "micro_batch_size  8\n" in kept.out
+    assert yaml.safe_load((kept.folder / "config.yaml").read_text())["trainer"]["precision"] == "32-true"
+
+
+def test_with_accumulation_the_micro_batch_is_left_alone() -> None:
+    result = run_here(*SHORT, "--speed", "auto", "--trainer.accumulate_grad_batches", 4)
+    assert result.code == 0, result.err
+    assert "micro_batch_size  16\n" in result.out
+
+
+def test_several_processes_started_at_once_cannot_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    result = run_here(*SHORT, "--speed", "auto")
+    assert result.code == 2
+    assert "several processes were started at once" in result.err
+
+
+def test_a_resume_in_another_memory_format_is_exact() -> None:
+    """Fused kernels walk over memory, so the optimizer's state must have the format of the parameters."""
+    constant = ("--model.schedule.shape", "constant", "--model.schedule.warmup", 0)
+    common = (*SHORT, *CONVNET, *constant, "--trainer.precision", "64-true")
+    reference = run_here(*common, "--name", "reference", "--trainer.max_epochs", 2)
+    stopped = run_here(*common, "--name", "parts")
+    assert stopped.code == 0, stopped.err
+    last = ("--name", "parts", "--trainer.max_epochs", 2, "--ckpt_path", "last")
+    resumed = run_here(*common, *last, "--trainer.channels_last", "true")
+    assert resumed.code == 0, resumed.err
+    assert furthest(reference, resumed) < 1e-9

@@ -114,11 +114,13 @@ class InMemory:
         A thread gathers ahead where the data goes to a GPU, and from when on it turns out to come from a disk: where it
         is in memory, it costs more to hand it over than to gather it.
         """
-        reads, row = self._gather(requests), self.nbytes // max(1, len(self))
-        return _ahead(reads, row) if self.pinned else _ahead_if_slow(reads, row) if self.mapped else reads
-
-    def _gather(self, requests: Iterable[Request]) -> Iterator[Read]:
         gathers = self._spare.pop() if self._spare else [_Gather(field, self.pinned) for field in self.fields]
+        reads, row_bytes = self._gather(requests, gathers), self.nbytes // max(1, len(self))
+        if self.pinned:
+            return _ahead(reads, row_bytes)
+        return _ahead_if_slow(reads, row_bytes, gathers) if self.mapped else reads
+
+    def _gather(self, requests: Iterable[Request], gathers: list["_Gather"]) -> Iterator[Read]:
         for request in requests:
             index = request.index
             if len(index) and (int(index.min()) < 0 or int(index.max()) >= len(self)):
@@ -138,8 +140,12 @@ class _Gather:
         self.field, self.pinned = field, pinned
         self.most = max(1, _BLOCK * len(field) // max(1, field.nbytes))
         # NumPy's gather is as fast as torch's, on one core, and needs no cores that others use. It has no bfloat16.
-        self.rows = None if field.device.type != "cpu" or field.dtype == torch.bfloat16 else field.numpy()
+        # Of what is not contiguous it would first copy everything.
+        plain = field.device.type == "cpu" and field.dtype != torch.bfloat16 and field.is_contiguous()
+        self.rows = field.numpy() if plain else None
         self.arrays: list[np.ndarray] = []
+        self.slow = False
+        """The last gather took far longer than memory takes."""
 
     def __call__(self, request: Request) -> Iterator[Tensor]:
         """Yield the rows of each micro-batch; several are gathered at once, for a gather has a price of its own."""
@@ -157,8 +163,9 @@ class _Gather:
             return torch.index_select(self.field, 0, index, out=memory)
         if self.rows is None:
             return self.field.index_select(0, index.to(self.field.device, non_blocking=True))
-        array = self._memory(index.numel())
+        array, start = self._memory(index.numel()), perf_counter()
         np.take(self.rows, index.numpy(), 0, out=array, mode="clip")  # "raise" would copy once more
+        self.slow = perf_counter() - start > _SLOW + array.nbytes / _DISK
         return torch.from_numpy(array)
 
     def _memory(self, rows: int) -> np.ndarray:
@@ -176,28 +183,24 @@ _KEPT = 16  # buffers: one that is written, one that is read, and those that a t
 _FREE = 3  # references to an array that nobody uses: the list's, the loop's, and the question's
 
 
-def _ahead_if_slow(reads: Iterator[Read], row: int) -> Iterator[Read]:
-    """Yield the reads, ahead of time as soon as one took far longer than memory takes."""
-    while True:
-        start = perf_counter()
-        if (read := next(reads, None)) is None:
-            return
-        took = perf_counter() - start
-        slow = took > _SLOW + row * len(read[0][0]) / _DISK
+def _ahead_if_slow(reads: Iterator[Read], row_bytes: int, gathers: list[_Gather]) -> Iterator[Read]:
+    """Yield the reads, ahead of time as soon as a gather was slow."""
+    for read in reads:
+        slow = any(gather.slow for gather in gathers)
         yield read
         if slow:
-            yield from _ahead(reads, row)
+            yield from _ahead(reads, row_bytes)
 
 
 _SLOW, _DISK = 1e-3, 2.5e8  # seconds, and bytes per second: memory takes a tenth of either
 
 
-def _ahead(reads: Iterator[Read], row: int, count: int = 2) -> Iterator[Read]:
-    """Yield the reads, of which a thread makes up to `count` parcels of about `_BLOCK` bytes ahead of time.
+def _ahead(reads: Iterator[Read], row_bytes: int, count: int = 2) -> Iterator[Read]:
+    """Yield the reads, of which a thread makes up to `count` parcels of about `_PARCEL` bytes ahead of time.
 
     Args:
         reads: what is yielded.
-        row: bytes of an example.
+        row_bytes: bytes of an example.
         count: parcels.
     """
 
@@ -205,7 +208,7 @@ def _ahead(reads: Iterator[Read], row: int, count: int = 2) -> Iterator[Read]:
         made, size = [], 0
         for read in reads:
             made.append(read)
-            size += row * len(read[0][0])
+            size += row_bytes * len(read[0][0])
             if size >= _PARCEL:
                 break
         return made
@@ -294,7 +297,7 @@ class Workers:
                     self._leave_out(index, problem)
                 yield fields, weights
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            if "DataLoader worker (pid" not in str(error):
                 raise
             raise DataError(
                 "a process that reads the data was killed, probably for want of memory: lower data.num_workers or "

@@ -44,7 +44,7 @@ class Batch:
 
     def to(self, device: torch.device, convert: Callable[[Tensor], Tensor] | None = None) -> "Batch":
         """Return the batch with its tensors on `device`, converted; the numbers of the examples stay on the host."""
-        moved = self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        moved = self._map(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
         return moved if convert is None else moved._map(convert)
 
     def take(self, places: Tensor) -> "Batch":

@@ -16,9 +16,10 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from project import host
 from project.batching.loader import Batch
 from project.data.module import DataModule
-from project.host import keep_memory
+from project.host import keep_memory, reset_peak_memory
 from project.models.compiled import compile_network
 from project.models.norm import has_batchnorm
 from project.tasks.step import is_out_of_memory
@@ -88,7 +89,10 @@ class Stopwatch:
                     runs += 1
             except RuntimeError as error:
                 if not is_out_of_memory(error):
-                    raise
+                    line = str(error).splitlines()[0]
+                    raise ValueError(
+                        f"{type(task).__name__}.losses cannot be tried outside training ({line})"
+                    ) from error
                 return float("inf")
             return ((perf_counter() - start) / runs + _OVERHEAD) / len(micro_batch)
 
@@ -109,13 +113,13 @@ class Stopwatch:
 
 @contextmanager
 def _as_before() -> Iterator[None]:
-    threads, generator = torch.get_num_threads(), torch.get_rng_state()
+    threads, generator, kept = torch.get_num_threads(), torch.get_rng_state(), host.keeps_memory
     try:
         yield
     finally:
         torch.set_num_threads(threads)
         torch.set_rng_state(generator)
-        keep_memory(False)
+        keep_memory(kept)
 
 
 def candidates(task: Task, data: DataModule, trainer: Any, device: torch.device, processes: int) -> dict[str, list]:
@@ -136,16 +140,17 @@ def candidates(task: Task, data: DataModule, trainer: Any, device: torch.device,
     if trainer.get("precision") is None:
         found["precision"] = ["32-true", "bf16-mixed"]
     convolves = any(isinstance(layer, nn.Conv2d) for layer in task.network.modules())
-    if convolves and isinstance(inputs, Tensor) and inputs.ndim == 4 and not trainer.get("channels_last"):
+    if convolves and isinstance(inputs, Tensor) and inputs.ndim == 4 and trainer.get("channels_last") is None:
         found["channels_last"] = [False, True]
     fixed = data.micro_batch_size is not None or trainer.get("accumulate_grad_batches") is not None
-    if not fixed and not has_batchnorm(task.network):  # which depends on what runs together
-        share = -(-data.batch_size // processes)
+    share = -(-data.batch_size // processes)
+    if not fixed and share >= task.unit and not has_batchnorm(task.network):  # which depends on what runs together
         powers = [2**power // task.unit * task.unit for power in range(5, 13)]
-        found["size"] = [*(size for size in powers if 0 < size < share), share]
-    if device.type == "cpu" and not trainer.get("keep_memory"):
+        # A larger share than any of them is not tried whole: on a CPU, to run out of memory is to be killed.
+        found["size"] = [*(size for size in powers if 0 < size < share), *([share] if share <= powers[-1] else [])]
+    if device.type == "cpu" and trainer.get("keep_memory") is None:
         found["keep_memory"] = [False, True]
-    if not trainer.get("compile"):
+    if trainer.get("compile") is None:
         found["compile"] = [False, True]
     return found
 
@@ -176,9 +181,13 @@ def choose(watch: Stopwatch, way: Way, tried: dict[str, list], examples: float) 
 
 def speed_up(task: Task, data: DataModule, trainer: Any, path: Path, device: torch.device, processes: int) -> None:
     """Choose the way for this machine, say what was measured, and leave the choice as a configuration at `path`."""
-    heading = f"# speed: auto chose this on {platform.node()}\n"
-    if path.exists() and path.read_text().startswith(heading):
+    if path.exists():  # of the process that started this one, or of the run that is resumed
         return
+    if max(int(os.environ.get(name) or 1) for name in ("WORLD_SIZE", "SLURM_NTASKS")) > 1:
+        raise ValueError(
+            "speed is auto, but several processes were started at once, and one has to measure: run it in one process, "
+            f"and give its {FILE} with --config"
+        )
     if data.batch_size is None:
         raise ValueError("speed is auto, but data.batch_size is not set: write it, or leave speed out")
     tried = candidates(task, data, trainer, device, processes)
@@ -187,7 +196,10 @@ def speed_up(task: Task, data: DataModule, trainer: Any, path: Path, device: tor
     given = {key: trainer.get(key) for key in ("precision", "channels_last", "keep_memory", "threads", "compile")}
     start = Way(
         max((size for size in sizes if size <= 256), default=sizes[0]),
-        **{"threads": torch.get_num_threads(), **{key: value for key, value in given.items() if value is not None}},
+        **{
+            "threads": min(torch.get_num_threads(), max(1, (os.cpu_count() or 1) // processes)),
+            **{key: value for key, value in given.items() if value is not None},
+        },
     )
     steps, epochs = trainer.get("max_steps"), trainer.get("max_epochs")
     examples = steps * data.batch_size if steps not in (None, -1) else math.inf
@@ -198,6 +210,15 @@ def speed_up(task: Task, data: DataModule, trainer: Any, path: Path, device: tor
     print(
         "\n".join(["speed: auto, forward and backward pass:", *lines, f"chosen: {way}; written to {path}"]), flush=True
     )
-    settings = {key: value for key, value in asdict(way).items() if key != "size"}
-    overlay = {"speed": None, "trainer": settings, "data": {"micro_batch_size": way.size}}
-    path.write_text(heading + yaml.safe_dump(overlay, sort_keys=False))
+    overlay: dict[str, Any] = {
+        "speed": None,
+        "trainer": {key: value for key, value in asdict(way).items() if key in tried and key != "size"},
+    }
+    if "size" in tried:
+        overlay["data"] = {"micro_batch_size": way.size}
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(f"# speed: auto chose this on {platform.node()}\n" + yaml.safe_dump(overlay, sort_keys=False))
+    part.replace(path)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    reset_peak_memory(device)

@@ -71,6 +71,7 @@ class Findings:
     def noise_scale(self) -> float | None:
         """Return the median noise scale over the run; a lost signal counts with its lower bound."""
         values = sorted(each.low if each.lost else each.scale for _, each in self.noise)
+        values = [value for value in values if 0 < value < math.inf]
         return values[len(values) // 2] if values else None
 
     def choices(self, most: int) -> list[Choice]:
@@ -87,7 +88,7 @@ class Findings:
             steps = 1 + noise / batch_size
             seconds = steps * (self.overhead + batch_size / self.speed(batch_size))
             found.append(Choice(batch_size, steps, steps * batch_size / noise, seconds))
-        fastest = min(choice.seconds for choice in found)
+        fastest = min((choice.seconds for choice in found), default=1.0)
         return [choice._replace(seconds=choice.seconds / fastest) for choice in found]
 
 
@@ -127,7 +128,7 @@ def what_fits(watch: Stopwatch, way: Way, most: int, budget: float, unit: int) -
         else:
             reset_peak_memory(watch.device)
             seconds = min(watch.seconds(replace(way, size=size)) for _ in range(3))  # the first one warms up
-            if math.isinf(seconds):
+            if math.isinf(seconds) or (fits and peak_memory(watch.device) > budget):
                 fails = size
             else:
                 fits = size
@@ -144,12 +145,14 @@ def _extended(first: Size, second: Size, examples: int) -> float:
 
 
 def _train(trainer: pl.Trainer, task: Task, data: DataModule, steps: int, callbacks: list[Callback]) -> None:
-    """Train a copy for some steps, as this trainer would on one device."""
+    """Train a copy for some steps on one device, in the precision and memory format of this trainer."""
     short = type(trainer)(
         max_steps=steps,
         accelerator="gpu" if trainer.strategy.root_device.type == "cuda" else "cpu",
         devices=1,
         precision=trainer.precision,  # type: ignore[arg-type]
+        channels_last=getattr(trainer, "channels_last", False),  # type: ignore[call-arg]
+        gradient_clip_val=trainer.gradient_clip_val,
         callbacks=callbacks,
         logger=False,
         enable_checkpointing=False,
@@ -183,6 +186,8 @@ def tune(trainer: pl.Trainer, task: Task, data: DataModule, steps: int, memory_g
     device, batch_size, unit = trainer.strategy.root_device, plan.batch_size, task.unit
     budget = memory_gib * 2**30 if memory_gib else 0.8 * available_memory() + peak_memory(device)
     most = min(len(train), 2**14) // unit * unit
+    if most == 0:
+        raise ValueError(f"there are {len(train)} training examples, of which {unit} must stay together: give it more")
     way = Way(unit, str(trainer.precision), getattr(trainer, "channels_last", False), threads=torch.get_num_threads())
     findings, interrupted, console = Findings([], []), False, Console()
     with isolate_rng(), Progress(console=console, transient=True) as bars:
@@ -249,12 +254,16 @@ def recommended(choices: list[Choice]) -> Choice:
 
 def _leave(folder: Path, findings: Findings, batch_size: int, most: int, task: Task) -> None:
     choices = findings.choices(most // 4)
-    draw(folder / "tune.png", findings, choices, batch_size)
+    draw(folder / "tune.png", findings, choices, batch_size, recommended(choices) if choices else None)
     print(f"look at it: {folder / 'tune.png'}")
     if choices:
         best = recommended(choices)
         overlay = {
-            "data": {"batch_size": best.batch_size, "micro_batch_size": min(best.batch_size, findings.knee().examples)},
+            "trainer": {"accumulate_grad_batches": None},
+            "data": {
+                "batch_size": best.batch_size,
+                "micro_batch_size": max(task.unit, min(best.batch_size, findings.knee().examples)),
+            },
             "model": {"reference_batch_size": task.reference_batch_size or batch_size},  # the rate follows by rule
         }
         (folder / "tuned.yaml").write_text("# tune recommends\n" + yaml.safe_dump(overlay, sort_keys=False))

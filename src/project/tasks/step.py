@@ -189,6 +189,9 @@ class ExactStep(pl.LightningModule, ABC):
         self.before_step(optimizer)
         optimizer.step(closure=lambda: loss)
 
+    def forget_pass(self) -> None:
+        """Forget what a pass over the micro-batches, which ran out of memory, has measured."""
+
     def before_step(self, optimizer: Any) -> None:
         """Do what is to be done between gradient and step."""
 
@@ -206,6 +209,7 @@ class ExactStep(pl.LightningModule, ABC):
         loss = None
         while loss is None:
             drop_gradients(optimizer)
+            self.forget_pass()
             self.sums = Sums()
             for ghost in self.ghosts:
                 ghost.zero_sums()

@@ -16,6 +16,7 @@ from torchmetrics import MetricCollection
 from project.batching.loader import Batch, Share
 from project.callbacks.record import Record, row_is_due
 from project.data.module import SPLITS, DataModule
+from project.models import place
 from project.models.compiled import compile_network
 from project.models.flops import count_flops
 from project.models.norm import has_batchnorm
@@ -115,8 +116,9 @@ class Task(ExactStep):
 
     def measure(self, *values: Tensor) -> None:
         """Update the metrics: of the running evaluation, or in training of the step, where a row in the log is due."""
+        stands_in = place.current is not None and not place.current.counts
         metrics = self.metrics if not self.training else self.step_metrics if self.row_is_due else None
-        if metrics is not None:
+        if metrics is not None and not stands_in:
             metrics.update(*values)
 
     def prepare(self, data: DataModule, split: str) -> None:
@@ -188,6 +190,11 @@ class Task(ExactStep):
         """Measure the step, if a row in the log is due after it."""
         super().on_train_batch_start(batch, batch_idx)
         self.row_is_due = self.step_metrics is not None and row_is_due(self.trainer, batch.step + 1)
+
+    def forget_pass(self) -> None:
+        """Measure the step anew."""
+        if self.row_is_due and self.step_metrics is not None:
+            self.step_metrics.reset()
 
     def measured(self) -> dict[str, float]:
         """Return the metrics of the training batch that was measured, over all devices."""
@@ -293,8 +300,26 @@ class Task(ExactStep):
                     flush=True,
                 )
         self.rates = [group["lr"] for group in optimizer.param_groups]
+        self._settings = [
+            {key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups
+        ]
         self.examples_in_all = self._examples_in_all(self.data)
         return optimizer
+
+    def on_train_start(self) -> None:
+        """Bring what a checkpoint put into the optimizer in line with this run.
+
+        The settings are those of the configuration (with --force they may be new); and the state has the memory format
+        of the parameters, which fused kernels take for granted.
+        """
+        super().on_train_start()
+        for optimizer in self.trainer.optimizers:
+            for group, settings in zip(optimizer.param_groups, self._settings, strict=True):
+                group.update(settings)
+            for parameter, state in optimizer.state.items():
+                for name, value in state.items():
+                    if isinstance(value, Tensor) and value.shape == parameter.shape:
+                        state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
     def before_step(self, optimizer: Any) -> None:
         """Set the learning rate of the step that is due."""
