@@ -52,12 +52,14 @@ def first_batch(examples: int) -> Callable[[], float]:
     return run
 
 
-def rate(run: Callable[..., float], make: Made, shape: tuple[int, ...], batch_size: int, work: float) -> float:
-    """Return examples per second of a training loop."""
+def rate(
+    run: Callable[..., float], make: Made, shape: tuple[int, ...], batch_size: int, work: float, parts: int = 1
+) -> float:
+    """Return examples per second of a training loop that runs each batch in so many parts."""
     inputs = torch.randint(0, 256, (max(20_000, batch_size), *shape), dtype=torch.uint8)
     targets = torch.randint(0, 10, (len(inputs),))
     steps = max(2, int(work / batch_size))
-    return batch_size / run(make, inputs, targets, batch_size, steps) * 1e6
+    return batch_size / run(make, inputs, targets, batch_size, steps, parts) * 1e6
 
 
 def fit(*arguments: str, epochs: int) -> Callable[[], float]:
@@ -101,9 +103,9 @@ def main() -> None:
         "examples/s",
         {f"{size:,} examples": timed(loader(size), min(size, 256_000)) for size in sizes},
     )
-    for name, make, shape, work, batches in (
-        ("MLP 784-256-10", mlp, (784,), 40_000, (1, 8, 64, 512, 8192)),
-        ("ConvNet 28 x 28", ConvNet, (1, 28, 28), 1_500, (64, 256, 4096)),
+    for name, make, shape, work, batches, most in (
+        ("MLP 784-256-10", mlp, (784,), 40_000, (1, 8, 64, 512, 8192), 8192),
+        ("ConvNet 28 x 28", ConvNet, (1, 28, 28), 1_500, (64, 256, 4096), 64),
     ):
         alternatives: dict[str, Callable[[], float]] = {}
         for batch_size in sorted(batches, key=lambda size: size != 64):
@@ -111,7 +113,8 @@ def main() -> None:
                 work_here = work * given.scale * (batch_size / 64 if batch_size < 64 else 1)
                 settings = (make, shape, batch_size, work_here)
                 alternatives[f"plain loop, batch {batch_size}"] = lambda a=settings: rate(plain, *a)
-                alternatives[f"ours, batch {batch_size}"] = lambda a=settings: rate(ours, *a)
+                parts = -(-batch_size // most)
+                alternatives[f"ours, batch {batch_size}"] = lambda a=settings, b=parts: rate(ours, *a, b)
         measure(f"batch: {name}", "examples/s", alternatives)
     epochs = max(1, int(10 * given.scale))
     networks = {"ConvNet": ("--model.network", "project.models.convnet.ConvNet"), "MLP": ()}
