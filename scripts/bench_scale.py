@@ -119,7 +119,7 @@ def main() -> None:
     epochs = max(1, int(10 * given.scale))
     networks = {"ConvNet": ("--model.network", "project.models.convnet.ConvNet"), "MLP": ()}
     for name, network in list(networks.items())[: 1 if given.scale < 0.1 else 2]:
-        network = (*network, "--data.batch_size", "256", "--trainer.log_every_n_steps", "1")
+        network = (*network, "--data.batch_size", "256", "--trainer.log_every_n_steps", "5")
         two = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
         alternatives = {
             "1 process, 1 thread": fit(*network, "--trainer.threads", "1", epochs=epochs),
