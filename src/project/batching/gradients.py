@@ -9,6 +9,7 @@ it happens to have.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,12 @@ def weighted_sum(losses: Tensor, weights: Tensor | None, target_weights: Tensor 
     # A target that does not count must not count even if its loss is not finite: 0 * inf is nan.
     counted = torch.where(target_weights == 0, losses.new_zeros(()), losses * target_weights)
     return counted.sum(), target_weights.sum(dtype=losses.dtype)
+
+
+def gradients_of(optimizer: Any) -> list[Tensor]:
+    """Return the gradients of the parameters that an optimizer moves, where they have one."""
+    groups = optimizer.param_groups
+    return [parameter.grad for group in groups for parameter in group["params"] if parameter.grad is not None]
 
 
 def scale_gradients(parameters: Iterable[nn.Parameter], factor: Number) -> None:

@@ -12,6 +12,8 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
+from project.batching.gradients import gradients_of
+from project.callbacks.record import row_is_due
 from project.choosing.noise import FEWEST, Estimate, Sample, noise_scale, sample
 from project.errors import TrainingStopped
 
@@ -116,15 +118,15 @@ class NoiseScale(Callback):
             small = small / scaler.scale(torch.ones_like(small)) ** 2
         small, parts = pl_module.reduce(torch.stack([small, parts])).unbind()
         # This gradient is per target that counts; the parts' are per example.
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        whole = (torch.stack([norm(gradient) for gradient in gradients]) * (pl_module.sums.count / share.size)).square()
+        norms = [norm(gradient) for gradient in gradients_of(optimizer)]
+        whole = (torch.stack(norms) * (pl_module.sums.count / share.size)).square()
         self._unread.append((share.size, torch.stack([small, whole.sum().to(small), parts])))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Stop looking; write the row, where it is due."""
         self._stop_looking()
         step = trainer.global_step
-        if not self._unread or (step % trainer.log_every_n_steps and step != trainer.max_steps):
+        if not self._unread or not row_is_due(trainer, step):
             return
         estimate = self.estimate()
         if estimate is None:

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from project.batching.gradients import Number, scale_gradients, weighted_sum
+from project.batching.gradients import Number, gradients_of, scale_gradients, weighted_sum
 from project.batching.loader import Batch, Share
 from project.batching.random import mix
 from project.data.module import DataModule
@@ -290,8 +290,7 @@ class ExactStep(pl.LightningModule, ABC):
         """Return whether loss and gradient are finite. All devices see the same, after the reduction."""
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:  # which looks at the gradient itself
             return math.isfinite(self.sums.loss)
-        gradients = [parameter.grad for parameter in parameters(optimizer) if parameter.grad is not None]
-        norms = torch._foreach_norm(gradients)  # pyright: ignore[reportPrivateImportUsage]
+        norms = torch._foreach_norm(gradients_of(optimizer))  # pyright: ignore[reportPrivateImportUsage]
         return math.isfinite(self.sums.loss + torch.stack(norms).sum())
 
     def _skip(self) -> None:
