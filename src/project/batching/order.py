@@ -3,6 +3,7 @@
 import math
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,7 +11,7 @@ from project.batching.random import mix, permute, uniform
 
 _STREAM = int.from_bytes(b"order", "big")  # keeps these random numbers apart from others keyed by the same seed
 _BLOCK = 2**14  # positions computed at a time: 128 KiB, a few milliseconds
-_SORTED = 2**20  # most examples that are put in order by a sort: 8 MiB, 0.1 s, and six times as fast
+_WHOLE = 2**20  # most examples that are shuffled at once: 8 MiB, 30 ms, and twenty times as fast
 
 
 class Order:
@@ -112,19 +113,18 @@ class _Blocks(Order):
 class Shuffled(_Blocks):
     """Every example once per epoch in random order.
 
-    Up to a million examples the order is that of their hashes, which takes a sort. Beyond that it is a permutation
-    computed position by position, in memory that does not grow with the data.
+    Up to a million examples are shuffled at once. Beyond that the order is a permutation computed position by position,
+    in memory that does not grow with the data.
     """
 
     def _block_size(self) -> int:
-        return self.examples if self.examples <= _SORTED else super()._block_size()
+        return self.examples if self.examples <= _WHOLE else super()._block_size()
 
     def _compute(self, key: int, positions: Tensor) -> Tensor:
-        if self.examples <= _SORTED:
-            bits = self.examples.bit_length()
-            hashes = (mix(key, positions) >> bits << bits) | positions  # the hash above, the example below: no ties
-            hashes.numpy().sort()  # in place; three times as fast as torch's sort with its indices
-            return hashes & (2**bits - 1)
+        if self.examples <= _WHOLE:
+            # This generator is NumPy's oldest, and the only one whose numbers are promised to stay as they are (NEP 19).
+            generator = np.random.RandomState([key >> 32, key % 2**32])
+            return torch.from_numpy(generator.permutation(self.examples)).long()
         return permute(key, self.examples, positions)
 
 
