@@ -21,6 +21,7 @@ from project.batching.fetch import Fetch, InMemory, Request, make_fetch
 from project.batching.loader import Batch, EvalLoader, TrainLoader, make_batch
 from project.batching.order import Order, Shuffled
 from project.batching.plan import BatchPlan
+from project.batching.schedule import BatchSizes
 
 Source = Sequence[Tensor | np.ndarray] | Dataset | Fetch
 LIMIT_FILE = "micro_batch_limit"
@@ -40,6 +41,7 @@ class DataModule(pl.LightningDataModule, ABC):
         drop_last: leave out the short batch at the end of an epoch. It is trained on, exactly, by default.
         num_workers: processes per device that read a map-style data set; tensors need none.
         max_unreadable: examples of a map-style data set that may turn out unreadable and are left out of training.
+        batch_size_schedule: how the batch size changes in the course of the training, which begins with `batch_size`.
         seed: of the order; null: that of `seed_everything`.
         resident_share: the data is held on a GPU where each split takes at most this share of its free memory.
     """
@@ -53,6 +55,7 @@ class DataModule(pl.LightningDataModule, ABC):
         drop_last: bool = False,
         num_workers: int = 0,
         max_unreadable: int = 0,
+        batch_size_schedule: BatchSizes | None = None,
         seed: int | None = None,
         resident_share: float = 0.25,
     ) -> None:
@@ -72,6 +75,7 @@ class DataModule(pl.LightningDataModule, ABC):
         self.drop_last = drop_last
         self.num_workers = num_workers
         self.max_unreadable = max_unreadable
+        self.batch_size_schedule = BatchSizes() if batch_size_schedule is None else batch_size_schedule
         self.seed = seed
         self.resident_share = resident_share
         self.unit = 1
@@ -158,12 +162,20 @@ class DataModule(pl.LightningDataModule, ABC):
             sizes["micro_batch_size"] = min(self.micro_batch_size or self._left_limit, self._left_limit)
             sizes["accumulate_grad_batches"] = None
         batch_size = BatchPlan.derive(examples=len(train), **sizes).batch_size
-        self.order.prepare(len(train), batch_size, self.seed, self.labels())
+        # Batches of all sizes are whole numbers of those that the order makes.
+        deal = math.gcd(batch_size, *self.batch_size_schedule.sizes)
+        self.order.prepare(len(train), deal, self.seed, self.labels())
         plan = BatchPlan.derive(examples=len(self.order), drop_last=self.drop_last, **sizes)
-        limit = trainer.limit_train_batches if trainer else 1.0
-        if isinstance(limit, float):
-            limit = max(1, int(plan.steps_per_epoch * limit))
-        self.plan = replace(plan, limit=limit)
+        if trainer is not None:
+            limit = trainer.limit_train_batches
+            plan = replace(plan, limit=max(1, int(plan.steps_per_epoch * limit)) if isinstance(limit, float) else limit)
+            trainer.limit_train_batches = 1.0  # of what is left: Lightning would take the share once more
+        epochs = trainer.max_epochs if trainer else None
+        total = math.inf if epochs in (None, -1) else epochs * plan.examples_per_epoch
+        self.plan = replace(plan, changes=self.batch_size_schedule.changes(total))
+        if trainer is not None and self.plan.changes:
+            # Epochs differ in length, for which Lightning asks again only where it asks for a new loader.
+            trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
         if self.plan.batch_size > self.plan.examples and (trainer is None or trainer.is_global_zero):
             warnings.warn(
                 f"data.batch_size is {plan.batch_size}, but there are only {self.plan.examples} examples: every step "
@@ -176,6 +188,7 @@ class DataModule(pl.LightningDataModule, ABC):
         other = copy.copy(self)
         other.batch_size, other.micro_batch_size = batch_size, micro_batch_size
         other.order, other.plan, other.trainer = copy.copy(self.order), None, None
+        other.batch_size_schedule = BatchSizes()
         other._loader, other._restored_step = None, 0
         return other
 
@@ -268,11 +281,12 @@ class DataModule(pl.LightningDataModule, ABC):
         self._restored_step = state_dict["step"]
         self.micro_batch_limit = state_dict["micro_batch_limit"]
 
-    def fingerprint(self) -> dict[str, int | str | bool | None]:
+    def fingerprint(self) -> dict[str, Any]:
         """Return what decides which examples form a batch; it must be the same when training is resumed."""
         if self.plan is None:
             return {}
-        return {
+        changes = {"changes": [list(change) for change in self.plan.changes]} if self.plan.changes else {}
+        return changes | {
             "examples": self.plan.examples,
             "batch_size": self.plan.batch_size,
             "steps_per_epoch": self.plan.steps_per_epoch,
@@ -285,5 +299,5 @@ class DataModule(pl.LightningDataModule, ABC):
         assert self.plan is not None
         assert self.trainer is not None
         max_epochs, max_steps = self.trainer.max_epochs, self.trainer.max_steps
-        by_epochs = math.inf if max_epochs in (None, -1) else max_epochs * self.plan.steps_per_epoch
+        by_epochs = math.inf if max_epochs in (None, -1) else self.plan.first_step(max_epochs)
         return min(by_epochs, math.inf if max_steps == -1 else max_steps)
