@@ -15,6 +15,7 @@ from project.batching.fetch import DataError, Example, Fetch, Read, Request
 from project.batching.order import Order
 from project.batching.plan import BatchPlan, Part, cut
 from project.batching.random import mix
+from project.batching.tokens import SequencePlan
 
 
 @dataclass(slots=True)
@@ -169,11 +170,15 @@ class TrainLoader:
 
     def _request(self, epoch: int, run: range) -> tuple[Request, list["_Step"]]:
         """Return what to read for this device's share of some batches, and what the shares are."""
-        sizes, positions, slices, shares = [], [], [], []
-        before, bounds = self.plan.first_step(epoch), self.plan.borders.bounds
+        sizes, positions, slices, shares, indices = [], [], [], [], []
+        plan, before = self.plan, self.plan.first_step(epoch)
         for step in run:
-            first, last = bounds(epoch, step - before)
-            parts = self.plan.parts_of(last - first, self.rank)
+            first, last = plan.borders.bounds(epoch, step - before)
+            if isinstance(plan, SequencePlan):
+                batch, parts = plan.arrange(self.order.indices(epoch, first, last), self.rank)
+                indices += [batch[start:stop] for start, stop, _ in parts]
+            else:
+                parts = plan.parts_of(last - first, self.rank)
             shares.append((step, last - first, parts))
             for start, stop, _ in parts:
                 sizes.append(stop - start)
@@ -182,7 +187,7 @@ class TrainLoader:
                     slices[-1][1] = first + stop
                 else:
                     slices.append([first + start, first + stop])
-        indices = [self.order.indices(epoch, start, stop) for start, stop in slices]
+        indices = indices or [self.order.indices(epoch, start, stop) for start, stop in slices]
         index = indices[0] if len(indices) == 1 else torch.cat(indices)
         each = iter(index.split_with_sizes(sizes))
         steps = [(step, size, list(zip(parts, each, strict=False))) for step, size, parts in shares]
