@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from project.batching.schedule import Milestones
+from project.batching.schedule import Adaptive, Milestones
 
 
 def test_points_are_numbers_of_examples_or_shares_of_the_training():
@@ -30,3 +30,11 @@ def test_wrong_milestones_are_refused(wrong, message):
 def test_shares_of_a_training_without_end_are_refused():
     with pytest.raises(ValueError, match=r"write trainer.max_epochs, or examples"):
         Milestones([2], shares=[0.5]).changes(math.inf)
+
+
+def test_adaptive_moves_by_a_factor_of_two_within_its_limits():
+    schedule = Adaptive(100)
+    assert [schedule.next(16, 16, 100, noise) for noise in (1, 20, 32, 1000)] == [16, 16, 32, 32]
+    assert [schedule.next(64, 16, 100, noise) for noise in (1, 63, 64, 1000)] == [32, 32, 64, 64]
+    with pytest.raises(ValueError, match=r"batch_size_schedule.most is 0"):
+        Adaptive(0)

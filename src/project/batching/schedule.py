@@ -55,3 +55,27 @@ class Milestones(BatchSizes):
             raise ValueError("batch_size_schedule.shares are of the training: write trainer.max_epochs, or examples")
         points = self.examples if self.shares is None else [math.ceil(share * total) for share in self.shares]
         return tuple(zip(points or (), self.sizes, strict=True))
+
+
+class Adaptive(BatchSizes):
+    """The batch follows the gradient noise scale: at the start of an epoch it is doubled, halved, or left.
+
+    A batch much smaller than the noise scale wastes steps, a much larger one examples (McCandlish et al. 2018, arXiv
+    1812.06162), and the noise scale grows as training goes on. It is measured from the parts of each batch, so there
+    must be several, and what is measured depends on them: with other micro-batches other sizes may be chosen. What was
+    chosen is kept, so that a resume goes on with it.
+
+    Args:
+        most: the largest batch size; `batch_size` is the smallest.
+    """
+
+    def __init__(self, most: int) -> None:
+        if most < 1:
+            raise ValueError(f"batch_size_schedule.most is {most}: write a number of examples")
+        self.most = most
+
+    def next(self, size: int, smallest: int, largest: int, noise_scale: float) -> int:
+        """Return the batch size of the next epoch, from `smallest` to `largest`: half or twice `size`, or that."""
+        if noise_scale >= 2 * size <= largest:
+            return 2 * size
+        return size // 2 if noise_scale < size > smallest else size

@@ -21,8 +21,9 @@ from project.batching.fetch import Fetch, InMemory, Request, make_fetch
 from project.batching.loader import Batch, EvalLoader, TrainLoader, make_batch
 from project.batching.order import Order, Shuffled
 from project.batching.plan import BatchPlan
-from project.batching.schedule import BatchSizes
+from project.batching.schedule import Adaptive, BatchSizes
 from project.batching.tokens import SequencePlan
+from project.callbacks.noise_scale import NoiseScale
 
 Source = Sequence[Tensor | np.ndarray] | Dataset | Fetch
 LIMIT_FILE = "micro_batch_limit"
@@ -93,6 +94,7 @@ class DataModule(pl.LightningDataModule, ABC):
         self.resident_share = resident_share
         self.unit = 1
         self.plan: BatchPlan | None = None
+        self._plan_at_first: BatchPlan | None = None
         self._splits: dict[str, Fetch | None] = {}
         self._fed: dict[str, Fetch] = {}
         self._loader: TrainLoader | None = None
@@ -179,7 +181,7 @@ class DataModule(pl.LightningDataModule, ABC):
             sizes["batch_size"] = self._size_of_tokens(lengths, sizes)
         batch_size = BatchPlan.derive(examples=len(train), **sizes).batch_size
         # Batches of all sizes are whole numbers of those that the order makes.
-        deal = 1 if self.batch_tokens else math.gcd(batch_size, *self.batch_size_schedule.sizes)
+        deal = math.gcd(batch_size, *self.batch_size_schedule.sizes)
         self.order.prepare(len(train), deal, self.seed, self.labels(), lengths)
         plan = BatchPlan.derive(examples=len(self.order), drop_last=self.drop_last, **sizes)
         if lengths is not None:
@@ -191,8 +193,14 @@ class DataModule(pl.LightningDataModule, ABC):
             trainer.limit_train_batches = 1.0  # of what is left: Lightning would take the share once more
         epochs = trainer.max_epochs if trainer else None
         total = math.inf if epochs in (None, -1) else epochs * plan.examples_per_epoch
-        self.plan = replace(plan, changes=self.batch_size_schedule.changes(total))
-        if trainer is not None and self.plan.changes:
+        self.plan = self._plan_at_first = replace(plan, changes=self.batch_size_schedule.changes(total))
+        adaptive = isinstance(self.batch_size_schedule, Adaptive)
+        if adaptive and (trainer is None or self._noise_scale() is None):
+            raise ValueError(
+                "data.batch_size_schedule Adaptive follows the gradient noise scale, but nobody measures it: write "
+                "project.callbacks.noise_scale.NoiseScale under trainer.callbacks"
+            )
+        if trainer is not None and (adaptive or self.plan.changes):
             # Epochs differ in length, for which Lightning asks again only where it asks for a new loader.
             trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
         if self.plan.batch_size > self.plan.examples and (trainer is None or trainer.is_global_zero):
@@ -201,6 +209,24 @@ class DataModule(pl.LightningDataModule, ABC):
                 "trains on all of them",
                 stacklevel=2,
             )
+
+    def _noise_scale(self) -> NoiseScale | None:
+        callbacks = self.trainer.callbacks if self.trainer else []  # type: ignore[attr-defined]
+        return next((callback for callback in callbacks if isinstance(callback, NoiseScale)), None)
+
+    def _adapt(self, schedule: Adaptive) -> None:
+        """Decide on the batch size of the epoch that begins, if one does and its size is not decided."""
+        plan, step, noise = self.plan, self.position(), self._noise_scale()
+        assert plan is not None
+        seen, size = plan.examples_at(step), plan.size_at(step)
+        estimate = noise.estimate() if noise else None
+        if estimate is None or not plan.begins_epoch(step) or (plan.changes and plan.changes[-1][0] == seen):
+            return
+        measured = estimate.low if estimate.lost else estimate.scale
+        size = schedule.next(size, plan.batch_size, min(schedule.most, plan.positions), measured)
+        size = self.trainer.strategy.broadcast(size) if self.trainer else size  # so that no rounding parts the devices
+        if size != plan.size_at(step):
+            self.plan = replace(plan, changes=(*plan.changes, (seen, size)))
 
     def _size_of_tokens(self, lengths: Tensor | None, sizes: dict[str, Any]) -> int | None:
         """Return the number of examples that `batch_tokens` are on average, or `batch_size` where that is given."""
@@ -223,7 +249,7 @@ class DataModule(pl.LightningDataModule, ABC):
         other = copy.copy(self)
         other.batch_size, other.micro_batch_size = batch_size, micro_batch_size
         other.batch_tokens = other.micro_batch_tokens = None
-        other.order, other.plan, other.trainer = copy.copy(self.order), None, None
+        other.order, other.plan, other._plan_at_first, other.trainer = copy.copy(self.order), None, None, None
         other.batch_size_schedule = BatchSizes()
         other._loader, other._restored_step = None, 0
         return other
@@ -245,6 +271,8 @@ class DataModule(pl.LightningDataModule, ABC):
     def train_dataloader(self) -> TrainLoader:
         """Return the loader that yields one `Share` per optimizer step."""
         assert self.plan is not None
+        if isinstance(self.batch_size_schedule, Adaptive):
+            self._adapt(self.batch_size_schedule)
         rank = self.trainer.global_rank if self.trainer else 0
         waited = self.waited
         self._loader = TrainLoader(self.plan, self.order, self.feed("train"), rank, self.position)
@@ -309,25 +337,28 @@ class DataModule(pl.LightningDataModule, ABC):
         return max(self._restored_step, self.trainer.global_step if self.trainer else 0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position, and a fingerprint of everything that decides which examples form a batch."""
+        """Return the position, the changes of batch size, and a fingerprint of all that decides what a batch is."""
         return {
             "step": self.position(),
+            "changes": [list(change) for change in self.plan.changes] if self.plan else [],
             "fingerprint": self.fingerprint(),
             "micro_batch_limit": self.micro_batch_limit,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the position."""
+        """Restore the position, and what was decided on the way."""
         self._restored_step = state_dict["step"]
+        if isinstance(self.batch_size_schedule, Adaptive) and self.plan is not None:
+            self.plan = replace(self.plan, changes=tuple((seen, size) for seen, size in state_dict["changes"]))
         self.micro_batch_limit = state_dict["micro_batch_limit"]
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what decides which examples form a batch; it must be the same when training is resumed."""
-        if self.plan is None:
+        if self.plan is None or self._plan_at_first is None:
             return {}
         some: dict[str, Any] = {}
-        if self.plan.changes:
-            some["changes"] = [list(change) for change in self.plan.changes]
+        if changes := self._plan_at_first.changes:  # and not what was decided on the way
+            some["changes"] = [list(change) for change in changes]
         if isinstance(self.plan, SequencePlan):
             some["tokens"] = int(self.plan.lengths.sum())
         return some | {
@@ -338,10 +369,17 @@ class DataModule(pl.LightningDataModule, ABC):
             "order": type(self.order).__name__,
         }
 
+    def total_examples(self) -> float:
+        """Return the number of examples that the trainer's limits allow, as it is known before training."""
+        assert self._plan_at_first is not None
+        steps = self.total_steps()
+        return steps if steps == math.inf else self._plan_at_first.examples_at(int(steps))
+
     def total_steps(self) -> float:
-        """Return the number of optimizer steps that the trainer's limits allow (inf: no limit)."""
-        assert self.plan is not None
+        """Return the number of optimizer steps that the trainer's limits allow (inf: none), as it is known before."""
+        plan = self._plan_at_first
+        assert plan is not None
         assert self.trainer is not None
         max_epochs, max_steps = self.trainer.max_epochs, self.trainer.max_steps
-        by_epochs = math.inf if max_epochs in (None, -1) else self.plan.first_step(max_epochs)
+        by_epochs = math.inf if max_epochs in (None, -1) else plan.first_step(max_epochs)
         return min(by_epochs, math.inf if max_steps == -1 else max_steps)

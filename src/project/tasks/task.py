@@ -352,8 +352,7 @@ class Task(ExactStep):
                 f"model.schedule {self.schedule.shape} needs to know how long training is: "
                 "write trainer.max_epochs or trainer.max_steps"
             )
-        assert data.plan is not None
-        return steps if steps == math.inf else data.plan.examples_at(int(steps))
+        return data.total_examples()
 
 
 def _has_fused(parameter: nn.Parameter) -> bool:
