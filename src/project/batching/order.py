@@ -23,6 +23,10 @@ class Order:
     batch_size: int
     seed: int
     labels: Tensor | None
+    once: bool = False
+    """An epoch has no example twice, so what is drawn for it need not depend on its position."""
+    copies: int = 1
+    """Positions side by side that hold the same example."""
 
     def prepare(self, examples: int, batch_size: int, seed: int, labels: Tensor | None = None) -> Self:
         """Say what is to be ordered, once, before the first `indices`.
@@ -74,6 +78,8 @@ class Order:
 class Sequential(Order):
     """The examples as they are stored, every epoch."""
 
+    once = True
+
     def indices(self, epoch: int, start: int, stop: int) -> Tensor:
         """The positions themselves."""
         return self._positions(start, stop)
@@ -116,6 +122,8 @@ class Shuffled(_Blocks):
     computed position by position, in memory that does not grow with the data.
     """
 
+    once = True
+
     def _block_size(self) -> int:
         return self.examples if self.examples <= _SORTED else super()._block_size()
 
@@ -139,6 +147,8 @@ class Stratified(_Blocks):
 
     Random are the order of the classes, of the examples in a class, and of the places in a batch. Memory: O(examples).
     """
+
+    once = True
 
     def _setup(self) -> None:
         super()._setup()
@@ -230,7 +240,7 @@ class Repeated(Order):
     def __init__(self, k: int) -> None:
         if k < 1:
             raise ValueError(f"k is the number of copies of each example: take 1 or more, not {k}")
-        self.k = k
+        self.k = self.copies = k
 
     def __len__(self) -> int:
         return self.k * self.examples

@@ -147,7 +147,8 @@ class Task(ExactStep):
         self.flops_per_example = flops and flops / len(batch)
         self.check(data, outputs)
         if data.plan is not None:
-            self._check_training(data)
+            with precision.forward_context():
+                self._check_training(data)
         if self.metrics is None:
             metrics = self.make_metrics(outputs)
             self.metrics = None if metrics is None else metrics.to(self.device)
@@ -161,7 +162,9 @@ class Task(ExactStep):
             warnings.warn(f"the inputs of the first {len(first)} training examples are all the same", stacklevel=2)
         plan = data.plan
         assert plan is not None
-        if plan.unit != self.unit:
+        if data.augment:
+            data.to_device(first, self.device, training=True)
+        if plan.unit % self.unit:
             raise ValueError(f"the plan keeps {plan.unit} examples together, but the network needs {self.unit}")
         if has_batchnorm(self.network) and plan.accumulation * plan.devices > 1:
             warnings.warn(
