@@ -344,4 +344,6 @@ class Task(ExactStep):
 
 
 def _has_fused(parameter: nn.Parameter) -> bool:
-    return parameter.device.type in ("cpu", "cuda") and parameter.is_floating_point()
+    # On a CPU, fused SGD leaves most of a half-precision parameter as it was (torch 2.13), without a word.
+    kinds = ("cpu", "cuda") if parameter.dtype.itemsize >= 4 else ("cuda",)
+    return parameter.device.type in kinds and parameter.is_floating_point()
