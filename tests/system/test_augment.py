@@ -1,10 +1,11 @@
 """Augmentation in whole runs: what the network sees does not depend on how the batch is executed, to the bit."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import CSV, DIGITS, Result, furthest, run_here, run_process
+from helpers import CSV, DIGITS, ROOT, Result, furthest, run_here, run_process
 
 RECORDED = """
 import os
@@ -83,3 +84,17 @@ def test_processes_micro_batches_and_resume() -> None:
         pairs = [pair for key in expected for pair in zip(ours[key], expected[key], strict=True)]
         assert all(torch.equal(a, b) for a, b in pairs), result.folder
         assert furthest(whole, result) < 1e-12
+
+
+def test_readme_yaml_and_inspect() -> None:
+    """The lines of README train, and `inspect` shows what they do."""
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (lines,) = (block for block in blocks if "augment:" in block)
+    Path("readme.yaml").write_text(lines)
+    fit = run_here("fit", *DIGITS, *CSV, "--config", "readme.yaml", "--trainer.max_epochs", 3)
+    assert fit.code == 0, fit.err
+    losses = fit.rows("val/loss")
+    assert losses[60] < losses[20]
+    looked = run_here("inspect", *DIGITS, *CSV, "--config", "readme.yaml", "--seconds", 1)
+    assert looked.code == 0, looked.err
+    assert (looked.folder / "inspect.png").stat().st_size > 20000

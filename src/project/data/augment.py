@@ -159,27 +159,19 @@ class Affine(Augmentation):
         shear: most shear along the rows, in degrees, either way.
         scale: least and most size of what is in the image.
         translate: most shift in each direction, as a share of the image's side.
-        padding: what is outside: reflection, border or zeros.
     """
 
     def __init__(
-        self,
-        degrees: float = 0.0,
-        shear: float = 0.0,
-        scale: tuple[float, float] = (1.0, 1.0),
-        translate: float = 0.0,
-        padding: str = "reflection",
+        self, degrees: float = 0.0, shear: float = 0.0, scale: tuple[float, float] = (1.0, 1.0), translate: float = 0.0
     ) -> None:
         if not 0 < scale[0] <= scale[1]:
             raise ValueError(f"Affine.scale is {list(scale)}: write least and most, above 0")
-        if padding not in (known := ("reflection", "border", "zeros")):
-            raise ValueError(f"Affine.padding is {padding}: write {', '.join(known)}")
-        self.degrees, self.shear, self.scale, self.translate, self.padding = degrees, shear, scale, translate, padding
+        self.degrees, self.shear, self.scale, self.translate = degrees, shear, scale, translate
 
     def __call__(self, batch: Batch, draws: Draws) -> Batch:
         """Move the pixels."""
         matrices = self.matrices(draws, *batch.inputs.shape[2:])
-        return replace(batch, inputs=images.affine(batch.inputs, on(batch.inputs, matrices), self.padding))
+        return replace(batch, inputs=images.affine(batch.inputs, on(batch.inputs, matrices)))
 
     def matrices(self, draws: Draws, height: int, width: int) -> Tensor:
         """Return what `images.affine` takes, float64 [N, 2, 3]."""
@@ -228,8 +220,8 @@ def unit_of(steps: Sequence[Augmentation | nn.Module], order: Order) -> int:
 
 
 def on(inputs: Tensor, numbers: Tensor) -> Tensor:
-    """Return float64 numbers on the device of the inputs (float32 where the device has no float64)."""
-    return numbers.to(inputs.device, torch.float32 if inputs.device.type == "mps" else torch.float64)
+    """Return float64 numbers on the device of the inputs."""
+    return numbers.to(inputs.device, images.widest(inputs))
 
 
 def share(value: float, name: str) -> float:

@@ -49,24 +49,28 @@ def jitter(images: Tensor, brightness: Tensor, contrast: Tensor, saturation: Ten
     brightness, contrast, saturation = (_each(factors).to(values) for factors in (brightness, contrast, saturation))
     values = values * brightness
     # In float64, because the rounding of a sum depends on how it is added up.
-    mean = _grey(values).double().mean((1, 2, 3), keepdim=True).to(values)
+    mean = _grey(values).to(widest(values)).mean((1, 2, 3), keepdim=True).to(values)
     values = torch.lerp(mean, values, contrast)
     values = torch.lerp(_grey(values), values, saturation)
     return (values if images.is_floating_point() else values.clamp(0, 255)).to(_float_type(images))
 
 
-def affine(images: Tensor, matrices: Tensor, padding: str) -> Tensor:
-    """Resample bilinearly; bytes become floats.
+def affine(images: Tensor, matrices: Tensor) -> Tensor:
+    """Resample bilinearly; bytes become floats. The image is continued by its reflection.
 
     Args:
         images: any.
         matrices: [N, 2, 3], from places in the result to places in the image, both (x, y) from -1 to 1.
-        padding: what is outside: "reflection", "border" or "zeros".
     """
     values = _floats(images)
     with torch.autocast(images.device.type, enabled=False):
         grid = F.affine_grid(matrices.to(values), list(images.shape), align_corners=False)
-        return F.grid_sample(values, grid, padding_mode=padding, align_corners=False).to(_float_type(images))
+        return F.grid_sample(values, grid, padding_mode="reflection", align_corners=False).to(_float_type(images))
+
+
+def widest(images: Tensor) -> torch.dtype:
+    """Return float64, or what the device has in its place."""
+    return torch.float32 if images.device.type == "mps" else torch.float64
 
 
 def _each(numbers: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ class CutMix(Mixing):
         lengths = ((1 - shares).sqrt() * sides).floor()
         corners = (place * sides).floor() - (lengths / 2).floor()
         box = images.boxes(inputs, *on(inputs, torch.cat([corners, lengths])))
-        return torch.where(box, inputs[partners], inputs), 1 - box.double().mean((1, 2, 3))
+        return torch.where(box, inputs[partners], inputs), 1 - box.to(images.widest(inputs)).mean((1, 2, 3))
 
 
 def beta(alpha: float, first: Tensor, second: Tensor) -> Tensor:
