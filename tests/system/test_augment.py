@@ -98,3 +98,20 @@ def test_readme_yaml_and_inspect() -> None:
     looked = run_here("inspect", *DIGITS, *CSV, "--config", "readme.yaml", "--seconds", 1)
     assert looked.code == 0, looked.err
     assert (looked.folder / "inspect.png").stat().st_size > 20000
+
+
+def test_pairs_and_ghost_batches_of_an_odd_size() -> None:
+    """Ghost batches of 5 and pairs: ten examples stay together; and a module of PyTorch draws in between."""
+    augment = "[{class_path: project.data.mixing.MixUp, init_args: {num_classes: 10}}, {class_path: torch.nn.Dropout}]"
+    norm = ("--model.network.norm", "batch", "--model.ghost_batch_size", 5, "--model.network.dropout", 0)
+    sgd = ("--model.optimizer", "{class_path: torch.optim.SGD, init_args: {lr: 0.1}}")
+    run = ("fit", *DIGITS, *CSV, *norm, *sgd, "--data.batch_size", 100, "--trainer.precision", "64-true")
+    run = (*run, "--trainer.max_epochs", 1, "--data.augment")
+    cut, again = (run_here(*run, augment, "--data.micro_batch_size", 20) for _ in range(2))
+    assert cut.code == 0, cut.err
+    assert "accumulate_grad_batches  5" in cut.out
+    assert furthest(cut, again) == 0
+    only_pairs = augment.replace(", {class_path: torch.nn.Dropout}", "")
+    whole, parts = run_here(*run, only_pairs), run_here(*run, only_pairs, "--data.micro_batch_size", 20)
+    assert 0 < furthest(whole, parts) < 1e-12
+    assert furthest(whole, cut) > 1e-3
