@@ -11,7 +11,7 @@ from project.models.convnet import make_norm2d
 class ResNet(nn.Module):
     """A convolution, stages that halve height and width by max pooling, a global maximum, a scaled linear layer.
 
-    Each stage is a convolution, the pooling, and a residual block of two convolutions: eight layers in all for three
+    Each stage is a convolution, the pooling, and a residual block of two convolutions: eleven layers in all for three
     stages. After David Page, "How to train your ResNet" (2018), with a block in every stage and GELU, as in Jordan
     2024 (arXiv 2404.00498).
 
