@@ -156,3 +156,15 @@ def test_jsonargparse_keeps_settings_of_another_class_unless_told() -> None:
     parser.add_subclass_arguments(Base, "it")
     parser.set_defaults({"it": {"class_path": f"{__name__}.First", "init_args": {"lr": 5.0}}})
     assert parser.parse_args([f"--it={__name__}.Second"]).it.init_args.lr == 0.2
+
+
+def test_fused_sgd_on_a_cpu_does_not_move_half_precision() -> None:
+    """So the task does not ask for it there."""
+    moved = {}
+    for fused in (False, True):
+        parameter = torch.nn.Parameter(torch.zeros(64, dtype=torch.bfloat16))
+        parameter.grad = torch.ones_like(parameter)
+        torch.optim.SGD([parameter], lr=1.0, fused=fused).step()
+        moved[fused] = int((parameter != 0).sum())
+    assert moved[False] == 64
+    assert moved[True] < 64

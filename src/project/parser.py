@@ -65,7 +65,8 @@ def explain(message: str, known: list[str]) -> str:
     tried = re.search(r"Errors: - (.*?) Given value type: .*? Given value: (.*)", line)
     if tried:
         errors = [error for error in tried[1].split(" - ") if error != "Expected a <class 'NoneType'>"]
-        general = ("Expected a ", "Not a valid subclass", "a class path (str)", "a dict with")
+        nested = ("Does not validate", "Import path")
+        general = ("Expected a ", "Not a valid subclass", "a class path (str)", "a dict with", *nested)
         own = [error for error in errors if not error.startswith(general)]
         if own:  # the message of a class that refused a value
             return own[0] if key is None or key[1] in own[0] else f"{key[1]}: {own[0]}"

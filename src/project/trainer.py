@@ -1,9 +1,10 @@
 """Lightning's Trainer, with the defaults that an exact global batch needs."""
 
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.profilers import PassThroughProfiler, Profiler
 from lightning.pytorch.strategies import DDPStrategy
@@ -43,6 +44,8 @@ class Trainer(pl.Trainer):
         channels_last: lay images out with the channels last, which convolutions like better on GPUs and with bf16.
             Null, here and below, is no, but leaves it to `speed: auto`.
         compile: compile the network (`torch.compile`); the first steps take up to minutes.
+        matmul_precision: of products of float32 matrices: highest; high (TF32, faster on recent GPUs) or medium
+            (bfloat16); null: as PyTorch has it.
         threads: of PyTorch on the CPU, per process; null: the processes of a machine share its cores.
         keep_memory: on a CPU, keep freed memory for the next step: faster where a micro-batch needs much.
         **kwargs: those of Lightning's Trainer.
@@ -60,6 +63,7 @@ class Trainer(pl.Trainer):
         profiler: Profiler | str | None = None,
         channels_last: bool | None = None,
         compile: bool | None = None,
+        matmul_precision: Literal["highest", "high", "medium"] | None = None,
         threads: int | None = None,
         keep_memory: bool | None = None,
         **kwargs: Any,
@@ -74,6 +78,8 @@ class Trainer(pl.Trainer):
             raise ValueError(f"trainer.threads is {threads}: write a whole number of at least 1")
         self.accumulation = accumulate_grad_batches
         self.channels_last, self.compile = bool(channels_last), bool(compile)
+        if matmul_precision is not None:
+            torch.set_float32_matmul_precision(matmul_precision)
         if threads is not None:
             host.set_threads(threads)
         if keep_memory and not host.keep_memory(True):

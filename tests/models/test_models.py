@@ -6,6 +6,8 @@ from torch.nn.functional import cross_entropy
 from project.models import place
 from project.models.convnet import ConvNet, make_norm2d
 from project.models.mlp import MLP, make_norm
+from project.models.norm import convert_batchnorm
+from project.models.resnet import ResNet
 
 MLP_NORMS, CONV_NORMS = ["none", "layer", "batch"], ["none", "batch", "group", "instance"]
 NETWORKS = [(MLP, norm) for norm in MLP_NORMS] + [(ConvNet, norm) for norm in CONV_NORMS]
@@ -140,3 +142,23 @@ def test_a_few_steps_reduce_the_loss(network, norm):
         losses.append(loss.item())
     assert losses[0] == pytest.approx(1.4, abs=0.6)  # ln 4, more or less
     assert losses[-1] < 0.6 * losses[0]
+
+
+def test_resnet() -> None:
+    network = ResNet()
+    assert (
+        parameters_of(network)
+        == 9 * (3 * 64 + 64 * 128 + 2 * 128 * 128 + 128 * 256 + 2 * 256 * 256 + 3 * 256 * 256)
+        + 2 * (64 + 3 * 128 + 6 * 256)
+        + 10 * 256
+    )
+    images, targets = torch.randn(6, 3, 32, 32), torch.arange(6)
+    assert abs(cross_entropy(network(images), targets).item() - 2.303) < 0.2
+    network = ResNet(4, 7, channels=(4, 6, 8))
+    assert network.eval()(torch.randn(5, 4, 9, 6)).shape == (5, 7)
+    assert convert_batchnorm(network, 4) == 7
+    for norm in CONV_NORMS:
+        network = ResNet(channels=(4, 6, 8, 8), norm=norm).double().eval()
+        plain = network(images.double())
+        last = network.to(memory_format=torch.channels_last)(images.double().to(memory_format=torch.channels_last))
+        assert torch.allclose(plain, last)

@@ -14,6 +14,7 @@ ALTERNATIVES = {
     "bench_step.py": {"plain PyTorch loop", "ours"},
     "bench_epoch.py": EPOCH,
     "bench_first_result.py": {"plain PyTorch script", "ours, CSV log", "ours, W&B offline (the default)"},
+    "bench_cifar.py": {"plain loop, in the style of airbench", "ours"},
     "bench_scale.py": set(),
     "bench_long.py": set(),
 }

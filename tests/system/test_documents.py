@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import DIGITS, ROOT, Result, run_here, run_process
+from helpers import DIGITS, ROOT, Result, make_cifar10, run_here, run_process
 
 from project.batching.plan import BatchPlan
 
@@ -27,7 +27,9 @@ COMMANDS = [
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_configuration(path: Path) -> None:
-    result = run_here("fit", "--config", path, "--trainer.max_epochs", 1)
+    make_cifar10(Path("data/cifar10"))  # tiny, and random
+    few = ("--data.val_examples", 10) if path.name == "cifar10.yaml" else ()
+    result = run_here("fit", "--config", path, "--trainer.max_epochs", 1, *few)
     assert result.code == 0, result.err
     assert "epoch 1  average loss " in result.out
 

@@ -25,6 +25,10 @@ class Order:
     seed: int
     labels: Tensor | None
     lengths: Tensor | None
+    once: bool = False
+    """An epoch has no example twice, so what is drawn for it need not depend on its position."""
+    copies: int = 1
+    """Positions side by side that hold the same example."""
 
     def prepare(
         self,
@@ -85,6 +89,8 @@ class Order:
 class Sequential(Order):
     """The examples as they are stored, every epoch."""
 
+    once = True
+
     def indices(self, epoch: int, start: int, stop: int) -> Tensor:
         """The positions themselves."""
         return self._positions(start, stop)
@@ -127,12 +133,14 @@ class Shuffled(_Blocks):
     in memory that does not grow with the data.
     """
 
+    once = True
+
     def _block_size(self) -> int:
         return self.examples if self.examples <= _WHOLE else super()._block_size()
 
     def _compute(self, key: int, positions: Tensor) -> Tensor:
         if self.examples <= _WHOLE:
-            # This generator is NumPy's oldest, and the only one whose numbers are promised to stay as they are (NEP 19).
+            # NumPy's oldest generator is the only one whose numbers are promised to stay what they are (NEP 19).
             generator = np.random.RandomState([key >> 32, key % 2**32])
             return torch.from_numpy(generator.permutation(self.examples)).long()
         return permute(key, self.examples, positions)
@@ -149,6 +157,8 @@ class Stratified(_Blocks):
 
     Random are the order of the classes, of the examples in a class, and of the places in a batch. Memory: O(examples).
     """
+
+    once = True
 
     def _setup(self) -> None:
         super()._setup()
@@ -207,6 +217,8 @@ class Bucketed(_Blocks):
     Args:
         window: examples that are sorted together; in whole batches.
     """
+
+    once = True
 
     def __init__(self, window: int = 4096) -> None:
         if window < 1:
@@ -274,7 +286,7 @@ class Repeated(Order):
     def __init__(self, k: int) -> None:
         if k < 1:
             raise ValueError(f"k is the number of copies of each example: take 1 or more, not {k}")
-        self.k = k
+        self.k = self.copies = k
 
     def __len__(self) -> int:
         return self.k * self.examples

@@ -144,8 +144,9 @@ def candidates(task: Task, data: DataModule, trainer: Any, device: torch.device,
         found["channels_last"] = [False, True]
     fixed = data.micro_batch_size is not None or trainer.get("accumulate_grad_batches") is not None
     share = -(-data.batch_size // processes)
-    if not fixed and share >= task.unit and not has_batchnorm(task.network):  # which depends on what runs together
-        powers = [2**power // task.unit * task.unit for power in range(5, 13)]
+    unit = data.together(task.unit)
+    if not fixed and share >= unit and not has_batchnorm(task.network):  # which depends on what runs together
+        powers = [2**power // unit * unit for power in range(5, 13)]
         # A larger share than any of them is not tried whole: on a CPU, to run out of memory is to be killed.
         found["size"] = [*(size for size in powers if 0 < size < share), *([share] if share <= powers[-1] else [])]
     if device.type == "cpu" and trainer.get("keep_memory") is None:

@@ -183,7 +183,7 @@ def tune(trainer: pl.Trainer, task: Task, data: DataModule, steps: int, memory_g
     plan, train = data.plan, data.split("train")
     assert plan is not None
     assert train is not None
-    device, batch_size, unit = trainer.strategy.root_device, plan.batch_size, task.unit
+    device, batch_size, unit = trainer.strategy.root_device, plan.batch_size, plan.unit
     budget = memory_gib * 2**30 if memory_gib else 0.8 * available_memory() + peak_memory(device)
     most = min(len(train), 2**14) // unit * unit
     if most == 0:
@@ -213,7 +213,7 @@ def tune(trainer: pl.Trainer, task: Task, data: DataModule, steps: int, memory_g
             interrupted = True
     if findings.sizes:
         report(console, findings, batch_size, most, interrupted)
-        _leave(Path(trainer.default_root_dir), findings, batch_size, most, task)
+        _leave(Path(trainer.default_root_dir), findings, batch_size, most, task, unit)
 
 
 def report(console: Console, findings: Findings, batch_size: int, most: int, interrupted: bool) -> None:
@@ -252,7 +252,7 @@ def recommended(choices: list[Choice]) -> Choice:
     return min((choice for choice in choices if choice.seconds <= 1.05), key=lambda choice: choice.examples)
 
 
-def _leave(folder: Path, findings: Findings, batch_size: int, most: int, task: Task) -> None:
+def _leave(folder: Path, findings: Findings, batch_size: int, most: int, task: Task, unit: int) -> None:
     choices = findings.choices(most // 4)
     draw(folder / "tune.png", findings, choices, batch_size, recommended(choices) if choices else None)
     print(f"look at it: {folder / 'tune.png'}")
@@ -262,7 +262,7 @@ def _leave(folder: Path, findings: Findings, batch_size: int, most: int, task: T
             "trainer": {"accumulate_grad_batches": None},
             "data": {
                 "batch_size": best.batch_size,
-                "micro_batch_size": max(task.unit, min(best.batch_size, findings.knee().examples)),
+                "micro_batch_size": max(unit, min(best.batch_size, findings.knee().examples)),
             },
             "model": {"reference_batch_size": task.reference_batch_size or batch_size},  # the rate follows by rule
         }

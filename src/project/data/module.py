@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.fabric.plugins.precision import Precision
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from project.batching.fetch import Fetch, InMemory, Request, make_fetch
@@ -24,6 +24,7 @@ from project.batching.plan import BatchPlan
 from project.batching.schedule import Adaptive, BatchSizes
 from project.batching.tokens import SequencePlan
 from project.callbacks.noise_scale import NoiseScale
+from project.data.augment import Augmentation, augment, unit_of
 
 Source = Sequence[Tensor | np.ndarray] | Dataset | Fetch
 LIMIT_FILE = "micro_batch_limit"
@@ -52,6 +53,7 @@ class DataModule(pl.LightningDataModule, ABC):
         batch_size_schedule: how the batch size changes in the course of the training, which begins with `batch_size`.
         seed: of the order; null: that of `seed_everything`.
         resident_share: the data is held on a GPU where each split takes at most this share of its free memory.
+        augment: what is done to training inputs, in order: project.data.augment, project.data.mixing, or any module.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class DataModule(pl.LightningDataModule, ABC):
         batch_size_schedule: BatchSizes | None = None,
         seed: int | None = None,
         resident_share: float = 0.25,
+        augment: list[Augmentation | nn.Module] | None = None,
     ) -> None:
         super().__init__()
         sizes = {"batch_size": batch_size, "micro_batch_size": micro_batch_size, "eval_batch_size": eval_batch_size}
@@ -92,7 +95,9 @@ class DataModule(pl.LightningDataModule, ABC):
         self.batch_size_schedule = BatchSizes() if batch_size_schedule is None else batch_size_schedule
         self.seed = seed
         self.resident_share = resident_share
+        self.augment = augment or []
         self.unit = 1
+        """Examples that the network needs together."""
         self.plan: BatchPlan | None = None
         self._plan_at_first: BatchPlan | None = None
         self._splits: dict[str, Fetch | None] = {}
@@ -170,7 +175,7 @@ class DataModule(pl.LightningDataModule, ABC):
             "micro_batch_size": self.micro_batch_size,
             "accumulate_grad_batches": getattr(trainer, "accumulation", None),
             "devices": trainer.world_size if trainer else 1,
-            "unit": getattr(getattr(trainer, "lightning_module", None), "unit", self.unit),
+            "unit": self.together(getattr(getattr(trainer, "lightning_module", None), "unit", self.unit)),
         }
         self._left_limit = self._read_limit()
         if self._left_limit is not None:
@@ -243,6 +248,10 @@ class DataModule(pl.LightningDataModule, ABC):
                 "by tokens: write data.micro_batch_tokens"
             )
         return max(1, round(self.batch_tokens * len(lengths) / max(1, int(lengths.sum()))))
+
+    def together(self, unit: int) -> int:
+        """Return how many examples must stay together, where the network needs `unit` and augmentations need theirs."""
+        return math.lcm(unit, unit_of(self.augment, self.order))
 
     def resized(self, batch_size: int, micro_batch_size: int | None) -> "DataModule":
         """Return a copy with other sizes, that shares the data."""
@@ -324,11 +333,15 @@ class DataModule(pl.LightningDataModule, ABC):
         return batch
 
     def to_device(self, batch: Batch, device: torch.device, training: bool) -> Batch:
-        """Return one micro-batch on the device, in the precision of the trainer, transformed."""
+        """Return one micro-batch on the device, in the trainer's precision, transformed; in training, augmented."""
         convert = self.trainer.precision_plugin.convert_input if self.trainer else None
         if getattr(convert, "__func__", None) is Precision.convert_input:
             convert = None  # it would do nothing, to each tensor
-        return self.transform(batch.to(device, convert), training)
+        batch = batch.to(device, convert)
+        if not training or not self.augment:
+            return self.transform(batch, training)
+        batch = augment(batch, self.augment, False, self.seed or 0, self.order)
+        return augment(self.transform(batch, training), self.augment, True, self.seed or 0, self.order)
 
     # The position in training is the number of optimizer steps done, and nothing else
 

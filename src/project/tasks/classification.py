@@ -12,6 +12,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from project.batching.loader import Batch
 from project.callbacks.pictures import Pictures
+from project.data.mixing import Mixing
 from project.data.module import DataModule
 from project.tasks.task import Task
 
@@ -35,7 +36,7 @@ class Classification(Task):
     def losses(self, batch: Batch) -> Tensor:
         """One cross-entropy per example [N], in nats. Never averaged here: the base class divides once."""
         logits = self(batch.inputs)
-        self.measure(logits, batch.targets)
+        self.measure(logits, batch.targets if batch.targets.ndim == 1 else batch.targets.argmax(1))  # where mixed
         return F.cross_entropy(logits, batch.targets, reduction="none", label_smoothing=self.label_smoothing)
 
     def predictions(self, batch: Batch) -> dict[str, Tensor]:
@@ -61,6 +62,12 @@ class Classification(Task):
         """Check that the network has an output for each class and that targets are class numbers."""
         if outputs.ndim != 2:
             raise ValueError(f"model.network gives the shape {list(outputs.shape)}: logits [N, classes] are needed")
+        for step in data.augment:
+            if isinstance(step, Mixing) and step.num_classes != outputs.shape[1]:
+                raise ValueError(
+                    f"{type(step).__name__}.num_classes is {step.num_classes}, but model.network has "
+                    f"{outputs.shape[1]} outputs: write num_classes {outputs.shape[1]}"
+                )
         for name, fetch in data.loaded():
             targets = getattr(fetch, "fields", (None,))[-1]
             if targets is None or len(fetch.fields) < 2:  # type: ignore[attr-defined]

@@ -213,7 +213,7 @@ class ExactStep(pl.LightningModule, ABC):
             self.sums = Sums()
             for ghost in self.ghosts:
                 ghost.zero_sums()
-            share.cut(self.data.micro_batch_limit, self.unit)
+            share.cut(self.data.micro_batch_limit, self._whole())
             loss = self._run_micro_batches(share, backward)
         self.sums = self.reduce_sums(self.sums._replace(stops=float(self.stop_requested)))
         count = self.sums.count + (self.sums.count == 0)  # where no target counts, loss and gradient are zero
@@ -249,6 +249,11 @@ class ExactStep(pl.LightningModule, ABC):
         self._halve(share, message)
         return None
 
+    def _whole(self) -> int:
+        """Return how many examples must stay together, for the network or for the data."""
+        assert self.data.plan is not None
+        return self.data.plan.unit
+
     def _no_sync(self) -> Any:
         block = getattr(self.trainer.strategy, "block_backward_sync", None)
         return nullcontext() if block is None else block()
@@ -261,8 +266,9 @@ class ExactStep(pl.LightningModule, ABC):
                 in the middle of a backward pass.
         """
         size = share.largest()
-        half = max(1, size // 2 // self.unit) * self.unit
-        share.cut(half, self.unit)
+        unit = self._whole()
+        half = max(1, size // 2 // unit) * unit
+        share.cut(half, unit)
         if share.largest() >= size:
             raise TrainingStopped(
                 f"out of memory with {size} example(s) at once, which cannot be cut further ({message}): "

@@ -149,7 +149,8 @@ class Task(ExactStep):
         self.flops_per_example = flops and flops / len(batch)
         self.check(data, outputs)
         if data.plan is not None:
-            self._check_training(data)
+            with precision.forward_context():
+                self._check_training(data)
         if self.metrics is None:
             metrics = self.make_metrics(outputs)
             self.metrics = None if metrics is None else metrics.to(self.device)
@@ -163,7 +164,9 @@ class Task(ExactStep):
             warnings.warn(f"the inputs of the first {len(first)} training examples are all the same", stacklevel=2)
         plan = data.plan
         assert plan is not None
-        if plan.unit != self.unit:
+        if data.augment:
+            data.to_device(first, self.device, training=True)
+        if plan.unit % self.unit:
             raise ValueError(f"the plan keeps {plan.unit} examples together, but the network needs {self.unit}")
         if has_batchnorm(self.network) and plan.accumulation * plan.devices > 1:
             warnings.warn(
@@ -356,4 +359,6 @@ class Task(ExactStep):
 
 
 def _has_fused(parameter: nn.Parameter) -> bool:
-    return parameter.device.type in ("cpu", "cuda") and parameter.is_floating_point()
+    # On a CPU, fused SGD leaves most of a half-precision parameter as it was (torch 2.13), without a word.
+    kinds = ("cpu", "cuda") if parameter.dtype.itemsize >= 4 else ("cuda",)
+    return parameter.device.type in kinds and parameter.is_floating_point()

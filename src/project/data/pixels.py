@@ -1,0 +1,99 @@
+"""What augmentations do to images [N, C, H, W]: pure functions, with numbers of its own for each example.
+
+On a CPU an example comes out the same to the bit, whatever examples are in the batch with it.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def flip(images: Tensor, which: Tensor) -> Tensor:
+    """Mirror left and right where `which`, bool [N]."""
+    return torch.where(_each(which), images.flip(3), images)
+
+
+def shift(images: Tensor, down: Tensor, right: Tensor) -> Tensor:
+    """Shift by whole pixels, int64 [N] each; the image is continued by its reflection, without repeating the edge."""
+    count, channels, height, width = images.shape
+    rows, columns = _reflected(height, down), _reflected(width, right)
+    images = images.gather(2, rows[:, None, :, None].expand(count, channels, height, width))
+    return images.gather(3, columns[:, None, None, :].expand(count, channels, height, width))
+
+
+def boxes(images: Tensor, row: Tensor, column: Tensor, height: Tensor, width: Tensor) -> Tensor:
+    """Return which pixels lie in a box of each image, bool [N, 1, H, W]: from row to row + height, without the end.
+
+    The numbers are float64 [N], in pixels; a pixel lies where its centre does.
+    """
+
+    def inside(size: int, start: Tensor, length: Tensor) -> Tensor:
+        centres = torch.arange(size, device=images.device) + 0.5
+        return (centres >= start[:, None]) & (centres < (start + length)[:, None])
+
+    rows, columns = inside(images.shape[2], row, height), inside(images.shape[3], column, width)
+    return rows[:, None, :, None] & columns[:, None, None, :]
+
+
+def jitter(images: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor) -> Tensor:
+    """Multiply brightness, contrast (distance to the mean grey) and saturation (distance to the pixel's own grey).
+
+    Grey is the luma of ITU-R BT.601 where there are three channels. Bytes become floats, and stay within 0 and 255;
+    other numbers may go anywhere.
+
+    Args:
+        images: any C; not normalised.
+        brightness: factors, [N]; and so the others.
+    """
+    values = _floats(images)
+    brightness, contrast, saturation = (_each(factors).to(values) for factors in (brightness, contrast, saturation))
+    values = values * brightness
+    # In float64, because the rounding of a sum depends on how it is added up.
+    mean = _grey(values).to(widest(values)).mean((1, 2, 3), keepdim=True).to(values)
+    values = torch.lerp(mean, values, contrast)
+    values = torch.lerp(_grey(values), values, saturation)
+    return (values if images.is_floating_point() else values.clamp(0, 255)).to(_float_type(images))
+
+
+def affine(images: Tensor, matrices: Tensor) -> Tensor:
+    """Resample bilinearly; bytes become floats. The image is continued by its reflection.
+
+    Args:
+        images: any.
+        matrices: [N, 2, 3], from places in the result to places in the image, both (x, y) from -1 to 1.
+    """
+    values = _floats(images)
+    with torch.autocast(images.device.type, enabled=False):
+        grid = F.affine_grid(matrices.to(values), list(images.shape), align_corners=False)
+        return F.grid_sample(values, grid, padding_mode="reflection", align_corners=False).to(_float_type(images))
+
+
+def widest(images: Tensor) -> torch.dtype:
+    """Return float64, or what the device has in its place."""
+    return torch.float32 if images.device.type == "mps" else torch.float64
+
+
+def _each(numbers: Tensor) -> Tensor:
+    return numbers.view(-1, 1, 1, 1)
+
+
+def _reflected(size: int, shift: Tensor) -> Tensor:
+    """Return from where each of `size` places takes its pixel, int64 [N, size]."""
+    places = (torch.arange(size, device=shift.device) - shift[:, None]).abs()
+    return size - 1 - (size - 1 - places).abs()
+
+
+def _float_type(images: Tensor) -> torch.dtype:
+    return images.dtype if images.is_floating_point() else torch.get_default_dtype()
+
+
+def _floats(images: Tensor) -> Tensor:
+    dtype = _float_type(images)
+    return images.to(dtype if dtype.itemsize >= 4 else torch.float32)
+
+
+def _grey(images: Tensor) -> Tensor:
+    if images.shape[1] != 3:
+        return images.mean(1, keepdim=True)
+    red, green, blue = images.split(1, dim=1)
+    return 0.299 * red + 0.587 * green + 0.114 * blue
