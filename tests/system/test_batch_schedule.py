@@ -72,11 +72,11 @@ def test_an_adaptive_batch_is_resumed_with_the_sizes_that_were_chosen() -> None:
     (first, size), (second, _) = changes[:2]
     start = first // 1259 * -(-1259 // 32)
     end = start + (second - first) // 1259 * -(-1259 // size)
-    middle = run_here(*run, "--name", "middle", "--trainer.max_steps", end - 3)
+    middle = run_here(*run, "--name", "middle", "--trainer.max_steps", start + 3)
     run_here(*run, "--name", "end", "--trainer.max_steps", end)
     kept = middle.folder / "checkpoints" / "kept.ckpt"
     shutil.copy(middle.folder / "checkpoints" / "previous.ckpt", kept)
-    for step, name, checkpoint in ((end - 3, "middle", "last"), (start, "middle", kept), (end, "end", "last")):
+    for step, name, checkpoint in ((start + 3, "middle", "last"), (start, "middle", kept), (end, "end", "last")):
         resumed = run_here(*run, "--name", name, "--ckpt_path", checkpoint)
         assert f"resuming after step {step}" in resumed.out
         assert resumed.checkpoint()["Digits"]["changes"] == changes
