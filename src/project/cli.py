@@ -27,6 +27,7 @@ from project.choosing import speed
 from project.data.module import LIMIT_FILE, SPLITS, DataModule
 from project.errors import Mistake, TrainingStopped, mistakes
 from project.logger import WandbLogger
+from project.models.weights import weight_differences
 from project.parser import Parser, check_files, explain
 from project.tasks.task import Task
 from project.trainer import Trainer
@@ -181,6 +182,8 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Add the callbacks that every run has."""
         settings = self._get(self.config_init, "trainer")
+        if self.checkpoint is not None:
+            self.model.init_from = None  # the checkpoint has the weights
         callbacks = list(settings.get("callbacks") or [])
         if self.subcommand == "fit":
             if self.settings.speed == "auto":
@@ -272,7 +275,7 @@ class CLI(LightningCLI):
             return
         checkpoint = resume.read_checkpoint(self.checkpoint)
         self.steps_done = checkpoint["global_step"]
-        differences = resume.weight_differences(checkpoint["state_dict"], self.model.state_dict())
+        differences = weight_differences(checkpoint["state_dict"], self.model.state_dict())
         if differences:
             raise ValueError(f"ckpt_path {self.checkpoint} is of another model: {differences}")
         if self.subcommand != "fit" or self.settings.force:
