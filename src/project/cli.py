@@ -18,6 +18,7 @@ from project import resume
 from project import run as runs
 from project.batching.fetch import DataError
 from project.callbacks.checkpoint import Last
+from project.callbacks.ema import EMA
 from project.callbacks.epoch_line import EpochLine
 from project.callbacks.predictions import Predictions
 from project.callbacks.progress import ProgressBar
@@ -42,6 +43,7 @@ UNFOUNDED = (
     "could not find the monitored key",  # it was checked; validation has not run yet
     "`broadcast_buffers` is deprecated",
     "smaller than the logging interval",
+    "in eval mode at the start of training",  # frozen batch norms are meant to be
 )
 """Warnings of Lightning and PyTorch that are wrong here, or none of the user's business."""
 
@@ -280,8 +282,13 @@ class CLI(LightningCLI):
             raise ValueError(f"ckpt_path {self.checkpoint} is of another model: {differences}")
         if self.subcommand != "fit" or self.settings.force:
             return
+        averages = [callback for callback in self.trainer.callbacks if isinstance(callback, EMA)]  # type: ignore[attr-defined]
         changes = resume.training_differences(
-            checkpoint, self.plain_config, type(self.datamodule).__qualname__, self.datamodule.fingerprint()
+            checkpoint,
+            self.plain_config,
+            type(self.datamodule).__qualname__,
+            self.datamodule.fingerprint(),
+            averages[0].half_life if averages else None,
         )
         if changes:
             raise ValueError(

@@ -51,7 +51,11 @@ def read_checkpoint(path: Path) -> dict:
 
 
 def training_differences(
-    checkpoint: dict[str, Any], config: dict[str, Any], data_name: str, fingerprint: dict[str, Any]
+    checkpoint: dict[str, Any],
+    config: dict[str, Any],
+    data_name: str,
+    fingerprint: dict[str, Any],
+    half_life: float | None = None,
 ) -> list[str]:
     """Return what differs between the training that made a checkpoint and this one, each as `key: old -> new`.
 
@@ -60,22 +64,25 @@ def training_differences(
         config: the merged configuration of this training.
         data_name: the name under which the checkpoint keeps the state of the data module.
         fingerprint: what decides which examples form a batch, now.
+        half_life: of the average of weights, now; None: there is none.
     """
     saved = checkpoint.get("config", {})
     old, new = _what_counts(saved), _what_counts(config)
     batches = checkpoint.get(data_name, {}).get("fingerprint", {})
-    pairs = [*_changed(old, new), *_changed({"data": batches}, {"data": fingerprint})]
+    average = checkpoint.get("callbacks", {}).get("EMA", {}).get("half_life_examples")
+    pairs = [
+        *_changed(old, new),
+        *_changed({"data": batches}, {"data": fingerprint}),
+        *_changed({"EMA.half_life_examples": average}, {"EMA.half_life_examples": half_life}),
+    ]
     return [f"{key}: {before!r} -> {after!r}" for key, before, after in pairs]
 
 
 def _what_counts(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that decide what is computed. (Where the first weights came from is past.)"""
-    callbacks = config.get("trainer", {}).get("callbacks")
-    averages = [each for each in callbacks or [] if each["class_path"].endswith(".EMA")]
+    """Return the settings that decide what is computed. (Where the first weights came from no longer does.)"""
     return {
         "model": _without(config.get("model"), ("init_from",)),
         "data": _without(config.get("data"), EXECUTION),
-        "EMA": averages[0]["init_args"] if averages else None,
     }
 
 

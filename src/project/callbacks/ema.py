@@ -142,7 +142,7 @@ class EMA(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the average is over."""
-        return {"examples": self.examples}
+        return {"examples": self.examples, "half_life_examples": self.half_life}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the average of a checkpoint."""
