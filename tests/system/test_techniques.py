@@ -1,4 +1,4 @@
-"""Averaged weights, precise batch norm, frozen layers, class weights and clipping, all at once: exact, and resumable."""
+"""Averaged weights, precise batch norm, frozen layers, class weights, clipping, all at once: exact, and resumable."""
 
 import math
 import sys
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import CSV, DIGITS, Result, furthest, run_here, run_process
-from torch import Tensor, nn
+from torch import Tensor
 
 from project.batching.random import mix, permute
 from project.callbacks import precise_norm

@@ -46,8 +46,9 @@ class Frozen:
         if self.parameters and len(self.parameters) == len(list(network.parameters())):
             raise ValueError(f"model.freeze {', '.join(patterns)} matches all parameters: leave some to train")
         frozen = {id(parameter) for parameter in self.parameters}
-        self.norms = []
+        self.norms: list[str] = []
+        """Names of the batch norms: the modules may be replaced, by synchronised ones."""
         for name, layer in batchnorms(network):
             own = [id(parameter) for parameter in layer.parameters()]
             if named(name) or (own and frozen.issuperset(own)):
-                self.norms.append(layer)
+                self.norms.append(name)

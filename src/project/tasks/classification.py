@@ -47,7 +47,8 @@ class Classification(Task):
         if isinstance(class_weights, list) and not (min(class_weights) >= 0 and sum(class_weights) > 0):
             raise ValueError(f"model.class_weights is {class_weights}: write a number of at least 0 for each class")
         self.class_weights = class_weights
-        self.register_buffer("weights", None)
+        # Those that are counted go into checkpoints: an evaluation need not have the training examples.
+        self.register_buffer("weights", None, persistent=class_weights == "balanced")
 
     def losses(self, batch: Batch) -> Losses:
         """One cross-entropy per example [N], in nats. Never averaged here: the base class divides once."""

@@ -147,12 +147,12 @@ class Task(ExactStep):
         self.is_frozen = frozen
         # What is to be thawed is among the parameters of optimizer and strategy all along; its gradient is dropped.
         self.held = self.frozen.parameters if frozen and self.thaw_after is not None else []
-        for layer in self.frozen.norms:
-            layer.train(not frozen)
+        for name in self.frozen.norms:
+            self.network.get_submodule(name).train(not frozen)
 
     def frozen_norms(self) -> list[nn.Module]:
         """Return the batch norms that keep their statistics now."""
-        return self.frozen.norms if self.is_frozen else []
+        return [self.network.get_submodule(name) for name in self.frozen.norms] if self.is_frozen else []
 
     def train(self, mode: bool = True) -> "Task":
         """Set training mode, but not for frozen batch norms."""
@@ -221,7 +221,7 @@ class Task(ExactStep):
                 "trainer.sync_batchnorm is true, but PyTorch synchronises batch norm on GPUs alone: leave it out, and "
                 "write model.ghost_batch_size"
             )
-        not_frozen = has_batchnorm(self.network, self.frozen.norms if self.thaw_after is None else ())
+        not_frozen = has_batchnorm(self.network, self.frozen_norms() if self.thaw_after is None else ())
         if not_frozen and plan.accumulation * (1 if synchronised else plan.devices) > 1:
             warnings.warn(
                 f"the network has batch norm: its statistics are over the {plan.largest_micro_batch} examples that run "
