@@ -101,3 +101,17 @@ def test_from_one_run_into_another_and_its_resume_without_the_file() -> None:
     gone = run_here(*fine, "--name", "gone")
     assert gone.code == 2
     assert gone.err.splitlines()[-1].startswith("error: model.init_from runs/first/*/checkpoints/last.ckpt does not")
+
+
+def test_a_network_may_be_what_a_function_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `timm.create_model` is written."""
+    (tmp_path / "backbones.py").write_text(
+        "from torch import nn\nfrom project.models import mlp\n"
+        "def create_model(model_name: str, **kwargs) -> nn.Module:\n"
+        "    return getattr(mlp, model_name)(**kwargs)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    network = "{class_path: backbones.create_model, init_args: {model_name: MLP}, dict_kwargs: {hidden_features: [3]}}"
+    result = run_here("fit", *DIGITS, *CSV, "--model.network", network, "--trainer.max_steps", 1)
+    assert result.code == 0, result.err
+    assert result.checkpoint()["state_dict"]["network.layers.1.weight"].shape == (3, 64)
