@@ -144,8 +144,10 @@ def test_the_average_is_that_of_a_reference(steps: list[Step], execution: str, r
     assert 0 < 1 + STEPS - len(steps) <= 2  # one step of each epoch was skipped
     names = [name for name in checkpoint[RAW] if "running" not in name and name != "weights"]
     assert len(names) == 14
+    off = [(checkpoint["state_dict"][name] - reference_average(steps, name)).abs().max().item() for name in names]
+    print(execution, "average against the reference", max(off))
+    assert max(off) < 1e-10
     for name in names:
-        torch.testing.assert_close(checkpoint["state_dict"][name], reference_average(steps, name), rtol=0, atol=1e-10)
         torch.testing.assert_close(checkpoint[RAW][name], steps[-1][2][name], rtol=0, atol=1e-10)
     moved = [(checkpoint["state_dict"][name] - checkpoint[RAW][name]).abs().max() for name in names]
     assert min(moved) > 1e-4
@@ -161,34 +163,37 @@ def digits(*, examples: int | None = None) -> tuple[Tensor, Tensor]:
     return (images.double() - mean) / deviation, targets
 
 
-def check_statistics(state: dict[str, Tensor], examples: int | None = None, frozen: int = 0) -> None:
-    """Compare with the statistics over all images at once, layer by layer."""
+def furthest_statistic(state: dict[str, Tensor], examples: int | None = None, frozen: int = 0) -> float:
+    """Return the largest difference from the statistics over all images at once, layer by layer."""
     network = ConvNet(channels=[4, 6], norm="batch", dropout=0.2)
     convert_batchnorm(network, 8)
     network.double().load_state_dict({name.removeprefix("network."): value for name, value in state.items()}, False)
-    values, checked = digits(examples=examples)[0], 0
+    values, off = digits(examples=examples)[0], []
     with torch.no_grad():
         for layer in network.features:
             if not isinstance(layer, GhostBatchNorm):
                 values = layer(values)
                 continue
             mean, var = values.mean((0, 2, 3)), values.var((0, 2, 3))
-            if checked >= frozen:
-                torch.testing.assert_close(layer.running_mean, mean, rtol=0, atol=1e-10)
-                torch.testing.assert_close(layer.running_var, var, rtol=0, atol=1e-10)
-            else:
+            if len(off) < frozen:
+                off.append(0.0)
                 mean, var = layer.running_mean, layer.running_var
+            else:
+                differences = (layer.running_mean - mean, layer.running_var - var)
+                off.append(max(each.abs().max().item() for each in differences))
             values = (values - mean[:, None, None]) / (var + layer.eps).sqrt()[:, None, None]
             values = values * layer.weight[:, None, None] + layer.bias[:, None, None]
-            checked += 1
-    assert checked == 4
+    assert len(off) == 4
+    return max(off)
 
 
 @pytest.mark.parametrize("execution", ["whole", "two"])
 def test_precise_statistics_are_those_of_a_reference(execution: str, request: pytest.FixtureRequest) -> None:
     """In the averaged weights, which `best` holds, after the thaw."""
     result = request.getfixturevalue(execution)
-    check_statistics(result.checkpoint("best")["state_dict"])
+    off = furthest_statistic(result.checkpoint("best")["state_dict"])
+    print(execution, "precise statistics against the reference", off)
+    assert off < 1e-10
 
 
 def test_precise_statistics_of_some_examples_while_a_layer_is_frozen(spy: Path) -> None:
@@ -196,10 +201,9 @@ def test_precise_statistics_of_some_examples_while_a_layer_is_frozen(spy: Path) 
     more = ("--trainer.val_check_interval", 1, "--data.micro_batch_size", 24)
     result = fit(2, *arguments, *more, "--name", "some")
     state = result.checkpoint("best")["state_dict"]
-    check_statistics(state, 300, frozen=1)
+    assert furthest_statistic(state, 300, frozen=1) < 1e-10
     assert state["network.features.1.running_var"].tolist() == [1.0] * 4
-    with pytest.raises(AssertionError):
-        check_statistics(state, None, frozen=1)
+    assert furthest_statistic(state, None, frozen=1) > 1e-3  # as over all of them
 
 
 def test_what_is_frozen_is_bit_unchanged_until_it_thaws(steps: list[Step]) -> None:
@@ -252,3 +256,13 @@ def test_validation_best_and_resume(spy: Path) -> None:
         resumed = run_here(*FIT, 4, *change, "--ckpt_path", "last")
         assert resumed.code == 2
         assert words in resumed.err
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="PyTorch synchronises batch norm between GPUs alone")
+def test_synchronised_batch_norm_of_two_gpus_is_that_of_one() -> None:
+    run = ("fit", *DIGITS, *CSV, "--model.network", CONVNET, "--trainer.precision", "64-true", "--trainer.max_steps", 5)
+    one = run_process(*run, "--trainer.accelerator", "gpu", "--trainer.devices", 1)
+    more = ("--trainer.accelerator", "gpu", "--trainer.devices", 2, "--trainer.strategy", "ddp")
+    two = run_process(*run, *more, "--trainer.sync_batchnorm", "true")
+    assert one.code == two.code == 0, one.err + two.err
+    assert furthest(one, two) < 1e-10

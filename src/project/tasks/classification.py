@@ -44,7 +44,7 @@ class Classification(Task):
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"model.label_smoothing is {label_smoothing}: write a share from 0 to below 1")
         self.label_smoothing = label_smoothing
-        if isinstance(class_weights, list) and not (min(class_weights) >= 0 and sum(class_weights) > 0):
+        if isinstance(class_weights, list) and not (sum(class_weights) > 0 and min(class_weights) >= 0):
             raise ValueError(f"model.class_weights is {class_weights}: write a number of at least 0 for each class")
         self.class_weights = class_weights
         # Those that are counted go into checkpoints: an evaluation need not have the training examples.

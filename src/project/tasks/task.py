@@ -214,15 +214,15 @@ class Task(ExactStep):
         assert plan is not None
         if plan.unit != self.unit:
             raise ValueError(f"the plan keeps {plan.unit} examples together, but the network needs {self.unit}")
-        strategy = data.trainer.strategy if data.trainer is not None else None
-        synchronised = plan.devices > 1 and getattr(strategy, "_layer_sync", None) is not None
-        if synchronised and strategy.root_device.type == "cpu":  # type: ignore[union-attr]
+        if not has_batchnorm(self.network, self.frozen_norms() if self.thaw_after is None else ()):
+            return
+        synchronised = plan.devices > 1 and getattr(data.trainer.strategy, "_layer_sync", None) is not None  # type: ignore[union-attr]
+        if synchronised and data.trainer.strategy.root_device.type == "cpu":  # type: ignore[union-attr]
             raise ValueError(
                 "trainer.sync_batchnorm is true, but PyTorch synchronises batch norm on GPUs alone: leave it out, and "
                 "write model.ghost_batch_size"
             )
-        not_frozen = has_batchnorm(self.network, self.frozen_norms() if self.thaw_after is None else ())
-        if not_frozen and plan.accumulation * (1 if synchronised else plan.devices) > 1:
+        if plan.accumulation * (1 if synchronised else plan.devices) > 1:
             warnings.warn(
                 f"the network has batch norm: its statistics are over the {plan.largest_micro_batch} examples that run "
                 f"at once and not over the batch of {plan.batch_size}, so the result depends on how the batch is "
