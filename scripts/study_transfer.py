@@ -2,9 +2,18 @@
 
 Each seed has its own initial weights, order, split and images. Each alternative but "from scratch" begins with what was
 pretrained with its seed, with a new last layer. Accuracy is that of the last weights, on the test images of 5 to 9
-(about 134), in percent; from scratch and from pretrained weights, at the rate of configs/transfer.yaml.
+(about 134), in percent. All are at the rate of configs/transfer.yaml.
 
     python scripts/study_transfer.py
+
+Digits are easy enough that for this perceptron pretraining is worth nothing, and what is frozen only hinders:
+
+    mean and deviation over 10 seeds, after                 3 epochs   10 epochs   60 epochs
+    from scratch                                          82.3  4.2   93.1  2.8   94.5  2.3
+    pretrained, all layers learn                          78.2  8.2   92.8  2.0   94.0  2.1
+    pretrained, first layers at 0.3 of the rate           70.1  7.5   90.1  3.4   93.9  2.1
+    pretrained, first layers frozen                       63.0  7.3   86.7  3.4   91.5  3.1
+    pretrained, first layers thawed after 100 examples    66.3  6.2   91.9  2.2   93.8  2.3
 """
 
 import argparse
