@@ -18,6 +18,7 @@ from project import resume
 from project import run as runs
 from project.batching.fetch import DataError
 from project.callbacks.checkpoint import Last
+from project.callbacks.ema import EMA
 from project.callbacks.epoch_line import EpochLine
 from project.callbacks.predictions import Predictions
 from project.callbacks.progress import ProgressBar
@@ -27,6 +28,7 @@ from project.choosing import speed
 from project.data.module import LIMIT_FILE, SPLITS, DataModule
 from project.errors import Mistake, TrainingStopped, mistakes
 from project.logger import WandbLogger
+from project.models.weights import weight_differences
 from project.parser import Parser, check_files, explain
 from project.tasks.task import Task
 from project.trainer import Trainer
@@ -41,6 +43,7 @@ UNFOUNDED = (
     "could not find the monitored key",  # it was checked; validation has not run yet
     "`broadcast_buffers` is deprecated",
     "smaller than the logging interval",
+    "in eval mode at the start of training",  # frozen batch norms are meant to be
 )
 """Warnings of Lightning and PyTorch that are wrong here, or none of the user's business."""
 
@@ -181,6 +184,8 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Add the callbacks that every run has."""
         settings = self._get(self.config_init, "trainer")
+        if self.checkpoint is not None:
+            self.model.init_from = None  # the checkpoint has the weights
         callbacks = list(settings.get("callbacks") or [])
         if self.subcommand == "fit":
             if self.settings.speed == "auto":
@@ -272,13 +277,18 @@ class CLI(LightningCLI):
             return
         checkpoint = resume.read_checkpoint(self.checkpoint)
         self.steps_done = checkpoint["global_step"]
-        differences = resume.weight_differences(checkpoint["state_dict"], self.model.state_dict())
+        differences = weight_differences(checkpoint["state_dict"], self.model.state_dict())
         if differences:
             raise ValueError(f"ckpt_path {self.checkpoint} is of another model: {differences}")
         if self.subcommand != "fit" or self.settings.force:
             return
+        averages = [callback for callback in self.trainer.callbacks if isinstance(callback, EMA)]  # type: ignore[attr-defined]
         changes = resume.training_differences(
-            checkpoint, self.plain_config, type(self.datamodule).__qualname__, self.datamodule.fingerprint()
+            checkpoint,
+            self.plain_config,
+            type(self.datamodule).__qualname__,
+            self.datamodule.fingerprint(),
+            averages[0].half_life if averages else None,
         )
         if changes:
             raise ValueError(

@@ -1,11 +1,10 @@
 """Finding a checkpoint, reading it, and telling whether training may go on from it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 EXECUTION = (
     *("batch_size", "micro_batch_size", "micro_batch_tokens", "eval_batch_size"),
@@ -54,25 +53,12 @@ def read_checkpoint(path: Path) -> dict:
     return checkpoint
 
 
-def weight_differences(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str | None:
-    """Return in a few words how the weights of a checkpoint differ in name or shape from a model's, or None."""
-    missing = [name for name in own if name not in saved]
-    unexpected = [name for name in saved if name not in own]
-    reshaped = [
-        f"{name} {list(saved[name].shape)} for {list(own[name].shape)}"
-        for name in own
-        if name in saved and saved[name].shape != own[name].shape
-    ]
-    kinds = (("it lacks", missing), ("it also has", unexpected), ("it has", reshaped))
-    return "; ".join(f"{kind} {_some(names)}" for kind, names in kinds if names) or None
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
-
-
 def training_differences(
-    checkpoint: dict[str, Any], config: dict[str, Any], data_name: str, fingerprint: dict[str, Any]
+    checkpoint: dict[str, Any],
+    config: dict[str, Any],
+    data_name: str,
+    fingerprint: dict[str, Any],
+    half_life: float | None = None,
 ) -> list[str]:
     """Return what differs between the training that made a checkpoint and this one, each as `key: old -> new`.
 
@@ -81,20 +67,33 @@ def training_differences(
         config: the merged configuration of this training.
         data_name: the name under which the checkpoint keeps the state of the data module.
         fingerprint: what decides which examples form a batch, now.
+        half_life: of the average of weights, now; None: there is none.
     """
     saved = checkpoint.get("config", {})
-    old = {"model": saved.get("model"), "data": _without_execution(saved.get("data"))}
-    new = {"model": config["model"], "data": _without_execution(config["data"])}
+    old, new = _what_counts(saved), _what_counts(config)
     batches = checkpoint.get(data_name, {}).get("fingerprint", {})
-    pairs = [*_changed(old, new), *_changed({"data": batches}, {"data": fingerprint})]
+    average = checkpoint.get("callbacks", {}).get("EMA", {}).get("half_life_examples")
+    pairs = [
+        *_changed(old, new),
+        *_changed({"data": batches}, {"data": fingerprint}),
+        *_changed({"EMA.half_life_examples": average}, {"EMA.half_life_examples": half_life}),
+    ]
     return [f"{key}: {before!r} -> {after!r}" for key, before, after in pairs]
 
 
-def _without_execution(data: dict[str, Any] | None) -> dict[str, Any] | None:
-    if not data:
-        return data
-    settings = {key: value for key, value in (data.get("init_args") or {}).items() if key not in EXECUTION}
-    return data | {"init_args": settings}
+def _what_counts(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that decide what is computed. (Where the first weights came from no longer does.)"""
+    return {
+        "model": _without(config.get("model"), ("init_from",)),
+        "data": _without(config.get("data"), EXECUTION),
+    }
+
+
+def _without(settings: dict[str, Any] | None, names: tuple[str, ...]) -> dict[str, Any] | None:
+    if not settings:
+        return settings
+    kept = {key: value for key, value in (settings.get("init_args") or {}).items() if key not in names}
+    return settings | {"init_args": kept}
 
 
 def _changed(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -172,3 +172,26 @@ def test_a_limit_of_an_earlier_run_is_not_taken_for_one_of_this_run():
     assert not resumed.ran_out_of_memory()
     resumed.limit_file.write_text("12")
     assert resumed.ran_out_of_memory()
+
+
+def test_some_classes_and_few_examples_of_each() -> None:
+    everything, some = Digits(batch_size=1), Digits(batch_size=1, classes=[7, 3], examples_per_class=10)
+    images, targets = some.load("train")
+    assert torch.bincount(targets).tolist() == [10, 10]
+    all_images, digits = everything.load("train")
+    for target, digit in enumerate([7, 3]):
+        theirs = {image.numpy().tobytes() for image in all_images[digits == digit]}
+        assert {image.numpy().tobytes() for image in images[targets == target]} < theirs
+    for split in ("val", "test"):  # whole, whatever is trained on
+        images, targets = some.load(split)
+        all_images, digits = everything.load(split)
+        assert torch.equal(images, all_images[(digits == 7) | (digits == 3)])
+        assert torch.bincount(targets).tolist() == [int((digits == digit).sum()) for digit in (7, 3)]
+    other = Digits(batch_size=1, classes=[7, 3], examples_per_class=10, split_seed=1)
+    assert not torch.equal(other.load("train")[0], some.load("train")[0])
+
+
+@pytest.mark.parametrize("wrong", [{"classes": []}, {"classes": [1, 1]}, {"classes": [10]}, {"examples_per_class": 0}])
+def test_wrong_classes(wrong: dict) -> None:
+    with pytest.raises(ValueError, match=f"data.{next(iter(wrong))} is "):
+        Digits(batch_size=1, **wrong)

@@ -28,6 +28,8 @@ COMMANDS = [
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_configuration(path: Path) -> None:
     make_cifar10(Path("data/cifar10"))  # tiny, and random
+    if path.name == "transfer.yaml":  # which begins with the weights of a run
+        assert run_here("fit", *DIGITS, "--name", "pretrain", "--trainer.max_epochs", 1).code == 0
     few = ("--data.val_examples", 10) if path.name == "cifar10.yaml" else ()
     result = run_here("fit", "--config", path, "--trainer.max_epochs", 1, *few)
     assert result.code == 0, result.err

@@ -86,9 +86,10 @@ class NoiseScale(Callback):
         """Begin to look, if a sample is due."""
         if batch.step % self.every_n_steps == 0:
             self._squares.clear()
+            held = set(pl_module.held)
             groups = trainer.optimizers[0].param_groups
             wanted = [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
-            self._handles = [parameter.register_hook(self._see) for parameter in wanted]
+            self._handles = [parameter.register_hook(self._see) for parameter in wanted if parameter not in held]
 
     def _see(self, gradient: Tensor) -> None:
         self._norms.append(norm(gradient))

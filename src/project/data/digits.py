@@ -23,10 +23,20 @@ class Digits(DataModule):
         val_fraction: share of the images for validation.
         test_fraction: share of the images for the test.
         split_seed: which images are in which split. Apart from `seed`, so that runs with other seeds are comparable.
+        classes: only these digits, whose targets are then their places in this list; null: all ten.
+        examples_per_class: only so many training images of each digit; null: all.
         **kwargs: those of `DataModule`.
     """
 
-    def __init__(self, val_fraction: float = 0.15, test_fraction: float = 0.15, split_seed: int = 0, **kwargs) -> None:
+    def __init__(
+        self,
+        val_fraction: float = 0.15,
+        test_fraction: float = 0.15,
+        split_seed: int = 0,
+        classes: list[int] | None = None,
+        examples_per_class: int | None = None,
+        **kwargs,
+    ) -> None:
         super().__init__(**kwargs)
         if not (val_fraction > 0 and test_fraction > 0 and val_fraction + test_fraction < 1):
             raise ValueError(
@@ -34,13 +44,21 @@ class Digits(DataModule):
                 "write two fractions above 0 that add up to less than 1"
             )
         self.fractions = {"val": val_fraction, "test": test_fraction}
+        self.classes = list(range(10)) if classes is None else classes
+        if not self.classes or sorted(set(self.classes) & {*range(10)}) != sorted(self.classes):
+            raise ValueError(f"data.classes is {classes}: write different digits from 0 to 9")
+        if examples_per_class is not None and examples_per_class < 1:
+            raise ValueError(f"data.examples_per_class is {examples_per_class}: write at least 1, or null for all")
+        self.examples_per_class = examples_per_class
         self.split_seed = split_seed
 
     def load(self, split: str) -> tuple[Tensor, Tensor]:
-        """Return images uint8 [N, 1, 8, 8] with values 0 to 16 and digits int64 [N]."""
+        """Return images uint8 [N, 1, 8, 8] with values 0 to 16 and targets int64 [N]."""
         images, digits = self._all
         index = self._index[split]
-        return images[index], digits[index]
+        targets = torch.empty(10, dtype=torch.int64)
+        targets[self.classes] = torch.arange(len(self.classes))
+        return images[index], targets[digits[index]]
 
     def transform(self, batch: Batch, training: bool) -> Batch:
         """Normalise on the device: bytes travel, floats do not."""
@@ -65,9 +83,11 @@ class Digits(DataModule):
         for digit in range(10):
             members = (digits == digit).nonzero().squeeze(1)
             members = members[torch.randperm(len(members), generator=generator)]
+            if digit not in self.classes:
+                continue
             val, test = (round(self.fractions[split] * len(members)) for split in ("val", "test"))
             for split, index in zip(parts, members.split([len(members) - val - test, val, test]), strict=True):
-                parts[split].append(index)
+                parts[split].append(index[: self.examples_per_class] if split == "train" else index)
         return {split: torch.cat(index).sort().values for split, index in parts.items()}
 
     @cached_property

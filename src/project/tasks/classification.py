@@ -1,7 +1,7 @@
 """Classify each example: cross-entropy, accuracy, macro F1."""
 
 import warnings
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from project.batching.loader import Batch
 from project.callbacks.pictures import Pictures
 from project.data.mixing import Mixing
 from project.data.module import DataModule
+from project.tasks.step import Losses
 from project.tasks.task import Task
 
 
@@ -22,22 +23,44 @@ class Classification(Task):
 
     Args:
         label_smoothing: share of the target spread evenly over all classes (Szegedy et al. 2016, section 7).
+        class_weights: what an example of each class counts in the loss, in training and evaluation: the mean is by
+            weight, over the whole global batch. balanced: training examples / (classes * those of the class), so that
+            each class counts alike (as in scikit-learn).
         **kwargs: those of `Task`.
     """
 
     monitor: ClassVar[tuple[str, str]] = ("val/accuracy", "max")
 
-    def __init__(self, *args: Any, label_smoothing: float = 0.0, **kwargs: Any) -> None:
+    weights: Tensor | None
+    """Of each class, [C]; None: all one."""
+
+    def __init__(
+        self,
+        *args: Any,
+        label_smoothing: float = 0.0,
+        class_weights: list[float] | Literal["balanced"] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"model.label_smoothing is {label_smoothing}: write a share from 0 to below 1")
         self.label_smoothing = label_smoothing
+        if isinstance(class_weights, list) and not (sum(class_weights) > 0 and min(class_weights) >= 0):
+            raise ValueError(f"model.class_weights is {class_weights}: write a number of at least 0 for each class")
+        self.class_weights = class_weights
+        # Those that are counted go into checkpoints: an evaluation need not have the training examples.
+        self.register_buffer("weights", None, persistent=class_weights == "balanced")
 
-    def losses(self, batch: Batch) -> Tensor:
+    def losses(self, batch: Batch) -> Losses:
         """One cross-entropy per example [N], in nats. Never averaged here: the base class divides once."""
         logits = self(batch.inputs)
-        self.measure(logits, batch.targets if batch.targets.ndim == 1 else batch.targets.argmax(1))  # where mixed
-        return F.cross_entropy(logits, batch.targets, reduction="none", label_smoothing=self.label_smoothing)
+        mixed = batch.targets.ndim == 2  # probabilities [N, C], of augmentations that mix examples
+        self.measure(logits, batch.targets.argmax(1) if mixed else batch.targets)
+        losses = F.cross_entropy(logits, batch.targets, reduction="none", label_smoothing=self.label_smoothing)
+        if self.weights is None:
+            return losses
+        weights = self.weights.to(losses)
+        return losses, batch.targets.to(losses) @ weights if mixed else weights[batch.targets]
 
     def predictions(self, batch: Batch) -> dict[str, Tensor]:
         """The most probable class [N], and the probability of each class [N, C]."""
@@ -86,3 +109,17 @@ class Classification(Task):
                 )
             if name == "train" and len(torch.unique(targets)) == 1:
                 warnings.warn(f"all {len(targets)} training examples have the label {int(targets[0])}", stacklevel=2)
+        if self.class_weights is not None:
+            self._weigh(data, outputs)
+
+    def _weigh(self, data: DataModule, outputs: Tensor) -> None:
+        """Set the weights of the classes; for an evaluation, the checkpoint has those that were counted."""
+        weights, classes = self.class_weights, outputs.shape[1]
+        if weights == "balanced":
+            labels = data.labels() if data.plan is not None else torch.arange(classes)
+            if labels is None:
+                raise ValueError("model.class_weights is balanced, but the labels are not in memory: write the weights")
+            weights = len(labels) / (classes * torch.bincount(labels, minlength=classes).clamp(min=1))
+        elif weights is not None and len(weights) != classes:
+            raise ValueError(f"model.class_weights has {len(weights)} numbers: write {classes}, one for each class")
+        self.weights = torch.as_tensor(weights).to(outputs)

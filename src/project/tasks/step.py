@@ -80,6 +80,8 @@ class ExactStep(pl.LightningModule, ABC):
             layer.number = number
         self.share: Share | None = None
         self.skipped_in_a_row = 0
+        self.held: list[nn.Parameter] = []
+        """Those that do not move for now: their gradient is dropped."""
         self.stop_requested = False
         """Set on any device, it makes all of them stop after the same step."""
         self._micro_batch = 0
@@ -215,6 +217,8 @@ class ExactStep(pl.LightningModule, ABC):
                 ghost.zero_sums()
             share.cut(self.data.micro_batch_limit, self._whole())
             loss = self._run_micro_batches(share, backward)
+        for parameter in self.held:
+            parameter.grad = None
         self.sums = self.reduce_sums(self.sums._replace(stops=float(self.stop_requested)))
         count = self.sums.count + (self.sums.count == 0)  # where no target counts, loss and gradient are zero
         scale_gradients(parameters(optimizer), share.size / count)

@@ -19,7 +19,10 @@ from project.data.module import SPLITS, DataModule
 from project.models import place
 from project.models.compiled import compile_network
 from project.models.flops import count_flops
+from project.models.frozen import Frozen, check_patterns
 from project.models.norm import has_batchnorm
+from project.models.weights import take_weights
+from project.optim.groups import parameter_groups
 from project.optim.scaling import RULES, scale
 from project.optim.schedule import Schedule
 from project.tasks.step import ExactStep, Losses, Sums
@@ -35,6 +38,11 @@ class Task(ExactStep):
         reference_batch_size: the batch size at which the optimizer's rate is quoted; null: it is used as it stands.
         scaling: how the rate follows the batch from there: linear, sqrt or none; null: by the class of the optimizer.
         decay_matrices_only: leave biases and norms (parameters with fewer than two dimensions) out of weight decay.
+        init_from: begin with the weights of this file, where they fit by name and shape: see `take_weights`.
+        freeze: patterns of modules or parameters of the network that do not learn, such as `layers.1` or `*.bias`; a
+            frozen batch norm uses and keeps its running statistics.
+        thaw_after_examples: they learn after so many examples; null: never, and then they cost no gradient.
+        lr_factors: factors on the learning rate by such patterns; of several that match, the first counts.
         **kwargs: those of `ExactStep`.
     """
 
@@ -49,6 +57,10 @@ class Task(ExactStep):
         decay_matrices_only: bool = False,
         reference_batch_size: int | None = None,
         scaling: str | None = None,
+        init_from: str | None = None,
+        freeze: list[str] | None = None,
+        thaw_after_examples: int | None = None,
+        lr_factors: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(network, **kwargs)
@@ -64,6 +76,21 @@ class Task(ExactStep):
         self.decay_matrices_only = decay_matrices_only
         self._follows: int | None = None
         """The batch size that the rates are for."""
+        self.init_from: str | None = init_from
+        """None as soon as the weights are there, or where they come from a checkpoint."""
+        self.lr_factors = lr_factors or {}
+        check_patterns("model.lr_factors", self.lr_factors, network)
+        if not all(factor > 0 for factor in self.lr_factors.values()):
+            raise ValueError(f"model.lr_factors is {lr_factors}: write factors above 0 (model.freeze keeps weights)")
+        if thaw_after_examples is not None and (not freeze or thaw_after_examples < 1):
+            raise ValueError(
+                f"model.thaw_after_examples is {thaw_after_examples}: write a number of examples, and model.freeze"
+            )
+        self.frozen, self.thaw_after = Frozen(network, freeze or []), thaw_after_examples
+        if thaw_after_examples is None:
+            for parameter in self.frozen.parameters:
+                parameter.requires_grad_(False)
+        self._set_frozen(True)
         self.channels_last = False
         self.metrics: MetricCollection | None = None
         self.step_metrics: MetricCollection | None = None
@@ -116,6 +143,26 @@ class Task(ExactStep):
         if getattr(self.trainer, "compile", False):
             compile_network(self.network, self.trainer.strategy.root_device)
 
+    # What is frozen
+
+    def _set_frozen(self, frozen: bool) -> None:
+        self.is_frozen = frozen
+        # What is to be thawed is among the parameters of optimizer and strategy all along; its gradient is dropped.
+        self.held = self.frozen.parameters if frozen and self.thaw_after is not None else []
+        for name in self.frozen.norms:
+            self.network.get_submodule(name).train(not frozen)
+
+    def frozen_norms(self) -> list[nn.Module]:
+        """Return the batch norms that keep their statistics now."""
+        return [self.network.get_submodule(name) for name in self.frozen.norms] if self.is_frozen else []
+
+    def train(self, mode: bool = True) -> "Task":
+        """Set training mode, but not for frozen batch norms."""
+        super().train(mode)
+        for layer in self.frozen_norms():
+            layer.eval()
+        return self
+
     def measure(self, *values: Tensor) -> None:
         """Update the metrics: of the running evaluation, or in training of the step, where a row in the log is due."""
         stands_in = place.current is not None and not place.current.counts
@@ -131,6 +178,10 @@ class Task(ExactStep):
         """
         precision = data.trainer.precision_plugin if data.trainer is not None else Precision()
         precision.convert_module(self)
+        if data.plan is not None and self.init_from is not None:
+            report, self.init_from = take_weights(self.network, self.init_from), None
+            if data.trainer is None or data.trainer.is_global_zero:
+                print(report, flush=True)
         with precision.forward_context():
             batch = data.to_device(data.examples(split, 2), self.device, training=False)
         training = self.training
@@ -168,7 +219,15 @@ class Task(ExactStep):
             data.to_device(first, self.device, training=True)
         if plan.unit % self.unit:
             raise ValueError(f"the plan keeps {plan.unit} examples together, but the network needs {self.unit}")
-        if has_batchnorm(self.network) and plan.accumulation * plan.devices > 1:
+        if not has_batchnorm(self.network, self.frozen_norms() if self.thaw_after is None else ()):
+            return
+        synchronised = plan.devices > 1 and getattr(data.trainer.strategy, "_layer_sync", None) is not None  # type: ignore[union-attr]
+        if synchronised and data.trainer.strategy.root_device.type == "cpu":  # type: ignore[union-attr]
+            raise ValueError(
+                "trainer.sync_batchnorm is true, but PyTorch synchronises batch norm on GPUs alone: leave it out, and "
+                "write model.ghost_batch_size"
+            )
+        if plan.accumulation * (1 if synchronised else plan.devices) > 1:
             warnings.warn(
                 f"the network has batch norm: its statistics are over the {plan.largest_micro_batch} examples that run "
                 f"at once and not over the batch of {plan.batch_size}, so the result depends on how the batch is "
@@ -192,8 +251,12 @@ class Task(ExactStep):
     # Figures
 
     def on_train_batch_start(self, batch: Share, batch_idx: int) -> None:
-        """Measure the step, if a row in the log is due after it."""
+        """Thaw what is to be thawed; measure the step, if a row in the log is due after it."""
         super().on_train_batch_start(batch, batch_idx)
+        if self.thaw_after is not None:
+            frozen = self.data.plan.examples_at(batch.step) < self.thaw_after  # type: ignore[union-attr]
+            if frozen != self.is_frozen:
+                self._set_frozen(frozen)
         self.row_is_due = self.step_metrics is not None and row_is_due(self.trainer, batch.step + 1)
 
     def forget_pass(self) -> None:
@@ -273,15 +336,13 @@ class Task(ExactStep):
 
     def parameter_groups(self) -> list[Any]:
         """Return the parameters for the optimizer."""
-        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        if not self.decay_matrices_only:
-            return parameters
-        vectors = [parameter for parameter in parameters if parameter.ndim < 2]
-        matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
-        return [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        named = [(name.removeprefix("network."), parameter) for name, parameter in self.named_parameters()]
+        return parameter_groups(named, self.lr_factors, self.decay_matrices_only)
 
     def _new_optimizer(self) -> Optimizer:
         optimizer = self.make_optimizer(self.parameter_groups())
+        for group in optimizer.param_groups:
+            group["lr"] *= group.pop("lr_factor", 1.0)
         if isinstance(optimizer, LBFGS):
             raise ValueError("model.optimizer LBFGS evaluates the loss several times per step: write another optimizer")
         if isinstance(optimizer, SGD | Adam):
