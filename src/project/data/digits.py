@@ -11,6 +11,7 @@ from torch import Tensor
 
 from project.batching.loader import Batch
 from project.data.module import DataModule
+from project.data.split import split_examples
 
 
 class Digits(DataModule):
@@ -59,16 +60,7 @@ class Digits(DataModule):
 
     @cached_property
     def _index(self) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(self.split_seed)
-        parts: dict[str, list[Tensor]] = {"train": [], "val": [], "test": []}
-        digits = self._all[1]
-        for digit in range(10):
-            members = (digits == digit).nonzero().squeeze(1)
-            members = members[torch.randperm(len(members), generator=generator)]
-            val, test = (round(self.fractions[split] * len(members)) for split in ("val", "test"))
-            for split, index in zip(parts, members.split([len(members) - val - test, val, test]), strict=True):
-                parts[split].append(index)
-        return {split: torch.cat(index).sort().values for split, index in parts.items()}
+        return split_examples(self._all[1], *self.fractions.values(), self.split_seed)
 
     @cached_property
     def _statistics(self) -> tuple[float, float]:

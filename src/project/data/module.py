@@ -98,6 +98,13 @@ class DataModule(pl.LightningDataModule, ABC):
         """Return the batch as the network takes it. Runs on the device, so small types (uint8) can travel there."""
         return batch
 
+    class_names: list[str] | None = None
+    """Names of the classes, in the order of their numbers, where they have any: `predict` writes them."""
+
+    def describe(self, index: Tensor) -> dict[str, list]:
+        """Return what `predict` writes of examples of its split besides their numbers: columns [N] by name."""
+        return {}
+
     # What is inherited
 
     def split(self, name: str) -> Fetch | None:
