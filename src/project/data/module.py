@@ -17,12 +17,12 @@ from lightning.fabric.plugins.precision import Precision
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from project.batching.fetch import Fetch, InMemory, Request, make_fetch
+from project.batching.fetch import Fetch, InMemory, Request, Rows, make_fetch
 from project.batching.loader import Batch, EvalLoader, TrainLoader, make_batch
 from project.batching.order import Order, Shuffled
 from project.batching.plan import BatchPlan
 
-Source = Sequence[Tensor | np.ndarray] | Dataset | Fetch
+Source = Sequence[Tensor | np.ndarray | Rows] | Dataset | Fetch
 LIMIT_FILE = "micro_batch_limit"
 SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
 
