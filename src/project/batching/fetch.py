@@ -277,8 +277,8 @@ def _blocks(request: Request, most: int) -> Iterable[tuple[Tensor, list[int]]]:
 class Workers:
     """A map-style data set whose examples must be made one by one, in `num_workers` processes (0: in this one).
 
-    `__getitems__(list of int)` is used where the data set has it. Workers get whole micro-batches, in order, and live
-    as long as this object.
+    `__getitems__(list of int)` is used where the data set has it; it returns a list of examples or, in a tuple, fields
+    that are tensors of all of them. Workers get whole micro-batches, in order, and live as long as this object.
 
     What an example's code draws from the generators of torch, numpy and Python is a function of the seed and of the
     example's place in the epoch (with `__getitems__`: of the micro-batch's place).
@@ -386,7 +386,8 @@ class _Reader(Dataset):
         if whole is not None:
             try:
                 _seed(mix(seed, position))
-                return _collate(whole(indices)), None, {}
+                examples = whole(indices)
+                return examples if isinstance(examples, tuple) else _collate(examples), None, {}
             except Exception:  # one of them: which, is found below
                 pass
         examples = [self._read(index, mix(seed, position + place)) for place, index in enumerate(indices)]

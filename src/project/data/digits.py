@@ -60,7 +60,7 @@ class Digits(DataModule):
 
     @cached_property
     def _index(self) -> dict[str, Tensor]:
-        return split_examples(self._all[1], *self.fractions.values(), self.split_seed)
+        return split_examples(self._all[1], self.fractions["val"], self.fractions["test"], self.split_seed)
 
     @cached_property
     def _statistics(self) -> tuple[float, float]:

@@ -16,7 +16,9 @@ from torch import Tensor
 from project.batching.fetch import Rows
 from project.batching.loader import Batch
 from project.data.images import ImageFormat, Resize, cached_images
-from project.data.split import ALIASES, Fractions, split_examples
+from project.data.split import ALIASES, Fractions
+
+_COUNTED = 1024  # training images whose mean and deviation are taken
 
 
 class Listing(NamedTuple):
@@ -32,7 +34,7 @@ class Folder(Fractions):
     """Images of any size and format that Pillow reads, and their classes.
 
     Inputs are [N, channels, height, width], normalised with mean and deviation of each channel over the training split
-    (of 4,096 images, where it has more); targets are class numbers [N] of the sorted labels. Images are decoded once,
+    (of 1,024 images, where it has more); targets are class numbers [N] of the sorted labels. Images are decoded once,
     into a memory-mapped cache. So an epoch costs no decoding, and the data may be larger than the memory.
 
     Args:
@@ -49,7 +51,7 @@ class Folder(Fractions):
     def __init__(
         self,
         path: str,
-        size: int | list[int] = 64,
+        size: int | tuple[int, int] = 64,
         channels: int = 3,
         resize: Resize = "crop",
         cache: str | None = None,
@@ -57,12 +59,7 @@ class Folder(Fractions):
         **kwargs,
     ) -> None:
         super().__init__(**kwargs)
-        sides = [size, size] if isinstance(size, int) else size
-        if len(sides) != 2 or min(sides) < 1:
-            raise ValueError(f"data.size is {size}: write one number of pixels, or [height, width]")
-        if channels not in (1, 3):
-            raise ValueError(f"data.channels is {channels}: write 3 (RGB) or 1 (grey)")
-        self.format = ImageFormat(*sides, channels, resize)
+        self.format = ImageFormat.of(size, channels, resize)
         self.path, self.cache, self.predict_path = Path(path), cache, predict_path
         self._knows_predict = predict_path is not None
 
@@ -129,8 +126,7 @@ class Folder(Fractions):
             parts = self.divide(self._targets)
         elif "train" in parts and "val" not in parts and self.fractions["val"]:
             train = parts["train"]
-            divided = split_examples(self._targets[train], self.fractions["val"], 0, self.split_seed)
-            parts |= {split: train[divided[split]] for split in ("train", "val")}
+            parts |= {split: train[index] for split, index in self.divide(self._targets[train], test=False).items()}
         _, unreadable = self._images
         left_out = f", {len(unreadable):,} unreadable ones left out" if unreadable else ""
         names = self.class_names
@@ -165,11 +161,14 @@ class Folder(Fractions):
 
     @cached_property
     def _statistics(self) -> tuple[Tensor, Tensor]:
-        index = self._index["train"]
-        some = self._images[0][index[:: -(-len(index) // 4096)].numpy()]
-        mean, deviation = (f(some, axis=(0, 2, 3), dtype=np.float64) for f in (np.mean, np.std))
-        shape = (-1, 1, 1)
-        return torch.from_numpy(mean).view(shape), torch.from_numpy(np.maximum(deviation, 1.0)).view(shape)
+        index, images = self._index["train"], self._images[0]
+        some = index[:: -(-len(index) // _COUNTED)]
+        parts = (images[part.numpy()].swapaxes(0, 1).reshape(images.shape[1], -1) for part in some.split(64))
+        counts = np.sum([[np.bincount(channel, minlength=256) for channel in part] for part in parts], axis=0)
+        share = counts / counts.sum(1, keepdims=True)
+        mean = share @ np.arange(256)
+        deviation = np.sqrt(share @ np.arange(256) ** 2 - mean**2).clip(1.0)
+        return torch.from_numpy(mean).view(-1, 1, 1), torch.from_numpy(deviation).view(-1, 1, 1)
 
 
 def subfolders(folder: Path) -> list[str]:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
-from typing import Literal, NamedTuple
+from typing import BinaryIO, Literal, NamedTuple
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -39,13 +39,27 @@ class ImageFormat(NamedTuple):
     channels: int
     resize: Resize
 
-    def decode(self, file: Path | Image.Image) -> np.ndarray:
+    @classmethod
+    def of(cls, size: int | tuple[int, int], channels: int, resize: Resize) -> "ImageFormat":
+        """Return the format that the settings of a data module say.
+
+        Raises:
+            ValueError: they are wrong.
+        """
+        height, width = (size, size) if isinstance(size, int) else size
+        if min(height, width) < 1:
+            raise ValueError(f"data.size is {size}: write one number of pixels, or [height, width]")
+        if channels not in (1, 3):
+            raise ValueError(f"data.channels is {channels}: write 3 (RGB) or 1 (grey)")
+        return cls(height, width, channels, resize)
+
+    def decode(self, file: Path | BinaryIO) -> np.ndarray:
         """Return an image as an array, turned as its camera was held.
 
         Raises:
             Exception: of many kinds, where it cannot be read.
         """
-        with Image.open(file) if isinstance(file, Path) else file as image:
+        with Image.open(file) as image:
             mode, size = "L" if self.channels == 1 else "RGB", (self.width, self.height)
             image.draft(mode, (2 * self.width, 2 * self.height))  # large JPEGs: spares pixels that resizing would drop
             if image.mode.startswith(("I", "F")):

@@ -57,10 +57,16 @@ class Fractions(DataModule):
         self.fractions = {"val": val_fraction, "test": test_fraction}
         self.split_seed = split_seed
 
-    def divide(self, labels: Tensor) -> dict[str, Tensor]:
-        """Return the numbers of the examples of each split by the fractions; a fraction of 0 makes no split."""
-        parts = split_examples(labels, *self.fractions.values(), self.split_seed)
-        return {split: index for split, index in parts.items() if self.fractions.get(split, 1) > 0}
+    def divide(self, labels: Tensor, test: bool = True) -> dict[str, Tensor]:
+        """Return the numbers of the examples of each split; a fraction of 0 makes no split.
+
+        Args:
+            labels: class of each example, integers [N].
+            test: there is no test split yet.
+        """
+        fractions = self.fractions if test else self.fractions | {"test": 0.0}
+        parts = split_examples(labels, fractions["val"], fractions["test"], self.split_seed)
+        return {split: index for split, index in parts.items() if fractions.get(split, 1) > 0}
 
     def say(self, line: str) -> None:
         """Print a line once, whatever the number of devices."""
