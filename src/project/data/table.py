@@ -206,15 +206,15 @@ class Table(Fractions):
                     "write train, val or test there"
                 )
         splits = np.array([ALIASES[name] for name in names])
+        if "train" not in splits:
+            raise ValueError(f"no row of {self.path} is for training")
         return {split: torch.from_numpy((splits == split).nonzero()[0]) for split in np.unique(splits)}
 
     # Inputs
 
     @cached_property
     def _columns(self) -> list[Column]:
-        table, index = self._table, self._index.get("train")
-        if index is None:
-            raise ValueError(f"no row of {self.path} is for training")
+        table, index = self._table, self._index["train"]
         others = {*self.targets, *self.ignore, self.split_column}
         columns = [
             self._fit(name, table[name].take(index.numpy())) for name in table.column_names if name not in others
