@@ -1,6 +1,7 @@
 """Predictions as a file: one row per example, in order, from all devices."""
 
 import csv
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -25,16 +26,16 @@ class Predictions(Callback):
     """
 
     def __init__(self, file: str = "predictions.csv") -> None:
-        self.name, kinds = Path(file), {".csv": CsvFile, ".parquet": ParquetFile}
-        if self.name.suffix not in kinds:
+        self.name, kinds = file, {".csv": CsvFile, ".parquet": ParquetFile}
+        if Path(file).suffix not in kinds:
             raise ValueError(f"predictions is {file}: write a file that ends in .csv or .parquet")
-        self.kind = kinds[self.name.suffix]
+        self.kind = kinds[Path(file).suffix]
         if self.kind is ParquetFile:
             optional("pyarrow", "table")
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Begin this device's part."""
-        self.target = self.name if len(self.name.parts) > 1 else Path(trainer.default_root_dir) / self.name
+        self.target = Path("" if os.path.dirname(self.name) else trainer.default_root_dir, self.name)
         self.target.parent.mkdir(parents=True, exist_ok=True)
         self.file = self.kind(self._part(trainer.global_rank), header=trainer.is_global_zero)
 
