@@ -143,8 +143,8 @@ def _decode(root: Path, names: list[str], form: ImageFormat, part: Path, unreada
     part.touch()
     with part.open("r+b") as images, ThreadPoolExecutor() as threads, _Bar(len(names)) as bar:
         done = images.seek(0, os.SEEK_END) // len(blank)
-        if (needed := (len(names) - done) * len(blank)) > shutil.disk_usage(part).free:
-            raise OSError(errno.ENOSPC, f"No space left for {needed / 1e9:.3f} GB")
+        if (len(names) - done) * len(blank) > shutil.disk_usage(part).free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         problems = json.loads(unreadable.read_text()) if done else {}
         again = [number for number in range(done) if names[number] in problems]
         numbers, size = [*again, *range(done, len(names))], max(1, _CHUNK // len(blank))
