@@ -156,7 +156,8 @@ WRONG = {
     ),
     "unknown split": ({"text": PEOPLE.replace("val", "vel")}, "data.split_column 'split' of people.csv holds 'vel'"),
     "nothing to train on": ({"text": PEOPLE.replace("train", "val")}, "no row of people.csv is for training"),
-    "infinite": ({"text": PEOPLE.replace("1.6", "inf")}, "column 'height' of people.csv is infinite in row 4"),
+    "infinite": ({"text": PEOPLE.replace("2.0", "inf")}, "column 'height' of people.csv is infinite in row 6"),
+    "classes of several": ({"target": ["one", "town"], "target_kind": "class"}, "write data.target_kind number"),
     "dates": ({"text": DATES}, "'height' .* data.ignore leaves it out"),
     "identifiers": (
         {"text": NAMES, "ignore": [], "split_column": None},
@@ -171,11 +172,16 @@ WRONG = {
 def test_what_is_wrong_is_said(settings: dict, words: str) -> None:
     file("age\n1\n", "short.csv")
     path = settings.pop("path", None)
-    data = people(**settings)
-    data.path = path or data.path
-    splits = ("train", "predict") if data.predict_path else ("train",)
+    splits = ("train", "predict") if "predict_path" in settings else ("train",)
+
+    def load() -> None:
+        data = people(**settings)
+        data.path = path or data.path
+        for split in splits:
+            data.load(split)
+
     with pytest.raises(ValueError, match=words):
-        [data.load(split) for split in splits]
+        load()
 
 
 NETWORK = "{class_path: project.models.mlp.MLP, init_args: {in_features: 2, num_classes: 3}}"

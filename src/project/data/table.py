@@ -87,6 +87,10 @@ class Table(Fractions):
         **kwargs,
     ) -> None:
         super().__init__(**kwargs)
+        if target_kind == "class" and not isinstance(target, str):
+            raise ValueError(
+                f"data.target {target} is several columns, which are numbers: write data.target_kind number"
+            )
         self.path, self.predict_path, self.delimiter = path, predict_path, delimiter
         self.targets = [target] if isinstance(target, str) else target
         self.several = not isinstance(target, str)
@@ -214,11 +218,8 @@ class Table(Fractions):
 
     @cached_property
     def _columns(self) -> list[Column]:
-        table, index = self._table, self._index["train"]
         others = {*self.targets, *self.ignore, self.split_column}
-        columns = [
-            self._fit(name, table[name].take(index.numpy())) for name in table.column_names if name not in others
-        ]
+        columns = [self._fit(name, self._table[name]) for name in self._table.column_names if name not in others]
         constant = [f"'{column.name}'" for column in columns if column.categories is None and not column.deviation]
         if constant:
             warnings.warn(
@@ -229,16 +230,17 @@ class Table(Fractions):
     def _fit(self, name: str, column: Any) -> Column:
         from pyarrow import types
 
-        kind = column.type.value_type if types.is_dictionary(column.type) else column.type
+        index, kind = self._index["train"].numpy(), column.type
+        kind = kind.value_type if types.is_dictionary(kind) else kind
         if name in self.categorical or types.is_string(kind) or types.is_large_string(kind):
-            categories = np.unique(texts(column)).tolist()
-            if len(categories) > min(MOST_CATEGORIES, max(20, len(column) // 2)):
+            categories = np.unique(texts(column)[index]).tolist()
+            if len(categories) > min(MOST_CATEGORIES, max(20, len(index) // 2)):
                 raise ValueError(
-                    f"column '{name}' of {self.path} has {len(categories):,} different values in {len(column):,} "
+                    f"column '{name}' of {self.path} has {len(categories):,} different values in {len(index):,} "
                     "training rows: leave it out with data.ignore, or merge rare values"
                 )
             return Column(name, categories=categories)
-        values = self._numbers(column, name, self.path)
+        values = self._numbers(column, name, self.path)[index]
         known = values[~np.isnan(values)]
         if len(known) == 0 or known.min() == known.max():
             return Column(name, missing=len(known) < len(values) and len(known) > 0)
