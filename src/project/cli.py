@@ -100,6 +100,9 @@ class CLI(LightningCLI):
             default=None,
             help="auto: measure a few steps, and set what is not set of precision, memory format, micro-batch, threads",
         )
+        parser.add_argument(
+            "--predictions", type=str, default="predictions.csv", help="what predict writes: a .csv or .parquet file"
+        )
         parser.set_defaults({"trainer.default_root_dir": "runs"})
 
     def _parse_ckpt_path(self) -> None:
@@ -204,7 +207,7 @@ class CLI(LightningCLI):
                 callbacks.append(EpochLine())
             callbacks.append(Summary())
         if self.subcommand == "predict":
-            callbacks.append(Predictions())
+            callbacks.append(Predictions(self.settings.predictions))
             settings["logger"] = False  # nothing is measured
         if not sys.stdout.isatty():
             settings["enable_progress_bar"] = False

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
@@ -31,3 +33,15 @@ def mistakes() -> Iterator[None]:
         yield
     except (ValueError, OSError, MisconfigurationException) as error:
         raise Mistake(str(error)) from error
+
+
+def optional(module: str, extra: str) -> Any:
+    """Import a module that comes with an extra of this package.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error.name} is not installed: pip install -e '.[{extra}]'") from error

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset, IterableDataset, TensorDataset, get_worker_info
 
-from project.batching.fetch import DataError, InMemory, Request, Workers, make_fetch
+from project.batching.fetch import DataError, InMemory, Request, Rows, Workers, make_fetch
 
 REQUESTS = [[3, 1], [0], [4, 4, 2], [1]]
 
@@ -331,3 +331,18 @@ def test_a_killed_worker_is_one_line():
 
     with pytest.raises(DataError, match=r"killed, probably for want of memory: lower data.num_workers"):
         list(Workers(Killer(pair), 1).stream(asked([1, 2], [3, 4], [5, 6])))
+
+
+def test_rows_of_an_array_are_gathered_without_a_copy(tmp_path):
+    array = np.memmap(tmp_path / "rows", np.uint8, "w+", shape=(50, 3))
+    array[:] = np.arange(150).reshape(50, 3)
+    index = torch.tensor([40, 7, 7, 0, 49])
+    fetch = make_fetch((Rows(array, index), torch.arange(5)))
+    assert (len(fetch), str(fetch), fetch.nbytes) == (5, "mapped", 15 + 40)
+    order = torch.tensor([4, 1, 0, 3, 2, 2])
+    reads = list(fetch.stream([Request(order, [2, 3, 1], [0, 2, 5])]))
+    assert torch.equal(torch.cat([fields[0] for fields, _ in reads]), torch.as_tensor(array[index[order].numpy()]))
+    assert torch.cat([fields[1] for fields, _ in reads]).tolist() == order.tolist()
+    assert torch.equal(Rows(array, index).to(torch.device("cpu")), torch.as_tensor(array[index.numpy()]))
+    with pytest.raises(IndexError):
+        list(fetch.stream([Request.one(torch.tensor([5]))]))

@@ -1,7 +1,11 @@
 """Every configuration and every command in README is run."""
 
+import contextlib
+import io
 import re
+import runpy
 import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +13,7 @@ import pytest
 import torch
 import yaml
 from helpers import DIGITS, ROOT, Result, make_cifar10, run_here, run_process
+from PIL import Image
 
 from project.batching.plan import BatchPlan
 
@@ -21,8 +26,16 @@ COMMANDS = [
     line
     for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
     for line in block.splitlines()
-    if line.startswith("python -m project")
+    if line.startswith(("python -m project", "python scripts/"))
 ]
+SCRIPTS = {"folder.yaml": "make_folder.py", "table.yaml": "make_table.py"}
+"""What makes the data of a configuration."""
+
+
+def run_script(name: str) -> None:
+    with contextlib.redirect_stdout(io.StringIO()), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [name])
+        runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
@@ -30,6 +43,8 @@ def test_configuration(path: Path) -> None:
     make_cifar10(Path("data/cifar10"))  # tiny, and random
     if path.name == "transfer.yaml":  # which begins with the weights of a run
         assert run_here("fit", *DIGITS, "--name", "pretrain", "--trainer.max_epochs", 1).code == 0
+    if path.name in SCRIPTS:
+        run_script(SCRIPTS[path.name])
     few = ("--data.val_examples", 10) if path.name == "cifar10.yaml" else ()
     result = run_here("fit", "--config", path, "--trainer.max_epochs", 1, *few)
     assert result.code == 0, result.err
@@ -67,13 +82,18 @@ def test_classic_prints_its_line() -> None:
     assert float(lines[2].split()[-1]) < float(lines[0].split()[-1])
 
 
-def test_readme_commands(tmp_path: Path) -> None:
+def test_readme_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the order of the page, in one folder: later commands use the runs of earlier ones."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own_data()
     first = run_here("fit", *DIGITS)
     assert first.code == 0
     assert len(COMMANDS) >= 7
     for command in COMMANDS:
+        if command.startswith("python scripts/"):
+            run_script(Path(command).name)
+            continue
         arguments = shlex.split(command)[3:]
         result: Result = run_process(*arguments, fresh=True) if "two_cpus" in command else run_here(*arguments)
         assert result.code == 0, f"{command}\n{result.err}"
@@ -88,28 +108,57 @@ def test_readme_plan() -> None:
     assert rows == {name: f"{value:,}" for name, value in plan.items()} | {"feeding": "resident"}
 
 
+def own_data() -> None:
+    """What the commands of "Your own data" speak of."""
+    generator = np.random.default_rng(0)
+    for label, level in (("cat", 50), ("dog", 200)):
+        folder = Path("photos", label)
+        folder.mkdir(parents=True)
+        for number in range(20):
+            pixels = generator.integers(level, level + 50, (40, 30 + number, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{number}.jpg")
+    rows = [f"{number},{number % 7},{'abc'[number % 3]},{('no', 'yes')[number % 2]}" for number in range(40)]
+    Path("houses.csv").write_text("\n".join(["area,rooms,town,sold", *rows]))
+    Path("flowers").mkdir()
+    for split, examples in (("train", 90), ("val", 30), ("test", 30)):
+        sizes = generator.normal(50, 10, size=(examples, 4))
+        np.save(f"flowers/{split}.npy", np.column_stack([sizes, (sizes[:, 0] > 50) + (sizes[:, 1] > 50)]))
+    data, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(data.splitlines()) <= 25
+    Path("flowers.py").write_text(data)
+
+
 def test_readme_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The classes that README shows train as they stand there."""
-    data, task = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    (tmp_path / "readme_flowers.py").write_text("import numpy as np\n" + data)
-    (tmp_path / "readme_regression.py").write_text(
+    _, task = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    own_data()
+    Path("readme_regression.py").write_text(
         "import torch.nn.functional as F\nfrom project.tasks.task import Task\n" + task
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    (tmp_path / "flowers").mkdir()
-    generator = np.random.default_rng(0)
-    for split, examples in (("train", 90), ("val", 30)):
-        petals = generator.normal(size=(examples, 4))
-        np.save(f"flowers/{split}.npy", np.column_stack([petals, petals[:, 0] > 0]))
+    sys.modules.pop("flowers", None)
     mlp = "{class_path: project.models.mlp.MLP, init_args: {in_features: 4, num_classes: %d}}"
-    for kind, outputs in (("project.tasks.classification.Classification", 2), ("readme_regression.Regression", 1)):
+    for kind, outputs in (("project.tasks.classification.Classification", 3), ("readme_regression.Regression", 1)):
         result = run_here(
-            "fit", "--data", "readme_flowers.Flowers", "--data.batch_size", 16, "--model", kind,
-            "--model.network", mlp % outputs, "--trainer.max_epochs", 20, "--trainer.accelerator", "cpu",
+            "fit", "--data", "flowers.Flowers", "--data.batch_size", 16, "--model", kind,
+            "--model.network", mlp % outputs, "--model.optimizer", "torch.optim.AdamW", "--model.optimizer.lr", 0.01,
+            "--trainer.max_epochs", 20, "--trainer.accelerator", "cpu",
         )  # fmt: skip
         assert result.code == 0, result.err
         losses = [float(loss) for loss in re.findall(r"val/loss ([\d.]+)", result.out)]
         assert losses[-1] < 0.8 * losses[0]
+
+
+def test_table_of_numbers() -> None:
+    """What the comments of table.yaml say for a number in place of a class."""
+    run_script("make_table.py")
+    text = (ROOT / "configs" / "table.yaml").read_text()
+    text, count = re.subn(r"^(\s+\w+: )\S+(\s+#.*number: (\S+))$", r"\1\3\2", text, flags=re.MULTILINE)
+    assert count == 6
+    Path("number.yaml").write_text(text)
+    result = run_here("fit", "--config", "number.yaml", "--trainer.max_epochs", 15)
+    assert result.code == 0, result.err
+    assert max(float(value) for value in re.findall(r"val/r2 (-?[\d.]+)", result.out)) > 0.35
 
 
 def test_help_does_not_wait_for_lightning() -> None:

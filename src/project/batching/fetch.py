@@ -64,6 +64,43 @@ class Fetch(Protocol):
         ...
 
 
+class Rows:
+    """Some rows of an array, in an order of their own, without a copy of them: a split of a large file.
+
+    Args:
+        array: [M, ...], in memory or a memory-mapped file.
+        index: the rows, int64 [N].
+    """
+
+    def __init__(self, array: np.ndarray, index: Tensor) -> None:
+        self.array, self.index = array, index
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of these rows."""
+        return self.array[:1].nbytes * len(self)
+
+    def to(self, device: torch.device) -> Tensor:
+        """Return a copy on a device, which is made in parts."""
+        copy = torch.empty(len(self), *self.array.shape[1:], dtype=as_tensor(self.array[:0]).dtype, device=device)
+        for part, index in zip(copy.split(_PART), self.index.split(_PART), strict=True):
+            part.copy_(torch.from_numpy(self.array[index.numpy()]))
+        return copy
+
+
+_PART = 2**12  # rows copied to a device at a time
+
+
+def as_tensor(field: Tensor | np.ndarray) -> Tensor:
+    """Return a tensor that shares the memory of an array."""
+    with warnings.catch_warnings():  # of maps that are open for reading only, which is all that is done with them
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.as_tensor(field)
+
+
 class InMemory:
     """Tensors [N, ...] that are indexed alike, in memory or in memory-mapped files: a micro-batch is one gather each.
 
@@ -75,11 +112,9 @@ class InMemory:
         ValueError: the tensors differ in length.
     """
 
-    def __init__(self, fields: Sequence[Tensor | np.ndarray], pinned: bool = False) -> None:
-        self.mapped = any(isinstance(field, np.memmap) for field in fields)
-        with warnings.catch_warnings():  # of maps that are open for reading only, which is all that is done with them
-            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-            self.fields = tuple(torch.as_tensor(field) for field in fields)
+    def __init__(self, fields: Sequence["Tensor | np.ndarray | Rows"], pinned: bool = False) -> None:
+        self.mapped = any(isinstance(getattr(field, "array", field), np.memmap) for field in fields)
+        self.fields = tuple(field if isinstance(field, Rows) else as_tensor(field) for field in fields)
         self.pinned = pinned
         self._spare: list[list[_Gather]] = []  # of epochs that are over; their memory is good for the next
         lengths = [len(field) for field in self.fields]
@@ -140,8 +175,10 @@ _BLOCK = 2**19  # bytes gathered at a time: about what stays in the cache of a c
 class _Gather:
     """Gathers rows, into memory that is used again as soon as no tensor of it is left: fresh memory costs more."""
 
-    def __init__(self, field: Tensor, pinned: bool) -> None:
-        self.field, self.pinned = field, pinned
+    def __init__(self, rows: Tensor | Rows, pinned: bool) -> None:
+        self.which = rows.index if isinstance(rows, Rows) else None
+        field = self.field = as_tensor(rows.array) if isinstance(rows, Rows) else rows
+        self.pinned = pinned
         self.most = max(1, _BLOCK * len(field) // max(1, field.nbytes))
         # NumPy's gather is as fast as torch's, on one core, and needs no cores that others use. It has no bfloat16.
         # Of what is not contiguous it would first copy everything.
@@ -154,6 +191,7 @@ class _Gather:
     def __call__(self, request: Request) -> Iterator[Tensor]:
         """Yield the rows of each micro-batch; several are gathered at once, for a gather has a price of its own."""
         for index, sizes in _blocks(request, self.most):
+            index = index if self.which is None else self.which.index_select(0, index)
             if len(sizes) > 1:
                 yield from self._rows(index).split_with_sizes(sizes)
             else:
@@ -243,8 +281,8 @@ def _blocks(request: Request, most: int) -> Iterable[tuple[Tensor, list[int]]]:
 class Workers:
     """A map-style data set whose examples must be made one by one, in `num_workers` processes (0: in this one).
 
-    `__getitems__(list of int)` is used where the data set has it. Workers get whole micro-batches, in order, and live
-    as long as this object.
+    `__getitems__(list of int)` is used where the data set has it; it returns a list of examples or, in a tuple, fields
+    that are tensors of all of them. Workers get whole micro-batches, in order, and live as long as this object.
 
     What an example's code draws from the generators of torch, numpy and Python is a function of the seed and of the
     example's place in the epoch (with `__getitems__`: of the micro-batch's place).
@@ -352,7 +390,8 @@ class _Reader(Dataset):
         if whole is not None:
             try:
                 _seed(mix(seed, position))
-                return _collate(whole(indices)), None, {}
+                examples = whole(indices)
+                return examples if isinstance(examples, tuple) else _collate(examples), None, {}
             except Exception:  # one of them: which, is found below
                 pass
         examples = [self._read(index, mix(seed, position + place)) for place, index in enumerate(indices)]
@@ -392,12 +431,12 @@ def _collate(examples: list[Any]) -> Example:
 
 
 def make_fetch(
-    source: Fetch | Dataset | Sequence[Tensor | np.ndarray], num_workers: int = 0, max_unreadable: int = 0
+    source: Fetch | Dataset | Sequence[Tensor | np.ndarray | Rows], num_workers: int = 0, max_unreadable: int = 0
 ) -> Fetch:
     """Choose how to read `source`: tensors or arrays are gathered, a map-style data set is read example by example."""
     if isinstance(source, Tensor | np.ndarray):
         return InMemory((source,))
-    if isinstance(source, tuple | list) and all(isinstance(field, Tensor | np.ndarray) for field in source):
+    if isinstance(source, tuple | list) and all(isinstance(field, Tensor | np.ndarray | Rows) for field in source):
         return InMemory(source)
     if hasattr(source, "stream"):
         return source  # type: ignore[return-value]

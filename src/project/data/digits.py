@@ -11,6 +11,7 @@ from torch import Tensor
 
 from project.batching.loader import Batch
 from project.data.module import DataModule
+from project.data.split import split_examples
 
 
 class Digits(DataModule):
@@ -77,18 +78,10 @@ class Digits(DataModule):
 
     @cached_property
     def _index(self) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(self.split_seed)
-        parts: dict[str, list[Tensor]] = {"train": [], "val": [], "test": []}
-        digits = self._all[1]
-        for digit in range(10):
-            members = (digits == digit).nonzero().squeeze(1)
-            members = members[torch.randperm(len(members), generator=generator)]
-            if digit not in self.classes:
-                continue
-            val, test = (round(self.fractions[split] * len(members)) for split in ("val", "test"))
-            for split, index in zip(parts, members.split([len(members) - val - test, val, test]), strict=True):
-                parts[split].append(index[: self.examples_per_class] if split == "train" else index)
-        return {split: torch.cat(index).sort().values for split, index in parts.items()}
+        digits, val, test = self._all[1], self.fractions["val"], self.fractions["test"]
+        parts = split_examples(digits, val, test, self.split_seed, self.examples_per_class)
+        wanted = torch.tensor(self.classes)
+        return {split: index[torch.isin(digits[index], wanted)] for split, index in parts.items()}
 
     @cached_property
     def _statistics(self) -> tuple[float, float]:

@@ -17,7 +17,7 @@ from lightning.fabric.plugins.precision import Precision
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from project.batching.fetch import Fetch, InMemory, Request, make_fetch
+from project.batching.fetch import Fetch, InMemory, Request, Rows, make_fetch
 from project.batching.loader import Batch, EvalLoader, TrainLoader, make_batch
 from project.batching.order import Order, Shuffled
 from project.batching.plan import BatchPlan
@@ -26,7 +26,7 @@ from project.batching.tokens import SequencePlan
 from project.callbacks.noise_scale import NoiseScale
 from project.data.augment import Augmentation, augment, unit_of
 
-Source = Sequence[Tensor | np.ndarray] | Dataset | Fetch
+Source = Sequence[Tensor | np.ndarray | Rows] | Dataset | Fetch
 LIMIT_FILE = "micro_batch_limit"
 SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
 
@@ -121,6 +121,13 @@ class DataModule(pl.LightningDataModule, ABC):
     def transform(self, batch: Batch, training: bool) -> Batch:
         """Return the batch as the network takes it. Runs on the device, so small types (uint8) can travel there."""
         return batch
+
+    class_names: list[str] | None = None
+    """Names of the classes, in the order of their numbers, where they have any: `predict` writes them."""
+
+    def describe(self, index: Tensor) -> dict[str, list]:
+        """Return what `predict` writes of examples of its split besides their numbers: columns [N] by name."""
+        return {}
 
     # What is inherited
 

@@ -91,6 +91,7 @@ class Classification(Task):
                     f"{type(step).__name__}.num_classes is {step.num_classes}, but model.network has "
                     f"{outputs.shape[1]} outputs: write num_classes {outputs.shape[1]}"
                 )
+        found: dict[str, Tensor] = {}
         for name, fetch in data.loaded():
             targets = getattr(fetch, "fields", (None,))[-1]
             if targets is None or len(fetch.fields) < 2:  # type: ignore[attr-defined]
@@ -107,8 +108,15 @@ class Classification(Task):
                     f"label {int(targets[example])} at example {example} of the {name} split, but model.network has "
                     f"{outputs.shape[1]} outputs: write num_classes {int(targets.max()) + 1}, or correct the label"
                 )
-            if name == "train" and len(torch.unique(targets)) == 1:
-                warnings.warn(f"all {len(targets)} training examples have the label {int(targets[0])}", stacklevel=2)
+            found[name] = torch.unique(targets)
+            if len(found[name]) == 1 < len(targets):
+                which = "training" if name == "train" else name
+                warnings.warn(f"all {len(targets)} {which} examples have the label {int(targets[0])}", stacklevel=2)
+        for name, labels in found.items():
+            unknown = [int(label) for label in labels if label not in found.get("train", labels)]
+            if unknown:
+                words = ", ".join(data.class_names[label] if data.class_names else str(label) for label in unknown[:10])
+                warnings.warn(f"labels of the {name} split that no training example has: {words}", stacklevel=2)
         if self.class_weights is not None:
             self._weigh(data, outputs)
 

@@ -1,0 +1,211 @@
+"""Image files as one memory-mapped array: decoded and resized once, then kept in a cache beside them."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import BinaryIO, Literal, NamedTuple
+
+import numpy as np
+from filelock import FileLock, Timeout
+from PIL import Image, ImageOps
+from rich.progress import MofNCompleteColumn, Progress
+
+Resize = Literal["crop", "stretch", "pad"]
+_RESIZE: dict[str, Callable] = {"crop": ImageOps.fit, "pad": ImageOps.pad, "stretch": Image.Image.resize}
+_CHUNK = 2**24  # bytes decoded between two writes
+_NAMED = 10  # images named in one line
+
+
+class ImageFormat(NamedTuple):
+    """What images are made into: uint8 [channels, height, width].
+
+    Args:
+        height: in pixels.
+        width: in pixels.
+        channels: 3 (RGB) or 1 (grey).
+        resize: crop (resize, then cut the longer side off at both ends), stretch, or pad with black.
+    """
+
+    height: int
+    width: int
+    channels: int
+    resize: Resize
+
+    @classmethod
+    def of(cls, size: int | tuple[int, int], channels: int, resize: Resize) -> "ImageFormat":
+        """Return the format that the settings of a data module say.
+
+        Raises:
+            ValueError: they are wrong.
+        """
+        height, width = (size, size) if isinstance(size, int) else size
+        if min(height, width) < 1:
+            raise ValueError(f"data.size is {size}: write one number of pixels, or [height, width]")
+        if channels not in (1, 3):
+            raise ValueError(f"data.channels is {channels}: write 3 (RGB) or 1 (grey)")
+        return cls(height, width, channels, resize)
+
+    def decode(self, file: Path | BinaryIO) -> np.ndarray:
+        """Return an image as an array, turned as its camera was held.
+
+        Raises:
+            Exception: of many kinds, where it cannot be read.
+        """
+        with Image.open(file) as image:
+            mode, size = "L" if self.channels == 1 else "RGB", (self.width, self.height)
+            image.draft(mode, (2 * self.width, 2 * self.height))  # large JPEGs: spares pixels that resizing would drop
+            if image.mode.startswith(("I", "F")):
+                raise ValueError("more than 8 bits per channel: convert it")
+            upright = ImageOps.exif_transpose(image).convert(mode)
+            if upright.size != size:
+                upright = _RESIZE[self.resize](upright, size, Image.Resampling.BICUBIC)
+            array = np.asarray(upright)
+        return array[None] if self.channels == 1 else array.transpose(2, 0, 1)
+
+
+def cached_images(
+    root: Path, names: list[str], form: ImageFormat, folder: Path, max_unreadable: int = 0
+) -> tuple[np.memmap, dict[str, str]]:
+    """Return the images, uint8 [N, C, H, W] in a memory map, and what cannot be read: why, by name (its row is 0).
+
+    The cache has the names, sizes and times of the files, and the format, in its name. It is made by one process while
+    others wait, goes on where it was interrupted, and is there only when it is whole.
+
+    Args:
+        root: the folder that names are relative to.
+        names: of the image files.
+        form: what they are made into.
+        folder: of the cache.
+        max_unreadable: images that may be unreadable.
+
+    Raises:
+        ValueError: more images cannot be read, or the cache cannot be written.
+    """
+    content = hashlib.sha256(repr(form).encode())
+    for name in names:
+        try:
+            status = os.stat(root / name)
+            content.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+        except OSError:  # which decoding will say
+            content.update(f"{name}\0".encode())
+    images, list_of_unreadable = (folder / f"{content.hexdigest()[:16]}.{kind}" for kind in ("images", "unreadable"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not images.exists():
+            with _alone(images.with_suffix(".lock")):
+                if not images.exists():
+                    _decode(root, names, form, images.with_suffix(".part"), list_of_unreadable)
+                    _check(names, list_of_unreadable, max_unreadable)
+                    images.with_suffix(".part").replace(images)
+    except OSError as error:
+        needed = len(names) * form.height * form.width * form.channels / 1e9
+        raise ValueError(
+            f"data.cache {folder} cannot be written ({error.strerror}; {len(names):,} images take {needed:.3f} GB): "
+            "make room, or write another folder; what is decoded already is kept"
+        ) from error
+    unreadable = _check(names, list_of_unreadable, max_unreadable)
+    return np.memmap(images, np.uint8, "r", shape=(len(names), form.channels, form.height, form.width)), unreadable
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Hold a lock, which the system frees when its process dies."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"another process decodes these images into {path.parent}: waiting for it", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _decode(root: Path, names: list[str], form: ImageFormat, part: Path, unreadable: Path) -> None:
+    """Write all images to `part`, from where it ends; what was unreadable before is tried again."""
+    blank = bytes(form.height * form.width * form.channels)
+
+    def read(name: str) -> tuple[bytes, str | None]:
+        try:
+            return form.decode(root / name).tobytes(), None
+        except Exception as error:
+            return blank, str(error).replace(str(root / name), name) or type(error).__name__
+
+    part.touch()
+    with part.open("r+b") as images, ThreadPoolExecutor() as threads, _Bar(len(names)) as bar:
+        done = images.seek(0, os.SEEK_END) // len(blank)
+        if (len(names) - done) * len(blank) > shutil.disk_usage(part).free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        problems = json.loads(unreadable.read_text()) if done else {}
+        again = [number for number in range(done) if names[number] in problems]
+        numbers, size = [*again, *range(done, len(names))], max(1, _CHUNK // len(blank))
+        for start in range(0, len(numbers), size):
+            chunk = numbers[start : start + size]
+            read_now = dict(zip(chunk, threads.map(read, (names[number] for number in chunk)), strict=True))
+            # Before the images, so that none counts as done whose problem is not known.
+            problems |= {names[number]: problem for number, (_, problem) in read_now.items() if problem}
+            _write(unreadable, problems)
+            for number, (image, _) in read_now.items():
+                images.seek(number * len(blank))
+                images.write(image)
+            images.flush()
+            os.fsync(images.fileno())
+            for number, (_, problem) in read_now.items():
+                if not problem:
+                    problems.pop(names[number], None)
+            bar.move(chunk[-1] + 1)
+        _write(unreadable, problems)
+
+
+def _write(path: Path, problems: dict[str, str]) -> None:
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(problems, indent=0))
+    new.replace(path)
+
+
+def _check(names: list[str], path: Path, max_unreadable: int) -> dict[str, str]:
+    """Return why which images cannot be read, by name.
+
+    Raises:
+        ValueError: they are too many.
+    """
+    problems = json.loads(path.read_text())
+    if len(problems) > max_unreadable:
+        some = "; ".join(f"{name} ({problem})" for name, problem in list(problems.items())[:_NAMED])
+        rest = f"; and {len(problems) - _NAMED:,} more, listed in {path}" if len(problems) > _NAMED else ""
+        raise ValueError(
+            f"{len(problems):,} of {len(names):,} images cannot be read: {some}{rest}: repair or delete them, or "
+            f"data.max_unreadable {len(problems)} leaves them out"
+        )
+    return problems
+
+
+class _Bar:
+    """A progress bar on a terminal; elsewhere a line now and then."""
+
+    def __init__(self, total: int) -> None:
+        self.bar = Progress(*Progress.get_default_columns(), MofNCompleteColumn(), disable=not sys.stdout.isatty())
+        self.task, self.total, self.said = self.bar.add_task("decoding images", total=total), total, perf_counter()
+
+    def __enter__(self) -> "_Bar":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def move(self, done: int) -> None:
+        """Show how many are done."""
+        self.bar.update(self.task, completed=done)
+        if self.bar.disable and (perf_counter() - self.said > 10 or done == self.total):
+            print(f"{done:,} of {self.total:,} images decoded", flush=True)
+            self.said = perf_counter()
