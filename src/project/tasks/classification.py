@@ -56,11 +56,14 @@ class Classification(Task):
         logits = self(batch.inputs)
         mixed = batch.targets.ndim == 2  # probabilities [N, C], of augmentations that mix examples
         self.measure(logits, batch.targets.argmax(1) if mixed else batch.targets)
-        losses = F.cross_entropy(logits, batch.targets, reduction="none", label_smoothing=self.label_smoothing)
-        if self.weights is None:
-            return losses
-        weights = self.weights.to(losses)
-        return losses, batch.targets.to(losses) @ weights if mixed else weights[batch.targets]
+        smoothing = self.label_smoothing
+        if self.weights is None or not mixed:
+            losses = F.cross_entropy(logits, batch.targets, reduction="none", label_smoothing=smoothing)
+            return losses if self.weights is None else (losses, self.weights[batch.targets].to(losses))
+        # Each part of a mixture has the weight of its own class; so their sum divides, and not that of main classes.
+        each = self.weights.to(logits)
+        weights = (batch.targets.to(each) @ each).clamp_min(torch.finfo(each.dtype).tiny)
+        return F.cross_entropy(logits, batch.targets, each, reduction="none", label_smoothing=smoothing) / weights, weights
 
     def predictions(self, batch: Batch) -> dict[str, Tensor]:
         """The most probable class [N], and the probability of each class [N, C]."""
