@@ -63,7 +63,9 @@ class Classification(Task):
         # Each part of a mixture has the weight of its own class; so their sum divides, and not that of main classes.
         each = self.weights.to(logits)
         weights = (batch.targets.to(each) @ each).clamp_min(torch.finfo(each.dtype).tiny)
-        return F.cross_entropy(logits, batch.targets, each, reduction="none", label_smoothing=smoothing) / weights, weights
+        return F.cross_entropy(
+            logits, batch.targets, each, reduction="none", label_smoothing=smoothing
+        ) / weights, weights
 
     def predictions(self, batch: Batch) -> dict[str, Tensor]:
         """The most probable class [N], and the probability of each class [N, C]."""
