@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.fabric.plugins.precision import Precision
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from project.batching.fetch import Fetch, InMemory, Request, make_fetch
@@ -97,6 +97,9 @@ class DataModule(pl.LightningDataModule, ABC):
     def transform(self, batch: Batch, training: bool) -> Batch:
         """Return the batch as the network takes it. Runs on the device, so small types (uint8) can travel there."""
         return batch
+
+    def check(self, network: nn.Module) -> None:
+        """Raise ValueError where the network does not suit the data; before it is tried on it."""
 
     # What is inherited
 
