@@ -36,15 +36,24 @@ def find_files(key: str, patterns: str | list[str]) -> list[Path]:
     files: list[Path] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         if pattern == STDLIB:
-            root, others = Path(os.__file__).parent, {"site-packages", "dist-packages", "test", "tests"}
-            found = [path for path in root.rglob("*.py") if not others & set(path.relative_to(root).parts)]
+            found = list(_stdlib(Path(os.__file__).parent))
         else:
             found = [Path(name) for name in glob(os.path.expanduser(pattern), recursive=True)]
         found = sorted(path for path in found if path.is_file())
         if not found:
-            raise ValueError(f"{key} {pattern}: no such file; write a path, a pattern such as texts/**/*.txt, or {STDLIB}")
+            raise ValueError(
+                f"{key} {pattern}: no such file; write a path, a pattern such as texts/**/*.txt, or {STDLIB}"
+            )
         files += found
     return files
+
+
+def _stdlib(folder: Path) -> Iterator[Path]:
+    for path in folder.iterdir():
+        if path.is_dir() and path.name not in ("site-packages", "dist-packages", "test", "tests"):
+            yield from _stdlib(path)
+        elif path.suffix == ".py":
+            yield path
 
 
 def read(path: Path, text_column: str, label_column: str | None, delimiter: str | None) -> Iterator[Document]:

@@ -68,7 +68,8 @@ class Language(Task):
         """Return text `number` that the model writes: a function of its weights, the seed and the number."""
         data: Any = self.data
         key = mix(data.seed or 0, _STREAM, number)
-        return data.decode(generate(self.network, data.separator, self.sample_length, data.sequence_length, key))
+        separator = torch.tensor([data.separator], device=self.device)
+        return data.decode(generate(self.network, separator, self.sample_length, data.sequence_length, key))
 
     def check(self, data: DataModule, outputs: Tensor) -> None:
         """Check that the network gives logits for each token."""
@@ -77,23 +78,21 @@ class Language(Task):
 
 
 @torch.no_grad()
-def generate(network: nn.Module, separator: int, length: int, context: int, key: int) -> Tensor:
-    """Return a text that the network writes after a separator, until it ends it [at most length].
+def generate(network: nn.Module, separator: Tensor, length: int, context: int, key: int) -> Tensor:
+    """Return a text that the network writes after a separator, until it writes another [at most length].
 
     Args:
         network: maps tokens [N, T] to logits [N, T, V].
-        separator: the token before and after a document.
+        separator: the token before and after a document [1], on the device of the network.
         length: most tokens.
         context: most tokens that the network is given.
         key: of the random numbers: the same key and weights give the same text.
     """
-    device = next(network.parameters()).device
-    tokens = torch.full((1, 1), separator, device=device)
+    tokens = separator
     for draw in uniform(key, torch.arange(length)).tolist():
-        weights = network(tokens[:, -context:])[0, -1].cpu().double().softmax(0).cumsum(0)
+        weights = network(tokens[None, -context:])[0, -1].cpu().double().softmax(0).cumsum(0)
         token = torch.searchsorted(weights, draw * weights[-1:], right=True)
-        tokens = torch.cat([tokens, token[None].to(device)], 1)
-        if token == separator:
+        tokens = torch.cat([tokens, token.to(tokens)])
+        if tokens[-1] == separator:
             break
-    return tokens[0, 1:]
-
+    return tokens[1:]
