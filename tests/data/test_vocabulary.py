@@ -38,9 +38,9 @@ def test_a_file_of_tokenizers() -> None:
 
 
 def test_what_is_no_vocabulary() -> None:
-    with pytest.raises(ValueError, match="data.vocabulary byte is no file: write bytes, characters, or a tokenizer"):
+    with pytest.raises(ValueError, match=r"data.vocabulary byte is no file: write bytes, characters, or a tokenizer"):
         make_vocabulary("byte")
     pytest.importorskip("tokenizers")
     Path("broken.json").write_text("{")
-    with pytest.raises(ValueError, match="data.vocabulary broken.json is no file of tokenizers"):
+    with pytest.raises(ValueError, match=r"data.vocabulary broken.json is no file of tokenizers"):
         _ = make_vocabulary("broken.json").size

@@ -17,6 +17,8 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 OVERLAYS = sorted((ROOT / "configs" / "overlays").glob("*.yaml"))
 GPU = ("gpu.yaml", "fp16.yaml")
 PROCESSES = ("ddp.yaml",)
+FEW = {"text.yaml": ("--trainer.limit_train_batches", 4, "--trainer.limit_val_batches", 2, "--model.sample_length", 20)}
+"""What makes a run as short as a test has to be."""
 COMMANDS = [
     line
     for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
@@ -27,7 +29,7 @@ COMMANDS = [
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_configuration(path: Path) -> None:
-    result = run_here("fit", "--config", path, "--trainer.max_epochs", 1)
+    result = run_here("fit", "--config", path, "--trainer.max_epochs", 1, *FEW.get(path.name, ()))
     assert result.code == 0, result.err
     assert "epoch 1  average loss " in result.out
 

@@ -73,8 +73,7 @@ class Tokens:
         documents = 0
         for split, document in self.documents():
             label = None if document.label is None else classes.index(document.label)
-            for tokens in self._sequences(document, vocabulary):
-                parts[split].add(tokens, label)
+            parts[split].add(*self._sequences(document, vocabulary), label)
             documents += 1
         splits = {}
         for split, part in parts.items():
@@ -103,12 +102,14 @@ class Tokens:
             labels |= {document.label} if document.label is not None else set()
         return "".join(sorted(characters)), sorted(labels, key=int if all(map(str.isdecimal, labels)) else str)
 
-    def _sequences(self, document: Document, vocabulary: Vocabulary) -> list[np.ndarray]:
-        tokens, separator = vocabulary.encode(document.text), np.array([vocabulary.size])
+    def _sequences(self, document: Document, vocabulary: Vocabulary) -> tuple[np.ndarray, list[int]]:
+        """Return the tokens of a document with the separator, and the lengths of the sequences that they make."""
+        tokens, separator, most = vocabulary.encode(document.text), np.array([vocabulary.size]), self.sequence_length
         if document.label is not None:
-            return [np.concatenate([separator, tokens])[: self.sequence_length]]
-        tokens = np.concatenate([tokens, separator])
-        return np.split(tokens, range(self.sequence_length, len(tokens), self.sequence_length))
+            tokens = np.concatenate([separator, tokens])[:most]
+            return tokens, [len(tokens)]
+        whole, rest = divmod(len(tokens) + 1, most)
+        return np.concatenate([tokens, separator]), [most] * whole + [rest] * (rest > 0)
 
 
 class _Split:
@@ -125,10 +126,10 @@ class _Split:
         self.lengths: list[int] = []
         self.labels: list[int] = []
 
-    def add(self, tokens: np.ndarray, label: int | None) -> None:
-        """Write a sequence."""
+    def add(self, tokens: np.ndarray, lengths: list[int], label: int | None) -> None:
+        """Write the sequences of a document, one after the other."""
         self.file.write(tokens.astype(self.dtype).tobytes())
-        self.lengths.append(len(tokens))
+        self.lengths += lengths
         self.labels += [] if label is None else [label]
 
     def finish(self, packing: str | None, capacity: int) -> int:
@@ -148,7 +149,7 @@ class _Split:
 
     def _pack(self, lengths: np.ndarray, blocks: list[list[int]], capacity: int) -> int:
         path, firsts = self.path.with_suffix(".tokens"), lengths.cumsum() - lengths
-        tokens = np.memmap(path, self.dtype, "r")
+        tokens = np.asarray(np.memmap(path, self.dtype, "r"))  # of which a slice costs less
         with path.with_suffix(".packed").open("wb") as file:
             for block in blocks:
                 for number in block:
