@@ -76,7 +76,7 @@ def test_labels() -> None:
     Path("a.csv").write_text("text,stars\ngood,5\nbad,1\nfine,10\n,1\n" + f"{'long' * 9},5\n")
     data = Text("a.csv", label_column="stars", sequence_length=8, val_files="a.csv", test_fraction=0)
     found = batch(data)
-    assert data.classes == ["1", "5", "10"]  # whole numbers in their own order
+    assert data.class_names == ["1", "5", "10"]  # whole numbers in their own order
     assert found.targets.tolist() == [1, 0, 2, 0, 1]
     assert runs(found.inputs) == [[256, *b"good"], [256, *b"bad"], [256, *b"fine"], [256], [256, *b"longlon"]]
     assert data.labels() is not None
@@ -124,14 +124,14 @@ def test_two_processes_that_start_at_once() -> None:
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0] * 4
-    assert len(list(Path("cache").iterdir())) == 1  # and nothing half made
+    assert len(list(Path(".cache").iterdir())) == 1  # and nothing half made
 
 
 def test_a_write_that_fails_leaves_nothing() -> None:
     Path("texts/bad.txt").write_bytes(b"\xff")
     with pytest.raises(ValueError, match=r"bad.txt is not UTF-8 \(byte 0\)"):
         make().prepare_data()
-    assert list(Path("cache").iterdir()) == []
+    assert list(Path(".cache").iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ class Text(DataModule):
     sequence and block begins. Each token of the data is a target exactly once. For classification the inputs are the
     separator and then the tokens, the targets the numbers of the labels [N]. Past the end stands -1.
 
-    The tokens are memory maps in `cache_dir`, in a folder named by a hash of the files (path, size, time of change) and
+    The tokens are memory maps in `cache`, in a folder named by a hash of the files (path, size, time of change) and
     the settings; a change of either makes a new one.
 
     Args:
@@ -49,7 +49,7 @@ class Text(DataModule):
         val_fraction: share of the documents for validation, chosen by a hash of each text.
         test_fraction: share of the documents for the test.
         split_seed: which documents are in which split.
-        cache_dir: where the tokens are kept.
+        cache: where the tokens are kept.
         **kwargs: those of `DataModule`.
     """
 
@@ -68,7 +68,7 @@ class Text(DataModule):
         val_fraction: float = 0.05,
         test_fraction: float = 0.05,
         split_seed: int = 0,
-        cache_dir: str = "cache",
+        cache: str = ".cache",
         **kwargs,
     ) -> None:
         super().__init__(**kwargs)
@@ -95,7 +95,7 @@ class Text(DataModule):
         self.patterns = {"train": files, "val": val_files, "test": test_files}
         self.fractions = {"val": val_fraction, "test": test_fraction}
         self.vocabulary_name, self.sequence_length, self.packing = vocabulary, sequence_length, packing
-        self.document_mask, self.labelled, self.cache_dir = document_mask, label_column is not None, cache_dir
+        self.document_mask, self.labelled, self.cache = document_mask, label_column is not None, cache
 
     # What the network is given
 
@@ -134,9 +134,9 @@ class Text(DataModule):
         return self.vocabulary.size
 
     @property
-    def classes(self) -> list[str]:
+    def class_names(self) -> list[str] | None:
         """The labels, in the order of their numbers."""
-        return self.meta["classes"]
+        return self.meta["classes"] or None
 
     def check(self, network: nn.Module) -> None:
         """Check that the network knows all tokens."""
@@ -164,7 +164,7 @@ class Text(DataModule):
             if patterns is not None
         }
         fractions = {split: 0.0 if split in files else share for split, share in self.fractions.items()}
-        return Tokens(files, fractions, **self.arguments).folder(Path(self.cache_dir))
+        return Tokens(files, fractions, **self.arguments).folder(Path(self.cache))
 
     @cached_property
     def meta(self) -> dict[str, Any]:
