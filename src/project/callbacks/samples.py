@@ -25,8 +25,8 @@ class Samples(Callback):
         loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
         with trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
             texts = [pl_module.write(number) for number in range(self.count if loggers else 1)]
-        print(
-            f"step {trainer.global_step}, the model writes:", *("  " + line for line in texts[0].splitlines()), sep="\n"
-        )
+        # A terminal would take some of what an untrained model writes for commands.
+        plain = "".join(letter if letter.isprintable() or letter == "\n" else " " for letter in texts[0])
+        print(f"step {trainer.global_step}, the model writes:", *("  " + line for line in plain.split("\n")), sep="\n")
         for logger in loggers:
             logger.log_text("val/samples", ["text"], [[text] for text in texts], step=trainer.global_step)
