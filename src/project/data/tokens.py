@@ -85,7 +85,7 @@ class Tokens:
                 )
             if blocks:
                 tokens = sum(part.lengths)
-                splits[split] = {"tokens": tokens, "sequences": len(part.lengths), "blocks": blocks}
+                splits[split] = {"tokens": tokens, "sequences": len(part.lengths)}
                 filled = f", packed into {blocks:,} blocks filled to {tokens / (blocks * self.sequence_length):.2%}"
                 text = f"{split} text: {tokens:,} tokens in {len(part.lengths):,} sequences"
                 print(text + filled * (self.packing is not None), flush=True)

@@ -3,26 +3,9 @@
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-
-
-class Vocabulary(Protocol):
-    """Tokens are 0 to size - 1."""
-
-    @property
-    def size(self) -> int:
-        """Number of tokens."""
-        ...
-
-    def encode(self, text: str) -> np.ndarray:
-        """Return the tokens of a text."""
-        ...
-
-    def decode(self, tokens: list[int]) -> str:
-        """Return the text of tokens; what is no text is shown as U+FFFD."""
-        ...
 
 
 class Bytes:
@@ -113,6 +96,10 @@ class Tokenizer:
     def decode(self, tokens: list[int]) -> str:
         """Return the text of tokens."""
         return self._tokenizer.decode(tokens, skip_special_tokens=False)
+
+
+Vocabulary = Bytes | Characters | Tokenizer
+"""Tokens are 0 to size - 1."""
 
 
 def make_vocabulary(name: str, characters: str = "") -> Vocabulary:
