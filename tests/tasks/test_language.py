@@ -74,16 +74,17 @@ def test_it_learns_and_writes_and_predicts() -> None:
         "--model", "project.tasks.language.Language", "--model.network", TINY % "", "--model.optimizer",
         "torch.optim.AdamW", "--model.optimizer.lr", 0.02, "--model.sample_length", 30, "--trainer.accelerator", "cpu",
     )  # fmt: skip
-    fitted = run_here("fit", *run, "--trainer.max_epochs", 30, "--trainer.logger", logger)
+    few = ("--trainer.max_epochs", 24, "--trainer.check_val_every_n_epoch", 8)
+    fitted = run_here("fit", *run, *few, "--trainer.logger", logger)
     assert fitted.code == 0, fitted.err
     lines = fitted.out.splitlines()
     losses = [float(line.split("average loss ")[1].split()[0]) for line in lines if line.startswith("epoch")]
     assert losses[0] > 4
     assert losses[-1] < 1.2
-    assert any(line.startswith("epoch 30 ") and "val/perplexity" in line and "val/accuracy" in line for line in lines)
+    assert any(line.startswith("epoch 24 ") and "val/perplexity" in line and "val/accuracy" in line for line in lines)
     written = [lines[number + 1] for number, line in enumerate(lines) if line.endswith("the model writes:")]
-    assert len(written) == 30
-    assert any(word in "".join(written[-5:]) for word in (" cat ", " the ", " sat ", " mat"))
+    assert len(written) == 3
+    assert any(word in written[-1] for word in (" cat ", " the ", " sat ", " mat"))
     (path,) = fitted.folder.glob("wandb/offline-run-*/run-*.wandb")
     keys = {item.nested_key[0] if item.nested_key else item.key for record in wandb_records(path)
             for item in record.history.item}  # fmt: skip
