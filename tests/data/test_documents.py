@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from project.data.documents import Document, find_files, read, split_of
+from project.data.documents import Document, find_files, key_of, read, split_keys
 
 
 def documents(
@@ -63,13 +63,29 @@ def test_the_standard_library_is_on_every_machine() -> None:
     assert next(read(path, "text", None, None)).text == path.read_text()
 
 
+def splits(texts: list[str], seed: int, fractions: dict[str, float]) -> list[str]:
+    keys = [key_of(text, seed) for text in texts]
+    borders = split_keys(set(keys), fractions)
+    return [next((split for split, border in borders.items() if key < border), "train") for key in keys]
+
+
 def test_splits_are_those_of_the_texts_alone() -> None:
-    texts, fractions = [f"text {number}" for number in range(4000)], {"val": 0.1, "test": 0.2}
-    splits = [split_of(text, 0, fractions) for text in texts]
-    assert splits[:50] == [split_of(text, 0, fractions) for text in texts[:50]]
-    for split, share in (("val", 0.1), ("test", 0.2), ("train", 0.7)):
-        assert splits.count(split) / 4000 == pytest.approx(share, abs=0.03)
-    assert splits != [split_of(text, 1, fractions) for text in texts]
-    # More validation leaves those that are in it there.
-    more = [split_of(text, 0, {"val": 0.3, "test": 0.0}) for text in texts]
-    assert all(other == "val" for split, other in zip(splits, more, strict=True) if split == "val")
+    texts, fractions = [f"text {number}" for number in range(1000)], {"val": 0.1, "test": 0.2}
+    found = splits(texts, 0, fractions)
+    assert [found.count(split) for split in ("train", "val", "test")] == [700, 100, 200]
+    assert splits(texts[::-1], 0, fractions) == found[::-1]
+    assert splits(texts * 2, 0, fractions) == found * 2  # copies stay together
+    other = splits(texts, 1, fractions)
+    assert sum(a == b == "val" for a, b in zip(found, other, strict=True)) < 30
+    # Few documents move when others come.
+    more = splits([*texts, *(f"new {number}" for number in range(100))], 0, fractions)[:1000]
+    assert sum(a != b for a, b in zip(found, more, strict=True)) < 50
+
+
+def test_no_split_is_empty() -> None:
+    assert sorted(splits(["a", "b", "c"], 0, {"val": 0.01, "test": 0.01})) == ["test", "train", "val"]
+    assert splits(["a", "b"], 0, {"val": 0.0, "test": 0.01}).count("test") == 1
+    with pytest.raises(
+        ValueError, match=r"2 different documents, too few for train, val and test: write data.val_files"
+    ):
+        splits(["a", "b", "a"], 0, {"val": 0.01, "test": 0.01})

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from glob import glob
 from hashlib import blake2b
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -103,17 +104,27 @@ def _rows(path: Path) -> Iterator[tuple[str, dict]]:
             yield f"{path}, line {number},", row if isinstance(row, dict) else {}
 
 
-def split_of(text: str, seed: int, fractions: dict[str, float]) -> str:
-    """Return the split of a document: by its text alone, so that copies stay together, and new documents move no other.
+def key_of(text: str, seed: int) -> int:
+    """Return a number that is random, but always the same for the same text."""
+    return mix(seed, int.from_bytes(blake2b(text.encode(), digest_size=8).digest()))
+
+
+def split_keys(keys: set[int], fractions: dict[str, float]) -> dict[str, int]:
+    """Return the border below which the keys of each split lie, in rising order; the keys above are for training.
+
+    So copies stay together, and a new document moves few others. No split is empty.
 
     Args:
-        text: of the document.
-        seed: another one makes other splits.
-        fractions: of the documents in each split but "train", which has the rest.
+        keys: of all documents.
+        fractions: of the documents in each split.
+
+    Raises:
+        ValueError: there are too few documents.
     """
-    place = mix(seed, int.from_bytes(blake2b(text.encode(), digest_size=8).digest())) / 2**63
-    for split, fraction in fractions.items():
-        if place < fraction:
-            return split
-        place -= fraction
-    return "train"
+    counts = {split: max(1, round(fraction * len(keys))) for split, fraction in fractions.items() if fraction > 0}
+    if sum(counts.values()) >= len(keys):
+        raise ValueError(
+            f"data.files have {len(keys)} different documents, too few for train, {' and '.join(counts)}: write "
+            "data.val_files and data.test_files, a fraction of 0, or a data.delimiter that makes several of a file"
+        )
+    return dict(zip(counts, [sorted(keys)[count] for count in accumulate(counts.values())], strict=True))

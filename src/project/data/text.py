@@ -46,7 +46,7 @@ class Text(DataModule):
         delimiter: stands between two documents of a plain text; null: each file is one.
         val_files: files for validation; null: a share of the documents.
         test_files: files for the test; null: a share of the documents.
-        val_fraction: share of the documents for validation, chosen by a hash of each text.
+        val_fraction: share of the documents for validation (at least one), drawn by a hash of their texts.
         test_fraction: share of the documents for the test.
         split_seed: which documents are in which split.
         cache: where the tokens are kept.

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,7 +13,7 @@ import numpy as np
 
 from project.batching.packing import best_fit
 from project.batching.ragged import PADDING
-from project.data.documents import Document, read, split_of
+from project.data.documents import Document, key_of, read, split_keys
 from project.data.vocabulary import Vocabulary, make_vocabulary
 
 FORMAT = 1
@@ -59,30 +60,38 @@ class Tokens:
 
     def documents(self) -> Iterator[tuple[str, Document]]:
         """Yield each document with its split."""
+        for split, document in self._read():
+            key = key_of(document.text, self.split_seed) if split == "train" and self._borders else None
+            found = (name for name, border in self._borders.items() if key is not None and key < border)
+            yield next(found, split), document
+
+    def _read(self) -> Iterator[tuple[str, Document]]:
         for split, names in self.files.items():
             for name in names:
                 for document in read(Path(name), self.text_column, self.label_column, self.delimiter):
-                    drawn = split_of(document.text, self.split_seed, self.fractions) if split == "train" else split
-                    yield drawn, document
+                    yield split, document
+
+    @cached_property
+    def _borders(self) -> dict[str, int]:
+        if not any(self.fractions.values()):
+            return {}
+        texts = (document.text for split, document in self._read() if split == "train")
+        return split_keys({key_of(text, self.split_seed) for text in texts}, self.fractions)
 
     def _write(self, folder: Path) -> None:
         characters, classes = self._scan()
         vocabulary = make_vocabulary(self.vocabulary, characters)
         dtype = "int16" if vocabulary.size < 2**15 else "int32"
         parts = {split: _Split(folder / split, dtype) for split in ("train", "val", "test")}
-        documents = 0
         for split, document in self.documents():
             label = None if document.label is None else classes.index(document.label)
             parts[split].add(*self._sequences(document, vocabulary), label)
-            documents += 1
         splits = {}
         for split, part in parts.items():
             blocks = part.finish(self.packing, self.sequence_length)
-            if not blocks and (split in self.files or self.fractions[split] > 0):
-                raise ValueError(
-                    f"the {split} split has none of the {documents} documents: write data.{split}_files, another "
-                    "data.split_seed, or a data.delimiter (such as an empty line) that makes several of a file"
-                )
+            if not blocks and split in self.files:
+                key = "data.files" if split == "train" else f"data.{split}_files"
+                raise ValueError(f"{key} have no text: write files that have some")
             if blocks:
                 tokens = sum(part.lengths)
                 splits[split] = {"tokens": tokens, "sequences": len(part.lengths)}
