@@ -8,16 +8,19 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from project.batching import order as module
-from project.batching.order import Balanced, Order, Repeated, Sequential, Shuffled, Stratified, Weighted
+from project.batching.order import Balanced, Bucketed, Order, Repeated, Sequential, Shuffled, Stratified, Weighted
 
 LONG_TAIL = torch.arange(10).repeat_interleave((2000 * 0.5 ** torch.arange(1.0, 11)).round().long())
-ORDERS = [Sequential(), Shuffled(), Stratified(), Balanced(), Weighted([1.0, 2.0, 3.0, 0.5]), Repeated(4)]
+ORDERS = [
+    *[Sequential(), Shuffled(), Stratified(), Balanced(), Bucketed(48)],
+    *[Weighted([1.0, 2.0, 3.0, 0.5]), Repeated(4)],
+]
 RANDOM = ORDERS[1:]
 
 
 def prepared(order: Order, examples: int = 101, batch_size: int = 12, seed: int = 0) -> Order:
     labels = torch.arange(examples) % 7 % 4
-    return order.prepare(examples, batch_size, seed, labels)
+    return order.prepare(examples, batch_size, seed, labels, torch.arange(examples) * 37 % 50)
 
 
 def epoch_of(order: Order, epoch: int = 0) -> Tensor:
@@ -84,7 +87,7 @@ def test_positions_outside_the_epoch_are_refused(order):
             order.indices(0, start, stop)
 
 
-@pytest.mark.parametrize("order", [Sequential(), Shuffled(), Stratified()], ids=name)
+@pytest.mark.parametrize("order", [Sequential(), Shuffled(), Stratified(), Bucketed(40)], ids=name)
 @given(examples=st.integers(1, 400), batch_size=st.integers(1, 500), seed=st.integers())
 @settings(max_examples=25, deadline=None)
 def test_every_example_once(order, examples, batch_size, seed):
@@ -277,3 +280,28 @@ def test_repeated_names_the_nearest_batch_sizes():
         Repeated(4).prepare(100, 3, 0)
     with pytest.raises(ValueError, match="take 1 or more, not 0"):
         Repeated(0)
+
+
+def test_bucketed_batches_have_sequences_of_like_length():
+    lengths = torch.randint(1, 500, (1000,), generator=torch.Generator().manual_seed(0))
+    orders = [order.prepare(1000, 16, 0, None, lengths) for order in (Shuffled(), Bucketed(256))]
+    drawn = [lengths[epoch_of(order)] for order in orders]
+    spreads = [
+        float((batches.amax(1) - batches.amin(1)).double().mean()) for batches in (x[:992].view(-1, 16) for x in drawn)
+    ]
+    assert spreads[1] < 0.15 * spreads[0]
+    # Long and short ones come in turn, and the short last batch is of all lengths.
+    means = drawn[1][:992].view(-1, 16).double().mean(1)
+    assert abs(float(torch.corrcoef(torch.stack([means[:-1], means[1:]]))[0, 1])) < 0.3
+    assert float(drawn[1][992:].max() - drawn[1][992:].min()) > 200
+    for window in drawn[1][:768].split(256):
+        batches = window.view(-1, 16)
+        batches = batches[batches[:, 0].argsort()]
+        assert bool((batches[1:, 0] >= batches[:-1, -1]).all())  # neighbours by length
+
+
+def test_bucketed_asks_for_lengths():
+    with pytest.raises(ValueError, match="Bucketed looks at the lengths of sequences"):
+        Bucketed().prepare(5, 2, 0)
+    with pytest.raises(ValueError, match="window is 0"):
+        Bucketed(0)

@@ -121,13 +121,17 @@ class InMemory:
         return _ahead_if_slow(reads, row_bytes, gathers) if self.mapped else reads
 
     def _gather(self, requests: Iterable[Request], gathers: list["_Gather"]) -> Iterator[Read]:
-        for request in requests:
-            index = request.index
-            if len(index) and (int(index.min()) < 0 or int(index.max()) >= len(self)):
-                raise IndexError(f"examples {int(index.min())} to {int(index.max())} were asked for, of {len(self)}")
-            for fields in zip(*(gather(request) for gather in gathers), strict=True):
-                yield fields, None
-        self._spare.append(gathers)
+        try:
+            for request in requests:
+                index = request.index
+                if len(index) and (int(index.min()) < 0 or int(index.max()) >= len(self)):
+                    raise IndexError(
+                        f"examples {int(index.min())} to {int(index.max())} were asked for, of {len(self)}"
+                    )
+                for fields in zip(*(gather(request) for gather in gathers), strict=True):
+                    yield fields, None
+        finally:  # nobody asks for more than there is, so this generator is not exhausted but closed
+            self._spare.append(gathers)
 
 
 _BLOCK = 2**19  # bytes gathered at a time: about what stays in the cache of a core until it is used

@@ -23,8 +23,16 @@ class Order:
     batch_size: int
     seed: int
     labels: Tensor | None
+    lengths: Tensor | None
 
-    def prepare(self, examples: int, batch_size: int, seed: int, labels: Tensor | None = None) -> Self:
+    def prepare(
+        self,
+        examples: int,
+        batch_size: int,
+        seed: int,
+        labels: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Self:
         """Say what is to be ordered, once, before the first `indices`.
 
         Args:
@@ -32,6 +40,7 @@ class Order:
             batch_size: examples per optimizer step, over all devices together.
             seed: any integer.
             labels: class of each example, integers [examples], for the orders that look at classes.
+            lengths: tokens of each example, int64 [examples], for the order that looks at them.
 
         Raises:
             ValueError: for a number below one, labels that are not one integer per example, or what the order needs
@@ -41,7 +50,8 @@ class Order:
             raise ValueError(f"an order needs at least 1 example and batch_size 1, not {examples} and {batch_size}")
         if labels is not None and (labels.shape != (examples,) or labels.is_floating_point()):
             raise ValueError(f"give labels as integers [{examples}], not {labels.dtype} {list(labels.shape)}")
-        self.examples, self.batch_size, self.seed, self.labels = examples, batch_size, seed, labels
+        self.examples, self.batch_size, self.seed = examples, batch_size, seed
+        self.labels, self.lengths = labels, lengths
         self._setup()
         return self
 
@@ -184,6 +194,40 @@ class Balanced(_Blocks):
         member = permute(mix(key, 1, label, draw // count), count, draw % count)
         order = self._members[self._first[label] + member]
         return order[_shuffle_within(mix(key, 2), positions, positions // self.batch_size)]
+
+
+class Bucketed(_Blocks):
+    """Every example once per epoch, in batches of like length: for sequences, whose padding falls, at a price.
+
+    The shuffled order is cut into windows; those of a window are sorted by length and cut into batches, which come in
+    random order. So an epoch is as it should be, but a batch is not a random sample: it has long sequences or short
+    ones, and where they differ in what they teach, its gradient is biased towards them, and consecutive steps differ by
+    more than random ones. A batch that is only sorted within itself, as all are, has no such bias.
+
+    Args:
+        window: examples that are sorted together; in whole batches.
+    """
+
+    def __init__(self, window: int = 4096) -> None:
+        if window < 1:
+            raise ValueError(f"window is {window}: take a number of examples, of many batches")
+        self.window = window
+
+    def _setup(self) -> None:
+        super()._setup()
+        if self.lengths is None:
+            raise ValueError("Bucketed looks at the lengths of sequences, which these data have not: take Shuffled")
+
+    def _block_size(self) -> int:
+        return max(self.window // self.batch_size, 1) * self.batch_size
+
+    def _compute(self, key: int, positions: Tensor) -> Tensor:
+        assert self.lengths is not None
+        order = permute(mix(key, 0), self.examples, positions)
+        whole = len(order) // self.batch_size * self.batch_size  # the short last batch of the epoch stays as it is
+        by_length = order[:whole][self.lengths[order[:whole]].argsort(stable=True)].view(-1, self.batch_size)
+        batches = mix(key, 1, positions[: len(by_length)]).argsort()
+        return torch.cat([by_length[batches].flatten(), order[whole:]])
 
 
 class Weighted(Order):
