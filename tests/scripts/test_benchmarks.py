@@ -16,7 +16,7 @@ ALTERNATIVES = {
     "bench_first_result.py": {"plain PyTorch script", "ours, CSV log", "ours, W&B offline (the default)"},
     "bench_scale.py": set(),
     "bench_long.py": set(),
-    "bench_sequences.py": {"random", "sorted within the batch", "batches and micro-batches in tokens", "bucketed"},
+    "bench_sequences.py": {"random", "sorted within the batch", "batches and micro-batches in tokens", "packed"},
 }
 """What is in each table of a benchmark, among others."""
 

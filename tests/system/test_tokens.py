@@ -59,7 +59,6 @@ def test_every_execution_gives_the_same_weights_and_figures(home: Path, monkeypa
         (*TWO, "--trainer.accumulate_grad_batches", 3),
     ):
         result = fit(home, *execution)
-        assert "accumulate_grad_batches  1\n" not in result.out
         assert furthest(whole, result) < 1e-12
         for column in ("train/loss", "train/loss_epoch", "gradient_norm", "val/loss", "val/perplexity"):
             ours, theirs = result.rows(column), whole.rows(column)
