@@ -1,8 +1,9 @@
-"""How much of the work on sequences is padding, and how fast the tokens that count go by, in four ways to batch them.
+"""How much of the work on sequences is padding, and how fast the tokens that count go by, in several kinds of batch.
 
 Log-normal lengths (median 60, at most 512), 256 examples per optimizer step, or as many tokens as they are on average;
 one small causal transformer with AdamW, trained by a plain loop over the training loader, so that nothing but the
-batches differs. All but "bucketed" have batches that are random samples.
+batches differs. All but "bucketed" have batches that are random samples; "packed" has whole sequences in blocks of 512
+tokens, as many blocks per optimizer step as take the same tokens.
 
     python scripts/bench_sequences.py
 """
@@ -16,8 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from project.batching.fetch import Fetch, InMemory
 from project.batching.loader import TrainLoader
 from project.batching.order import Bucketed, Order, Shuffled
+from project.batching.packing import best_fit
 from project.batching.plan import BatchPlan
 from project.batching.ragged import Ragged
 from project.batching.tokens import SequencePlan
@@ -39,7 +42,7 @@ class Transformer(nn.Module):
         return self.last(self.layer(self.embedding(tokens + 1), mask, is_causal=True))
 
 
-def epochs(plan: BatchPlan, order: Order, fetch: Ragged) -> tuple[Callable[[], float], Callable[[], float]]:
+def epochs(plan: BatchPlan, order: Order, fetch: Fetch) -> tuple[Callable[[], float], Callable[[], float]]:
     """Return a run over an epoch that gives useful tokens per second, and one that gives the share of padding."""
     torch.manual_seed(0)
     network, epoch, padding = Transformer(), count(), []
@@ -64,6 +67,16 @@ def epochs(plan: BatchPlan, order: Order, fetch: Ragged) -> tuple[Callable[[], f
         return useful / (time.perf_counter() - start)
 
     return run, lambda: padding[-1]
+
+
+def packed(fetch: Ragged) -> InMemory:
+    """Return the sequences in blocks of `LONGEST` tokens."""
+    blocks = best_fit(fetch.lengths.tolist(), LONGEST)
+    tokens = torch.full((len(blocks), LONGEST), -1, dtype=torch.int32)
+    for row, block in zip(tokens, blocks, strict=True):
+        parts = torch.cat([torch.as_tensor(fetch.values[fetch.offsets[i] : fetch.offsets[i + 1]]) for i in block])
+        row[: len(parts)] = parts
+    return InMemory([tokens])
 
 
 def main() -> None:
@@ -96,6 +109,10 @@ def main() -> None:
         "bucketed": (plan(bucketed), bucketed),
     }
     runs = {name: epochs(*ways, fetch) for name, ways in plans.items()}
+    blocks = packed(fetch)
+    size = max(1, round(BATCH * len(blocks) / examples))
+    block_plan = BatchPlan(len(blocks), size, micro_batch_size=MICRO_BATCH_TOKENS // LONGEST)
+    runs["packed"] = epochs(block_plan, Shuffled().prepare(len(blocks), size, 0), blocks)
     speed = bench.interleave({name: run for name, (run, _) in runs.items()}, given.pairs)
     padding = {name: [share()] * len(speed[name]) for name, (_, share) in runs.items()}
     figures = {

@@ -88,6 +88,11 @@ class WandbLogger(loggers.WandbLogger):
         self._safely(super().log_image, key, images, step, **kwargs)
 
     @rank_zero_only
+    def log_table(self, key: str, *args: Any, **kwargs: Any) -> None:
+        """Log a table, which texts are too."""
+        self._safely(super().log_table, key, *args, **kwargs)
+
+    @rank_zero_only
     def finalize(self, status: str) -> None:
         """Finish the W&B run, so that its file is whole when training ends."""
         self._safely(super().finalize, status)

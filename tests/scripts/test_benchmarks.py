@@ -17,7 +17,7 @@ ALTERNATIVES = {
     "bench_cifar.py": {"plain loop, in the style of airbench", "ours"},
     "bench_scale.py": set(),
     "bench_long.py": set(),
-    "bench_sequences.py": {"random", "sorted within the batch", "batches and micro-batches in tokens", "bucketed"},
+    "bench_sequences.py": {"random", "sorted within the batch", "batches and micro-batches in tokens", "packed"},
 }
 """What is in each table of a benchmark, among others."""
 

@@ -22,6 +22,11 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 OVERLAYS = sorted((ROOT / "configs" / "overlays").glob("*.yaml"))
 GPU = ("gpu.yaml", "fp16.yaml")
 PROCESSES = ("ddp.yaml",)
+FEW = {
+    "cifar10.yaml": ("--data.val_examples", 10),
+    "text.yaml": ("--trainer.limit_train_batches", 4, "--trainer.limit_val_batches", 2, "--model.sample_length", 20),
+}
+"""What makes a run as short as a test has to be."""
 COMMANDS = [
     line
     for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
@@ -45,8 +50,7 @@ def test_configuration(path: Path) -> None:
         assert run_here("fit", *DIGITS, "--name", "pretrain", "--trainer.max_epochs", 1).code == 0
     if path.name in SCRIPTS:
         run_script(SCRIPTS[path.name])
-    few = ("--data.val_examples", 10) if path.name == "cifar10.yaml" else ()
-    result = run_here("fit", "--config", path, "--trainer.max_epochs", 1, *few)
+    result = run_here("fit", "--config", path, "--trainer.max_epochs", 1, *FEW.get(path.name, ()))
     assert result.code == 0, result.err
     assert "epoch 1  average loss " in result.out
 

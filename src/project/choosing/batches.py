@@ -16,6 +16,7 @@ from rich.table import Table
 
 from project.batching.loader import Batch, TrainLoader
 from project.choosing.look import Look, Values, classes, hashes, is_table, tensors
+from project.choosing.sequences import Sequences, texts
 from project.choosing.sheet import draw
 from project.data.module import DataModule
 from project.tasks.task import Task
@@ -36,7 +37,9 @@ class Batches:
     """
 
     def __init__(self, trainer: pl.Trainer, data: DataModule, loader: TrainLoader, seconds: float) -> None:
-        self.values = Values()  # after `transform`
+        self.text = hasattr(data, "decode")
+        self.values = Values(self.text)  # after `transform`
+        self.sequences = Sequences()
         self.classes: list[list[int]] = []  # of each batch
         self.repeats: list[int] = []  # of each batch: examples whose inputs came before in it
         self.not_finite: list[int] = []
@@ -47,10 +50,14 @@ class Batches:
             for part in share.micro_batches:
                 keys += hashes(part.inputs)
                 numbers += classes(part.targets)
+                if self.text:
+                    self.sequences.add(tensors(part.inputs)[0])
                 with trainer.precision_plugin.forward_context():
                     batch = data.to_device(part, trainer.strategy.root_device, training=True)
                 self.not_finite += part.index[self.values.add(batch.inputs)[0]].tolist()
-                if not self.sample or (is_table(batch.inputs) and sum(map(len, self.sample)) < SAMPLE):
+                if not self.sample or (
+                    is_table(batch.inputs) and not self.text and sum(map(len, self.sample)) < SAMPLE
+                ):
                     self.sample.append(batch.to(torch.device("cpu")))
             self.repeats.append(len(keys) - len(set(keys)))
             self.classes.append(numbers)
@@ -202,6 +209,7 @@ def inspect(trainer: pl.Trainer, model: Task, data: DataModule, seconds: float) 
         f"steps_per_epoch {plan.steps_per_epoch}",
         "inputs": f"{_kind(stored.inputs)}: {train.values}",
         "to the network": f"{_kind(sample[0].inputs)}: {batches.values}",
+        **(batches.sequences.figures() if batches.text else {}),
         "bytes per example": f"{sizes[0]:,.0f} as read, {sizes[1]:,.0f} as the network takes it",
         "classes": str(mix or "targets are not classes"),
         "loader": speed,
@@ -212,12 +220,14 @@ def inspect(trainer: pl.Trainer, model: Task, data: DataModule, seconds: float) 
     console.print(table)
     if train.table:
         console.print(_columns(train.values))
+    if batches.text:
+        console.print(texts(data, sample[0]))
     for line in problems or ["nothing wrong"]:
         print(f"found: {line}")
 
     path = Path(trainer.default_root_dir) / "inspect.png"
     inputs = [tensors(batch.inputs)[0] for batch in sample]
-    draw(path, torch.cat(inputs), sample[0].targets, mix)
+    draw(path, torch.cat(inputs), sample[0].targets, mix, batches.sequences.lengths)
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.log_image("inspect/batch", [str(path)])
@@ -232,7 +242,7 @@ def _look(data: DataModule, split: str, seconds: float, problems: list[str]) -> 
     except Exception as error:  # the test split need not be there before training
         problems.append(f"the {split} split cannot be loaded ({type(error).__name__}: {error})")
         return None
-    return Look(split, len(fetch)).read(fetch, seconds) if fetch else None
+    return Look(split, len(fetch), hasattr(data, "decode")).read(fetch, seconds) if fetch else None
 
 
 def _columns(values: Values) -> Table:

@@ -40,7 +40,8 @@ def is_table(inputs: Any) -> bool:
 def hashes(inputs: Any) -> list[int]:
     """Return a hash of the exact content of each example: 64 bits, so that chance makes no two of them equal."""
     leaves = [leaf.reshape(len(leaf), -1).contiguous().view(torch.uint8) for leaf in tensors(inputs)]
-    return [hash(row.tobytes()) for row in torch.cat(leaves, 1).cpu().numpy()]
+    # Of tokens, padding (all bits set) is left out: a sequence is the same, whatever stood beside it.
+    return [hash(row.tobytes().rstrip(b"\xff")) for row in torch.cat(leaves, 1).cpu().numpy()]
 
 
 def classes(targets: Any) -> list[int]:
@@ -50,9 +51,14 @@ def classes(targets: Any) -> list[int]:
 
 
 class Values:
-    """What the finite values are: in each column of a table, [F], and else over all of them, []."""
+    """What the finite values are: in each column of a table, [F], and else over all of them, [].
 
-    def __init__(self) -> None:
+    Args:
+        text: the values are tokens, and no table.
+    """
+
+    def __init__(self, text: bool = False) -> None:
+        self.text = text
         self.low, self.high = torch.tensor(torch.inf), torch.tensor(-torch.inf)
         self.sum = self.squares = self.count = torch.tensor(0.0, dtype=torch.float64)
 
@@ -60,10 +66,11 @@ class Values:
         """Take a batch; return which examples hold a value that is not finite, and which one value throughout, [N]."""
         rows = torch.cat([leaf.detach().reshape(len(leaf), -1) for leaf in tensors(inputs)], 1).cpu()
         # A column may hold large numbers that differ by little; images have many numbers.
-        rows = rows.double() if is_table(inputs) else rows.float()
+        table = is_table(inputs) and not self.text
+        rows = rows.double() if table else rows.float()
         lowest, highest = rows.amin(1), rows.amax(1)
         not_finite = ~(lowest.isfinite() & highest.isfinite())
-        axis, count = (0, len(rows)) if is_table(inputs) else ((0, 1), rows.numel())
+        axis, count = (0, len(rows)) if table else ((0, 1), rows.numel())
         lows = highs = known = rows
         if not_finite.any():
             finite = rows.isfinite()
@@ -88,18 +95,22 @@ class Look:
     Args:
         split: its name.
         total: examples that it has.
+        text: its inputs are tokens.
         table: its inputs are rows of columns.
     """
 
     split: str
     total: int
+    text: bool = False
     table: bool = False
-    values: Values = field(default_factory=Values)
     examples: list[int] = field(default_factory=list)
     hashes: list[int] = field(default_factory=list)
     classes: list[int] = field(default_factory=list)
     not_finite: list[int] = field(default_factory=list)
     uniform: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.values = Values(self.text)
 
     def read(self, fetch: Fetch, seconds: float) -> "Look":
         """Look for so many seconds, in random order, because data is often stored sorted."""
@@ -116,7 +127,7 @@ class Look:
             self.classes += compress(classes(batch.targets), there)
             self.not_finite += compress(numbers, not_finite)
             self.uniform += compress(numbers, uniform)
-            self.table = is_table(batch.inputs)
+            self.table = is_table(batch.inputs) and not self.text
             if perf_counter() > end:
                 break
         return self

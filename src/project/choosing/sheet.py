@@ -1,5 +1,6 @@
 """The picture of a batch as the network will see it: images or columns, its classes, its values."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +10,20 @@ from torch import Tensor
 IMAGES, PANELS, ACROSS = 32, 12, 8
 
 
-def draw(path: Path, inputs: Tensor, targets: Tensor | None, mix: Any) -> None:
+def draw(path: Path, inputs: Tensor, targets: Tensor | None, mix: Any, lengths: Sequence[int] = ()) -> None:
     """Draw a PNG.
 
     Args:
         path: of the file.
         inputs: examples after `transform`; [N, F] a table, [N, C, H, W] or [N, H, W] images, else only their values.
         targets: written over the images where they are one number each, [N].
+        lengths: of sequences, where the inputs are tokens.
         mix: `names` of the classes, their shares in the `data` set and in each of the `batches`; None: no classes.
     """
     from matplotlib.figure import Figure
 
     images = inputs.ndim in (3, 4)
+    inputs = inputs.flatten() if lengths else inputs
     count = min(len(inputs), IMAGES) if images else min(inputs.shape[1], PANELS) if inputs.ndim == 2 else 0
     across = ACROSS if images else 4
     rows = -(-count // across)
@@ -35,9 +38,13 @@ def draw(path: Path, inputs: Tensor, targets: Tensor | None, mix: Any) -> None:
             axis.axis("off")
     left, right = bottom.subplots(1, 2)
     _classes(left, mix)
-    finite = inputs[inputs.isfinite()].double().numpy()
-    right.hist(finite, bins=50, color="tab:blue")
-    right.set(xlabel="value, as the network sees it", ylabel="values", yscale="log" if len(finite) else "linear")
+    if lengths:
+        right.hist(lengths, bins=50, color="tab:blue")
+        right.set(xlabel="tokens of a sequence", ylabel="sequences")
+    else:
+        finite = inputs[inputs.isfinite()].double().numpy()
+        right.hist(finite, bins=50, color="tab:blue")
+        right.set(xlabel="value, as the network sees it", ylabel="values", yscale="log" if len(finite) else "linear")
     figure.savefig(path)
 
 

@@ -129,6 +129,9 @@ class DataModule(pl.LightningDataModule, ABC):
         """Return what `predict` writes of examples of its split besides their numbers: columns [N] by name."""
         return {}
 
+    def check(self, network: nn.Module) -> None:
+        """Raise ValueError where the network does not suit the data; before it is tried on it."""
+
     # What is inherited
 
     def split(self, name: str) -> Fetch | None:

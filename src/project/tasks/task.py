@@ -176,6 +176,7 @@ class Task(ExactStep):
         Raises:
             ValueError: the network cannot take the data, or the data does not suit the task.
         """
+        data.check(self.network)
         precision = data.trainer.precision_plugin if data.trainer is not None else Precision()
         precision.convert_module(self)
         if data.plan is not None and self.init_from is not None:

@@ -1,0 +1,42 @@
+"""Packing: whole sequences into blocks of one length, with little room left over."""
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+
+
+def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Return which sequences go into which block: the longest first, each where the least room is left that it fits.
+
+    Best fit decreasing: at most 11/9 of the fewest blocks possible, and 4 more (Johnson 1974, "Fast algorithms for bin
+    packing"); for training of language models, Ding et al. 2024, arXiv 2404.10830.
+
+    Args:
+        lengths: of the sequences, 1 to `capacity`.
+        capacity: length of a block.
+
+    Raises:
+        ValueError: a sequence does not fit into any block, or is empty.
+    """
+    blocks: list[list[int]] = []
+    rooms: list[int] = []  # in rising order, each once: what is left in some block
+    with_room: dict[int, list[int]] = {}
+    for sequence in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        length = lengths[sequence]
+        if not 1 <= length <= capacity:
+            raise ValueError(f"sequence {sequence} has the length {length}: a block takes 1 to {capacity}")
+        place = bisect_left(rooms, length)
+        if place == len(rooms):
+            block, room = len(blocks), capacity
+            blocks.append([])
+        else:
+            room = rooms[place]
+            block = with_room[room].pop()
+            if not with_room[room]:
+                del rooms[place]
+        blocks[block].append(sequence)
+        room -= length
+        if room:
+            if not with_room.setdefault(room, []):
+                insort(rooms, room)
+            with_room[room].append(block)
+    return blocks
