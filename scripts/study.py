@@ -50,7 +50,7 @@ class FewDigits(Digits):
     """
 
     def __init__(self, wrong: float = 0.0, choose: Callable[[Tensor], Tensor] | None = None, **kwargs: Any) -> None:
-        super().__init__(**{"val_fraction": 0.2, "test_fraction": 0.3} | kwargs)
+        super().__init__(val_fraction=0.2, test_fraction=0.3, **kwargs)
         self.wrong, self.choose = wrong, choose
 
     def load(self, split: str) -> tuple[Tensor, Tensor]:
