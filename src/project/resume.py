@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-EXECUTION = ("batch_size", "micro_batch_size", "eval_batch_size", "num_workers", "max_unreadable", "resident_share")
+EXECUTION = (
+    *("batch_size", "micro_batch_size", "micro_batch_tokens", "eval_batch_size"),
+    *("num_workers", "max_unreadable", "resident_share"),
+)
 """Settings of the data module that may change on resume: they do not decide which examples form a batch. (Of the batch
 size the fingerprint tells; it may be given in several ways.)"""
 

@@ -154,10 +154,11 @@ def test_half_of_the_epoch_is_half_of_its_steps(order, drop_last, half):
     data = Digits(batch_size=64, seed=5, drop_last=drop_last)
     data.order = order
     data.trainer = SimpleNamespace(
-        limit_train_batches=0.5, world_size=1, global_rank=0, is_global_zero=True, default_root_dir="."
+        limit_train_batches=0.5, max_epochs=2, world_size=1, global_rank=0, is_global_zero=True, default_root_dir="."
     )
     data.setup("fit")
     assert data.plan.steps_per_epoch == half
+    assert data.trainer.limit_train_batches == 1.0  # Lightning must not take half of it once more
 
 
 def test_a_limit_of_an_earlier_run_is_not_taken_for_one_of_this_run():

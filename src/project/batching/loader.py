@@ -15,6 +15,7 @@ from project.batching.fetch import DataError, Example, Fetch, Read, Request
 from project.batching.order import Order
 from project.batching.plan import BatchPlan, Part, cut
 from project.batching.random import mix
+from project.batching.tokens import SequencePlan
 
 
 @dataclass(slots=True)
@@ -113,8 +114,8 @@ def make_batch(fields: Example, index: Tensor, weights: Tensor | None = None, *p
 class TrainLoader:
     """Yields this device's `Share` of each global batch until the end of the epoch, from any step on.
 
-    A plain iterable and not a `DataLoader`, so that Lightning leaves it alone. Its length is the whole epoch even when
-    it starts late.
+    A plain iterable and not a `DataLoader`, so that Lightning leaves it alone. Its length is that of the whole epoch,
+    the one that training is in, even when it starts late.
 
     Args:
         plan: sizes.
@@ -131,12 +132,12 @@ class TrainLoader:
         self.plan, self.order, self.fetch, self.rank, self.position = plan, order, fetch, rank, position
 
     def __len__(self) -> int:
-        return self.plan.steps_per_epoch
+        return self.plan.steps_in(self.plan.epoch(self.position()))
 
     def __iter__(self) -> Iterator[Share]:
         first = self.position()
-        epoch, length = first // len(self), max(1, _ASKED // self.plan.batch_size)
-        last = (epoch + 1) * len(self)
+        epoch, length = self.plan.epoch(first), max(1, _ASKED // self.plan.batch_size)
+        last = self.plan.first_step(epoch + 1)
         runs = [range(step, min(step + length, last)) for step in range(first, last, length)]
         # What was asked for and has not come yet: some ways to read are asked ahead of time.
         asked: deque[list[_Step]] = deque()
@@ -169,10 +170,15 @@ class TrainLoader:
 
     def _request(self, epoch: int, run: range) -> tuple[Request, list["_Step"]]:
         """Return what to read for this device's share of some batches, and what the shares are."""
-        sizes, positions, slices, shares = [], [], [], []
+        sizes, positions, slices, shares, indices = [], [], [], [], []
+        plan, before = self.plan, self.plan.first_step(epoch)
         for step in run:
-            first, last = self.plan.bounds(step)
-            parts = self.plan.parts_of(last - first, self.rank)
+            first, last = plan.borders.bounds(epoch, step - before)
+            if isinstance(plan, SequencePlan):
+                batch, parts = plan.arrange(self.order.indices(epoch, first, last), self.rank)
+                indices += [batch[start:stop] for start, stop, _ in parts]
+            else:
+                parts = plan.parts_of(last - first, self.rank)
             shares.append((step, last - first, parts))
             for start, stop, _ in parts:
                 sizes.append(stop - start)
@@ -181,7 +187,7 @@ class TrainLoader:
                     slices[-1][1] = first + stop
                 else:
                     slices.append([first + start, first + stop])
-        indices = [self.order.indices(epoch, start, stop) for start, stop in slices]
+        indices = indices or [self.order.indices(epoch, start, stop) for start, stop in slices]
         index = indices[0] if len(indices) == 1 else torch.cat(indices)
         each = iter(index.split_with_sizes(sizes))
         steps = [(step, size, list(zip(parts, each, strict=False))) for step, size, parts in shares]

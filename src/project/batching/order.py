@@ -23,8 +23,16 @@ class Order:
     batch_size: int
     seed: int
     labels: Tensor | None
+    lengths: Tensor | None
 
-    def prepare(self, examples: int, batch_size: int, seed: int, labels: Tensor | None = None) -> Self:
+    def prepare(
+        self,
+        examples: int,
+        batch_size: int,
+        seed: int,
+        labels: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Self:
         """Say what is to be ordered, once, before the first `indices`.
 
         Args:
@@ -32,6 +40,7 @@ class Order:
             batch_size: examples per optimizer step, over all devices together.
             seed: any integer.
             labels: class of each example, integers [examples], for the orders that look at classes.
+            lengths: tokens of each example, int64 [examples], for the order that looks at them.
 
         Raises:
             ValueError: for a number below one, labels that are not one integer per example, or what the order needs
@@ -41,7 +50,8 @@ class Order:
             raise ValueError(f"an order needs at least 1 example and batch_size 1, not {examples} and {batch_size}")
         if labels is not None and (labels.shape != (examples,) or labels.is_floating_point()):
             raise ValueError(f"give labels as integers [{examples}], not {labels.dtype} {list(labels.shape)}")
-        self.examples, self.batch_size, self.seed, self.labels = examples, batch_size, seed, labels
+        self.examples, self.batch_size, self.seed = examples, batch_size, seed
+        self.labels, self.lengths = labels, lengths
         self._setup()
         return self
 

@@ -7,6 +7,8 @@ from itertools import pairwise
 from math import ceil
 from typing import NamedTuple
 
+from project.batching.borders import Borders, BySize, Changes
+
 
 class Part(NamedTuple):
     """One micro-batch of one device: positions [start, stop).
@@ -48,7 +50,8 @@ class BatchPlan:
         drop_last: leave out the short batch at the end of an epoch. It is trained on, exactly, by default.
         unit: examples that must stay together (a ghost batch); shares and micro-batches are whole units. A remainder
             smaller than half a unit joins the unit before it.
-        limit: most optimizer steps per epoch. None: all.
+        limit: an epoch ends after so many batches of `batch_size`. None: after all.
+        changes: later batch sizes, each from a number of examples seen on; micro-batches stay as they are.
 
     Raises:
         ValueError: a number is below 1, or there is no step to take.
@@ -61,6 +64,7 @@ class BatchPlan:
     drop_last: bool = False
     unit: int = 1
     limit: int | None = None
+    changes: Changes = ()
 
     def __post_init__(self) -> None:
         if self.examples < 1:
@@ -72,10 +76,11 @@ class BatchPlan:
                 f"micro_batch_size is {self.micro_batch_size}, but {self.unit} examples must stay together: "
                 f"write at least {self.unit}"
             )
-        if self.steps_per_epoch == 0:
+        largest = max([self.batch_size, *(size for _, size in self.changes)])
+        if self.drop_last and largest > self.positions:
             raise ValueError(
-                f"batch_size is {self.batch_size} with drop_last, but there are only {self.examples} examples: no step "
-                f"would be taken; write at most {self.examples}, or drop_last: false"
+                f"batch_size is {largest} with drop_last, but there are only {self.positions} examples: no step "
+                f"would be taken; write at most {self.positions}, or drop_last: false"
             )
 
     @classmethod
@@ -131,23 +136,47 @@ class BatchPlan:
             )
         return plan(batch_size, size)
 
+    @property
+    def positions(self) -> int:
+        """Positions of an epoch that its batches are cut from."""
+        return self.examples if self.limit is None else min(self.examples, self.limit * self.batch_size)
+
+    @cached_property
+    def borders(self) -> Borders:
+        """Where the batches of the training begin and end."""
+        return BySize(self.positions, self.batch_size, self.changes, self.drop_last)
+
+    def epoch(self, step: int) -> int:
+        """Return the epoch of an optimizer step; both count from 0."""
+        return self.borders.epoch(step)
+
+    def first_step(self, epoch: int) -> int:
+        """Return the first optimizer step of an epoch, which is the number of steps before it."""
+        return self.borders.before(epoch)[0]
+
+    def begins_epoch(self, step: int) -> bool:
+        """Return whether a step is the first of its epoch."""
+        return step == self.first_step(self.epoch(step))
+
+    def steps_in(self, epoch: int) -> int:
+        """Return the number of optimizer steps in an epoch; they differ where the batch size changes."""
+        return self.first_step(epoch + 1) - self.first_step(epoch)
+
     @cached_property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in one epoch."""
-        full, rest = divmod(self.examples, self.batch_size)
-        steps = full if self.drop_last or rest == 0 else full + 1
-        return steps if self.limit is None else min(steps, self.limit)
+        """Optimizer steps in the first epoch."""
+        return self.steps_in(0)
 
     @property
     def last_batch(self) -> int:
-        """Examples in the last batch of an epoch."""
+        """Examples in the last batch of the first epoch."""
         start, stop = self.bounds(self.steps_per_epoch - 1)
         return stop - start
 
     @cached_property
     def examples_per_epoch(self) -> int:
-        """Examples trained on in one epoch."""
-        return self.bounds(self.steps_per_epoch - 1)[1]
+        """Examples trained on in the first epoch."""
+        return self.borders.before(1)[1]
 
     @property
     def share(self) -> int:
@@ -166,13 +195,18 @@ class BatchPlan:
 
     def bounds(self, step: int) -> tuple[int, int]:
         """Return the positions [start, stop) in the epoch's order that optimizer step `step` (from 0) trains on."""
-        start = (step % self.steps_per_epoch) * self.batch_size
-        return start, min(start + self.batch_size, self.examples)
+        epoch = self.borders.epoch(step)
+        return self.borders.bounds(epoch, step - self.borders.before(epoch)[0])
+
+    def size_at(self, step: int) -> int:
+        """Return the batch size that is meant for a step; at the end of an epoch its batch may be smaller."""
+        return self.borders.size(step)
 
     def examples_at(self, steps: int) -> int:
         """Return the number of examples seen after `steps` optimizer steps."""
-        epochs, rest = divmod(steps, self.steps_per_epoch)
-        return epochs * self.examples_per_epoch + rest * self.batch_size
+        epoch = self.borders.epoch(steps)
+        first, seen = self.borders.before(epoch)
+        return seen + self.borders.bounds(epoch, steps - first)[0]
 
     def parts(self, step: int, rank: int) -> list[Part]:
         """Return the micro-batches that device `rank` runs at optimizer step `step`, in order.
@@ -197,7 +231,10 @@ class BatchPlan:
     def _cut(self, size: int, rank: int) -> list[Part]:
         units = _units(size, self.unit)
         shares = cut(units, self.devices)
-        per_micro_batch = units if self.micro_batch_size is None else self.micro_batch_size // self.unit
+        most = self.micro_batch_size
+        if most is None and self.changes:  # then larger batches are no larger in memory
+            most = ceil(_units(self.batch_size, self.unit) / self.devices) * self.unit
+        per_micro_batch = units if most is None else most // self.unit
         micro_batches = ceil(ceil(units / self.devices) / per_micro_batch)
         first, last = shares[rank], shares[rank + 1]
         borders = [first + border for border in cut(last - first, micro_batches)]
@@ -209,6 +246,7 @@ class BatchPlan:
         return {
             "examples": self.examples,
             "batch_size": self.batch_size,
+            **{f"after {seen:,} examples": size for seen, size in self.changes},
             "devices": self.devices,
             "share": self.share,
             "micro_batch_size": self.largest_micro_batch,
@@ -219,6 +257,6 @@ class BatchPlan:
         }
 
     def _all_parts(self) -> Iterator[list[Part]]:
-        """Yield the parts of a full batch and of the last one, whose micro-batches may be the larger."""
-        for step in {0, self.steps_per_epoch - 1}:
-            yield from (self.parts(step, rank) for rank in range(self.devices))
+        """Yield the parts of full batches and of the last one, whose micro-batches may be the larger."""
+        for size in {min(self.batch_size, self.positions), self.last_batch, *(size for _, size in self.changes)}:
+            yield from (self.parts_of(size, rank) for rank in range(self.devices))

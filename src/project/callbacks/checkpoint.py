@@ -61,8 +61,9 @@ class Last(Checkpoint):
         """Save the state after the steps before, if it is due; stop, if a signal came."""
         step = trainer.global_step
         stop = pl_module.stop_agreed()
-        every = self.every_n_steps or pl_module.data.plan.steps_per_epoch
-        if step != self._saved_at and (stop or step % every == 0):
+        every = self.every_n_steps
+        due = step % every == 0 if every else pl_module.data.plan.begins_epoch(step)
+        if step != self._saved_at and (stop or due):
             self.save(trainer)
         if stop:
             if self._signal == signal.SIGUSR1 and trainer.is_global_zero and "SLURM_JOB_ID" in os.environ:
@@ -76,7 +77,7 @@ class Last(Checkpoint):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Save where `max_steps` ends training within an epoch: afterwards Lightning counts the epoch as done."""
         step = trainer.global_step
-        if step == trainer.max_steps and step % pl_module.data.plan.steps_per_epoch:
+        if step == trainer.max_steps and not pl_module.data.plan.begins_epoch(step):
             self.save(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:

@@ -21,6 +21,8 @@ from project.batching.fetch import Fetch, InMemory, Request, make_fetch
 from project.batching.loader import Batch, EvalLoader, TrainLoader, make_batch
 from project.batching.order import Order, Shuffled
 from project.batching.plan import BatchPlan
+from project.batching.schedule import BatchSizes
+from project.batching.tokens import SequencePlan
 
 Source = Sequence[Tensor | np.ndarray] | Dataset | Fetch
 LIMIT_FILE = "micro_batch_limit"
@@ -32,14 +34,21 @@ class DataModule(pl.LightningDataModule, ABC):
 
     Any two of `batch_size`, `micro_batch_size` and the trainer's `accumulate_grad_batches` give the third.
 
+    Sequences of unequal length (a source with `lengths`, such as `Ragged`) are sorted by length within each batch,
+    which changes the padding and not the batch, and may be counted in tokens.
+
     Args:
         batch_size: examples per optimizer step, over all devices together.
         micro_batch_size: most examples on one device at once; null: the device's whole share.
+        batch_tokens: tokens per optimizer step, instead of `batch_size`: an epoch is cut into batches of equally many,
+            but for part of a sequence.
+        micro_batch_tokens: most tokens on one device at once, padding included.
         eval_batch_size: most examples on one device at once in evaluation; null: as in training, at least 256.
         order: the order of the training examples.
         drop_last: leave out the short batch at the end of an epoch. It is trained on, exactly, by default.
         num_workers: processes per device that read a map-style data set; tensors need none.
         max_unreadable: examples of a map-style data set that may turn out unreadable and are left out of training.
+        batch_size_schedule: how the batch size changes in the course of the training, which begins with `batch_size`.
         seed: of the order; null: that of `seed_everything`.
         resident_share: the data is held on a GPU where each split takes at most this share of its free memory.
     """
@@ -48,30 +57,38 @@ class DataModule(pl.LightningDataModule, ABC):
         self,
         batch_size: int | None = None,
         micro_batch_size: int | None = None,
+        batch_tokens: int | None = None,
+        micro_batch_tokens: int | None = None,
         eval_batch_size: int | None = None,
         order: Order | None = None,
         drop_last: bool = False,
         num_workers: int = 0,
         max_unreadable: int = 0,
+        batch_size_schedule: BatchSizes | None = None,
         seed: int | None = None,
         resident_share: float = 0.25,
     ) -> None:
         super().__init__()
         sizes = {"batch_size": batch_size, "micro_batch_size": micro_batch_size, "eval_batch_size": eval_batch_size}
-        for name, value in sizes.items():
+        for name, value in (sizes | {"batch_tokens": batch_tokens, "micro_batch_tokens": micro_batch_tokens}).items():
             if value is not None and value < 1:
                 raise ValueError(f"data.{name} is {value}: write a whole number of at least 1")
+        if batch_size is not None and batch_tokens is not None:
+            raise ValueError(f"data.batch_size is {batch_size} and data.batch_tokens {batch_tokens}: write one of them")
         if num_workers < 0:
             raise ValueError(f"data.num_workers is {num_workers}: write 0 or a number of processes")
         if not 0 <= resident_share <= 1:
             raise ValueError(f"data.resident_share is {resident_share}: write a share from 0 to 1")
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
+        self.batch_tokens = batch_tokens
+        self.micro_batch_tokens = micro_batch_tokens
         self.eval_batch_size = eval_batch_size
         self.order = Shuffled() if order is None else order
         self.drop_last = drop_last
         self.num_workers = num_workers
         self.max_unreadable = max_unreadable
+        self.batch_size_schedule = BatchSizes() if batch_size_schedule is None else batch_size_schedule
         self.seed = seed
         self.resident_share = resident_share
         self.unit = 1
@@ -157,13 +174,27 @@ class DataModule(pl.LightningDataModule, ABC):
         if self._left_limit is not None:
             sizes["micro_batch_size"] = min(self.micro_batch_size or self._left_limit, self._left_limit)
             sizes["accumulate_grad_batches"] = None
+        lengths = getattr(train, "lengths", None)
+        if self.batch_tokens or self.micro_batch_tokens:
+            sizes["batch_size"] = self._size_of_tokens(lengths, sizes)
         batch_size = BatchPlan.derive(examples=len(train), **sizes).batch_size
-        self.order.prepare(len(train), batch_size, self.seed, self.labels())
+        # Batches of all sizes are whole numbers of those that the order makes.
+        deal = 1 if self.batch_tokens else math.gcd(batch_size, *self.batch_size_schedule.sizes)
+        self.order.prepare(len(train), deal, self.seed, self.labels(), lengths)
         plan = BatchPlan.derive(examples=len(self.order), drop_last=self.drop_last, **sizes)
-        limit = trainer.limit_train_batches if trainer else 1.0
-        if isinstance(limit, float):
-            limit = max(1, int(plan.steps_per_epoch * limit))
-        self.plan = replace(plan, limit=limit)
+        if lengths is not None:
+            tokens = {"batch_tokens": self.batch_tokens, "micro_batch_tokens": self.micro_batch_tokens}
+            plan = SequencePlan.of(plan, lengths, self.order, **tokens)
+        if trainer is not None:
+            limit = trainer.limit_train_batches
+            plan = replace(plan, limit=max(1, int(plan.steps_per_epoch * limit)) if isinstance(limit, float) else limit)
+            trainer.limit_train_batches = 1.0  # of what is left: Lightning would take the share once more
+        epochs = trainer.max_epochs if trainer else None
+        total = math.inf if epochs in (None, -1) else epochs * plan.examples_per_epoch
+        self.plan = replace(plan, changes=self.batch_size_schedule.changes(total))
+        if trainer is not None and self.plan.changes:
+            # Epochs differ in length, for which Lightning asks again only where it asks for a new loader.
+            trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
         if self.plan.batch_size > self.plan.examples and (trainer is None or trainer.is_global_zero):
             warnings.warn(
                 f"data.batch_size is {plan.batch_size}, but there are only {self.plan.examples} examples: every step "
@@ -171,11 +202,29 @@ class DataModule(pl.LightningDataModule, ABC):
                 stacklevel=2,
             )
 
+    def _size_of_tokens(self, lengths: Tensor | None, sizes: dict[str, Any]) -> int | None:
+        """Return the number of examples that `batch_tokens` are on average, or `batch_size` where that is given."""
+        if lengths is None:
+            raise ValueError(
+                "data.batch_tokens and data.micro_batch_tokens are of sequences, but the training split has no "
+                "lengths: write data.batch_size and data.micro_batch_size"
+            )
+        if self.batch_tokens is None:
+            return self.batch_size
+        if sizes["accumulate_grad_batches"] is not None:
+            raise ValueError(
+                f"trainer.accumulate_grad_batches is {sizes['accumulate_grad_batches']}, but data.batch_tokens is cut "
+                "by tokens: write data.micro_batch_tokens"
+            )
+        return max(1, round(self.batch_tokens * len(lengths) / max(1, int(lengths.sum()))))
+
     def resized(self, batch_size: int, micro_batch_size: int | None) -> "DataModule":
         """Return a copy with other sizes, that shares the data."""
         other = copy.copy(self)
         other.batch_size, other.micro_batch_size = batch_size, micro_batch_size
+        other.batch_tokens = other.micro_batch_tokens = None
         other.order, other.plan, other.trainer = copy.copy(self.order), None, None
+        other.batch_size_schedule = BatchSizes()
         other._loader, other._restored_step = None, 0
         return other
 
@@ -232,7 +281,11 @@ class DataModule(pl.LightningDataModule, ABC):
     def _eval_loader(self, name: str) -> EvalLoader | list:
         if self.split(name) is None:
             return []
-        size = self.eval_batch_size or max(256, self.plan.largest_micro_batch if self.plan else 0)
+        size = self.eval_batch_size
+        if size is None and self.micro_batch_tokens:
+            lengths = getattr(self.split(name), "lengths", torch.ones(1))
+            size = max(1, self.micro_batch_tokens // max(1, int(lengths.max())))
+        size = size or max(256, self.plan.largest_micro_batch if self.plan else 0)
         trainer = self.trainer
         return EvalLoader(
             self.feed(name), size, trainer.global_rank if trainer else 0, trainer.world_size if trainer else 1
@@ -268,11 +321,16 @@ class DataModule(pl.LightningDataModule, ABC):
         self._restored_step = state_dict["step"]
         self.micro_batch_limit = state_dict["micro_batch_limit"]
 
-    def fingerprint(self) -> dict[str, int | str | bool | None]:
+    def fingerprint(self) -> dict[str, Any]:
         """Return what decides which examples form a batch; it must be the same when training is resumed."""
         if self.plan is None:
             return {}
-        return {
+        some: dict[str, Any] = {}
+        if self.plan.changes:
+            some["changes"] = [list(change) for change in self.plan.changes]
+        if isinstance(self.plan, SequencePlan):
+            some["tokens"] = int(self.plan.lengths.sum())
+        return some | {
             "examples": self.plan.examples,
             "batch_size": self.plan.batch_size,
             "steps_per_epoch": self.plan.steps_per_epoch,
@@ -285,5 +343,5 @@ class DataModule(pl.LightningDataModule, ABC):
         assert self.plan is not None
         assert self.trainer is not None
         max_epochs, max_steps = self.trainer.max_epochs, self.trainer.max_steps
-        by_epochs = math.inf if max_epochs in (None, -1) else max_epochs * self.plan.steps_per_epoch
+        by_epochs = math.inf if max_epochs in (None, -1) else self.plan.first_step(max_epochs)
         return min(by_epochs, math.inf if max_steps == -1 else max_steps)

@@ -62,6 +62,8 @@ class Task(ExactStep):
         self.make_optimizer = optimizer
         self.schedule = schedule
         self.decay_matrices_only = decay_matrices_only
+        self._follows: int | None = None
+        """The batch size that the rates are for."""
         self.channels_last = False
         self.metrics: MetricCollection | None = None
         self.step_metrics: MetricCollection | None = None
@@ -288,23 +290,30 @@ class Task(ExactStep):
     def configure_optimizers(self) -> Optimizer:
         """Return the optimizer. Its learning rate is set before each step, so that it depends on the step alone."""
         optimizer = self._new_optimizer()
-        plan = self.data.plan
-        if plan is not None and self.reference_batch_size not in (None, plan.batch_size):
-            before = optimizer.param_groups[0]["lr"]
-            rule = scale(optimizer, plan.batch_size, self.reference_batch_size, self.scaling)
-            if self.trainer.is_global_zero:
-                after = optimizer.param_groups[0]["lr"]
-                print(
-                    f"learning rate {before:.4g} at {self.reference_batch_size} examples per step is {after:.4g} at "
-                    f"{plan.batch_size} (model.scaling {rule})",
-                    flush=True,
-                )
-        self.rates = [group["lr"] for group in optimizer.param_groups]
         self._settings = [
             {key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups
         ]
+        if self.data.plan is not None:
+            self._follow(optimizer, self.data.plan.batch_size)
         self.examples_in_all = self._examples_in_all(self.data)
         return optimizer
+
+    def _follow(self, optimizer: Optimizer, batch_size: int) -> None:
+        """Let the rate of each group follow the batch size; what it becomes is a function of the size alone."""
+        for group, settings in zip(optimizer.param_groups, self._settings, strict=True):
+            group.update({key: settings[key] for key in ("lr", "weight_decay") if key in settings})
+        before, reference = optimizer.param_groups[0]["lr"], self.reference_batch_size
+        if reference not in (None, batch_size):
+            rule = scale(optimizer, batch_size, reference, self.scaling)
+            if batch_size != self._follows and self.trainer.is_global_zero:
+                after = optimizer.param_groups[0]["lr"]
+                print(
+                    f"learning rate {before:.4g} at {reference} examples per step is {after:.4g} at {batch_size} "
+                    f"(model.scaling {rule})",
+                    flush=True,
+                )
+        self.rates = [group["lr"] for group in optimizer.param_groups]
+        self._follows = batch_size
 
     def on_train_start(self) -> None:
         """Bring what a checkpoint put into the optimizer in line with this run.
@@ -313,18 +322,25 @@ class Task(ExactStep):
         of the parameters, which fused kernels take for granted.
         """
         super().on_train_start()
+        plan = self.data.plan
+        assert plan is not None
         for optimizer in self.trainer.optimizers:
             for group, settings in zip(optimizer.param_groups, self._settings, strict=True):
                 group.update(settings)
+            self._follow(optimizer, plan.size_at(self.trainer.global_step))
             for parameter, state in optimizer.state.items():
                 for name, value in state.items():
                     if isinstance(value, Tensor) and value.shape == parameter.shape:
                         state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
     def before_step(self, optimizer: Any) -> None:
-        """Set the learning rate of the step that is due."""
+        """Set the learning rate of the step that is due, which follows the size of its batch."""
         plan, step = self.data.plan, self.trainer.global_step
         assert plan is not None
+        if plan.changes and plan.size_at(step) != self._follows:
+            if self.trainer.is_global_zero:
+                print(f"step {step:,}: batch_size {plan.size_at(step)} from here", flush=True)
+            self._follow(optimizer, plan.size_at(step))
         factor = self.schedule.factor(plan.examples_at(step), plan.examples_at(step + 1), self.examples_in_all)
         for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
