@@ -74,6 +74,7 @@ class Setting:
     epochs: float = 20
     optimizer: Callable[..., torch.optim.Optimizer] = SGD
     schedule: Schedule = Schedule()  # noqa: RUF009 (frozen)
+    reference_batch_size: int | None = None
     network: Callable[[], nn.Module] = MLP
     order: Callable[[], Order] = Shuffled
     data: Callable[..., Digits] = FewDigits
@@ -138,11 +139,19 @@ def train(setting: Setting, seed: int, scale: float = 1.0, callbacks: Sequence[C
     run, epochs = Run(), max(1, round(setting.epochs * scale))
     torch.manual_seed(seed)
     optimizer = partial(setting.optimizer, lr=setting.lr)
-    task = Classification(setting.network(), optimizer=optimizer, schedule=setting.schedule, max_skipped_steps=1)
+    task = Classification(
+        setting.network(),
+        optimizer=optimizer,
+        schedule=setting.schedule,
+        reference_batch_size=setting.reference_batch_size,
+        max_skipped_steps=1,
+    )
     data = setting.data(batch_size=setting.batch_size, order=setting.order(), seed=seed, split_seed=seed)
     with tempfile.TemporaryDirectory() as folder, silence():
         most: dict[str, Any] = {"limit_train_batches": 4} if scale < 0.1 else {}
-        settings: dict[str, Any] = {"max_epochs": epochs, "check_val_every_n_epoch": min(setting.every, epochs)} | most | trainer
+        settings: dict[str, Any] = (
+            {"max_epochs": epochs, "check_val_every_n_epoch": min(setting.every, epochs)} | most | trainer
+        )
         lightning = Trainer(
             accelerator="cpu",
             logger=False,

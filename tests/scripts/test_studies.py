@@ -6,6 +6,7 @@ import re
 import runpy
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def test_study(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     assert all(re.search(r"\d", cell) or cell == "-" for table in tables.values() for cell in cells(table))
 
     # The page has, table by table, the head that was printed.
-    for line, rule in zip(printed, printed[1:], strict=False):
+    for line, rule in pairwise(printed):
         if rule.startswith("| ---"):
             assert head(line) in [head(other) for other in PAGE.splitlines()]
     assert Path("picture.png").exists() == f"docs/{name[:-3]}.png" in PAGE
