@@ -1,9 +1,8 @@
 """What the studies of docs/batching.md share: many small trainings on the digits, in one process, over several seeds.
 
-Each is an ordinary training by this project's Trainer, task and data module, without log and checkpoints. Settings take
-turns within a seed. A seed also draws its own split into training, validation and test, so that the deviation over the
-seeds is not that of one lucky split. What is chosen (a learning rate) is chosen by validation; what is reported as
-accuracy is of the test split.
+Each is an ordinary training by this project's Trainer, task and data module, without log and checkpoints. A seed also
+draws its own split into training, validation and test, so that the deviation over the seeds is not that of one lucky
+split. What is chosen (a learning rate) is chosen by validation; what is reported as accuracy is of the test split.
 """
 
 import argparse
@@ -29,7 +28,6 @@ from torch.optim import SGD
 from project.batching.order import Order, Shuffled
 from project.callbacks.record import Record
 from project.data.digits import Digits
-from project.errors import TrainingStopped
 from project.models.mlp import MLP
 from project.optim.schedule import Schedule
 from project.tasks.classification import Classification
@@ -52,6 +50,11 @@ class FewDigits(Digits):
     def __init__(self, wrong: float = 0.0, choose: Callable[[Tensor], Tensor] | None = None, **kwargs: Any) -> None:
         super().__init__(val_fraction=0.2, test_fraction=0.3, **kwargs)
         self.wrong, self.choose = wrong, choose
+
+    @property
+    def statistics(self) -> tuple[float, float]:
+        """Mean and deviation of the training images."""
+        return self._statistics
 
     def load(self, split: str) -> tuple[Tensor, Tensor]:
         """Return images and digits."""
@@ -77,11 +80,12 @@ class Setting:
     reference_batch_size: int | None = None
     network: Callable[[], nn.Module] = MLP
     order: Callable[[], Order] = Shuffled
-    data: Callable[..., Digits] = FewDigits
+    data: Callable[..., FewDigits] = FewDigits
     every: int = 1
     """Epochs between two looks at the validation split."""
     target: float = math.inf
-    """Training ends when the accuracy on the validation split reaches this, in per cent."""
+    """Training ends when the accuracy on the validation split has reached this, in per cent, and `least` epochs."""
+    least: int = 0
 
 
 @dataclass
@@ -89,8 +93,6 @@ class Run:
     """What came out, with accuracies in per cent."""
 
     test: float = math.nan
-    diverged: bool = False
-    """The loss or a gradient was no longer finite; the accuracy is that of the weights before."""
     epochs: list[int] = field(default_factory=list)
     accuracy: list[float] = field(default_factory=list)
     """On the validation split."""
@@ -98,87 +100,61 @@ class Run:
     """On the training split, the mean over the epoch."""
     seconds: list[float] = field(default_factory=list)
     """Of training alone, so far."""
-    steps: int = 0
+    steps: list[int] = field(default_factory=list)
 
     @property
     def val(self) -> float:
         """The accuracy on the validation split at the end."""
-        return 0.0 if self.diverged or not self.accuracy else self.accuracy[-1]
+        return self.accuracy[-1]
 
     def reached(self, target: float) -> int | None:
         """Return the place in the lists at which the validation accuracy first is at least `target`."""
         return next((place for place, value in enumerate(self.accuracy) if value >= target), None)
 
 
-class Curve(Callback):
-    """Notes how training goes, after each epoch that is validated."""
+class Speed(Callback):
+    """Notes the seconds of training alone, after each epoch."""
 
-    def __init__(self, run: Run, target: float) -> None:
-        self.run, self.target = run, target
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
 
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Note it."""
         (record,) = (callback for callback in trainer.callbacks if isinstance(callback, Record))
-        self.run.epochs.append(trainer.current_epoch + 1)
-        self.run.accuracy.append(100 * trainer.callback_metrics["val/accuracy"].item())
-        self.run.loss.append(pl_module.epoch_sums.mean())
-        self.run.seconds.append(record.totals(pl_module).seconds)
-        trainer.should_stop = self.run.accuracy[-1] >= self.target
+        self.seconds.append(record.totals(pl_module).seconds)
 
 
-def train(setting: Setting, seed: int, scale: float = 1.0, callbacks: Sequence[Callback] = (), **trainer: Any) -> Run:
-    """Train once and measure.
+def trainer(folder: str, setting: Setting, scale: float, callbacks: Sequence[Callback], **kwargs: Any) -> Trainer:
+    """Return a Trainer without log and checkpoints; in a tiny form, for a few steps per epoch."""
+    epochs = max(1, round(setting.epochs * scale))
+    settings: dict[str, Any] = {"max_epochs": epochs, "check_val_every_n_epoch": min(setting.every, epochs)}
+    return Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        log_every_n_steps=10**9,
+        callbacks=list(callbacks),
+        default_root_dir=folder,
+        **settings | ({"limit_train_batches": 4} if scale < 0.1 else {}) | kwargs,
+    )
+
+
+def train(setting: Setting, seed: int, scale: float = 1.0, callbacks: Sequence[Callback] = (), **kwargs: Any) -> None:
+    """Train one network.
 
     Args:
         setting: how.
         seed: of the split, the first weights, the order and dropout.
         scale: share of the epochs.
-        callbacks: more of them.
-        **trainer: more arguments for the Trainer.
+        callbacks: which see what is to be seen.
+        **kwargs: more arguments for the Trainer.
     """
-    run, epochs = Run(), max(1, round(setting.epochs * scale))
     torch.manual_seed(seed)
-    optimizer = partial(setting.optimizer, lr=setting.lr)
-    task = Classification(
-        setting.network(),
-        optimizer=optimizer,
-        schedule=setting.schedule,
-        reference_batch_size=setting.reference_batch_size,
-        max_skipped_steps=1,
-    )
+    task = Classification(setting.network(), partial(setting.optimizer, lr=setting.lr), setting.schedule)
     data = setting.data(batch_size=setting.batch_size, order=setting.order(), seed=seed, split_seed=seed)
     with tempfile.TemporaryDirectory() as folder, silence():
-        most: dict[str, Any] = {"limit_train_batches": 4} if scale < 0.1 else {}
-        settings: dict[str, Any] = (
-            {"max_epochs": epochs, "check_val_every_n_epoch": min(setting.every, epochs)} | most | trainer
-        )
-        lightning = Trainer(
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            log_every_n_steps=10**9,
-            callbacks=[Curve(run, setting.target), *callbacks],
-            default_root_dir=folder,
-            **settings,
-        )
-        try:
-            lightning.fit(task, datamodule=data)
-        except TrainingStopped:
-            run.diverged = True
-        run.steps = lightning.global_step
-        lightning.test(task, datamodule=data, verbose=False)
-        run.test = 100 * lightning.callback_metrics["test/accuracy"].item()
-    return run
-
-
-def train_all(given: argparse.Namespace, settings: dict[Key, Setting]) -> dict[Key, list[Run]]:
-    """Train each setting once per seed, in turn; return the runs, one per seed."""
-    runs: dict[Key, list[Run]] = {key: [] for key in settings}
-    for seed in range(given.seeds):
-        for key, setting in settings.items():
-            runs[key].append(train(setting, seed, given.scale))
-    return runs
+        trainer(folder, setting, scale, callbacks, limit_val_batches=0, **kwargs).fit(task, datamodule=data)
 
 
 @contextlib.contextmanager

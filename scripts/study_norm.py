@@ -11,6 +11,7 @@ from functools import partial
 
 import study
 import torch
+from side_by_side import train_all
 from study import FewDigits, Run, Setting
 
 from project.models.mlp import MLP
@@ -43,12 +44,13 @@ def main() -> None:
     rates = study.few(given, RATES)
     data = partial(FewDigits, wrong=0.1)
     sgd = partial(torch.optim.SGD, momentum=0.9)
+    makes = {kind: partial(network, *settings) for kind, settings in KINDS.items()}
     settings = {
-        (kind, rate): Setting(64, rate, 20, optimizer=sgd, network=partial(network, *KINDS[kind]), data=data)
+        (kind, rate): Setting(64, rate, 20, optimizer=sgd, network=makes[kind], data=data)
         for kind in KINDS
         for rate in rates
     }
-    runs = study.train_all(given, settings)
+    runs = train_all(given, settings)
     shown = [rate for rate in rates if rate in SHOWN] or rates
     rows = []
     figure, (left, right) = study.panels(2)
@@ -57,7 +59,7 @@ def main() -> None:
         best = max(rates, key=lambda rate, by_rate=by_rate: study.mean(run.val for run in by_rate[rate]))
         cells = []
         for rate in shown:
-            lost = sum(run.diverged or run.test < 50 for run in by_rate[rate])
+            lost = sum(run.test < 50 for run in by_rate[rate])
             cells.append(study.spread(run.test for run in by_rate[rate]) + (f" ({lost} lost)" if lost else ""))
         rows.append([kind, *cells, f"{study.spread(run.test for run in by_rate[best])} ({best:g})"])
         means = [study.mean(run.test for run in by_rate[rate]) for rate in rates]

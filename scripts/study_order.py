@@ -11,6 +11,7 @@ from functools import partial
 
 import study
 import torch
+from side_by_side import train_all
 from study import FewDigits, Run, Setting
 from torch import Tensor
 
@@ -33,29 +34,29 @@ class OneClass(Order):
         return torch.cat([positions, torch.arange(len(positions), len(self))])[start:stop]
 
 
+def alike(digits: Tensor) -> Tensor:
+    """Return the numbers of the images so that digit follows digit in the same way in the split of each seed."""
+    return by_digit(digits)[torch.randperm(len(digits), generator=torch.Generator().manual_seed(0))]
+
+
 def by_digit(digits: Tensor) -> Tensor:
     """Return the numbers of the images, sorted by digit."""
     return digits.argsort(stable=True)
 
 
-def once(digits: Tensor) -> Tensor:
-    """Return the numbers of the images, shuffled once."""
-    return torch.randperm(len(digits), generator=torch.Generator().manual_seed(len(digits)))
-
-
 def rare(digits: Tensor) -> Tensor:
-    """Return the numbers of all images of the digits 0 to 4, and of a few of each other."""
-    return torch.cat([(digits == d).nonzero().squeeze(1)[: None if d < 5 else RARE] for d in range(10)])
+    """Return the numbers of 80 images of each of the digits 0 to 4, and of a few of each other."""
+    return torch.cat([(digits == digit).nonzero().squeeze(1)[: 80 if digit < 5 else RARE] for digit in range(10)])
 
 
-ORDERS: dict[str, tuple[Callable[[], Order], Callable[[Tensor], Tensor] | None]] = {
+ORDERS: dict[str, tuple[Callable[[], Order], Callable[[Tensor], Tensor]]] = {
     "sorted by digit": (Sequential, by_digit),
     "batches of one digit, shuffled": (OneClass, by_digit),
-    "shuffled once, then the same order": (Sequential, once),
-    "shuffled in each epoch": (Shuffled, None),
-    "drawn with replacement": (partial(Weighted, [1.0] * study.EXAMPLES), None),
-    "stratified": (Stratified, None),
-    "balanced": (Balanced, None),
+    "shuffled once, then the same order": (Sequential, alike),
+    "shuffled in each epoch": (Shuffled, alike),
+    "drawn with replacement": (partial(Weighted, [1.0] * study.EXAMPLES), alike),
+    "stratified": (Stratified, alike),
+    "balanced": (Balanced, alike),
 }
 COLUMNS = {
     "batch 16": (16, MLP),
@@ -72,15 +73,14 @@ def better(runs: dict, *key: object) -> list[Run]:
 def main() -> None:
     """Train, tell, draw."""
     given = study.arguments(__doc__)
-    settings = {
-        (order, column, rate): Setting(
-            size, rate, 10, order=ORDERS[order][0], network=network, data=partial(FewDigits, choose=ORDERS[order][1])
-        )
-        for order in study.few(given, ORDERS)
-        for column, (size, network) in COLUMNS.items()
-        for rate in RATES
-    }
-    runs = study.train_all(given, settings)
+    settings = {}
+    for order in study.few(given, ORDERS):
+        make, choose = ORDERS[order]
+        data = partial(FewDigits, choose=choose)
+        for column, (size, network) in COLUMNS.items():
+            for rate in RATES:
+                settings[order, column, rate] = Setting(size, rate, 10, order=make, network=network, data=data)
+    runs = train_all(given, settings)
     rows = []
     figure, axes = study.panels(len(COLUMNS))
     for order in study.few(given, ORDERS):
@@ -101,7 +101,7 @@ def main() -> None:
         for size in (16, 128)
         for rate in RATES
     }
-    runs = study.train_all(given, settings)
+    runs = train_all(given, settings)
     rows = [
         [name, *(study.spread(run.test for run in better(runs, name, size)) for size in (16, 128))] for name in kinds
     ]

@@ -15,6 +15,7 @@ from functools import partial
 
 import study
 import torch
+from side_by_side import train_all
 from study import FewDigits, Run, Setting
 
 from project.optim.schedule import Schedule
@@ -50,7 +51,7 @@ def main() -> None:
     for panel, (name, (optimizer, rule, rates)) in zip(axes, OPTIMIZERS.items(), strict=True):
         rates = study.few(given, rates)
         grid = {(s, rate): replace(base, batch_size=s, lr=rate, optimizer=optimizer) for s in sizes for rate in rates}
-        runs = study.train_all(given, grid)
+        runs = train_all(given, grid)
         by_size = {size: {rate: runs[size, rate] for rate in rates} for size in sizes}
         found = {size: best(by_size[size]) for size in sizes}
         power = 1.0 if rule == "linear" else 0.5
@@ -73,7 +74,7 @@ def main() -> None:
             for size in [large]
             for rate in (near(found[size] / 2), found[size])
         }
-        long_runs = study.train_all(given, longer)
+        long_runs = train_all(given, longer)
         rows = []
         for size in sizes:
             long = {rate: each for (s, rate), each in long_runs.items() if s == size} or by_size[smallest]

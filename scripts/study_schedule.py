@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import study
+from side_by_side import train_all
 from study import FewDigits, Setting
 
 from project.batching.schedule import Milestones
@@ -46,7 +47,7 @@ def main() -> None:
         "batch raised: 16, 64, 256": raised,
         "batch raised, rate with it: 0.3, 1.2, 4.8": replace(raised, reference_batch_size=base.batch_size),
     }
-    runs = study.train_all(given, settings)
+    runs = train_all(given, settings)
     rows = []
     figure, (left, right) = study.panels(2)
     for name, each in runs.items():
@@ -54,7 +55,7 @@ def main() -> None:
         rows.append(
             [
                 name,
-                f"{study.mean(run.steps for run in each):,.0f}",
+                f"{study.mean(run.steps[-1] for run in each):,.0f}",
                 f"{time:.2f}",
                 study.spread((run.loss[-1] for run in each), 3),
                 study.spread(run.test for run in each),
