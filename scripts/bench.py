@@ -22,6 +22,11 @@ def arguments(description: str | None, pairs: int = 5) -> argparse.Namespace:
     parser.add_argument("--scale", type=float, default=1.0, help="share of the work of one turn; the tests take little")
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    return prepare(parser)
+
+
+def prepare(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Return what the command line says, with so many threads, and Lightning quiet."""
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     for name in ("lightning.pytorch", "lightning.fabric"):

@@ -1,0 +1,64 @@
+"""Each study runs, in a tiny form, and leaves its tables and its picture; docs/batching.md shows what it prints."""
+
+import json
+import logging
+import re
+import runpy
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+
+PAGE = (ROOT / "docs" / "batching.md").read_text()
+STUDIES = sorted(set(re.findall(r"`python scripts/(study_\w+\.py)", PAGE)))
+
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_study(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [name, "--scale", "0.01", "--json", "tables.json", "--png", "picture.png"]
+    monkeypatch.setattr(sys, "argv", command)
+    runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
+    tables = json.loads(Path("tables.json").read_text())
+    assert tables.pop("machine")["cores"] > 0
+    assert tables.pop("seeds") == 2
+    assert tables
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(printed) == sum(2 + len(table) for table in tables.values())
+    assert all(re.search(r"\d", cell) or cell == "-" for table in tables.values() for cell in cells(table))
+
+    # The page has, table by table, the head that was printed.
+    for line, rule in pairwise(printed):
+        if rule.startswith("| ---"):
+            assert head(line) in [head(other) for other in PAGE.splitlines()]
+    assert Path("picture.png").exists() == f"docs/{name[:-3]}.png" in PAGE
+
+
+def cells(table: dict[str, dict[str, str]]) -> list[str]:
+    return [cell for row in table.values() for cell in row.values()]
+
+
+def head(line: str) -> str:
+    """A line without its numbers, which are others in a tiny form."""
+    return re.sub(r"\d+", "", line)
+
+
+def test_every_picture_is_there() -> None:
+    for picture in re.findall(r"\]\((study_\w+\.png)\)", PAGE):
+        assert (ROOT / "docs" / picture).stat().st_size < 150_000
+
+
+def test_there_are_studies() -> None:
+    assert len(STUDIES) >= 6
