@@ -1,5 +1,8 @@
 """The command line: Lightning's CLI with run folders, checks before training, and one line for a mistake."""
 
+import copy
+import hashlib
+import json
 import logging
 import os
 import sys
@@ -24,6 +27,7 @@ from project.callbacks.progress import ProgressBar
 from project.callbacks.run_record import RunRecord
 from project.callbacks.summary import Summary
 from project.choosing import speed
+from project.choosing.sweep import Recipe
 from project.data.module import LIMIT_FILE, SPLITS, DataModule
 from project.errors import Mistake, TrainingStopped, mistakes
 from project.logger import WandbLogger
@@ -46,7 +50,7 @@ UNFOUNDED = (
 
 
 class CLI(LightningCLI):
-    """`fit`, `validate`, `test`, `predict`, `inspect`, `tune`, each in a run's folder of its own."""
+    """`fit`, `validate`, `test`, `predict`, `inspect`, `tune`, `sweep`, each in a run's folder of its own."""
 
     datamodule: DataModule
     model: Task
@@ -82,7 +86,7 @@ class CLI(LightningCLI):
         Only the one that is asked for, if it is one: making the parser of each takes 20 milliseconds.
         """
         own = {"model", "datamodule"}
-        verbs = LightningCLI.subcommands() | {"inspect": own, "tune": own}
+        verbs = LightningCLI.subcommands() | {"inspect": own, "tune": own, "sweep": own}
         return {self.verb: verbs[self.verb]} if self.verb in verbs else verbs
 
     def add_arguments_to_parser(self, parser: Any) -> None:
@@ -311,6 +315,24 @@ class CLI(LightningCLI):
         """Check."""
         self._prepare("fit")
 
+    def before_sweep(self) -> None:
+        """Check, and keep how to make the model anew, and what makes its training different from others."""
+        self._prepare("fit")
+        keys = ("accelerator", "precision", "channels_last", "compile", "threads", "gradient_clip_val")
+        plain = copy.deepcopy(self.plain_config)
+        size = plain["data"].get("init_args", {}).pop("batch_size", None)
+        plan = self.datamodule.plan
+        reference = self.model.reference_batch_size or (plan and plan.batch_size) or size
+        parts = [plain["model"], reference, plain["data"], {key: plain["trainer"].get(key) for key in keys}]
+        digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
+
+        def model(seed: int) -> Task:
+            torch.manual_seed(seed)
+            settings = Namespace(model=copy.deepcopy(self.settings.model))
+            return self._parser("sweep").instantiate_classes(settings).model
+
+        self.trainer.recipe = Recipe(model, digest)
+
     def before_validate(self) -> None:
         """Check."""
         self._prepare("validate")
@@ -355,9 +377,11 @@ class CLI(LightningCLI):
 
     def after_tune(self) -> None:
         """Record the configuration, and say where the findings are."""
-        RunRecord(self.plain_config, "tune").setup(self.trainer, self.model, "fit")
+        RunRecord(self.plain_config, str(self.subcommand)).setup(self.trainer, self.model, "fit")
         if self.trainer.is_global_zero:
             print(f"run folder: {self.folder}")
+
+    after_sweep = after_tune
 
     def _say_upload(self) -> None:
         for logger in self.trainer.loggers:

@@ -1,6 +1,7 @@
 """Lightning's Trainer, with the defaults that an exact global batch needs."""
 
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,6 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from project import host
 from project.callbacks.durable import DurableIO
 from project.choosing import batches
+from project.choosing.sweep import Recipe, sweep
 from project.choosing.tune import tune
 from project.data.module import DataModule
 from project.errors import mistakes
@@ -74,6 +76,7 @@ class Trainer(pl.Trainer):
             raise ValueError(f"trainer.threads is {threads}: write a whole number of at least 1")
         self.accumulation = accumulate_grad_batches
         self.channels_last, self.compile = bool(channels_last), bool(compile)
+        self.recipe: Recipe | None = None
         if threads is not None:
             host.set_threads(threads)
         if keep_memory and not host.keep_memory(True):
@@ -120,3 +123,37 @@ class Trainer(pl.Trainer):
         if self.is_global_zero:  # one device is measured
             with mistakes():
                 tune(self, model, datamodule, steps, memory_gib)
+
+    def sweep(
+        self,
+        model: Task,
+        datamodule: DataModule,
+        batch_sizes: str,
+        target: str,
+        seeds: int = 3,
+        rates: str = "0.5,1,2",
+        val_share: float = 0.05,
+        results: str | None = None,
+    ) -> None:
+        """Train each batch size to a target, at the best learning rate of each; what is already known is not run again.
+
+        Args:
+            model: what is to be trained.
+            datamodule: has its plan.
+            batch_sizes: with commas between them, such as 16,64,256.
+            target: a metric of validation and its value, such as val/accuracy>=0.97.
+            seeds: trainings of each batch size at each rate.
+            rates: factors on the rate that the rule gives. The grid grows while the best one is at its end.
+            val_share: how much longer a training is from one validation to the next; its time does not count.
+            results: file that keeps all runs; null: sweep.csv beside the folders of the runs.
+        """
+        path = Path(results) if results else Path(self.default_root_dir).parent / "sweep.csv"
+        with mistakes():
+            runs = sweep(
+                self, model, datamodule, self.recipe, path,
+                batch_sizes=batch_sizes, target=target, seeds=seeds, rates=rates, val_share=val_share,
+            )  # fmt: skip
+        names = ("batch_size", "learning_rate", "reached", "steps", "examples", "seconds")
+        for number, run in enumerate(runs):
+            for logger in self.loggers:
+                logger.log_metrics({f"sweep/{name}": float(getattr(run, name)) for name in names}, step=number)

@@ -1,5 +1,6 @@
-"""The picture of `tune`: what is fast, what the gradient says, what follows for the batch size."""
+"""The pictures of `tune` and of `sweep`."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -50,4 +51,44 @@ def draw(path: Path, findings: Any, choices: list[Any], configured: int, best: A
     for panel in (fast, gradient, use):
         if panel.get_legend_handles_labels()[0]:
             panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)  # below, where no point is
+    figure.savefig(path)
+
+
+def draw_sweep(path: Path, found: list[Any], curve: tuple[float, float] | None, target: str) -> None:
+    """Draw steps, examples and seconds to the target against the batch size as a PNG.
+
+    Args:
+        path: of the file.
+        found: a result for each batch size.
+        curve: (S, E) of the prediction, steps = S + E / batch size.
+        target: for the title.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4.4), dpi=120, layout="constrained")
+    reached = [each for each in found if math.isfinite(each.steps)]
+    sizes = [each.batch_size for each in reached]
+    figure.suptitle(f"{target}, at the best learning rate of each batch size")
+    for panel, name in zip(figure.subplots(1, 3), ("steps", "examples", "seconds"), strict=True):
+        panel.set(xscale="log", yscale="log", xlabel="batch_size (examples)", ylabel=f"{name} to the target")
+        panel.set_xscale("log", base=2)
+        runs = [run for each in reached for run in each.runs if run.reached]
+        panel.plot(
+            [run.batch_size for run in runs], [getattr(run, name) for run in runs], ".", color="gray", label="each seed"
+        )
+        panel.plot(sizes, [getattr(each, name) for each in reached], "o-", label="median")
+        if curve:
+            steps = [curve[0] + curve[1] / size for size in sizes]
+            cost = {"steps": [1] * len(sizes), "examples": sizes}
+            cost["seconds"] = [each.seconds / each.steps for each in reached]
+            predicted = [a * b for a, b in zip(steps, cost[name], strict=True)]
+            label = "fit: S (1 + N / B)" + (
+                "" if name != "steps" or not curve[0] else f", N = {curve[1] / curve[0]:,.0f}"
+            )
+            panel.plot(sizes, predicted, "--", color="tab:orange", label=label)
+        never = [each.batch_size for each in found if math.isinf(each.steps)]
+        if never:
+            top = panel.get_ylim()[1]
+            panel.plot(never, [top] * len(never), "x", color="tab:red", clip_on=False, label="not reached")
+        panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
     figure.savefig(path)
