@@ -118,11 +118,10 @@ class Trainer(pl.Trainer):
             model: what is to be trained; it stays as it is.
             datamodule: has its plan.
             steps: most optimizer steps of the short run from which the gradient noise scale is taken.
-            memory_gib: what may be used, in GiB; null: most of what is free.
+            memory_gib: what each device may use, in GiB; null: most of what is free.
         """
-        if self.is_global_zero:  # one device is measured
-            with mistakes():
-                tune(self, model, datamodule, steps, memory_gib)
+        with mistakes():
+            tune(self, model, datamodule, steps, memory_gib)
 
     def sweep(
         self,

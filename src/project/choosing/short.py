@@ -11,7 +11,9 @@ from project.data.module import DataModule
 from project.tasks.task import Task
 
 
-def train(trainer: pl.Trainer, task: Task, data: DataModule, steps: int, callbacks: list[Callback]) -> None:
+def train(
+    trainer: pl.Trainer, task: Task, data: DataModule, steps: int, callbacks: list[Callback], validate: bool = False
+) -> None:
     """Train for some steps, on the devices and in the precision and memory format of a trainer; print nothing.
 
     Args:
@@ -19,7 +21,8 @@ def train(trainer: pl.Trainer, task: Task, data: DataModule, steps: int, callbac
         task: is trained: give a copy.
         data: where to train from; see `DataModule.resized`.
         steps: optimizer steps, at most.
-        callbacks: are all that is done besides. To validate, set the trainer's `val_check_batch` to 1 after a step.
+        callbacks: are all that is done besides.
+        validate: after a step for which a callback sets the trainer's `val_check_batch` to 1.
     """
     gpu = trainer.strategy.root_device.type == "cuda"
     with TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
@@ -38,6 +41,7 @@ def train(trainer: pl.Trainer, task: Task, data: DataModule, steps: int, callbac
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
+            limit_val_batches=1.0 if validate else 0,
             check_val_every_n_epoch=None,
             val_check_interval=NEVER,
             default_root_dir=folder,

@@ -93,6 +93,7 @@ class Stopwatch:
                     raise ValueError(
                         f"{type(task).__name__}.losses cannot be tried outside training ({line})"
                     ) from error
+                task.zero_grad()
                 return float("inf")
             return ((perf_counter() - start) / runs + _OVERHEAD) / len(micro_batch)
 
