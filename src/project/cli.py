@@ -26,7 +26,7 @@ from project.callbacks.predictions import Predictions
 from project.callbacks.progress import ProgressBar
 from project.callbacks.run_record import RunRecord
 from project.callbacks.summary import Summary
-from project.choosing import speed
+from project.choosing import automatic
 from project.choosing.sweep import Recipe
 from project.data.module import LIMIT_FILE, SPLITS, DataModule
 from project.errors import Mistake, TrainingStopped, mistakes
@@ -187,7 +187,7 @@ class CLI(LightningCLI):
         settings = self._get(self.config_init, "trainer")
         callbacks = list(settings.get("callbacks") or [])
         if self.subcommand == "fit":
-            if self.settings.speed == "auto":
+            if self.settings.speed == "auto" or self.datamodule.finds_micro_batch:
                 self._speed_up(settings)
             saving = settings.get("enable_checkpointing") is not False
             if saving and not any(isinstance(callback, Last) for callback in callbacks):
@@ -214,19 +214,20 @@ class CLI(LightningCLI):
 
     def _speed_up(self, settings: Any) -> None:
         """Set what is the fastest on this machine."""
-        path = self.folder / speed.FILE
+        path = self.folder / automatic.FILE
         self.datamodule.prepare_data()
         self.model.prepare(self.datamodule, "train")
         gpu = settings.get("accelerator") in (None, "auto", "gpu", "cuda") and torch.cuda.is_available()
         devices = settings.get("devices")
-        automatic = torch.cuda.device_count() if gpu else 1
-        speed.speed_up(
+        all_devices = torch.cuda.device_count() if gpu else 1
+        automatic.measure(
             self.model,
             self.datamodule,
             settings,
             path,
             torch.device("cuda" if gpu else "cpu"),
-            int(devices) if str(devices).isdecimal() else len(devices) if isinstance(devices, list) else automatic,
+            int(devices) if str(devices).isdecimal() else len(devices) if isinstance(devices, list) else all_devices,
+            everything=self.settings.speed == "auto",
         )
         chosen = yaml.safe_load(path.read_text())
         for key, value in chosen["trainer"].items():

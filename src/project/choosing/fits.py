@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from project.choosing.speed import Stopwatch, Way
-from project.host import peak_memory, reset_peak_memory
+from project.host import available_memory, peak_memory, reset_peak_memory
 
 KNEE = 0.95
 """Share of the best speed that is good enough: the smallest micro-batch that has it is the knee."""
@@ -26,6 +26,16 @@ def knee(sizes: list[Size]) -> Size:
     """Return the smallest micro-batch whose speed is within 5% of the best."""
     best = max(size.speed for size in sizes)
     return next(size for size in sorted(sizes) if size.speed >= KNEE * best)
+
+
+def free_memory(device: torch.device, processes: int) -> float:
+    """Return the bytes that a process may use at its peak: on a CPU, of what is free, as others will want some.
+
+    Args:
+        device: where it trains. Others than a CPU say themselves when they are full.
+        processes: of this machine, which share its memory.
+    """
+    return 0.8 * available_memory() / processes + peak_memory(device) if device.type == "cpu" else math.inf
 
 
 def alone(value: float) -> float:

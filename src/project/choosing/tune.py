@@ -24,7 +24,6 @@ from project.choosing.noise import FEWEST
 from project.choosing.range_test import RangeTest
 from project.choosing.speed import Stopwatch, Way
 from project.data.module import DataModule
-from project.host import available_memory, peak_memory
 from project.optim.schedule import Schedule
 from project.tasks.task import Task
 
@@ -91,11 +90,11 @@ def _tune(trainer: pl.Trainer, task: Task, data: DataModule, steps: int, memory_
     device, batch_size, unit = trainer.strategy.root_device, plan.batch_size, task.unit
 
     def largest(value: float) -> float:
-        return float(trainer.strategy.reduce(torch.tensor(value, dtype=torch.float64), reduce_op="max"))  # type: ignore[arg-type]
+        values = torch.tensor(value, dtype=torch.float64, device=device)
+        return float(trainer.strategy.reduce(values, reduce_op="max"))  # type: ignore[arg-type]
 
     together = largest if trainer.world_size > 1 else fits.alone
-    free = 0.8 * available_memory() / trainer.num_devices + peak_memory(device) if device.type == "cpu" else math.inf
-    budget = -together(-(memory_gib * 2**30 if memory_gib else free))
+    budget = -together(-(memory_gib * 2**30 if memory_gib else fits.free_memory(device, trainer.num_devices)))
     most = min(len(train), 2**14) // unit * unit
     if most == 0:
         raise ValueError(f"there are {len(train)} training examples, of which {unit} must stay together: give it more")
@@ -126,7 +125,7 @@ def _tune(trainer: pl.Trainer, task: Task, data: DataModule, steps: int, memory_
             knee = findings.knee().examples
             pace = Pace(findings, None, lambda step: None)
             train_copy(batch_size, knee, _WARM_UP + _TIMED, [pace])
-            findings.overhead = max(0.0, pace.seconds - findings.seconds(batch_size))
+            findings.overhead = together(max(0.0, pace.seconds - findings.seconds(batch_size)))
             total = int(min(steps, data.total_steps()))
             noise, part = NoiseScale(every_n_steps=1), max(unit, batch_size // PARTS // unit * unit)
             train_copy(batch_size, part, total, [noise, Pace(findings, noise, bar("what the gradient says", total))])

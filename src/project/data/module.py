@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
@@ -34,7 +34,8 @@ class DataModule(pl.LightningDataModule, ABC):
 
     Args:
         batch_size: examples per optimizer step, over all devices together.
-        micro_batch_size: most examples on one device at once; null: the device's whole share.
+        micro_batch_size: most examples on one device at once; null: the device's whole share; auto: `fit` measures
+            which fits and is fast.
         eval_batch_size: most examples on one device at once in evaluation; null: as in training, at least 256.
         order: the order of the training examples.
         drop_last: leave out the short batch at the end of an epoch. It is trained on, exactly, by default.
@@ -47,7 +48,7 @@ class DataModule(pl.LightningDataModule, ABC):
     def __init__(
         self,
         batch_size: int | None = None,
-        micro_batch_size: int | None = None,
+        micro_batch_size: int | Literal["auto"] | None = None,
         eval_batch_size: int | None = None,
         order: Order | None = None,
         drop_last: bool = False,
@@ -57,6 +58,8 @@ class DataModule(pl.LightningDataModule, ABC):
         resident_share: float = 0.25,
     ) -> None:
         super().__init__()
+        self.finds_micro_batch = micro_batch_size == "auto"
+        micro_batch_size = None if micro_batch_size == "auto" else micro_batch_size
         sizes = {"batch_size": batch_size, "micro_batch_size": micro_batch_size, "eval_batch_size": eval_batch_size}
         for name, value in sizes.items():
             if value is not None and value < 1:
