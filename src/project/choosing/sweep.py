@@ -210,7 +210,7 @@ def report(console: Console, found: list[trials.Result], target: str, budget: in
         first, reached = each.runs[0], sum(run.reached for run in each.runs)
         row = [f"{each.batch_size:,}", f"{first.learning_rate:.3g} ({first.factor:g}x)", f"{reached}/{len(each.runs)}"]
         if math.isinf(each.steps):
-            row = [row[0], "none", row[2], "-", "-", f">{budget:,}", "-", "not reached"]
+            row = [row[0], "none", row[2], "-", "-", f">{budget:,}", "-", "never"]
         else:
             predicted = f"{curve[0] + curve[1] / each.batch_size:,.0f}" if curve else "-"
             mark = "fastest" if each.seconds == least else ""
