@@ -80,7 +80,7 @@ def draw_sweep(path: Path, found: list[Any], curve: tuple[float, float] | None, 
         panel.set_xticks(all_sizes, all_sizes, minor=False)
         panel.set_xticks([], minor=True)
         for axis in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
-            axis(lambda value, _: f"{value:,.4g}")
+            axis(lambda value, _: f"{value:,.10g}")
         runs = [run for each in reached for run in each.runs if run.reached]
         panel.plot(
             [run.batch_size for run in runs], [getattr(run, name) for run in runs], ".", color="gray", label="each seed"
