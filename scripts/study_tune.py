@@ -9,6 +9,7 @@ are the median over all runs of its batch size, times the median steps to the ta
 import argparse
 import json
 import logging
+import math
 import pydoc_data.topics
 import statistics
 import time
@@ -95,7 +96,7 @@ def study(name: str, folder: Path, sizes: list[int], seeds: int, rates: str, ste
     rows = {}
     for each in trials.results(runs):
         own = [run for run in runs if run.batch_size == each.batch_size]
-        step = statistics.median(run.seconds / run.steps for run in own)
+        step = statistics.median(run.seconds / run.steps for run in own if run.reached or not math.isfinite(each.steps))
         by_rule = statistics.median(run.steps if run.reached else float("inf") for run in own if run.factor == 1)
         rows[each.batch_size] = {
             "factor": each.runs[0].factor,

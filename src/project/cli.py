@@ -330,7 +330,7 @@ class CLI(LightningCLI):
         def model(seed: int) -> Task:
             torch.manual_seed(seed)
             settings = Namespace(model=copy.deepcopy(self.settings.model))
-            return self._parser("sweep").instantiate_classes(settings).model
+            return self._parser("sweep").instantiate_classes(settings)["model"]
 
         self.trainer.recipe = Recipe(model, digest)
 
@@ -381,6 +381,7 @@ class CLI(LightningCLI):
         RunRecord(self.plain_config, str(self.subcommand)).setup(self.trainer, self.model, "fit")
         if self.trainer.is_global_zero:
             print(f"run folder: {self.folder}")
+            self._say_upload()
 
     after_sweep = after_tune
 

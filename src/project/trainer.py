@@ -16,6 +16,7 @@ from project.choosing.sweep import Recipe, sweep
 from project.choosing.tune import tune
 from project.data.module import DataModule
 from project.errors import mistakes
+from project.logger import WandbLogger
 from project.tasks.task import Task
 
 
@@ -153,6 +154,9 @@ class Trainer(pl.Trainer):
                 batch_sizes=batch_sizes, target=target, seeds=seeds, rates=rates, val_share=val_share,
             )  # fmt: skip
         names = ("batch_size", "learning_rate", "reached", "steps", "examples", "seconds")
-        for number, run in enumerate(runs):
-            for logger in self.loggers:
+        for logger in self.loggers:
+            for number, run in enumerate(runs):
                 logger.log_metrics({f"sweep/{name}": float(getattr(run, name)) for name in names}, step=number)
+            if runs and isinstance(logger, WandbLogger):
+                logger.log_image("sweep/picture", [str(Path(self.default_root_dir) / "sweep.png")])
+            logger.finalize("success")

@@ -2,16 +2,20 @@
 
 import csv
 import math
+import re
 import shlex
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
-from helpers import CSV, DIGITS, ROOT, run_here
+from helpers import CSV, DIGITS, ROOT, run_here, wandb_records
 
 from project.choosing import short, sweep, trials
 from project.choosing.figure import draw_sweep
-from project.choosing.sweep import Target
+from project.choosing.sweep import Race, Target
 from project.choosing.trials import Run, due, fit, results
 
 SMALL = ("sweep", *DIGITS, *CSV, "--trainer.max_epochs", 3, "--model.network.hidden_features", "[64]")
@@ -70,6 +74,27 @@ def test_target(text: str, value: float, reached: bool) -> None:
     assert Target.parse(text, ["val/loss"]).reached(value) == reached
 
 
+def test_the_watch_stands_still_in_validation_and_validation_comes_at_even_shares(monkeypatch) -> None:
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(sweep, "perf_counter", lambda: clock.now)
+    race = Race(Target("val/loss", "<=", 0.5), factor=1.0, share=0.25, steps=30)
+    trainer = SimpleNamespace(callback_metrics={"val/loss": 1.0}, should_stop=False)
+    module, validated = SimpleNamespace(device=torch.device("cpu")), []
+    for step in range(1, 31):
+        clock.now += 100.0 if step == 1 else 2.0  # the first one is slow
+        trainer.global_step = step
+        race.on_train_batch_end(trainer, module, None, None, 0)
+        if trainer.val_check_batch == 1:
+            clock.now += 50.0
+            validated.append(step)
+            trainer.callback_metrics["val/loss"] -= 0.05
+            race.on_validation_end(trainer, module)  # type: ignore[arg-type]
+        if trainer.should_stop:
+            break
+    assert validated == [1, 2, 3, 4, 5, 7, 9, 12, 15, 19]
+    assert (race.reached, race.steps, race.seconds) == (True, 19, 38.0)
+
+
 def test_a_sweep_from_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """One size cannot reach the target in so few steps; what is known is not run again."""
     common = (*SMALL, *TARGET, "--batch_sizes", "64,1259", "--seeds", 2, "--rates", "1,2")
@@ -111,10 +136,29 @@ def test_a_sweep_from_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     count = len(trained)
     again = run_here(*common)
     assert len(trained) == count
-    assert again.out.splitlines()[:6] == result.out.splitlines()[:6]
+    assert again.out.splitlines()[:5] == result.out.splitlines()[:5]  # the same table
     more = run_here(*common, "--model.network.hidden_features", "[32]", "--batch_sizes", "64", "--seeds", 1)
     assert more.code == 0, more.err
     assert trained[count] == (64, 0, 1)  # another training is not the same
+
+
+def test_the_command_of_readme_with_the_log_of_wandb() -> None:
+    """In a small form: the whole grid takes a minute."""
+    (line,) = re.findall(r"^python -m project (sweep .*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    result = run_here(*shlex.split(line), "--batch_sizes", 256, "--seeds", 1, "--rates", 1)
+    assert result.code == 0, result.err
+    assert "upload it:  wandb sync" in result.out
+    (only,) = trials.read(Path("runs/digits/sweep.csv"))
+    (log,) = result.folder.glob("wandb/offline-run-*/*.wandb")
+    logged: dict[str, str] = {}
+    for _ in range(100):  # wandb's own process writes it
+        items = [(item.nested_key or [item.key], item.value_json) for record in wandb_records(log)
+                 for item in record.history.item]  # fmt: skip
+        if logged := {key[0]: value for key, value in items}:
+            break
+        time.sleep(0.1)
+    assert float(logged["sweep/examples"]) == only.examples
+    assert "sweep/picture" in logged
 
 
 def test_picture(tmp_path: Path) -> None:

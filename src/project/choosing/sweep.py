@@ -10,6 +10,7 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.seed import isolate_rng
 from rich.console import Console
@@ -75,10 +76,13 @@ class Race(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Take the time, and validate if it is due."""
-        now, self.steps = perf_counter(), trainer.global_step
+        self.steps = trainer.global_step
+        due = self.steps >= min(self._next, self.last)
+        if due and pl_module.device.type == "cuda":
+            torch.cuda.synchronize()
+        now = perf_counter()
         self._seconds += now - self._lap if self.steps > 1 else 0.0
         self._lap = now
-        due = self.steps >= min(self._next, self.last)
         trainer.val_check_batch = 1 if due else short.NEVER
         if due:
             self._next = max(self.steps + 1, math.ceil(self.steps * (1 + self.share)))
@@ -113,7 +117,7 @@ def sweep(
     Args:
         trainer: has the run's folder, device and precision, and how long a training may be.
         task: what is to be trained; it stays as it is. Its rate stays constant after the warm-up in examples, so that
-            the steps to the target do not depend on the length of a training.
+            the steps to the target do not depend on the length of a training. Callbacks take no part.
         data: has its plan.
         recipe: None: all seeds have the weights of `task`.
         path: of the file of results.

@@ -4,7 +4,7 @@ import csv
 import math
 import statistics
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -115,13 +115,14 @@ def read(path: Path) -> list[Run]:
     """
     if not path.exists():
         return []
-    kinds = {field.name: type(field.default) for field in fields(Run)}
+    kinds = {name: type(default) for name, default in asdict(Run()).items()}
+
+    def run(row: dict[str, str]) -> Run:
+        return Run(**{name: row[name] == "True" if kind is bool else kind(row[name]) for name, kind in kinds.items()})
+
     with path.open(newline="") as file:
         try:
-            return [
-                Run(**{name: row[name] == "True" if kind is bool else kind(row[name]) for name, kind in kinds.items()})
-                for row in csv.DictReader(file)
-            ]
+            return [run(row) for row in csv.DictReader(file)]
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not the file of a sweep ({error!r}): move it away") from error
 

@@ -33,7 +33,7 @@ class Muon(pytorch_optimizer.Muon):
         last: int = 1,
         **kwargs: Any,
     ) -> None:
-        given = [each if isinstance(each, dict) else {"params": [each]} for each in params]
+        given: list[dict[str, Any]] = [each if isinstance(each, dict) else {"params": [each]} for each in params]
         matrices = [weight for group in given for weight in group["params"] if weight.ndim >= 2]
         hidden = {id(weight) for weight in matrices[first : len(matrices) - last]}
         parts: dict[tuple[bool, float], list[Tensor]] = {}
