@@ -91,9 +91,7 @@ def draw_sweep(path: Path, found: list[Any], curve: tuple[float, float] | None, 
             cost = {"steps": [1] * len(sizes), "examples": sizes}
             cost["seconds"] = [each.seconds / each.steps for each in reached]
             predicted = [a * b for a, b in zip(steps, cost[name], strict=True)]
-            label = "fit: S (1 + N / B)" + (
-                "" if name != "steps" or not curve[0] else f", N = {curve[1] / curve[0]:,.0f}"
-            )
+            label = f"fit: S (1 + N / B), N = {curve[1] / curve[0]:,.0f}" if curve[0] else "fit: E / B"
             panel.plot(sizes, predicted, "--", color="tab:orange", label=label)
         never = [each.batch_size for each in found if math.isinf(each.steps)]
         if never:

@@ -69,10 +69,11 @@ class Race(Callback):
         self.reached, self.steps, self.learning_rate = False, 0, 0.0
         self._next, self._seconds, self._lap = 1, 0.0, 0.0
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Set the rate."""
-        pl_module.rates = [rate * self.factor for rate in pl_module.rates]
-        self.learning_rate = pl_module.rates[0]
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Set the rate, before the first step."""
+        if batch.step == 0:
+            pl_module.rates = [rate * self.factor for rate in pl_module.rates]
+            self.learning_rate = pl_module.rates[0]
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Take the time, and validate if it is due."""
