@@ -89,7 +89,7 @@ def study(name: str, folder: Path, sizes: list[int], seeds: int, rates: str, ste
         tune.tune(trainer, task, data, steps, None)
     recommended = yaml.safe_load(overlay.read_text())["data"]["batch_size"]
     runs = sweep.sweep(
-        trainer, task, data, Recipe(model, ""), folder / "sweep.csv",
+        trainer, task, data, Recipe(model, ""), str(folder / "sweep.csv"),
         batch_sizes=",".join(map(str, sorted({*sizes, recommended}))), target=problem.target, seeds=seeds, rates=rates,
         val_share=0.05,
     )  # fmt: skip

@@ -1,7 +1,6 @@
 """Lightning's Trainer, with the defaults that an exact global batch needs."""
 
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -51,6 +50,9 @@ class Trainer(pl.Trainer):
         **kwargs: those of Lightning's Trainer.
     """
 
+    recipe: Recipe | None = None
+    """What `sweep` needs to make a model anew; the command line sets it."""
+
     def __init__(
         self,
         *,
@@ -77,7 +79,6 @@ class Trainer(pl.Trainer):
             raise ValueError(f"trainer.threads is {threads}: write a whole number of at least 1")
         self.accumulation = accumulate_grad_batches
         self.channels_last, self.compile = bool(channels_last), bool(compile)
-        self.recipe: Recipe | None = None
         if threads is not None:
             host.set_threads(threads)
         if keep_memory and not host.keep_memory(True):
@@ -147,10 +148,9 @@ class Trainer(pl.Trainer):
             val_share: how much longer a training is from one validation to the next; its time does not count.
             results: file that keeps all runs; null: sweep.csv beside the folders of the runs.
         """
-        path = Path(results) if results else Path(self.default_root_dir).parent / "sweep.csv"
         with mistakes():
             runs = sweep(
-                self, model, datamodule, self.recipe, path,
+                self, model, datamodule, self.recipe, results,
                 batch_sizes=batch_sizes, target=target, seeds=seeds, rates=rates, val_share=val_share,
             )  # fmt: skip
         names = ("batch_size", "learning_rate", "reached", "steps", "examples", "seconds")
@@ -158,5 +158,5 @@ class Trainer(pl.Trainer):
             for number, run in enumerate(runs):
                 logger.log_metrics({f"sweep/{name}": float(getattr(run, name)) for name in names}, step=number)
             if runs and isinstance(logger, WandbLogger):
-                logger.log_image("sweep/picture", [str(Path(self.default_root_dir) / "sweep.png")])
+                logger.log_image("sweep/picture", [f"{self.default_root_dir}/sweep.png"])
             logger.finalize("success")

@@ -2,6 +2,8 @@
 
 import math
 import re
+import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 import yaml
 from helpers import CSV, DIGITS, run_here, run_process
 
+from project import trainer
 from project.choosing import fits, speed
 from project.choosing import tune as tuning
 from project.choosing.findings import Choice, Findings
@@ -86,24 +89,6 @@ def test_what_follows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert findings.best() == near[0]
 
 
-def test_digits_from_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed, "_TURN", 0.01)  # seconds
-    result = run_here("tune", *DIGITS, *CSV, "--steps", 120, "--trainer.accelerator", "cpu")
-    assert result.code == 0, result.err
-    assert "<- the knee" in result.out
-    assert "largest micro-batch that was run: 1,259" in result.out
-    assert "the gradient noise scale is about" in result.out
-    assert "learning rate at batch_size" in result.out
-    assert (result.folder / "tune.png").stat().st_size > 10_000
-    overlay = result.folder / "tuned.yaml"
-    chosen = yaml.safe_load(overlay.read_text())
-    assert chosen["model"]["reference_batch_size"] == 64
-    trained = run_here("fit", *DIGITS, *CSV, "--config", overlay, "--trainer.max_epochs", 1)
-    assert trained.code == 0, trained.err
-    assert f"batch_size  {chosen['data']['batch_size']}\n" in trained.out
-    assert f"micro_batch_size  {chosen['data']['micro_batch_size']}\n" in trained.out
-
-
 MLP_16 = "{class_path: project.models.mlp.MLP, init_args: {in_features: 64, num_classes: 10, hidden_features: [16]}}"
 WATCHED = """
 import hashlib, os, pathlib, random
@@ -148,28 +133,47 @@ class Small(Classification):
 """
 
 
-@pytest.mark.parametrize("devices", [1, 2])
-def test_nothing_is_changed_and_all_devices_agree(devices: int, tmp_path: Path) -> None:
-    """Also where one of them runs out of memory."""
+def test_digits_from_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "watched.py").write_text(WATCHED)
-    two = ("--config", "configs/overlays/two_cpus.yaml") if devices == 2 else ()
-    result = run_process(
-        "tune", *DIGITS, *CSV, *two, "--steps", 80, "--model", "watched.Small", "--model.network", MLP_16,
-        OMP_NUM_THREADS="1", PYTHONPATH=str(tmp_path), timeout=100,
-    )  # fmt: skip
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "watched", raising=False)
+    monkeypatch.setattr(speed, "_TURN", speed._TURN)  # which the module changes
+    monkeypatch.setattr(trainer, "tune", trainer.tune)
+    import_module("watched")
+    result = run_here("tune", *DIGITS, *CSV, "--steps", 120, "--trainer.accelerator", "cpu")
     assert result.code == 0, result.err
-    assert [Path(f"same-{rank}").read_text() for rank in range(devices)] == ["True"] * devices
-    tried = [list(dict.fromkeys(Path(f"sizes-{rank}").read_text().split())) for rank in range(devices)]
-    if devices == 2:
-        largest = int(re.search(r"largest micro-batch that was run: (\d+) \(more would not fit\)", result.out)[1])
-        assert 92 <= largest <= 100
-        powers = ["1", "2", "4", "8", "16", "32", "64", "128"]
-        assert tried[0][:10] == tried[1][:10]
-        assert tried[0][-len(powers) :] != powers
-    else:
-        assert "largest micro-batch that was run: 1,259" in result.out
+    assert Path("same-0").read_text() == "True"  # nothing is changed
+    assert "<- the knee" in result.out
+    assert "largest micro-batch that was run: 1,259" in result.out
+    assert "the gradient noise scale is about" in result.out
+    assert "learning rate at batch_size" in result.out
+    assert (result.folder / "tune.png").stat().st_size > 10_000
+    overlay = result.folder / "tuned.yaml"
+    chosen = yaml.safe_load(overlay.read_text())
+    assert chosen["model"]["reference_batch_size"] == 64
+    trained = run_here("fit", *DIGITS, *CSV, "--config", overlay, "--trainer.max_epochs", 1)
+    assert trained.code == 0, trained.err
+    assert f"batch_size  {chosen['data']['batch_size']}\n" in trained.out
+    assert f"micro_batch_size  {chosen['data']['micro_batch_size']}\n" in trained.out
+
+
+def test_two_devices_agree_and_nothing_is_changed(tmp_path: Path) -> None:
+    """One of them runs out of memory."""
+    (tmp_path / "watched.py").write_text(WATCHED)
+    two = ("--config", "configs/overlays/two_cpus.yaml", "--model", "watched.Small", "--model.network", MLP_16)
+    result = run_process(
+        "tune", *DIGITS, *CSV, *two, "--steps", 80, OMP_NUM_THREADS="1", PYTHONPATH=str(tmp_path), timeout=100
+    )
+    assert result.code == 0, result.err
+    assert [Path(f"same-{rank}").read_text() for rank in (0, 1)] == ["True", "True"]
+    tried = [list(dict.fromkeys(Path(f"sizes-{rank}").read_text().split())) for rank in (0, 1)]
+    largest = re.search(r"largest micro-batch that was run: (\d+) \(more would not fit\)", result.out)
+    assert largest is not None
+    assert 92 <= int(largest[1]) <= 100
+    assert tried[0][:8] == tried[1][:8] == [str(2**power) for power in range(8)]
+    assert tried[0][:10] == tried[1][:10]
     chosen = yaml.safe_load((result.folder / "tuned.yaml").read_text())["data"]
-    assert chosen["micro_batch_size"] <= -(-chosen["batch_size"] // devices)
+    assert chosen["micro_batch_size"] <= -(-chosen["batch_size"] // 2)
     assert result.out.count("<- the knee") == 1  # one process says it for all
 
 
@@ -178,6 +182,7 @@ def test_an_interrupt_shows_what_is_known(monkeypatch: pytest.MonkeyPatch) -> No
         raise KeyboardInterrupt
 
     monkeypatch.setattr(tuning.short, "train", interrupt)
+    monkeypatch.setattr(speed, "_TURN", 0.01)  # seconds
     result = run_here("tune", *DIGITS, *CSV)
     assert result.code == 0, result.err
     assert "<- the knee" in result.out

@@ -73,10 +73,10 @@ def measure(
     watch = Stopwatch(task, data, max(sizes), device)
     way, lines = speed.choose(watch, start, tried, examples)
     if data.finds_micro_batch:
-        most, budget = max(1, share // task.unit) * task.unit, fits.free_memory(device, processes)
-        fitting = sorted(fits.what_fits(watch, way, most, budget, task.unit))
+        unit, budget = task.unit, fits.free_memory(device, processes)
+        fitting = sorted(fits.what_fits(watch, way, max(1, share // unit) * unit, budget, unit))
         if not fitting:
-            raise ValueError(f"not even a micro-batch of {task.unit} fits: write a smaller model")
+            raise ValueError(f"not even a micro-batch of {unit} fits: write a smaller model")
         way = replace(way, size=fits.knee(fitting).examples)
         for each in fitting:
             mark = "  <- taken" if each.examples == way.size else ""

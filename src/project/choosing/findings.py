@@ -32,6 +32,8 @@ class Findings:
     largest: int
     """The largest batch size to look at."""
     devices: int = 1
+    unit: int = 1
+    """Examples that must stay together."""
     sizes: list[Size] = field(default_factory=list)
     noise: list[tuple[int, Estimate]] = field(default_factory=list)
     """Examples seen, and the noise scale of the batches before."""

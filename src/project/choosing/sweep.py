@@ -105,7 +105,7 @@ def sweep(
     task: Task,
     data: DataModule,
     recipe: Recipe | None,
-    path: Path,
+    results: str | None,
     *,
     batch_sizes: str,
     target: str,
@@ -121,7 +121,7 @@ def sweep(
             the steps to the target do not depend on the length of a training. Callbacks take no part.
         data: has its plan.
         recipe: None: all seeds have the weights of `task`.
-        path: of the file of results.
+        results: the file of all runs; None: `sweep.csv` beside the folders of the runs.
         batch_sizes: with commas between them.
         target: see `Target`.
         seeds: trainings of each batch size at each rate.
@@ -147,6 +147,7 @@ def sweep(
     if steps == math.inf:
         raise ValueError("sweep must know how long a training may be: write trainer.max_epochs")
     budget = plan.examples_at(int(steps))
+    path = Path(results) if results else Path(trainer.default_root_dir).parent / "sweep.csv"
     recipe = recipe or Recipe(lambda seed: copy.deepcopy(task), "")
     config, all_seeds, console = f"{recipe.digest} {target}", [data.seed + number for number in range(seeds)], Console()
 

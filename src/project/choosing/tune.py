@@ -87,7 +87,7 @@ def _tune(trainer: pl.Trainer, task: Task, data: DataModule, steps: int, memory_
     plan, train = data.plan, data.split("train")
     assert plan is not None
     assert train is not None
-    device, batch_size, unit = trainer.strategy.root_device, plan.batch_size, task.unit
+    device, batch_size, unit = trainer.strategy.root_device, plan.batch_size, plan.unit
 
     def largest(value: float) -> float:
         values = torch.tensor(value, dtype=torch.float64, device=device)
@@ -99,7 +99,7 @@ def _tune(trainer: pl.Trainer, task: Task, data: DataModule, steps: int, memory_
     if most == 0:
         raise ValueError(f"there are {len(train)} training examples, of which {unit} must stay together: give it more")
     way = Way(unit, str(trainer.precision), getattr(trainer, "channels_last", False), threads=torch.get_num_threads())
-    findings, interrupted, console = Findings(batch_size, most // 4, plan.devices), False, Console()
+    findings, interrupted, console = Findings(batch_size, most // 4, plan.devices, unit), False, Console()
     with Progress(console=console, transient=True, disable=not trainer.is_global_zero) as bars:
 
         def bar(name: str, total: float) -> Callable[[float], None]:
@@ -174,7 +174,7 @@ def _leave(folder: Path, findings: Findings, task: Task) -> None:
     draw(folder / "tune.png", findings)
     print(f"look at it: {folder / 'tune.png'}")
     if best:
-        micro_batch = max(task.unit, min(findings.share(best.batch_size), findings.knee().examples))
+        micro_batch = max(findings.unit, min(findings.share(best.batch_size), findings.knee().examples))
         overlay = {
             "trainer": {"accumulate_grad_batches": None},
             "data": {"batch_size": best.batch_size, "micro_batch_size": micro_batch},
