@@ -15,6 +15,7 @@ commands:
   test        measure on the test split
   predict     write predictions, one row per example
   tune        choose the batch size: what fits, what is fast, what the gradient says
+  sweep       train each batch size to a target, and see which is the fastest
   inspect     look at the batches without training, and find what is wrong with the data
 
 the flags that matter:

@@ -1,5 +1,8 @@
 """The command line: Lightning's CLI with run folders, checks before training, and one line for a mistake."""
 
+import copy
+import hashlib
+import json
 import logging
 import os
 import sys
@@ -24,7 +27,8 @@ from project.callbacks.predictions import Predictions
 from project.callbacks.progress import ProgressBar
 from project.callbacks.run_record import RunRecord
 from project.callbacks.summary import Summary
-from project.choosing import speed
+from project.choosing import automatic
+from project.choosing.sweep import Recipe
 from project.data.module import LIMIT_FILE, SPLITS, DataModule
 from project.errors import Mistake, TrainingStopped, mistakes
 from project.logger import WandbLogger
@@ -49,7 +53,7 @@ UNFOUNDED = (
 
 
 class CLI(LightningCLI):
-    """`fit`, `validate`, `test`, `predict`, `inspect`, `tune`, each in a run's folder of its own."""
+    """`fit`, `validate`, `test`, `predict`, `inspect`, `tune`, `sweep`, each in a run's folder of its own."""
 
     datamodule: DataModule
     model: Task
@@ -85,7 +89,7 @@ class CLI(LightningCLI):
         Only the one that is asked for, if it is one: making the parser of each takes 20 milliseconds.
         """
         own = {"model", "datamodule"}
-        verbs = LightningCLI.subcommands() | {"inspect": own, "tune": own}
+        verbs = LightningCLI.subcommands() | {"inspect": own, "tune": own, "sweep": own}
         return {self.verb: verbs[self.verb]} if self.verb in verbs else verbs
 
     def add_arguments_to_parser(self, parser: Any) -> None:
@@ -191,7 +195,7 @@ class CLI(LightningCLI):
             self.model.init_from = None  # the checkpoint has the weights
         callbacks = list(settings.get("callbacks") or [])
         if self.subcommand == "fit":
-            if self.settings.speed == "auto":
+            if self.settings.speed == "auto" or self.datamodule.finds_micro_batch:
                 self._speed_up(settings)
             saving = settings.get("enable_checkpointing") is not False
             if saving and not any(isinstance(callback, Last) for callback in callbacks):
@@ -218,19 +222,20 @@ class CLI(LightningCLI):
 
     def _speed_up(self, settings: Any) -> None:
         """Set what is the fastest on this machine."""
-        path = self.folder / speed.FILE
+        path = self.folder / automatic.FILE
         self.datamodule.prepare_data()
         self.model.prepare(self.datamodule, "train")
         gpu = settings.get("accelerator") in (None, "auto", "gpu", "cuda") and torch.cuda.is_available()
         devices = settings.get("devices")
-        automatic = torch.cuda.device_count() if gpu else 1
-        speed.speed_up(
+        all_devices = torch.cuda.device_count() if gpu else 1
+        automatic.measure(
             self.model,
             self.datamodule,
             settings,
             path,
             torch.device("cuda" if gpu else "cpu"),
-            int(devices) if str(devices).isdecimal() else len(devices) if isinstance(devices, list) else automatic,
+            int(devices) if str(devices).isdecimal() else len(devices) if isinstance(devices, list) else all_devices,
+            everything=self.settings.speed == "auto",
         )
         chosen = yaml.safe_load(path.read_text())
         for key, value in chosen["trainer"].items():
@@ -324,6 +329,24 @@ class CLI(LightningCLI):
         """Check."""
         self._prepare("fit")
 
+    def before_sweep(self) -> None:
+        """Check, and keep how to make the model anew, and what makes its training different from others."""
+        self._prepare("fit")
+        keys = ("accelerator", "precision", "channels_last", "compile", "threads", "gradient_clip_val")
+        plain = copy.deepcopy(self.plain_config)
+        size = plain["data"].get("init_args", {}).pop("batch_size", None)
+        plan = self.datamodule.plan
+        reference = self.model.reference_batch_size or (plan and plan.batch_size) or size
+        parts = [plain["model"], reference, plain["data"], {key: plain["trainer"].get(key) for key in keys}]
+        digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
+
+        def model(seed: int) -> Task:
+            torch.manual_seed(seed)
+            settings = Namespace(model=copy.deepcopy(self.settings.model))
+            return self._parser("sweep").instantiate_classes(settings)["model"]
+
+        self.trainer.recipe = Recipe(model, digest)
+
     def before_validate(self) -> None:
         """Check."""
         self._prepare("validate")
@@ -368,9 +391,12 @@ class CLI(LightningCLI):
 
     def after_tune(self) -> None:
         """Record the configuration, and say where the findings are."""
-        RunRecord(self.plain_config, "tune").setup(self.trainer, self.model, "fit")
+        RunRecord(self.plain_config, str(self.subcommand)).setup(self.trainer, self.model, "fit")
         if self.trainer.is_global_zero:
             print(f"run folder: {self.folder}")
+            self._say_upload()
+
+    after_sweep = after_tune
 
     def _say_upload(self) -> None:
         for logger in self.trainer.loggers:

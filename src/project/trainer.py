@@ -12,9 +12,11 @@ from lightning.pytorch.strategies import DDPStrategy
 from project import host
 from project.callbacks.durable import DurableIO
 from project.choosing import batches
+from project.choosing.sweep import Recipe, sweep
 from project.choosing.tune import tune
 from project.data.module import DataModule
 from project.errors import mistakes
+from project.logger import WandbLogger
 from project.tasks.task import Task
 
 
@@ -50,6 +52,9 @@ class Trainer(pl.Trainer):
         keep_memory: on a CPU, keep freed memory for the next step: faster where a micro-batch needs much.
         **kwargs: those of Lightning's Trainer.
     """
+
+    recipe: Recipe | None = None
+    """What `sweep` needs to make a model anew; the command line sets it."""
 
     def __init__(
         self,
@@ -121,8 +126,43 @@ class Trainer(pl.Trainer):
             model: what is to be trained; it stays as it is.
             datamodule: has its plan.
             steps: most optimizer steps of the short run from which the gradient noise scale is taken.
-            memory_gib: what may be used, in GiB; null: most of what is free.
+            memory_gib: what each device may use, in GiB; null: most of what is free.
         """
-        if self.is_global_zero:  # one device is measured
-            with mistakes():
-                tune(self, model, datamodule, steps, memory_gib)
+        with mistakes():
+            tune(self, model, datamodule, steps, memory_gib)
+
+    def sweep(
+        self,
+        model: Task,
+        datamodule: DataModule,
+        batch_sizes: str,
+        target: str,
+        seeds: int = 3,
+        rates: str = "0.5,1,2",
+        val_share: float = 0.05,
+        results: str | None = None,
+    ) -> None:
+        """Train each batch size to a target, at the best learning rate of each; what is already known is not run again.
+
+        Args:
+            model: what is to be trained.
+            datamodule: has its plan.
+            batch_sizes: with commas between them, such as 16,64,256.
+            target: a metric of validation and its value, such as val/accuracy>=0.97.
+            seeds: trainings of each batch size at each rate.
+            rates: factors on the rate that the rule gives. The grid grows while the best one is at its end.
+            val_share: how much longer a training is from one validation to the next; its time does not count.
+            results: file that keeps all runs; null: sweep.csv beside the folders of the runs.
+        """
+        with mistakes():
+            runs = sweep(
+                self, model, datamodule, self.recipe, results,
+                batch_sizes=batch_sizes, target=target, seeds=seeds, rates=rates, val_share=val_share,
+            )  # fmt: skip
+        names = ("batch_size", "learning_rate", "reached", "steps", "examples", "seconds")
+        for logger in self.loggers:
+            for number, run in enumerate(runs):
+                logger.log_metrics({f"sweep/{name}": float(getattr(run, name)) for name in names}, step=number)
+            if runs and isinstance(logger, WandbLogger):
+                logger.log_image("sweep/picture", [f"{self.default_root_dir}/sweep.png"])
+            logger.finalize("success")

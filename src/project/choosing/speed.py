@@ -1,32 +1,25 @@
-"""`speed: auto`: the fastest way to run the batch here, found by measuring; the result stays, up to rounding."""
+"""The fastest way to run the batch here, found by measuring; the result stays, up to rounding."""
 
 import copy
-import math
 import os
-import platform
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from project import host
 from project.batching.loader import Batch
 from project.data.module import DataModule
-from project.host import keep_memory, reset_peak_memory
+from project.host import keep_memory
 from project.models.compiled import compile_network
 from project.models.norm import has_batchnorm
 from project.tasks.step import is_out_of_memory
 from project.tasks.task import Task
-
-FILE = "speed.yaml"
-"""What was chosen, in the run's folder: a configuration that lies over others."""
 
 _GAIN = 1.05  # a way must be so many times as fast as the one before to take its place
 _TURN = 0.1  # seconds of measuring at a time, at least
@@ -93,6 +86,7 @@ class Stopwatch:
                     raise ValueError(
                         f"{type(task).__name__}.losses cannot be tried outside training ({line})"
                     ) from error
+                task.zero_grad()
                 return float("inf")
             return ((perf_counter() - start) / runs + _OVERHEAD) / len(micro_batch)
 
@@ -178,48 +172,3 @@ def choose(watch: Stopwatch, way: Way, tried: dict[str, list], examples: float) 
             lines.append(f"{1 / took:>14,.0f}{seconds[0] / took:>7.2f}  {each}{mark}")
         way = ways[chosen]
     return way, lines
-
-
-def speed_up(task: Task, data: DataModule, trainer: Any, path: Path, device: torch.device, processes: int) -> None:
-    """Choose the way for this machine, say what was measured, and leave the choice as a configuration at `path`."""
-    if path.exists():  # of the process that started this one, or of the run that is resumed
-        return
-    if max(int(os.environ.get(name) or 1) for name in ("WORLD_SIZE", "SLURM_NTASKS")) > 1:
-        raise ValueError(
-            "speed is auto, but several processes were started at once, and one has to measure: run it in one process, "
-            f"and give its {FILE} with --config"
-        )
-    if data.batch_size is None:
-        raise ValueError("speed is auto, but data.batch_size is not set: write it, or leave speed out")
-    tried = candidates(task, data, trainer, device, processes)
-    share = -(-data.batch_size // processes)
-    sizes = tried.get("size", [data.micro_batch_size or share])
-    given = {key: trainer.get(key) for key in ("precision", "channels_last", "keep_memory", "threads", "compile")}
-    start = Way(
-        max((size for size in sizes if size <= 256), default=sizes[0]),
-        **{
-            "threads": min(torch.get_num_threads(), max(1, (os.cpu_count() or 1) // processes)),
-            **{key: value for key, value in given.items() if value is not None},
-        },
-    )
-    steps, epochs = trainer.get("max_steps"), trainer.get("max_epochs")
-    examples = steps * data.batch_size if steps not in (None, -1) else math.inf
-    train = data.split("train")
-    assert train is not None
-    examples = min(examples, epochs * len(train) if epochs not in (None, -1) else math.inf)
-    way, lines = choose(Stopwatch(task, data, max(sizes), device), start, tried, examples)
-    print(
-        "\n".join(["speed: auto, forward and backward pass:", *lines, f"chosen: {way}; written to {path}"]), flush=True
-    )
-    overlay: dict[str, Any] = {
-        "speed": None,
-        "trainer": {key: value for key, value in asdict(way).items() if key in tried and key != "size"},
-    }
-    if "size" in tried:
-        overlay["data"] = {"micro_batch_size": way.size}
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(f"# speed: auto chose this on {platform.node()}\n" + yaml.safe_dump(overlay, sort_keys=False))
-    part.replace(path)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    reset_peak_memory(device)

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
@@ -41,7 +41,8 @@ class DataModule(pl.LightningDataModule, ABC):
 
     Args:
         batch_size: examples per optimizer step, over all devices together.
-        micro_batch_size: most examples on one device at once; null: the device's whole share.
+        micro_batch_size: most examples on one device at once; null: the device's whole share; auto: `fit` measures
+            which fits and is fast.
         batch_tokens: tokens per optimizer step, instead of `batch_size`: an epoch is cut into batches of equally many,
             but for part of a sequence.
         micro_batch_tokens: most tokens on one device at once, padding included.
@@ -59,7 +60,7 @@ class DataModule(pl.LightningDataModule, ABC):
     def __init__(
         self,
         batch_size: int | None = None,
-        micro_batch_size: int | None = None,
+        micro_batch_size: int | Literal["auto"] | None = None,
         batch_tokens: int | None = None,
         micro_batch_tokens: int | None = None,
         eval_batch_size: int | None = None,
@@ -73,6 +74,8 @@ class DataModule(pl.LightningDataModule, ABC):
         augment: list[Augmentation | nn.Module] | None = None,
     ) -> None:
         super().__init__()
+        self.finds_micro_batch = micro_batch_size == "auto"
+        micro_batch_size = None if micro_batch_size == "auto" else micro_batch_size
         sizes = {"batch_size": batch_size, "micro_batch_size": micro_batch_size, "eval_batch_size": eval_batch_size}
         for name, value in (sizes | {"batch_tokens": batch_tokens, "micro_batch_tokens": micro_batch_tokens}).items():
             if value is not None and value < 1:

@@ -9,13 +9,13 @@ RULES = ("linear", "sqrt", "none")
 
 
 def default_rule(optimizer: Optimizer) -> str:
-    """Return the rule for an optimizer: sqrt for those that divide by the size of past gradients, else linear.
+    """Return the rule for an optimizer: sqrt for those whose steps have a size of their own, else linear.
 
     Linear is for SGD and what is built on it (Goyal et al. 2017, arXiv 1706.02677), sqrt for adaptive methods
-    (Malladi et al. 2022, arXiv 2205.10287; for LAMB, You et al. 2020, arXiv 1904.00962).
+    (Malladi et al. 2022, arXiv 2205.10287; for LAMB, You et al. 2020, arXiv 1904.00962) and Muon.
     """
     divides = {"betas", "beta2_decay", "rho", "lr_decay"} & optimizer.defaults.keys()  # Adam's, Adafactor, Adadelta
-    return "sqrt" if divides or type(optimizer).__name__ == "RMSprop" else "linear"
+    return "sqrt" if divides or type(optimizer).__name__ in ("RMSprop", "Muon") else "linear"
 
 
 def scale(optimizer: Optimizer, batch_size: int, reference: int, rule: str | None = None) -> str:
@@ -41,5 +41,5 @@ def scale(optimizer: Optimizer, batch_size: int, reference: int, rule: str | Non
 
 
 def _decays_by_the_rate(optimizer: Optimizer, group: dict[str, Any]) -> bool:
-    decoupled = group.get("decoupled_weight_decay", type(optimizer).__name__ in ("AdamW", "Lamb", "Adafactor"))
+    decoupled = group.get("decoupled_weight_decay", type(optimizer).__name__ in ("AdamW", "Lamb", "Adafactor", "Muon"))
     return bool(decoupled) and bool(group.get("weight_decay"))

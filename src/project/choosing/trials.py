@@ -1,0 +1,137 @@
+"""The runs of a sweep: which are due, the file that keeps them, and what they say together."""
+
+import csv
+import math
+import statistics
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+GROWN = 2
+"""Rates that may be added at each end of the grid, while the best one is at that end."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training to the target; a row of the file."""
+
+    config: str = ""
+    """A digest of what makes its training different from others."""
+    batch_size: int = 0
+    seed: int = 0
+    factor: float = 1.0
+    """On the learning rate that the rule gives."""
+    learning_rate: float = 0.0
+    reached: bool = False
+    steps: int = 0
+    """Optimizer steps to the target; where it was not reached, those that were allowed."""
+    examples: int = 0
+    seconds: float = 0.0
+    """Of the steps alone."""
+
+
+def due(runs: list[Run], sizes: list[int], seeds: list[int], factors: list[float]) -> Iterator[tuple[int, int, float]]:
+    """Yield (seed, batch size, factor) of what is to be run next, given the runs so far.
+
+    Each size gets the whole grid. Then, while its best rate is at an end of the grid (or none has reached the target),
+    another one beyond that end, at the same distance; at most `GROWN`.
+    """
+    done = {(run.seed, run.batch_size, run.factor) for run in runs}
+    wanted = [(seed, size, factor) for seed in seeds for size in sizes for factor in factors]
+    for size in sizes if len(factors) > 1 else []:
+        grid = list(factors)
+        while all((seed, size, factor) in done for seed in seeds for factor in grid):
+            best = choose(run for run in runs if run.batch_size == size and run.factor in grid)
+            below, above = grid.index(factors[0]), len(grid) - 1 - grid.index(factors[-1])
+            new = [grid[0] ** 2 / grid[1]] if best in (None, grid[0]) and below < GROWN else []
+            new += [grid[-1] ** 2 / grid[-2]] if best in (None, grid[-1]) and above < GROWN else []
+            if not new:
+                break
+            grid = sorted([*grid, *new])
+            wanted += [(seed, size, factor) for factor in new for seed in seeds]
+    yield from (each for each in wanted if each not in done)
+
+
+def _median(runs: Iterable[Run], name: str = "steps") -> float:
+    return statistics.median(getattr(run, name) if run.reached else math.inf for run in runs)
+
+
+def choose(runs: Iterable[Run]) -> float | None:
+    """Return the factor of the fewest steps, by the median over the seeds; None, where most never reach the target."""
+    by_factor: dict[float, list[Run]] = {}
+    for run in runs:
+        by_factor.setdefault(run.factor, []).append(run)
+    best = min(by_factor, key=lambda factor: _median(by_factor[factor]))
+    return best if math.isfinite(_median(by_factor[best])) else None
+
+
+class Result(NamedTuple):
+    """A batch size at its best rate; medians over the seeds, infinite where most did not reach the target."""
+
+    batch_size: int
+    runs: list[Run]
+    """At the best rate; where there is none, all that were tried."""
+    steps: float
+    examples: float
+    seconds: float
+
+
+def results(runs: list[Run]) -> list[Result]:
+    """Return what is known of each batch size, in order."""
+    found = []
+    for size in sorted({run.batch_size for run in runs}):
+        own = [run for run in runs if run.batch_size == size]
+        best = choose(own)
+        taken = [run for run in own if best in (None, run.factor)]
+        medians = [math.inf if best is None else _median(taken, name) for name in ("steps", "examples", "seconds")]
+        found.append(Result(size, taken, *medians))
+    return found
+
+
+def fit(found: list[Result]) -> tuple[float, float] | None:
+    """Return (S, E) of steps = S + E / B, by least squares of the relative errors.
+
+    S is the least number of steps, E that of examples: McCandlish et al. 2018, equation 2.11, S (1 + B_noise / B), with
+    B_noise = E / S. None where fewer than three batch sizes reached the target.
+    """
+    known = [each for each in found if math.isfinite(each.steps)]
+    if len(known) < 3:
+        return None
+    from scipy.optimize import nnls
+
+    steps, sizes = (np.array([getattr(each, name) for each in known], float) for name in ("steps", "batch_size"))
+    least, _ = nnls(np.stack([1 / steps, 1 / (sizes * steps)], 1), np.ones(len(known)))
+    return float(least[0]), float(least[1])
+
+
+def read(path: Path) -> list[Run]:
+    """Return the runs in a file; none, if there is no file.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    if not path.exists():
+        return []
+    kinds = {name: type(default) for name, default in asdict(Run()).items()}
+
+    def run(row: dict[str, str]) -> Run:
+        return Run(**{name: row[name] == "True" if kind is bool else kind(row[name]) for name, kind in kinds.items()})
+
+    with path.open(newline="") as file:
+        try:
+            return [run(row) for row in csv.DictReader(file)]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not the file of a sweep ({error!r}): move it away") from error
+
+
+def append(path: Path, run: Run) -> None:
+    """Write a run to the end of a file."""
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, asdict(run))
+        if new:
+            writer.writeheader()
+        writer.writerow(asdict(run))
