@@ -7,6 +7,8 @@ import lightning.pytorch as pl
 import yaml
 from lightning.pytorch.callbacks import Callback
 
+from project.logger import WandbLogger
+
 
 class RunRecord(Callback):
     """Writes the merged configuration to the run's folder, to the loggers, and into each checkpoint.
@@ -34,5 +36,15 @@ class RunRecord(Callback):
                 logger.log_hyperparams({"config": self.config, "plan": plan})
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Keep the configuration of model and data, so that a resume can tell what has changed."""
+        """Keep the configuration of model and data, so that a resume can tell what has changed; and the end of the log."""
         checkpoint["config"] = {key: self.config[key] for key in ("model", "data")}
+        checkpoint["log"] = next((logger.recent() for logger in trainer.loggers if isinstance(logger, WandbLogger)), [])
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Log what a crash may have lost."""
+        if self.command != "fit":
+            return
+        for step, row in checkpoint.get("log") or []:
+            for logger in trainer.loggers:
+                if isinstance(logger, WandbLogger):
+                    logger.log_metrics(row, step)

@@ -135,11 +135,10 @@ class ExactStep(pl.LightningModule, ABC):
     # Lightning's hooks
 
     def on_train_start(self) -> None:
-        """Begin the first row of the log."""
+        """Take what costs nothing to leave out from each step."""
         leave_out_empty_hooks(self.trainer.callbacks, Callback)  # type: ignore[attr-defined]
         leave_out_empty_hooks([self], pl.LightningModule)
         self._leave_batches_on_the_host()
-        self.window = Sums()
         for ghost in self.ghosts:
             ghost.zero_sums()
 
@@ -326,15 +325,17 @@ class ExactStep(pl.LightningModule, ABC):
     # What a checkpoint keeps besides
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the sums of the epoch, so that its mean loss is exact after a resume."""
+        """Keep the sums of the epoch and of the next row of the log, so that mean losses are exact after a resume."""
         checkpoint["epoch_sums"] = [float(value) for value in self.epoch_sums]
+        checkpoint["window"] = [float(value) for value in self.window]
         checkpoint["skipped_in_a_row"] = self.skipped_in_a_row
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the sums of the epoch."""
+        """Restore the sums."""
         # Lightning loads the weights before it converts the module: into float32, which 64-true would not survive.
         self.trainer.precision_plugin.convert_module(self)
         self.epoch_sums = Sums(*checkpoint["epoch_sums"])
+        self.window = Sums(*checkpoint["window"])
         self.skipped_in_a_row = checkpoint["skipped_in_a_row"]
 
 
