@@ -4,7 +4,7 @@ import os
 import time
 from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch.loggers as loggers
 from lightning.fabric.loggers.logger import rank_zero_experiment
@@ -69,7 +69,8 @@ class WandbLogger(loggers.WandbLogger):
 
         self._written = last_step(Path(str(self.save_dir)) / "wandb", str(self._id))
         # `wandb.init` is called here and not by Lightning, so that its settings are known and it can be tried again.
-        for mode in (*([] if self._offline else ["online"]), "offline", "disabled"):
+        modes: tuple[Literal["online", "offline", "disabled"], ...] = ("online", "offline", "disabled")
+        for mode in modes[self._offline :]:
             try:
                 if mode == "online" and not wandb.Api(timeout=INIT_TIMEOUT).api_key:
                     raise RuntimeError("no API key is set (`wandb login`, or WANDB_API_KEY)")

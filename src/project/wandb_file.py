@@ -22,7 +22,7 @@ def records(path: Path, backwards: bool = False) -> Iterator[Any]:
 
     What a crash has cut off at the end is passed over.
     """
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
     whole = list(_messages(path.read_bytes()))
     yield from (Record.FromString(message) for message in (reversed(whole) if backwards else whole))

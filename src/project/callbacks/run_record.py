@@ -36,7 +36,7 @@ class RunRecord(Callback):
                 logger.log_hyperparams({"config": self.config, "plan": plan})
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Keep the configuration of model and data, so that a resume can tell what has changed; and the end of the log."""
+        """Keep the configuration of model and data, so that a resume can tell what has changed; and the log's end."""
         checkpoint["config"] = {key: self.config[key] for key in ("model", "data")}
         checkpoint["log"] = next((logger.recent() for logger in trainer.loggers if isinstance(logger, WandbLogger)), [])
 
