@@ -1,7 +1,9 @@
 """W&B never stops training, and a resumed training is one run in it."""
 
 import json
+import os
 import socket
+import subprocess
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -143,3 +145,38 @@ def test_what_w_and_b_wrote_after_the_checkpoint_is_not_logged_again(uninterrupt
     assert resumed.code == 0, resumed.err
     assert "resuming after step 40" in resumed.out
     check(first.folder, 2, uninterrupted)
+
+
+def test_checkpoints_and_pictures_at_the_end() -> None:
+    result = run_here("fit", *DIGITS, "--trainer.max_epochs", 2, "--trainer.logger.log_model", "true")
+    assert result.code == 0, result.err
+    wandb.teardown()
+    (path,) = result.folder.glob("wandb/offline-run-*/*.wandb")
+    artifacts = [record.request.log_artifact.artifact for record in wandb_records(path) if record.HasField("request")]
+    artifacts += [record.artifact for record in wandb_records(path) if record.HasField("artifact")]
+    models = {alias: artifact for artifact in artifacts if artifact.type == "model" for alias in artifact.aliases}
+    assert models.keys() == {"last", "best", "latest"}
+    for alias in ("last", "best"):
+        artifact = models[alias]
+        (entry,) = artifact.manifest.contents
+        assert (entry.path, entry.size) == ("model.ckpt", (result.folder / f"checkpoints/{alias}.ckpt").stat().st_size)
+    _, (rows,), _ = history(result.folder)
+    (row,) = [row for row in rows if "val/confusion/filenames" in row]
+    assert row["step"] == 40
+    assert (path.parent / "files" / row["val/confusion/filenames"][0]).read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a small disk is mounted, which takes root")
+def test_a_full_disk() -> None:
+    Path("small").mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", "small"], capture_output=True).returncode:
+        pytest.skip("this container may not mount")
+    try:
+        settings = ("--trainer.max_epochs", 3, "--trainer.log_every_n_steps", 1, "--trainer.logger.save_dir", "small")
+        result = run_here("fit", *DIGITS, *settings[:-1], Path("small").absolute())
+        wandb.teardown()
+    finally:
+        subprocess.run(["umount", "--lazy", "small"], check=True)
+    assert result.code == 0, result.err
+    assert result.out.count("No space left on device") == 1
+    assert "epoch 3 " in result.out

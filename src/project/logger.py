@@ -188,4 +188,4 @@ class WandbLogger(loggers.WandbLogger):
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0]
+    return (str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".")
