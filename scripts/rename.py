@@ -1,9 +1,9 @@
 """Give the package your name: in imports, configurations, tests, documents and pyproject.toml.
 
-    python scripts/rename.py flowers
+    python scripts/rename.py petals
 
-Works on a clean git tree only, so that `git diff` shows what it did and `git checkout .` undoes it. Another rename, with
-the old name, is the way back. Needs nothing but Python and git, so it can be run before anything is installed.
+Works on a clean git tree only, so that `git diff` shows what it did and `git checkout .` undoes it. A rename to
+the old name is the way back. Needs nothing but Python and git, so it can be run before anything is installed.
 """
 
 import importlib.util
