@@ -64,7 +64,8 @@ def draw_confusion(counts: Tensor) -> np.ndarray:
     from matplotlib.figure import Figure
 
     classes = len(counts)
-    figure = Figure(figsize=(max(3.0, min(12.0, 1 + 0.42 * classes)),) * 2, dpi=100, layout="constrained")
+    side = max(3.0, min(12.0, 1 + 0.42 * classes))  # inches
+    figure = Figure(figsize=(side, side), dpi=100, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axis = figure.subplots()
     shares = counts / counts.sum(dim=1, keepdim=True).clamp_min(1)
