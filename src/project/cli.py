@@ -28,6 +28,7 @@ from project.data.module import LIMIT_FILE, SPLITS, DataModule
 from project.errors import Mistake, TrainingStopped, mistakes
 from project.logger import WandbLogger
 from project.parser import Parser, check_files, explain
+from project.redact import hide, redact
 from project.tasks.task import Task
 from project.trainer import Trainer
 
@@ -112,6 +113,8 @@ class CLI(LightningCLI):
     def _place_run(self) -> None:
         settings = self.settings
         root = Path(settings.trainer.default_root_dir or "runs")
+        if Path(settings.name).is_absolute() or ".." in Path(settings.name).parts or not settings.name:
+            raise ValueError(f"name is {settings.name!r}: write the name of a folder that is to lie in {root}")
         takes_checkpoint = "ckpt_path" in settings
         self.restart = takes_checkpoint and settings.ckpt_path == "last"
         if takes_checkpoint:
@@ -120,7 +123,9 @@ class CLI(LightningCLI):
             if settings.weights_only is None:
                 settings.weights_only = True
         self.folder = self._choose_folder(root)
-        self.plain_config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))[self.config.subcommand]
+        self.plain_config = redact(yaml.safe_load(self.parser.dump(self.config, skip_none=False)))[
+            self.config.subcommand
+        ]
         if takes_checkpoint:
             self.plain_config["ckpt_path"] = None  # the configuration of a run does not say how often it was resumed
         settings.trainer.default_root_dir = str(self.folder)
@@ -395,5 +400,5 @@ def run(arguments: list[str]) -> int:
 
 
 def _fail(error: Exception, code: int) -> int:
-    print(f"error: {explain(str(error), [])}", file=sys.stderr)
+    print(f"error: {hide(explain(str(error), []))}", file=sys.stderr)
     return code

@@ -1,8 +1,11 @@
 """W&B that never stops training, and in which a resumed training is one run: no gap, no step twice."""
 
 import os
+import sys
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +13,7 @@ import lightning.pytorch.loggers as loggers
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
+from project.redact import hide
 from project.wandb_file import last_step
 
 INIT_TIMEOUT = 20  # seconds; without a network W&B itself waits 90 and then ends the run
@@ -74,17 +78,15 @@ class WandbLogger(loggers.WandbLogger):
             try:
                 if mode == "online" and not wandb.Api(timeout=INIT_TIMEOUT).api_key:
                     raise RuntimeError("no API key is set (`wandb login`, or WANDB_API_KEY)")
-                self._experiment = wandb.init(
-                    **self._wandb_init,
-                    mode=mode,
-                    settings=wandb.Settings(
-                        init_timeout=INIT_TIMEOUT,
-                        finish_timeout=FINISH_TIMEOUT,
-                        finish_timeout_raises=True,
-                        console="off",
-                        silent=True,
-                    ),
+                settings = wandb.Settings(
+                    init_timeout=INIT_TIMEOUT,
+                    finish_timeout=FINISH_TIMEOUT,
+                    finish_timeout_raises=True,
+                    console="off",
+                    silent=True,
                 )
+                with _redacted_command_line():
+                    self._experiment = wandb.init(**self._wandb_init, mode=mode, settings=settings)
                 self._experiment.define_metric("trainer/global_step")
                 self._experiment.define_metric("*", step_metric="trainer/global_step", step_sync=True)
                 break
@@ -185,6 +187,16 @@ class WandbLogger(loggers.WandbLogger):
         except Exception as error:
             self._broken = True
             print(f"W&B failed ({_first_line(error)}): training goes on, without logging to it", flush=True)
+
+
+@contextmanager
+def _redacted_command_line() -> Iterator[None]:
+    """Hide secrets from W&B, which keeps the command line."""
+    arguments, sys.argv = sys.argv, [hide(argument) for argument in sys.argv]
+    try:
+        yield
+    finally:
+        sys.argv = arguments
 
 
 def _first_line(error: Exception) -> str:
