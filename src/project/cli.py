@@ -25,7 +25,7 @@ from project.callbacks.run_record import RunRecord
 from project.callbacks.summary import Summary
 from project.choosing import speed
 from project.data.module import LIMIT_FILE, SPLITS, DataModule
-from project.errors import Mistake, TrainingStopped, mistakes
+from project.errors import Mistake, TrainingStopped, lost_connection, mistakes
 from project.logger import WandbLogger
 from project.parser import Parser, check_files, explain
 from project.redact import hide, redact
@@ -158,7 +158,7 @@ class CLI(LightningCLI):
                 raise ValueError(
                     f"ckpt_path {which}: no run in {root / settings.name} has such a checkpoint: fit first"
                 )
-            if runs.FOLDER not in os.environ:  # the first process says it for all
+            if rank_zero_only.rank == 0:  # it says it for all
                 print(f"no checkpoint in {root / settings.name}: training starts afresh", flush=True)
         return found
 
@@ -170,6 +170,9 @@ class CLI(LightningCLI):
     def _choose_folder(self, root: Path) -> Path:
         if runs.FOLDER in os.environ:
             return Path(os.environ[runs.FOLDER])
+        theirs = runs.wait_for_folder(root / self.settings.name)
+        if theirs is not None:
+            return theirs
         folder = runs.folder_of(self.checkpoint) if self.checkpoint else self._out_of_memory_folder(root)
         if folder is None:
             folder = runs.new_folder(root, self.settings.name)
@@ -393,8 +396,14 @@ def run(arguments: list[str]) -> int:
         return error.code if silent else _fail(error, error.code)
     except DataError as error:
         return _fail(error, 1)
+    except RuntimeError as error:
+        if not lost_connection(error):
+            raise
+        reason = f"another process has died, or its machine cannot be reached ({str(error).splitlines()[0]})"
+        return _fail(TrainingStopped(f"{reason}: the same command with --ckpt_path last goes on"), 1)
     finally:
         if not inherited:
+            runs.all_have_met()
             os.environ.pop(runs.FOLDER, None)
     return 0
 

@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import yaml
 from lightning.pytorch.callbacks import Callback
 
+from project import run as runs
 from project.logger import WandbLogger
 
 
@@ -26,6 +27,7 @@ class RunRecord(Callback):
         """Write and log the configuration."""
         if not trainer.is_global_zero:
             return
+        runs.all_have_met()
         path = Path(trainer.default_root_dir) / ("config.yaml" if self.command == "fit" else f"{self.command}.yaml")
         part = path.with_name(f".{path.name}.part")
         part.write_text(yaml.safe_dump(self.config, sort_keys=False))

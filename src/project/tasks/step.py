@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from project.batching.gradients import Number, gradients_of, scale_gradients, weighted_sum
+from project.batching.gradients import Number, gradients_of, scale_gradients, weighted_sum, whole
 from project.batching.loader import Batch, Share
 from project.batching.random import mix
 from project.data.module import DataModule
@@ -127,10 +127,11 @@ class ExactStep(pl.LightningModule, ABC):
         return sums
 
     def reduce(self, values: Tensor) -> Tensor:
-        """Return the sum over all devices."""
+        """Return the sum over all devices, each part of the batch counted once."""
         total = self.trainer.strategy.reduce(values, reduce_op="sum")
         assert isinstance(total, Tensor)
-        return total
+        copies = self.trainer.world_size // self.data.replicas[0]
+        return total if copies == 1 else total / copies
 
     # Lightning's hooks
 
@@ -163,7 +164,7 @@ class ExactStep(pl.LightningModule, ABC):
         loss, count = self.summed_loss(micro_batch)
         self.sums = self.sums.plus(loss.detach(), count)
         # Data-parallel strategies average over devices. The nominal count keeps half-precision gradients in range.
-        return loss * (self.trainer.world_size / batch.size)
+        return loss * (self.data.replicas[0] / batch.size)
 
     # Lightning looks the signature up at each step; this saves it a search of 30 microseconds.
     training_step.__signature__ = inspect.signature(training_step)  # type: ignore[attr-defined]
@@ -290,7 +291,7 @@ class ExactStep(pl.LightningModule, ABC):
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:  # which looks at the gradient itself
             return math.isfinite(self.sums.loss)
         norms = torch._foreach_norm(gradients_of(optimizer))  # pyright: ignore[reportPrivateImportUsage]
-        return math.isfinite(self.sums.loss + torch.stack(norms).sum())
+        return math.isfinite(self.sums.loss + whole(torch.stack(norms).sum()))
 
     def _skip(self) -> None:
         """Say which examples were in a skipped step; stop after too many in a row."""

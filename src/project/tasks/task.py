@@ -20,6 +20,7 @@ from project.models import place
 from project.models.compiled import compile_network
 from project.models.flops import count_flops
 from project.models.norm import has_batchnorm
+from project.models.shard import shard
 from project.optim.scaling import RULES, scale
 from project.optim.schedule import Schedule
 from project.tasks.step import ExactStep, Losses, Sums
@@ -109,8 +110,10 @@ class Task(ExactStep):
                 parameter.data = parameter.data.contiguous(memory_format=layout)
 
     def configure_model(self) -> None:
-        """Lay the network out, and compile it, as the trainer says."""
+        """Lay the network out, shard it, and compile it, as the trainer says."""
         self.lay_out(getattr(self.trainer, "channels_last", False))
+        if self.device_mesh is not None:
+            shard(self.network, self.device_mesh)
         if getattr(self.trainer, "compile", False):
             compile_network(self.network, self.trainer.strategy.root_device)
 
