@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -399,7 +400,8 @@ def run(arguments: list[str]) -> int:
     except RuntimeError as error:
         if not lost_connection(error):
             raise
-        reason = f"another process has died, or its machine cannot be reached ({str(error).splitlines()[0]})"
+        detail = re.sub(r"^\[/.*?\] ", "", str(error).splitlines()[0]).partition(". This ")[0]
+        reason = f"another process has died, or its machine cannot be reached ({detail})"
         return _fail(TrainingStopped(f"{reason}: the same command with --ckpt_path last goes on"), 1)
     finally:
         if not inherited:

@@ -324,6 +324,21 @@ class Task(ExactStep):
                     if isinstance(value, Tensor) and value.shape == parameter.shape:
                         state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Also number the parameters of the optimizer as the model has them, which a sharded strategy takes for granted.
+
+        PyTorch numbers them as the optimizer's groups have them, and takes any numbers where it loads.
+        """
+        super().on_save_checkpoint(checkpoint)
+        if self.device_mesh is not None:
+            return  # it has
+        numbers = {parameter: number for number, parameter in enumerate(self.parameters())}
+        for optimizer, state in zip(self.trainer.optimizers, checkpoint.get("optimizer_states", []), strict=False):
+            ours = [numbers[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+            state["state"] = {ours[number]: values for number, values in state["state"].items()}
+            for group in state["param_groups"]:
+                group["params"] = [ours[number] for number in group["params"]]
+
     def before_step(self, optimizer: Any) -> None:
         """Set the learning rate of the step that is due."""
         plan, step = self.data.plan, self.trainer.global_step
