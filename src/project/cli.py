@@ -352,6 +352,12 @@ class CLI(LightningCLI):
         print(f"run folder: {self.folder}")
         if (self.folder / "checkpoints" / "best.ckpt").exists():
             print(f"test it:    python -m project test --config {' --config '.join(given)} --ckpt_path best")
+        epochs = self.trainer.max_epochs
+        if epochs and epochs > 0 and (self.folder / "checkpoints" / "last.ckpt").exists():
+            saved = self.folder / "config.yaml"
+            print(
+                f"go on:      python -m project fit --config {saved} --ckpt_path last --trainer.max_epochs {2 * epochs}"
+            )
         self._say_upload()
 
     def after_inspect(self) -> None:

@@ -325,7 +325,7 @@ class Task(ExactStep):
                         state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Also number the parameters of the optimizer as the model has them, which a sharded strategy takes for granted.
+        """Also number the optimizer's parameters as the model has them, which a sharded strategy takes for granted.
 
         PyTorch numbers them as the optimizer's groups have them, and takes any numbers where it loads.
         """
