@@ -9,7 +9,6 @@ import os
 import pickle
 import re
 import signal
-import struct
 import subprocess
 import sys
 import tarfile
@@ -177,22 +176,7 @@ def furthest(first: Result, second: Result) -> float:
 
 
 def wandb_records(path: Path) -> Iterator[Any]:
-    """Read an offline run file: wandb's records in LevelDB's log format (wandb 0.31 has no reader any more)."""
-    from wandb.proto import wandb_internal_pb2
+    """Read an offline run file."""
+    from project.wandb_file import records
 
-    data = path.read_bytes()
-    assert data[:4] == b":W&B"
-    position, whole = 7, b""
-    while position < len(data):
-        left = 32768 - position % 32768
-        if left < 7:  # a block ends in padding where no header fits
-            position += left
-            continue
-        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
-        whole += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # a full record, or the last part of one
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(whole)
-            yield record
-            whole = b""
+    return records(path)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -30,10 +31,11 @@ from project.callbacks.summary import Summary
 from project.choosing import automatic
 from project.choosing.sweep import Recipe
 from project.data.module import LIMIT_FILE, SPLITS, DataModule
-from project.errors import Mistake, TrainingStopped, mistakes
+from project.errors import Mistake, TrainingStopped, lost_connection, mistakes
 from project.logger import WandbLogger
 from project.models.weights import weight_differences
 from project.parser import Parser, check_files, explain
+from project.redact import hide, redact
 from project.tasks.task import Task
 from project.trainer import Trainer
 
@@ -122,6 +124,8 @@ class CLI(LightningCLI):
     def _place_run(self) -> None:
         settings = self.settings
         root = Path(settings.trainer.default_root_dir or "runs")
+        if Path(settings.name).is_absolute() or ".." in Path(settings.name).parts or not settings.name:
+            raise ValueError(f"name is {settings.name!r}: write the name of a folder that is to lie in {root}")
         takes_checkpoint = "ckpt_path" in settings
         self.restart = takes_checkpoint and settings.ckpt_path == "last"
         if takes_checkpoint:
@@ -130,7 +134,9 @@ class CLI(LightningCLI):
             if settings.weights_only is None:
                 settings.weights_only = True
         self.folder = self._choose_folder(root)
-        self.plain_config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))[self.config.subcommand]
+        self.plain_config = redact(yaml.safe_load(self.parser.dump(self.config, skip_none=False)))[
+            self.config.subcommand
+        ]
         if takes_checkpoint:
             self.plain_config["ckpt_path"] = None  # the configuration of a run does not say how often it was resumed
         settings.trainer.default_root_dir = str(self.folder)
@@ -163,7 +169,7 @@ class CLI(LightningCLI):
                 raise ValueError(
                     f"ckpt_path {which}: no run in {root / settings.name} has such a checkpoint: fit first"
                 )
-            if runs.FOLDER not in os.environ:  # the first process says it for all
+            if rank_zero_only.rank == 0:  # it says it for all
                 print(f"no checkpoint in {root / settings.name}: training starts afresh", flush=True)
         return found
 
@@ -175,6 +181,9 @@ class CLI(LightningCLI):
     def _choose_folder(self, root: Path) -> Path:
         if runs.FOLDER in os.environ:
             return Path(os.environ[runs.FOLDER])
+        theirs = runs.wait_for_folder(root / self.settings.name)
+        if theirs is not None:
+            return theirs
         folder = runs.folder_of(self.checkpoint) if self.checkpoint else self._out_of_memory_folder(root)
         if folder is None:
             folder = runs.new_folder(root, self.settings.name)
@@ -379,6 +388,12 @@ class CLI(LightningCLI):
         print(f"run folder: {self.folder}")
         if (self.folder / "checkpoints" / "best.ckpt").exists():
             print(f"test it:    python -m project test --config {' --config '.join(given)} --ckpt_path best")
+        epochs = self.trainer.max_epochs
+        if epochs and epochs > 0 and (self.folder / "checkpoints" / "last.ckpt").exists():
+            saved = self.folder / "config.yaml"
+            print(
+                f"go on:      python -m project fit --config {saved} --ckpt_path last --trainer.max_epochs {2 * epochs}"
+            )
         self._say_upload()
 
     def after_inspect(self) -> None:
@@ -427,12 +442,19 @@ def run(arguments: list[str]) -> int:
         return error.code if silent else _fail(error, error.code)
     except DataError as error:
         return _fail(error, 1)
+    except RuntimeError as error:
+        if not lost_connection(error):
+            raise
+        detail = re.sub(r"^\[/.*?\] ", "", str(error).splitlines()[0]).partition(". This ")[0]
+        reason = f"another process has died, or its machine cannot be reached ({detail})"
+        return _fail(TrainingStopped(f"{reason}: the same command with --ckpt_path last goes on"), 1)
     finally:
         if not inherited:
+            runs.all_have_met()
             os.environ.pop(runs.FOLDER, None)
     return 0
 
 
 def _fail(error: Exception, code: int) -> int:
-    print(f"error: {explain(str(error), [])}", file=sys.stderr)
+    print(f"error: {hide(explain(str(error), []))}", file=sys.stderr)
     return code

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 
@@ -24,6 +25,12 @@ class TrainingStopped(RuntimeError):
     def __init__(self, message: str, code: int = 1, everywhere: bool = False) -> None:
         super().__init__(message)
         self.code, self.everywhere = code, everywhere
+
+
+def lost_connection(error: RuntimeError) -> bool:
+    """Return whether an error says that another process of the same training does not answer any more."""
+    words = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "timed out waiting")
+    return isinstance(error, torch.distributed.DistError) or any(word in str(error).lower() for word in words)
 
 
 @contextmanager

@@ -13,6 +13,8 @@ EXECUTION = (
 """Settings of the data module that may change on resume: they do not decide which examples form a batch. (Of the batch
 size the fingerprint tells; it may be given in several ways.)"""
 
+OF_LIGHTNING = "lightning.pytorch.cli.instantiate_module"
+
 
 def find_checkpoint(root: Path, name: str, which: str) -> Path | None:
     """Return the checkpoint `last` or `best` of the newest run of that name that has one which can be read.
@@ -38,6 +40,8 @@ def unreadable(path: Path) -> str | None:
     try:
         read_checkpoint(path)
     except Exception as error:
+        if "weights_only" in str(error):  # PyTorch goes on to advise to load it all the same
+            return "it holds code, or objects other than tensors and plain types"
         return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return None
 
@@ -50,6 +54,9 @@ def read_checkpoint(path: Path) -> dict:
     checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError("it is not a checkpoint of this project")
+    maker = (checkpoint.get("hyper_parameters") or {}).get("_instantiator", OF_LIGHTNING)
+    if maker != OF_LIGHTNING:  # which Lightning would import and call, where it makes a module from a checkpoint
+        raise ValueError(f"it names code to run: {maker}")
     return checkpoint
 
 

@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.profilers import PassThroughProfiler, Profiler
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
 
 from project import host
 from project.callbacks.durable import DurableIO
@@ -102,6 +102,11 @@ class Trainer(pl.Trainer):
             profiler=Unprofiled() if profiler is None else profiler,
             **kwargs,
         )
+        if isinstance(self.strategy, FSDPStrategy | DeepSpeedStrategy):
+            raise ValueError(
+                f"trainer.strategy is {type(self.strategy).__name__}, which keeps gradients where the exact step does "
+                "not see them: write ddp, or take configs/overlays/fsdp.yaml"
+            )
         if isinstance(self.strategy, DDPStrategy):
             # Each device computes the same running statistics, or none. Copying those of the first device over the
             # others before every forward pass is a cost, and would undo exact ones. Lightning has no setter for it.

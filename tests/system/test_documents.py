@@ -1,4 +1,4 @@
-"""Every configuration and every command in README is run."""
+"""Every configuration and every command in README and docs is run."""
 
 import contextlib
 import io
@@ -18,6 +18,7 @@ from PIL import Image
 from project.batching.plan import BatchPlan
 
 README = (ROOT / "README.md").read_text()
+PAGES = README + "".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 OVERLAYS = sorted((ROOT / "configs" / "overlays").glob("*.yaml"))
 GPU = ("gpu.yaml", "fp16.yaml")
@@ -29,7 +30,7 @@ FEW = {
 """What makes a run as short as a test has to be."""
 COMMANDS = [
     line
-    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for block in re.findall(r"```bash\n(.*?)```", PAGES, re.DOTALL)
     for line in block.splitlines()
     if line.startswith(("python -m project", "python scripts/"))
 ]

@@ -32,6 +32,14 @@ def test_test_of_the_best_checkpoint(trained: Result) -> None:
     assert (trained.folder / "test.yaml").exists()
 
 
+def test_the_end_says_how_to_go_on(trained: Result) -> None:
+    (command,) = [line.split("python -m project ")[1] for line in trained.out.splitlines() if line.startswith("go on:")]
+    assert command.endswith(" --ckpt_path last --trainer.max_epochs 40")
+    result = run_here(*command.split()[:-2], "--print_config")
+    assert result.code == 0, result.err
+    assert yaml.safe_load(result.out)["trainer"]["default_root_dir"] == str(root(trained))
+
+
 def test_validate_measures_what_training_measured(trained: Result) -> None:
     result = run_here("validate", *DIGITS, "--trainer.default_root_dir", root(trained), "--ckpt_path", "last")
     assert result.code == 0, result.err

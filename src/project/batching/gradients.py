@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 Number = float | Tensor
 """A number that the host knows, or one that is still on the device."""
@@ -48,6 +49,11 @@ def gradients_of(optimizer: Any) -> list[Tensor]:
     """Return the gradients of the parameters that an optimizer moves, where they have one."""
     groups = optimizer.param_groups
     return [parameter.grad for group in groups for parameter in group["params"] if parameter.grad is not None]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor that may be cut over devices in one piece; then all of them must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def scale_gradients(parameters: Iterable[nn.Parameter], factor: Number) -> None:

@@ -1,4 +1,4 @@
-"""A picture of a few validation images with what the network says they are, for loggers that take pictures."""
+"""Pictures of what a classifier says of the validation split, for loggers that take pictures."""
 
 from typing import Any
 
@@ -10,7 +10,8 @@ from torch import Tensor
 
 
 class Pictures(Callback):
-    """Logs `val/predictions` at the end of training, where inputs are images and the task classifies them.
+    """Logs at the end of training `val/confusion`, what the last validation took for what, over all examples; and
+    `val/predictions`, a few images with what they are taken for, where inputs are images.
 
     Args:
         count: images in the picture.
@@ -21,10 +22,14 @@ class Pictures(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Draw and log."""
+        confusion = pl_module.confusion
+        counts = confusion.compute() if confusion is not None and confusion.update_called else None  # on all devices
         takers = [logger for logger in trainer.loggers if hasattr(logger, "log_image") or _is_tensorboard(logger)]
         data = pl_module.data
         if not takers or not trainer.is_global_zero or data.split("val") is None:
             return
+        if counts is not None:
+            _log(takers, "val/confusion", draw_confusion(counts.cpu()), trainer.global_step)
         batch = data.examples("val", self.count)
         images = batch.inputs
         if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] not in (1, 3):
@@ -34,15 +39,47 @@ class Pictures(Callback):
             predictions = pl_module.predictions(data.to_device(batch, pl_module.device, training=False))
         pl_module.train()
         picture = draw(images, predictions["probability"].cpu(), batch.targets)
-        for logger in takers:
-            if _is_tensorboard(logger):
-                logger.experiment.add_image("val/predictions", picture, trainer.global_step, dataformats="HWC")  # type: ignore[union-attr]
-            else:
-                logger.log_image("val/predictions", [picture], step=trainer.global_step)  # type: ignore[union-attr]
+        _log(takers, "val/predictions", picture, trainer.global_step)
 
 
 def _is_tensorboard(logger: Any) -> bool:
     return hasattr(logger.experiment, "add_image") if type(logger).__name__ == "TensorBoardLogger" else False
+
+
+def _log(loggers: list[Any], name: str, picture: np.ndarray, step: int) -> None:
+    for logger in loggers:
+        if _is_tensorboard(logger):
+            logger.experiment.add_image(name, picture, step, dataformats="HWC")
+        else:
+            logger.log_image(name, [picture], step=step)
+
+
+def draw_confusion(counts: Tensor) -> np.ndarray:
+    """Return a confusion matrix as RGB bytes [height, width, 3]: rows are what it is, columns what it is taken for.
+
+    Args:
+        counts: examples, whole numbers [C, C]. A cell is as dark as its share of its row.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    classes = len(counts)
+    side = max(3.0, min(12.0, 1 + 0.42 * classes))  # inches
+    figure = Figure(figsize=(side, side), dpi=100, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    shares = counts / counts.sum(dim=1, keepdim=True).clamp_min(1)
+    axis.imshow(shares.numpy(), cmap="Greys", vmin=0, vmax=1)
+    axis.set_xlabel("taken for")
+    axis.set_ylabel("is")
+    if classes <= 30:  # more would not be legible
+        axis.set_xticks(range(classes))
+        axis.set_yticks(range(classes))
+        for row, column in counts.nonzero().tolist():
+            color = "white" if shares[row, column] > 0.5 else "black"
+            axis.text(column, row, str(int(counts[row, column])), ha="center", va="center", fontsize=8, color=color)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def draw(images: Tensor, probabilities: Tensor, targets: Tensor, columns: int = 8) -> np.ndarray:

@@ -137,6 +137,15 @@ class DataModule(pl.LightningDataModule, ABC):
 
     # What is inherited
 
+    @property
+    def replicas(self) -> tuple[int, int]:
+        """How many parts each batch has, and which is this process's. Processes that share layers share one."""
+        if self.trainer is None:
+            return 1, 0
+        layers = getattr(self.trainer.strategy, "_tensor_parallel_size", 1)
+        layers = self.trainer.num_devices if layers == "auto" else layers
+        return self.trainer.world_size // layers, self.trainer.global_rank // layers
+
     def split(self, name: str) -> Fetch | None:
         """Return the examples of a split, loaded once."""
         if name not in self._splits:
@@ -169,7 +178,7 @@ class DataModule(pl.LightningDataModule, ABC):
             fetch = self.split(name)
             if fetch is not None and len(fetch) == 0:
                 raise ValueError(f"the {name} split has no examples: check where it is read from")
-            devices = self.trainer.world_size if self.trainer else 1
+            devices, _ = self.replicas
             if fetch is not None and name != "train" and len(fetch) < devices:
                 raise ValueError(f"the {name} split has {len(fetch)} examples: use at most {len(fetch)} devices")
             if fetch is None and name != "val":
@@ -187,7 +196,7 @@ class DataModule(pl.LightningDataModule, ABC):
             "batch_size": self.batch_size,
             "micro_batch_size": self.micro_batch_size,
             "accumulate_grad_batches": getattr(trainer, "accumulation", None),
-            "devices": trainer.world_size if trainer else 1,
+            "devices": self.replicas[0],
             "unit": self.together(getattr(getattr(trainer, "lightning_module", None), "unit", self.unit)),
         }
         self._left_limit = self._read_limit()
@@ -295,7 +304,7 @@ class DataModule(pl.LightningDataModule, ABC):
         assert self.plan is not None
         if isinstance(self.batch_size_schedule, Adaptive):
             self._adapt(self.batch_size_schedule)
-        rank = self.trainer.global_rank if self.trainer else 0
+        _, rank = self.replicas
         waited = self.waited
         self._loader = TrainLoader(self.plan, self.order, self.feed("train"), rank, self.position)
         self._loader.waited = waited
@@ -336,10 +345,8 @@ class DataModule(pl.LightningDataModule, ABC):
             lengths = getattr(self.split(name), "lengths", torch.ones(1))
             size = max(1, self.micro_batch_tokens // max(1, int(lengths.max())))
         size = size or max(256, self.plan.largest_micro_batch if self.plan else 0)
-        trainer = self.trainer
-        return EvalLoader(
-            self.feed(name), size, trainer.global_rank if trainer else 0, trainer.world_size if trainer else 1
-        )
+        devices, rank = self.replicas
+        return EvalLoader(self.feed(name), size, rank, devices)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Leave batches on the host: the task takes each with `to_device`, inside the precision's context."""

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
 
 from project.batching.loader import Batch
 from project.callbacks.pictures import Pictures
@@ -50,6 +50,7 @@ class Classification(Task):
         self.class_weights = class_weights
         # Those that are counted go into checkpoints: an evaluation need not have the training examples.
         self.register_buffer("weights", None, persistent=class_weights == "balanced")
+        self.confusion: MulticlassConfusionMatrix | None = None
 
     def losses(self, batch: Batch) -> Losses:
         """One cross-entropy per example [N], in nats. Never averaged here: the base class divides once."""
@@ -67,18 +68,31 @@ class Classification(Task):
             logits, batch.targets, each, reduction="none", label_smoothing=smoothing
         ) / weights, weights
 
+    def measure(self, *values: Tensor) -> None:
+        """Also count, in evaluation, which class is taken for which."""
+        super().measure(*values)
+        if self.confusion is not None and not self.training:
+            self.confusion.update(*values)
+
+    def on_validation_epoch_start(self) -> None:
+        """Also forget the counts."""
+        super().on_validation_epoch_start()
+        if self.confusion is not None:
+            self.confusion.reset()
+
     def predictions(self, batch: Batch) -> dict[str, Tensor]:
         """The most probable class [N], and the probability of each class [N, C]."""
         probability = self(batch.inputs).float().softmax(dim=1)
         return {"predicted": probability.argmax(dim=1), "probability": probability}
 
     def configure_callbacks(self) -> list[Callback]:
-        """Also log a picture of a few predictions."""
+        """Also log pictures: of a few predictions, and of what is taken for what."""
         return [*super().configure_callbacks(), Pictures()]
 
     def make_metrics(self, outputs: Tensor) -> MetricCollection:
         """Top-1 accuracy over all examples, and the mean over classes of their F1."""
         classes = outputs.shape[1]
+        self.confusion = MulticlassConfusionMatrix(classes, validate_args=False)
         return MetricCollection(
             {
                 "accuracy": MulticlassAccuracy(classes, average="micro", validate_args=False),

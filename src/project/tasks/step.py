@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from project.batching.gradients import Number, gradients_of, scale_gradients, weighted_sum
+from project.batching.gradients import Number, gradients_of, scale_gradients, weighted_sum, whole
 from project.batching.loader import Batch, Share
 from project.batching.random import mix
 from project.data.module import DataModule
@@ -129,19 +129,19 @@ class ExactStep(pl.LightningModule, ABC):
         return sums
 
     def reduce(self, values: Tensor) -> Tensor:
-        """Return the sum over all devices."""
+        """Return the sum over all devices, each part of the batch counted once."""
         total = self.trainer.strategy.reduce(values, reduce_op="sum")
         assert isinstance(total, Tensor)
-        return total
+        copies = self.trainer.world_size // self.data.replicas[0]
+        return total if copies == 1 else total / copies
 
     # Lightning's hooks
 
     def on_train_start(self) -> None:
-        """Begin the first row of the log."""
+        """Take what costs nothing to leave out from each step."""
         leave_out_empty_hooks(self.trainer.callbacks, Callback)  # type: ignore[attr-defined]
         leave_out_empty_hooks([self], pl.LightningModule)
         self._leave_batches_on_the_host()
-        self.window = Sums()
         for ghost in self.ghosts:
             ghost.zero_sums()
 
@@ -166,7 +166,7 @@ class ExactStep(pl.LightningModule, ABC):
         loss, count = self.summed_loss(micro_batch)
         self.sums = self.sums.plus(loss.detach(), count)
         # Data-parallel strategies average over devices. The nominal count keeps half-precision gradients in range.
-        return loss * (self.trainer.world_size / batch.size)
+        return loss * (self.data.replicas[0] / batch.size)
 
     # Lightning looks the signature up at each step; this saves it a search of 30 microseconds.
     training_step.__signature__ = inspect.signature(training_step)  # type: ignore[attr-defined]
@@ -301,7 +301,7 @@ class ExactStep(pl.LightningModule, ABC):
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:  # which looks at the gradient itself
             return math.isfinite(self.sums.loss)
         norms = torch._foreach_norm(gradients_of(optimizer))  # pyright: ignore[reportPrivateImportUsage]
-        return math.isfinite(self.sums.loss + torch.stack(norms).sum())
+        return math.isfinite(self.sums.loss + whole(torch.stack(norms).sum()))
 
     def _skip(self) -> None:
         """Say which examples were in a skipped step; stop after too many in a row."""
@@ -336,15 +336,17 @@ class ExactStep(pl.LightningModule, ABC):
     # What a checkpoint keeps besides
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the sums of the epoch, so that its mean loss is exact after a resume."""
+        """Keep the sums of the epoch and of the next row of the log, so that mean losses are exact after a resume."""
         checkpoint["epoch_sums"] = [float(value) for value in self.epoch_sums]
+        checkpoint["window"] = [float(value) for value in self.window]
         checkpoint["skipped_in_a_row"] = self.skipped_in_a_row
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the sums of the epoch."""
+        """Restore the sums."""
         # Lightning loads the weights before it converts the module: into float32, which 64-true would not survive.
         self.trainer.precision_plugin.convert_module(self)
         self.epoch_sums = Sums(*checkpoint["epoch_sums"])
+        self.window = Sums(*checkpoint["window"])
         self.skipped_in_a_row = checkpoint["skipped_in_a_row"]
 
 

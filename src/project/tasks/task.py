@@ -21,6 +21,7 @@ from project.models.compiled import compile_network
 from project.models.flops import count_flops
 from project.models.frozen import Frozen, check_patterns
 from project.models.norm import has_batchnorm
+from project.models.shard import shard
 from project.models.weights import take_weights
 from project.optim.groups import parameter_groups
 from project.optim.scaling import RULES, scale
@@ -138,8 +139,10 @@ class Task(ExactStep):
                 parameter.data = parameter.data.contiguous(memory_format=layout)
 
     def configure_model(self) -> None:
-        """Lay the network out, and compile it, as the trainer says."""
+        """Lay the network out, shard it, and compile it, as the trainer says."""
         self.lay_out(getattr(self.trainer, "channels_last", False))
+        if self.device_mesh is not None:
+            shard(self.network, self.device_mesh)
         if getattr(self.trainer, "compile", False):
             compile_network(self.network, self.trainer.strategy.root_device)
 
@@ -397,6 +400,21 @@ class Task(ExactStep):
                 for name, value in state.items():
                     if isinstance(value, Tensor) and value.shape == parameter.shape:
                         state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Also number the optimizer's parameters as the model has them, which a sharded strategy takes for granted.
+
+        PyTorch numbers them as the optimizer's groups have them, and takes any numbers where it loads.
+        """
+        super().on_save_checkpoint(checkpoint)
+        if self.device_mesh is not None:
+            return  # it has
+        numbers = {parameter: number for number, parameter in enumerate(self.parameters())}
+        for optimizer, state in zip(self.trainer.optimizers, checkpoint.get("optimizer_states", []), strict=False):
+            ours = [numbers[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+            state["state"] = {ours[number]: values for number, values in state["state"].items()}
+            for group in state["param_groups"]:
+                group["params"] = [ours[number] for number in group["params"]]
 
     def before_step(self, optimizer: Any) -> None:
         """Set the learning rate of the step that is due, which follows the size of its batch."""
