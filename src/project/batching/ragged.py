@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from project.batching.fetch import InMemory, Read, Request
+from project.batching.fetch import InMemory, Read, Request, as_tensor
 
 PADDING = -1
 """What stands past the end of a sequence of whole numbers; past the end of one of fractions stands 0."""
@@ -40,7 +40,8 @@ class Ragged:
                 f"the offsets of {len(self.values)} values are not their borders: write where each sequence begins, "
                 "and at last the end, in rising order"
             )
-        self.fields = (self.values, *InMemory((self.lengths, *others)).fields[1:])
+        InMemory((self.lengths, *others))  # which checks that there are equally many
+        self.fields = (self.values, *map(as_tensor, others))
 
     def __len__(self) -> int:
         return len(self.lengths)
