@@ -96,7 +96,7 @@ class Hub(Fractions):
             else:
                 found = datasets.load_dataset(self.source, self.name, revision=self.revision)
         except Exception as error:  # of a dozen libraries
-            reason = str(error.__cause__ or error).strip().splitlines()[0]
+            reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(f"data.source {self.source} cannot be read: {reason}") from error
         sets = dict(found) if isinstance(found, dict) else {"train": found}
         sets = {ALIASES[name]: part for name, part in sets.items() if name in ALIASES}
