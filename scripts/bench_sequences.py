@@ -2,8 +2,9 @@
 
 Log-normal lengths (median 60, at most 512), 256 examples per optimizer step, or as many tokens as they are on average;
 one small causal transformer with AdamW, trained by a plain loop over the training loader, so that nothing but the
-batches differs. All but "bucketed" have batches that are random samples; "packed" has whole sequences in blocks of 512
-tokens, as many blocks per optimizer step as take the same tokens.
+batches differs. Time is that of the processor, to which other work on the machine adds little. All but "bucketed" have
+batches that are random samples; "packed" has whole sequences in blocks of 512 tokens, as many blocks per optimizer step
+as take the same tokens.
 
     python scripts/bench_sequences.py
 """
@@ -43,14 +44,14 @@ class Transformer(nn.Module):
 
 
 def epochs(plan: BatchPlan, order: Order, fetch: Fetch) -> tuple[Callable[[], float], Callable[[], float]]:
-    """Return a run over an epoch that gives useful tokens per second, and one that gives the share of padding."""
+    """Return what runs over an epoch and gives useful tokens per second, and what gives the share of padding in it."""
     torch.manual_seed(0)
     network, epoch, padding = Transformer(), count(), []
     optimizer = torch.optim.AdamW(network.parameters(), fused=True)
     loader = TrainLoader(plan, order, fetch, 0, lambda: plan.first_step(next(epoch)))
 
     def run() -> float:
-        start, useful, all_of_them = time.perf_counter(), 0, 0
+        start, useful, all_of_them = time.process_time(), 0, 0
         for share in loader:
             counted = sum(int((part.inputs >= 0).sum()) for part in share.micro_batches)
             for part in share.micro_batches:
@@ -64,7 +65,7 @@ def epochs(plan: BatchPlan, order: Order, fetch: Fetch) -> tuple[Callable[[], fl
             optimizer.zero_grad()
             useful += counted
         padding.append(1 - useful / all_of_them)
-        return useful / (time.perf_counter() - start)
+        return useful / (time.process_time() - start)
 
     return run, lambda: padding[-1]
 
@@ -116,7 +117,7 @@ def main() -> None:
     speed = bench.interleave({name: run for name, (run, _) in runs.items()}, given.pairs)
     padding = {name: [share()] * len(speed[name]) for name, (_, share) in runs.items()}
     figures = {
-        "useful tokens": bench.report("useful tokens", "tokens/s", speed, "random"),
+        "useful tokens": bench.report("useful tokens", "tokens per second of the processor", speed, "random"),
         "padding": bench.report("padding", "share of the tokens that are run", padding, "random"),
     }
     bench.save(given.json, figures)

@@ -218,24 +218,29 @@ class DataModule(pl.LightningDataModule, ABC):
             limit = trainer.limit_train_batches
             plan = replace(plan, limit=max(1, int(plan.steps_per_epoch * limit)) if isinstance(limit, float) else limit)
             trainer.limit_train_batches = 1.0  # of what is left: Lightning would take the share once more
-        epochs = trainer.max_epochs if trainer else None
-        total = math.inf if epochs in (None, -1) else epochs * plan.examples_per_epoch
-        self.plan = self._plan_at_first = replace(plan, changes=self.batch_size_schedule.changes(total))
-        adaptive = isinstance(self.batch_size_schedule, Adaptive)
-        if adaptive and (trainer is None or self._noise_scale() is None):
-            raise ValueError(
-                "data.batch_size_schedule Adaptive follows the gradient noise scale, but nobody measures it: write "
-                "project.callbacks.noise_scale.NoiseScale under trainer.callbacks"
-            )
-        if trainer is not None and (adaptive or self.plan.changes):
-            # Epochs differ in length, for which Lightning asks again only where it asks for a new loader.
-            trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
+        self.plan = self._plan_at_first = self._with_changes(plan)
         if self.plan.batch_size > self.plan.examples and (trainer is None or trainer.is_global_zero):
             warnings.warn(
                 f"data.batch_size is {plan.batch_size}, but there are only {self.plan.examples} examples: every step "
                 "trains on all of them",
                 stacklevel=2,
             )
+
+    def _with_changes(self, plan: BatchPlan) -> BatchPlan:
+        """Return the plan with the changes of batch size that are known before training."""
+        trainer, schedule = self.trainer, self.batch_size_schedule
+        epochs = trainer.max_epochs if trainer else None
+        total = math.inf if epochs in (None, -1) else epochs * plan.examples_per_epoch
+        plan = replace(plan, changes=schedule.changes(total))
+        if isinstance(schedule, Adaptive) and self._noise_scale() is None:
+            raise ValueError(
+                "data.batch_size_schedule Adaptive follows the gradient noise scale, but nobody measures it: write "
+                "project.callbacks.noise_scale.NoiseScale under trainer.callbacks"
+            )
+        if trainer is not None and (plan.changes or isinstance(schedule, Adaptive)):
+            # Epochs differ in length, for which Lightning asks again only where it asks for a new loader.
+            trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
+        return plan
 
     def _noise_scale(self) -> NoiseScale | None:
         callbacks = self.trainer.callbacks if self.trainer else []  # type: ignore[attr-defined]
