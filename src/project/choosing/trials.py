@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -118,7 +118,9 @@ def read(path: Path) -> list[Run]:
     kinds = {name: type(default) for name, default in asdict(Run()).items()}
 
     def run(row: dict[str, str]) -> Run:
-        return Run(**{name: row[name] == "True" if kind is bool else kind(row[name]) for name, kind in kinds.items()})
+        values: dict[str, Any] = {name: kind(row[name]) for name, kind in kinds.items()}
+        values["reached"] = row["reached"] == "True"  # bool("False") is true
+        return Run(**values)
 
     with path.open(newline="") as file:
         try:
