@@ -118,7 +118,8 @@ def read(path: Path) -> list[Run]:
     kinds = {name: type(default) for name, default in asdict(Run()).items()}
 
     def run(row: dict[str, str]) -> Run:
-        values: Any = {name: row[name] == "True" if kind is bool else kind(row[name]) for name, kind in kinds.items()}
+        values: dict[str, Any] = {name: kind(row[name]) for name, kind in kinds.items()}
+        values["reached"] = row["reached"] == "True"  # bool("False") is true
         return Run(**values)
 
     with path.open(newline="") as file:
