@@ -36,7 +36,7 @@ class Language(Task):
     def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """One cross-entropy per token [N, T], in nats, and whether it counts."""
         logits, targets = self(batch.inputs), batch.targets
-        self.measure(logits.argmax(2), targets)
+        self.measure(logits.transpose(1, 2), targets)  # classes second
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
         return losses.view_as(targets), (targets >= 0).to(losses.dtype)
 
