@@ -128,6 +128,7 @@ def trainer(folder: str, setting: Setting, scale: float, callbacks: Sequence[Cal
     """Return a Trainer without log and checkpoints; in a tiny form, for a few steps per epoch."""
     epochs = max(1, round(setting.epochs * scale))
     settings: dict[str, Any] = {"max_epochs": epochs, "check_val_every_n_epoch": min(setting.every, epochs)}
+    few_steps: dict[str, Any] = {"limit_train_batches": 4} if scale < 0.1 else {}
     return Trainer(
         accelerator="cpu",
         logger=False,
@@ -136,7 +137,7 @@ def trainer(folder: str, setting: Setting, scale: float, callbacks: Sequence[Cal
         log_every_n_steps=10**9,
         callbacks=list(callbacks),
         default_root_dir=folder,
-        **settings | ({"limit_train_batches": 4} if scale < 0.1 else {}) | kwargs,
+        **settings | few_steps | kwargs,
     )
 
 
