@@ -128,8 +128,7 @@ def trainer(folder: str, setting: Setting, scale: float, callbacks: Sequence[Cal
     """Return a Trainer without log and checkpoints; in a tiny form, for a few steps per epoch."""
     epochs = max(1, round(setting.epochs * scale))
     settings: dict[str, Any] = {"max_epochs": epochs, "check_val_every_n_epoch": min(setting.every, epochs)}
-    if scale < 0.1:
-        settings["limit_train_batches"] = 4
+    few_steps: dict[str, Any] = {"limit_train_batches": 4} if scale < 0.1 else {}
     return Trainer(
         accelerator="cpu",
         logger=False,
@@ -138,7 +137,7 @@ def trainer(folder: str, setting: Setting, scale: float, callbacks: Sequence[Cal
         log_every_n_steps=10**9,
         callbacks=list(callbacks),
         default_root_dir=folder,
-        **settings | kwargs,
+        **settings | few_steps | kwargs,
     )
 
 

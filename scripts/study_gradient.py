@@ -25,7 +25,7 @@ from project.batching.order import Order, Shuffled, Weighted
 from project.callbacks.noise_scale import NoiseScale
 from project.models.mlp import MLP
 
-STEPS = 200
+STEPS = 100
 SIZES = (2, 8, 32, 128, 512, EXAMPLES)
 DRAWN: dict[str, Callable[[], Order]] = {
     "with replacement": partial(Weighted, [1.0] * EXAMPLES),

@@ -19,7 +19,8 @@ from project.batching.order import Balanced, Order, Sequential, Shuffled, Strati
 from project.batching.random import mix
 from project.models.mlp import MLP
 
-RATES = [0.05, 0.2]
+RATES = {16: (0.05, 0.2), 128: (0.2, 0.8)}
+IMAGES = 896  # whole batches of either size: a last batch of three images would have the last word
 RARE = 6
 
 
@@ -36,12 +37,12 @@ class OneClass(Order):
 
 def alike(digits: Tensor) -> Tensor:
     """Return the numbers of the images so that digit follows digit in the same way in the split of each seed."""
-    return by_digit(digits)[torch.randperm(len(digits), generator=torch.Generator().manual_seed(0))]
+    return by_digit(digits)[torch.randperm(IMAGES, generator=torch.Generator().manual_seed(0))]
 
 
 def by_digit(digits: Tensor) -> Tensor:
     """Return the numbers of the images, sorted by digit."""
-    return digits.argsort(stable=True)
+    return digits.argsort(stable=True)[:IMAGES]
 
 
 def rare(digits: Tensor) -> Tensor:
@@ -54,7 +55,7 @@ ORDERS: dict[str, tuple[Callable[[], Order], Callable[[Tensor], Tensor]]] = {
     "batches of one digit, shuffled": (OneClass, by_digit),
     "shuffled once, then the same order": (Sequential, alike),
     "shuffled in each epoch": (Shuffled, alike),
-    "drawn with replacement": (partial(Weighted, [1.0] * study.EXAMPLES), alike),
+    "drawn with replacement": (partial(Weighted, [1.0] * IMAGES), alike),
     "stratified": (Stratified, alike),
     "balanced": (Balanced, alike),
 }
@@ -67,7 +68,8 @@ COLUMNS = {
 
 def better(runs: dict, *key: object) -> list[Run]:
     """Return the runs at the better of the rates."""
-    return max((runs[*key, rate] for rate in RATES), key=lambda each: study.mean(run.val for run in each))
+    found = [each for (*other, _), each in runs.items() if tuple(other) == key]
+    return max(found, key=lambda each: study.mean(run.val for run in each))
 
 
 def main() -> None:
@@ -78,7 +80,7 @@ def main() -> None:
         make, choose = ORDERS[order]
         data = partial(FewDigits, choose=choose)
         for column, (size, network) in COLUMNS.items():
-            for rate in RATES:
+            for rate in RATES[size]:
                 settings[order, column, rate] = Setting(size, rate, 10, order=make, network=network, data=data)
     runs = train_all(given, settings)
     rows = []
@@ -99,7 +101,7 @@ def main() -> None:
         (name, size, rate): Setting(size, rate, 20, order=order, data=few, every=20)
         for name, order in kinds.items()
         for size in (16, 128)
-        for rate in RATES
+        for rate in RATES[size]
     }
     runs = train_all(given, settings)
     rows = [

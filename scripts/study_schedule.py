@@ -7,7 +7,6 @@ costs something.
     python scripts/study_schedule.py --png docs/study_schedule.png
 """
 
-import statistics
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -51,12 +50,10 @@ def main() -> None:
     rows = []
     figure, (left, right) = study.panels(2)
     for name, each in runs.items():
-        time = statistics.median(a.seconds[-1] / b.seconds[-1] for a, b in zip(each, runs["neither"], strict=True))
         rows.append(
             [
                 name,
                 f"{study.mean(run.steps[-1] for run in each):,.0f}",
-                f"{time:.2f}",
                 study.spread((run.loss[-1] for run in each), 3),
                 study.spread(run.test for run in each),
             ]
@@ -68,7 +65,7 @@ def main() -> None:
     left.set(xlabel="epoch", ylabel="training loss (nats)", yscale="log")
     right.set(xlabel="epoch", ylabel="validation accuracy (%)")
     right.legend(fontsize=8)
-    head = ["after half, and after three quarters", "steps", "time (ratio)", "training loss", "test accuracy"]
+    head = ["after half, and after three quarters", "steps", "training loss", "test accuracy"]
     study.finish(given, figure, schedule=study.table("20 epochs of SGD", head, rows))
 
 
