@@ -48,7 +48,6 @@ def test_borders_by_hand():
     assert [borders.bounds(0, number) for number in range(3)] == [(0, 1), (1, 3), (3, 4)]
     assert [borders.epoch(step) for step in (0, 2, 3)] == [0, 0, 1]
     assert borders.before(2) == (6, 8)
-    assert borders.size(0) == 1
 
 
 def test_a_plan_by_tokens():

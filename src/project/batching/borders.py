@@ -24,10 +24,6 @@ class Borders(Protocol):
         """Return the positions [start, stop) of an epoch that its batch `number` trains on."""
         ...
 
-    def size(self, step: int) -> int:
-        """Return the batch size that is meant for a step; its batch is smaller where the epoch ends."""
-        ...
-
 
 class _Run(NamedTuple):
     """Batches of one size: from one batch of an epoch on, and from one position on."""
@@ -99,11 +95,6 @@ class BySize:
         first, start, size = self._run(epoch, number)
         start += (number - first) * size
         return start, min(start + size, self.positions)
-
-    def size(self, step: int) -> int:
-        """Return the batch size that is meant for a step; its batch is smaller where the epoch ends."""
-        epoch = self.epoch(step)
-        return self._run(epoch, step - self.before(epoch)[0]).size
 
     def _run(self, epoch: int, number: int) -> _Run:
         runs = (self._epochs[epoch] if epoch < len(self._epochs) else self._epochs[-1]).runs

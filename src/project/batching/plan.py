@@ -200,7 +200,8 @@ class BatchPlan:
 
     def size_at(self, step: int) -> int:
         """Return the batch size that is meant for a step; at the end of an epoch its batch may be smaller."""
-        return self.borders.size(step)
+        seen = self.examples_at(step) if self.changes else 0
+        return [self.batch_size, *(size for point, size in self.changes if point <= seen)][-1]
 
     def examples_at(self, steps: int) -> int:
         """Return the number of examples seen after `steps` optimizer steps."""

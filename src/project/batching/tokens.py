@@ -47,10 +47,6 @@ class ByTokens:
             kept = self._kept = epoch, self._cut(self.lengths(epoch))
         return kept[1][number], kept[1][number + 1]
 
-    def size(self, step: int) -> int:
-        """Return the mean number of examples of a batch."""
-        return max(1, round(self.positions / self.steps))
-
     def _cut(self, lengths: Tensor) -> list[int]:
         ends, count = lengths.cumsum(0), torch.arange(self.steps + 1)
         # Twice the middle of each sequence against twice the borders: whole numbers throughout.
