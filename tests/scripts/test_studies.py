@@ -1,4 +1,4 @@
-"""Each study runs, in a tiny form, and leaves its tables and its picture; docs/batching.md shows what it prints."""
+"""Each study runs, in a tiny form, and leaves its tables and its picture."""
 
 import json
 import logging
@@ -6,7 +6,6 @@ import re
 import runpy
 import sys
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -37,22 +36,8 @@ def test_study(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     assert tables
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(printed) == sum(2 + len(table) for table in tables.values())
-    assert all(re.search(r"\d", cell) or cell == "-" for table in tables.values() for cell in cells(table))
-
-    # The page has, table by table, the head that was printed.
-    for line, rule in pairwise(printed):
-        if rule.startswith("| ---"):
-            assert head(line) in [head(other) for other in PAGE.splitlines()]
-    assert Path("picture.png").exists() == f"docs/{name[:-3]}.png" in PAGE
-
-
-def cells(table: dict[str, dict[str, str]]) -> list[str]:
-    return [cell for row in table.values() for cell in row.values()]
-
-
-def head(line: str) -> str:
-    """A line without its numbers, which are others in a tiny form."""
-    return re.sub(r"\d+", "", line)
+    assert all(re.search(r"\d", " ".join(row.values())) for table in tables.values() for row in table.values())
+    assert Path("picture.png").exists() == (f"docs/{name[:-3]}.png" in PAGE)
 
 
 def test_every_picture_is_there() -> None:
