@@ -87,7 +87,7 @@ class Started:
     Args:
         arguments: of the command.
         fresh: start a new interpreter, as a user does, and not a fork of one that has imported the project.
-        environment: variables to add.
+        environment: variables to add. What makes W&B log to the process of this one's W&B is left out.
     """
 
     def __init__(self, *arguments: object, fresh: bool = False, **environment: str) -> None:
@@ -96,7 +96,7 @@ class Started:
             [sys.executable, "-m", "project", *absolute(arguments)],
             stdout=pipes[0][1],
             stderr=pipes[1][1],
-            env=os.environ | environment,
+            env={name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"} | environment,
             process_group=0,
         )
         self._text = [b"", b""]

@@ -113,7 +113,10 @@ class WandbLogger(loggers.WandbLogger):
             if step != self._step:
                 self._hand_over()
             self._step, self._row = step, self._row | metrics
-            self._recent.append((time.monotonic(), step, metrics))
+            now = time.monotonic()
+            self._recent.append((now, step, metrics))
+            while self._recent[0][0] < now - RECENT:
+                self._recent.popleft()
 
     def _hand_over(self) -> None:
         """Give W&B the row of a step that is over."""
@@ -124,8 +127,6 @@ class WandbLogger(loggers.WandbLogger):
     @rank_zero_only
     def recent(self) -> list[list[Any]]:
         """Return what was logged lately, as plain numbers, for a checkpoint: lists of a step and its metrics."""
-        while self._recent and self._recent[0][0] < time.monotonic() - RECENT:
-            self._recent.popleft()
         rows = [[step, {k: v for k, v in row.items() if isinstance(v, int | float)}] for _, step, row in self._recent]
         return [row for row in rows if row[1]]
 

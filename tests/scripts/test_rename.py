@@ -29,8 +29,8 @@ def git(*arguments: str) -> str:
 
 
 def rename(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Without installed packages (-S), for whoever runs the tests has the old name installed."""
-    return call(sys.executable, "-S", "scripts/rename.py", *arguments)
+    """Without installed packages (-S, -E), for whoever runs the tests has the old name installed."""
+    return call(sys.executable, "-S", "-E", "scripts/rename.py", *arguments)
 
 
 @pytest.fixture

@@ -142,7 +142,7 @@ class DataModule(pl.LightningDataModule, ABC):
         """How many parts each batch has, and which is this process's. Processes that share layers share one."""
         if self.trainer is None:
             return 1, 0
-        layers = getattr(self.trainer.strategy, "_tensor_parallel_size", 1)
+        layers = getattr(getattr(self.trainer, "strategy", None), "_tensor_parallel_size", 1)
         layers = self.trainer.num_devices if layers == "auto" else layers
         return self.trainer.world_size // layers, self.trainer.global_rank // layers
 
