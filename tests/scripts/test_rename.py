@@ -10,7 +10,7 @@ import pytest
 from helpers import ROOT
 
 OLD = "project"
-NEW = "".join(["pet", "als"])  # in one piece it would count as in use
+NEW = f"my_{OLD}"
 FAST = (
     *("tests/batching/test_plan.py", "tests/models/test_dropout.py"),
     "tests/system/test_main_job.py::test_last_without_a_run_starts_afresh",
@@ -47,7 +47,9 @@ def test_there_and_back(copy: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert (copy / "src" / NEW).is_dir()
     assert not (copy / "src" / OLD).exists()
-    left = git("grep", "-nE", rf"(from|import|-m) {OLD}|src/{OLD}|(^|[^.a-z]){OLD}\.[a-z]|\"{OLD}(\[|::|\")")
+    left = call(
+        "git", "grep", "-nE", rf"(from|import|-m) {OLD}|src/{OLD}|(^|[^._a-z]){OLD}\.[a-z]|\"{OLD}(\[|::|\")"
+    ).stdout
     # What is left is the table of pyproject.toml.
     assert [line for line in left.splitlines() if '["project"]' not in line and "pyproject.toml" not in line] == []
     tests = call(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *FAST, PYTHONPATH="src")
