@@ -106,6 +106,7 @@ class WandbLogger(loggers.WandbLogger):
     def _log(self, metrics: dict[str, Any], step: int | None) -> None:
         run = self.experiment
         if step is None:
+            self._hand_over()  # W&B takes no step after it that comes before
             run.log(metrics)
         elif step <= self._written or all(name.startswith("summary/") for name in metrics):
             run.summary.update(metrics)  # no new point of a curve

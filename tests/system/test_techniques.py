@@ -43,7 +43,7 @@ class Spoilt(Digits):
     def transform(self, batch, training):
         batch = super().transform(batch, training)
         if training:
-            batch.inputs[batch.index == 700] = torch.nan
+            batch.inputs[batch.index == 525] = torch.nan
         return batch
 """
 CONVNET = "{class_path: project.models.convnet.ConvNet, init_args: {channels: [4, 6], norm: batch, dropout: 0.2}}"
