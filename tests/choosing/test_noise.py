@@ -198,7 +198,9 @@ def test_the_truth_is_found(micro_batch_size: int) -> None:
     assert abs(scale[100] - 50) < 5
     assert high[100] - low[100] < 15
     x = torch.stack([torch.tensor(values) for values in samples(result)]).mean(0)
-    assert x[1].item() == pytest.approx(50 * 13 / 12, rel=0.03)  # the variances' mean is 13 / 12
+    parts = math.ceil(128 / micro_batch_size)
+    deviation = math.sqrt(2 / (50 * (parts - 1) * 100))  # of the mean of 100 estimates, relative, in 50 dimensions
+    assert x[1].item() == pytest.approx(50 * 13 / 12, rel=4 * deviation)  # the variances' mean is 13 / 12
 
 
 def test_two_processes_find_what_one_finds() -> None:
