@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from project import host
 from project.callbacks.checkpoint import Last
 from project.callbacks.epoch_line import EpochLine
+from project.choosing import speed
 from project.choosing.speed import Stopwatch, Way, candidates, choose
 from project.data.digits import Digits
 from project.models.convnet import ConvNet
@@ -168,6 +169,7 @@ def chosen(make: Made, inputs: Tensor, targets: Tensor, batch_size: int, setting
 def main() -> None:
     """Measure and report."""
     given = bench.arguments(__doc__)
+    speed._TURN = min(speed._TURN, given.scale)  # a tiny form need not measure well
     inputs, targets = images(int(60_000 * given.scale))
     figures = {}
     for title, make, batch_size, share in (

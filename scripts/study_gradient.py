@@ -2,7 +2,7 @@
 
 Training with a learning rate of zero leaves the weights where they are, so that each step shows the gradient of another
 batch at the same place: at the first weights, and after five epochs. The variance is the mean squared distance of a
-batch's gradient from that of all N examples; S is the same of single examples; beside it, S as `project.choosing.noise`
+batch's gradient from that of all N examples; S is the same of single examples; beside it, S as `project.batching.noise`
 has it from the micro-batches of the same steps. In float64.
 
     python scripts/study_gradient.py --png docs/study_gradient.png

@@ -202,7 +202,8 @@ class CLI(LightningCLI):
         settings = self._get(self.config_init, "trainer")
         if self.checkpoint is not None:
             self.model.init_from = None  # the checkpoint has the weights
-        callbacks = list(settings.get("callbacks") or [])
+        given = settings.get("callbacks") or []
+        callbacks = list(given) if isinstance(given, list | tuple) else [given]
         if self.subcommand == "fit":
             if self.settings.speed == "auto" or self.datamodule.finds_micro_batch:
                 self._speed_up(settings)

@@ -12,11 +12,11 @@ import yaml
 from helpers import CSV, DIGITS, run_here, run_process
 
 from project import trainer
+from project.batching.noise import Estimate
 from project.choosing import fits, speed
 from project.choosing import tune as tuning
 from project.choosing.findings import Choice, Findings
 from project.choosing.fits import Size, what_fits
-from project.choosing.noise import Estimate
 from project.choosing.speed import Way
 
 

@@ -28,12 +28,16 @@ FEW = {
     "text.yaml": ("--trainer.limit_train_batches", 4, "--trainer.limit_val_batches", 2, "--model.sample_length", 20),
 }
 """What makes a run as short as a test has to be."""
-COMMANDS = [
-    line
-    for block in re.findall(r"```bash\n(.*?)```", PAGES, re.DOTALL)
-    for line in block.splitlines()
-    if line.startswith(("python -m project", "python scripts/"))
-]
+COMMANDS = {
+    section.partition("\n")[0]: [
+        line
+        for block in re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
+        for line in block.splitlines()
+        if line.startswith(("python -m project", "python scripts/"))
+    ]
+    for section in re.split(r"^#+ ", PAGES, flags=re.MULTILINE)
+}
+COMMANDS = {section: commands for section, commands in COMMANDS.items() if commands}
 SCRIPTS = {"folder.yaml": "make_folder.py", "table.yaml": "make_table.py"}
 """What makes the data of a configuration."""
 
@@ -87,15 +91,19 @@ def test_classic_prints_its_line() -> None:
     assert float(lines[2].split()[-1]) < float(lines[0].split()[-1])
 
 
-def test_readme_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the order of the page, in one folder: later commands use the runs of earlier ones."""
+def test_there_are_commands() -> None:
+    assert sum(map(len, COMMANDS.values())) >= 20
+
+
+@pytest.mark.parametrize("section", COMMANDS)
+def test_readme_commands(section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of the section, in one folder, after README's first command: later ones use the runs of earlier."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.syspath_prepend(str(tmp_path))
     own_data()
     first = run_here("fit", *DIGITS)
     assert first.code == 0
-    assert len(COMMANDS) >= 7
-    for command in COMMANDS:
+    for command in COMMANDS[section]:
         if command.startswith("python scripts/"):
             run_script(Path(command).name)
             continue

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from project.batching.gradients import gradients_of
+from project.batching.noise import FEWEST, Estimate, Sample, noise_scale, sample
 from project.callbacks.record import row_is_due
-from project.choosing.noise import FEWEST, Estimate, Sample, noise_scale, sample
 from project.errors import TrainingStopped
 
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from operator import mul
 from typing import NamedTuple
 
+from project.batching.noise import Estimate
 from project.choosing import fits
 from project.choosing.fits import Size
-from project.choosing.noise import Estimate
 from project.choosing.range_test import RangeTest
 
 NEAR = 1.05

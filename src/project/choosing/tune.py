@@ -16,11 +16,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from project.batching.noise import FEWEST
 from project.callbacks.noise_scale import NoiseScale
 from project.choosing import fits, range_test, short
 from project.choosing.figure import draw
 from project.choosing.findings import Findings
-from project.choosing.noise import FEWEST
 from project.choosing.range_test import RangeTest
 from project.choosing.speed import Stopwatch, Way
 from project.data.module import DataModule
@@ -137,7 +137,7 @@ def _tune(trainer: pl.Trainer, task: Task, data: DataModule, steps: int, memory_
             interrupted = True
     if findings.sizes and trainer.is_global_zero:
         report(console, findings, interrupted)
-        _leave(Path(trainer.default_root_dir), findings, task)
+        _leave(Path(trainer.default_root_dir), findings, task, data)
 
 
 def report(console: Console, findings: Findings, interrupted: bool) -> None:
@@ -169,15 +169,18 @@ def report(console: Console, findings: Findings, interrupted: bool) -> None:
         print(f"learning rate at batch_size {best.batch_size}: {findings.rates}")
 
 
-def _leave(folder: Path, findings: Findings, task: Task) -> None:
+def _leave(folder: Path, findings: Findings, task: Task, data: DataModule) -> None:
     best = findings.best()
     draw(folder / "tune.png", findings)
     print(f"look at it: {folder / 'tune.png'}")
     if best:
         micro_batch = max(findings.unit, min(findings.share(best.batch_size), findings.knee().examples))
+        sizes = {"batch_size": best.batch_size, "micro_batch_size": micro_batch}
+        if data.batch_tokens is not None:
+            sizes["batch_tokens"] = None  # which takes the place of `batch_size`
         overlay = {
             "trainer": {"accumulate_grad_batches": None},
-            "data": {"batch_size": best.batch_size, "micro_batch_size": micro_batch},
+            "data": sizes,
             "model": {"reference_batch_size": task.reference_batch_size or findings.batch_size},  # the rate follows
         }
         (folder / "tuned.yaml").write_text("# tune recommends\n" + yaml.safe_dump(overlay, sort_keys=False))

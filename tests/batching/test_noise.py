@@ -13,8 +13,8 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
+from project.batching.noise import FEWEST, Sample, noise_scale, sample
 from project.callbacks.noise_scale import NoiseScale
-from project.choosing.noise import FEWEST, Sample, noise_scale, sample
 from project.errors import TrainingStopped
 
 # A loss that is linear in the weights has the same gradients whatever the weights are: those of the examples are the
