@@ -175,7 +175,7 @@ def _leave(folder: Path, findings: Findings, task: Task, data: DataModule) -> No
     print(f"look at it: {folder / 'tune.png'}")
     if best:
         micro_batch = max(findings.unit, min(findings.share(best.batch_size), findings.knee().examples))
-        sizes = {"batch_size": best.batch_size, "micro_batch_size": micro_batch}
+        sizes: dict[str, int | None] = {"batch_size": best.batch_size, "micro_batch_size": micro_batch}
         if data.batch_tokens is not None:
             sizes["batch_tokens"] = None  # which takes the place of `batch_size`
         overlay = {
