@@ -177,7 +177,7 @@ def main() -> None:
         ("MLP 784-256-10, batch 512", lambda: Flat(mlp()), 512, 1.0),
         ("ConvNet, batch 256", ConvNet, 256, 0.1),
     ):
-        count = int(len(inputs) * share)
+        count, batch_size = int(len(inputs) * share), max(16, int(batch_size * min(1.0, 10 * given.scale)))
         x, y = inputs[:count], targets[:count]
         exact = chosen(make, x, y, batch_size, {"precision": "32-true"}, given.pairs)
         fast = chosen(make, x, y, batch_size, {}, given.pairs)

@@ -1,7 +1,6 @@
 """Parameters cut over devices: the same batch, the same result, and one checkpoint for any number of devices."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,17 +11,7 @@ FIT = (
     *("--model.schedule", "{shape: constant, warmup_examples: 600}", "--trainer.gradient_clip_val", 1.0),
 )
 FSDP = ("--config", "configs/overlays/fsdp.yaml")
-CUT = """
-from torch import nn
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-
-class Cut(nn.Sequential):
-    def __init__(self):
-        super().__init__(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
-
-    def parallelize(self, mesh):
-        parallelize_module(self, mesh, {"1": ColwiseParallel(), "3": RowwiseParallel()})
-"""
+CUT = ("--config", "configs/overlays/model_parallel.yaml")
 
 
 def far(ours: Result, theirs: Result, column: str) -> float:
@@ -52,29 +41,31 @@ def test_fsdp_is_one_process_and_checkpoints_serve_both() -> None:
     assert furthest(last, whole) < 1e-5
 
 
-def test_layers_cut_over_two_processes_share_one_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_cut_over_two_processes_share_one_batch() -> None:
     """The batch is divided by data-parallel processes, of which there is one, and not by all."""
-    (tmp_path / "cut.py").write_text(CUT)
-    monkeypatch.syspath_prepend(tmp_path)
-    network = ("--model.network", "cut.Cut", "--trainer.max_epochs", 1)
-    sizes = "{data_parallel_size: 1, tensor_parallel_size: 2, save_distributed_checkpoint: false}"
-    strategy = f"{{class_path: lightning.pytorch.strategies.ModelParallelStrategy, init_args: {sizes}}}"
-    two = ("--trainer.devices", 2, "--trainer.strategy", strategy)
-    whole = run_here(*FIT, *network)
+    whole = run_here(*FIT, "--model.network.norm", "none", "--trainer.max_epochs", 1)
     assert whole.code == 0, whole.err
-    cut = run(*network, *two, "--name", "cut", PYTHONPATH=str(tmp_path))
+    cut = run(*CUT, "--trainer.max_epochs", 1, "--name", "cut")
     assert re.search(r"share +100\n", cut.out)
     for column in ("train/loss", "gradient_norm", "val/loss", "train/accuracy"):
         assert far(cut, whole, column) < 1e-5, column
     assert furthest(cut, whole) < 1e-5
 
 
-def test_what_would_be_silently_wrong_is_an_error() -> None:
-    sizes = "{data_parallel_size: 1, tensor_parallel_size: 2, save_distributed_checkpoint: false}"
-    strategy = f"{{class_path: lightning.pytorch.strategies.ModelParallelStrategy, init_args: {sizes}}}"
-    result = run_process(*FIT, "--trainer.devices", 2, "--trainer.strategy", strategy, OMP_NUM_THREADS="1")
+@pytest.mark.parametrize(
+    ("network", "words"),
+    [
+        (
+            ("--model.network", "project.models.convnet.ConvNet"),
+            "ConvNet does not say how: write tensor_parallel_size 1",
+        ),
+        (("--model.network.norm", "layer"), "MLP cannot cut its layers with norm layer: write norm none"),
+    ],
+)
+def test_what_would_be_silently_wrong_is_an_error(network: tuple[str, ...], words: str) -> None:
+    result = run_process(*FIT, *CUT, *network, OMP_NUM_THREADS="1")
     assert result.code != 0
-    assert "MLP does not say how: write tensor_parallel_size 1" in result.err
+    assert words in result.err
 
 
 def test_fsdp_of_the_first_kind_is_refused() -> None:
