@@ -21,14 +21,14 @@ class Pictures(Callback):
         self.count = count
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Draw and log."""
+        """Draw and log, on the first device; a network that is cut over devices needs all of them to run."""
         confusion = pl_module.confusion
         counts = confusion.compute() if confusion is not None and confusion.update_called else None  # on all devices
         takers = [logger for logger in trainer.loggers if hasattr(logger, "log_image") or _is_tensorboard(logger)]
         data = pl_module.data
-        if not takers or not trainer.is_global_zero or data.split("val") is None:
+        if not takers or data.split("val") is None:
             return
-        if counts is not None:
+        if counts is not None and trainer.is_global_zero:
             _log(takers, "val/confusion", draw_confusion(counts.cpu()), trainer.global_step)
         batch = data.examples("val", self.count)
         images = batch.inputs
@@ -38,8 +38,9 @@ class Pictures(Callback):
         with torch.no_grad(), trainer.precision_plugin.forward_context():
             predictions = pl_module.predictions(data.to_device(batch, pl_module.device, training=False))
         pl_module.train()
-        picture = draw(images, predictions["probability"].cpu(), batch.targets)
-        _log(takers, "val/predictions", picture, trainer.global_step)
+        if trainer.is_global_zero:
+            picture = draw(images, predictions["probability"].cpu(), batch.targets)
+            _log(takers, "val/predictions", picture, trainer.global_step)
 
 
 def _is_tensorboard(logger: Any) -> bool:

@@ -19,12 +19,14 @@ class Samples(Callback):
         self.count = count
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Let the model write, on the first device."""
-        if trainer.sanity_checking or not trainer.is_global_zero or not hasattr(pl_module.data, "decode"):
+        """Let the model write: on all devices, which a network that is cut over them needs; the first one says it."""
+        if trainer.sanity_checking or not hasattr(pl_module.data, "decode"):
             return
         loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
         with trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
             texts = [pl_module.write(number) for number in range(self.count if loggers else 1)]
+        if not trainer.is_global_zero:
+            return
         # A terminal would take some of what an untrained model writes for commands.
         plain = "".join(letter if letter.isprintable() or letter == "\n" else " " for letter in texts[0])
         print(f"step {trainer.global_step}, the model writes:", *("  " + line for line in plain.split("\n")), sep="\n")
