@@ -5,7 +5,6 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 
@@ -47,17 +46,18 @@ class PreciseNorm(Callback):
         # A compiled network could not be left in the middle.
         eager = torch.compiler.set_stance("force_eager") if getattr(trainer, "compile", False) else nullcontext()
         with eager, trainer.precision_plugin.forward_context():
-            set_precise_statistics(layers, partial(self._forwards, trainer, pl_module), pl_module.reduce)
+            set_precise_statistics(layers, partial(self._forwards, pl_module), pl_module.reduce)
 
-    def _forwards(self, trainer: pl.Trainer, task: Any) -> Iterator[Callable]:
+    def _forwards(self, task: Any) -> Iterator[Callable]:
         data = task.data
         fetch = data.feed("train")
         if isinstance(fetch, Workers):  # training may be in the middle of what they read
             self._workers = self._workers or Workers(fetch.dataset, fetch.num_workers, fetch.max_unreadable)
             fetch = self._workers
-        examples = min(max(self.examples or len(fetch), trainer.world_size), len(fetch))
-        shards = cut(examples, trainer.world_size)
-        places = torch.arange(shards[trainer.global_rank], shards[trainer.global_rank + 1])
+        devices, rank = data.replicas
+        examples = min(max(self.examples or len(fetch), devices), len(fetch))
+        shards = cut(examples, devices)
+        places = torch.arange(shards[rank], shards[rank + 1])
         index = permute(mix(data.seed, DRAWS), len(fetch), places) if examples < len(fetch) else places
         requests = [Request.one(part) for part in index.split(data.plan.largest_micro_batch) if len(part)]
         for request, (fields, weights) in zip(requests, fetch.stream(iter(requests)), strict=True):
