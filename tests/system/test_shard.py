@@ -50,6 +50,11 @@ def test_layers_cut_over_two_processes_share_one_batch() -> None:
     for column in ("train/loss", "gradient_norm", "val/loss", "train/accuracy"):
         assert far(cut, whole, column) < 1e-5, column
     assert furthest(cut, whole) < 1e-5
+    predicted = run_process("predict", *DIGITS, *CUT, "--name", "cut", "--ckpt_path", "last", OMP_NUM_THREADS="1")
+    assert predicted.code == 0, predicted.err
+    rows = (cut.folder / "predictions.csv").read_text().splitlines()[1:]
+    assert [int(row.partition(",")[0]) for row in rows] == list(range(269))  # each once
+    assert list(cut.folder.glob(".predictions*")) == []
 
 
 @pytest.mark.parametrize(
