@@ -1,7 +1,1 @@
-"""Batchwise: the batch you write is the batch you train on."""
-
-from time import perf_counter
-
-__version__ = "0.1.0"
-STARTED = perf_counter()
-"""When this process began, as near as the package knows."""
+"""Your project: the data, the network, the task and the callbacks that you train."""

@@ -1,83 +1,8 @@
-"""`python -m project`: see `python -m project --help`."""
+"""The command line: `python -m project --help`."""
 
-import gc
 import sys
-from collections.abc import Callable
-from importlib import import_module
-from types import ModuleType
-from typing import Any
 
-HELP = """usage: python -m project COMMAND --config FILE [--config OVERLAY ...] [--KEY VALUE ...]
-
-commands:
-  fit         train, and validate after each epoch
-  validate    measure on the validation split
-  test        measure on the test split
-  predict     write predictions, one row per example
-  tune        choose the batch size: what fits, what is fast, what the gradient says
-  sweep       train each batch size to a target, and see which is the fastest
-  inspect     look at the batches without training, and find what is wrong with the data
-
-the flags that matter:
-  --config FILE                            a configuration; later ones lay over earlier ones
-  --name NAME                              name of the experiment: runs go to runs/NAME/TIME
-  --data.batch_size N                      examples per optimizer step, over all devices together
-  --data.micro_batch_size N                most examples on one device at once; does not change the result
-  --trainer.max_epochs N                   length of training in epochs (or --trainer.max_steps, in optimizer steps)
-  --trainer.devices N                      devices on this machine; does not change the result
-  --trainer.precision bf16-mixed           number format
-  --model.optimizer.lr X                   learning rate
-  --ckpt_path last|best|FILE               resume (fit), or what to measure
-  --print_config                           print the complete configuration and exit
-
-examples:
-  python -m project fit --config configs/digits.yaml
-  python -m project test --config configs/digits.yaml --ckpt_path best
-
-`python -m project fit --help` lists everything.
-"""
-
-
-class _OnDemand(ModuleType):
-    """Stands in for scipy.signal, half a second of imports that torchmetrics makes to give it back a lost name."""
-
-    hamming = None  # the name
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        if sys.modules.get(self.__name__) is self:
-            del sys.modules[self.__name__]
-        return getattr(import_module(self.__name__), name)
-
-
-def _load() -> Callable[[list[str]], int]:
-    """Import Lightning and all the rest, in two thirds of the time that it takes otherwise."""
-    if "project.cli" not in sys.modules:
-        gc.disable()  # modules are not garbage, yet the collector would look through all of them a hundred times
-        stand_in = sys.modules.setdefault("scipy.signal", _OnDemand("scipy.signal"))
-        import_module("project.cli")
-        if sys.modules.get("scipy.signal") is stand_in and isinstance(stand_in, _OnDemand):
-            del sys.modules["scipy.signal"]
-        gc.freeze()
-        gc.enable()
-    return sys.modules["project.cli"].run
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run a command; return its exit code: 0 done, 1 it failed, 2 the user's mistake."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or arguments[0] in ("-h", "--help"):
-        # Importing Lightning takes seconds; nobody should wait for these lines.
-        print(HELP, end="")
-        return 0
-    if arguments[0] == "--version":
-        from project import __version__
-
-        print(f"project {__version__}")
-        return 0
-    return _load()(arguments)
-
+from batchwise.run.main import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(__package__))

@@ -1,0 +1,202 @@
+"""What a training step costs: ours with everything on, a plain PyTorch loop, and Lightning as its documentation has it.
+
+The same network, optimizer (fused AdamW), batch and data; ours with loss and accuracy logged to a CSV file, progress
+bar, checkpoints, the check for finite numbers, and a line per epoch; Lightning with the same of its own. The plain loop
+gathers its batches from tensors in memory and does nothing else: it is the limit. Last, each batch in 8 micro-batches.
+
+    python scripts/bench_step.py
+"""
+
+import contextlib
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import bench
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from batchwise.batching.loader import MicroBatch
+from batchwise.callbacks.checkpoint import Last
+from batchwise.callbacks.epoch_line import EpochLine
+from batchwise.callbacks.progress import ProgressBar
+from batchwise.data.module import DataModule
+from batchwise.models.convnet import ConvNet
+from batchwise.tasks.classification import Classification
+from batchwise.trainer import Trainer
+
+Made = Callable[[], nn.Module]
+
+
+def adamw(parameters: Any) -> torch.optim.Optimizer:
+    """Return the optimizer of all alternatives."""
+    return torch.optim.AdamW(parameters, lr=1e-3, fused=True)
+
+
+def warm_up(steps: int) -> int:
+    """Return the number of steps that are not timed."""
+    return min(20, max(1, steps // 4))
+
+
+def plain(make: Made, inputs: Tensor, targets: Tensor, batch_size: int, steps: int, parts: int = 1) -> float:
+    """Return microseconds per step of the loop that a careful user writes."""
+    network, not_timed = make(), warm_up(steps)
+    optimizer = adamw(network.parameters())
+    order = torch.randperm(len(inputs)).repeat(1 + (steps + not_timed) * batch_size // len(inputs)).split(batch_size)
+    for step, index in enumerate(order[: steps + not_timed]):
+        if step == not_timed:
+            start = time.perf_counter()
+        optimizer.zero_grad()
+        for part in index.chunk(parts):
+            batch = inputs.index_select(0, part).float().mul_(1 / 255)
+            (F.cross_entropy(network(batch), targets.index_select(0, part)) / parts).backward()
+        optimizer.step()
+    return (time.perf_counter() - start) / steps * 1e6
+
+
+def plain_epoch(network: nn.Module, inputs: Tensor, targets: Tensor, batch_size: int) -> float:
+    """Return the seconds of one epoch of that loop."""
+    optimizer = adamw(network.parameters())
+    start = time.perf_counter()
+    for index in torch.randperm(len(inputs)).split(batch_size):
+        batch = inputs.index_select(0, index).float().mul_(1 / 255)
+        loss = F.cross_entropy(network(batch), targets.index_select(0, index))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return time.perf_counter() - start
+
+
+class Clock(pl.Callback):
+    """Times the steps after the warm-up, with all that happens between them."""
+
+    seconds = 0.0
+
+    def __init__(self, not_timed: int) -> None:
+        self.not_timed = not_timed
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        """Start and stop."""
+        if trainer.global_step == self.not_timed:
+            self.start = time.perf_counter()
+        self.seconds = time.perf_counter() - getattr(self, "start", 0)
+
+
+class Memory(DataModule):
+    """The tensors of the benchmark."""
+
+    def __init__(self, inputs: Tensor, targets: Tensor, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.tensors = inputs, targets
+
+    def load(self, split: str) -> Any:
+        """Return the training split alone."""
+        return self.tensors if split == "train" else None
+
+    def transform(self, batch: MicroBatch, training: bool) -> MicroBatch:
+        """Make floats of bytes."""
+        return replace(batch, inputs=batch.inputs.float().mul_(1 / 255))
+
+
+def ours(make: Made, inputs: Tensor, targets: Tensor, batch_size: int, steps: int, parts: int = 1) -> float:
+    """Return microseconds per step of this project."""
+    data = Memory(inputs, targets, batch_size=batch_size, micro_batch_size=-(-batch_size // parts))
+    clock = Clock(warm_up(steps))
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        trainer = Trainer(
+            max_steps=steps + clock.not_timed + 1,
+            accelerator="cpu",
+            logger=CSVLogger(folder),
+            callbacks=[clock, Last(), EpochLine(), ProgressBar()],
+            log_every_n_steps=50,
+            default_root_dir=folder,
+        )
+        trainer.fit(Classification(make(), optimizer=adamw), datamodule=data)
+    return clock.seconds / steps * 1e6
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Let progress bars draw, as on a terminal, where nobody sees it."""
+    os.environ["FORCE_COLOR"] = "1"
+    with open(os.devnull, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        yield
+    del os.environ["FORCE_COLOR"]
+
+
+class Documented(pl.LightningModule):
+    """A module as Lightning's documentation writes it."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def training_step(self, batch: Any, _: int) -> Tensor:
+        """Return the mean loss and log it."""
+        logits = self.network(batch[0].float().mul_(1 / 255))
+        loss = F.cross_entropy(logits, batch[1])
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/accuracy", (logits.argmax(1) == batch[1]).float().mean(), prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return the optimizer."""
+        return adamw(self.parameters())
+
+
+def documented(make: Made, inputs: Tensor, targets: Tensor, batch_size: int, steps: int) -> float:
+    """Return microseconds per step of Lightning with a DataLoader and `self.log`."""
+    clock = Clock(warm_up(steps))
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        trainer = pl.Trainer(
+            max_steps=steps + clock.not_timed + 1,
+            accelerator="cpu",
+            logger=CSVLogger(folder),
+            callbacks=[clock],
+            enable_model_summary=False,
+            default_root_dir=folder,
+        )
+        trainer.fit(Documented(make()), DataLoader(TensorDataset(inputs, targets), batch_size, shuffle=True))
+    return clock.seconds / steps * 1e6
+
+
+def mlp() -> nn.Module:
+    """Return the small network, whose step takes a millisecond."""
+    return nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 10))
+
+
+def main() -> None:
+    """Measure and report."""
+    given = bench.arguments(__doc__)
+    pixels = torch.randint(0, 256, (10_000, 784), dtype=torch.uint8)
+    targets = torch.randint(0, 10, (10_000,))
+    work = {
+        "MLP 784-256-10, batch 64": (mlp, pixels, targets, 64, 600),
+        "ConvNet 28 x 28, batch 128": (ConvNet, pixels.view(-1, 1, 28, 28), targets, 128, 12),
+    }
+    figures = {}
+    for title, (make, inputs, labels, batch_size, steps) in work.items():
+        batch_size = max(16, int(batch_size * min(1.0, 10 * given.scale)))
+        settings = (make, inputs, labels, batch_size, max(3, int(steps * given.scale)))
+        alternatives = {"plain PyTorch loop": plain, "ours": ours, "Lightning as documented": documented}
+        in_parts = {"plain PyTorch loop": plain, "ours": ours}
+        measured = bench.interleave({name: partial(run, *settings) for name, run in alternatives.items()}, given.pairs)
+        figures[title] = bench.report(title, "microseconds per step", measured, "plain PyTorch loop")
+        title = f"{title}0 in 8 micro-batches"
+        settings = (*settings[:3], 10 * batch_size, max(2, settings[4] // 10), 8)
+        measured = bench.interleave({name: partial(run, *settings) for name, run in in_parts.items()}, given.pairs)
+        figures[title] = bench.report(title, "microseconds per step", measured, "plain PyTorch loop")
+    bench.save(given.json and Path(given.json), figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""Kill training with SIGKILL at random moments, resume it on other processes, and show that nothing was lost.
+
+    python scripts/kill.py              # until 50 runs with 2 processes were killed: about 10 minutes on 2 cores
+    python scripts/kill.py --kills 6
+
+Chains of runs on the digits, in float64, with dropout and a ragged last batch. Each run but the last of a chain is
+killed (all its processes) in a step, while a checkpoint is written, or in validation; then the same command goes on
+with another number of processes, micro-batch size and number of workers. In every third chain processes and micro-batch
+size stay. Against a run that nobody interrupted it is checked that
+
+- each step trains on the same examples in the same order, also where it is trained again, and follows the one before;
+- each validation takes place, and measures the same loss;
+- last and best weights are equal bit for bit on the same processes and micro-batches, and to 1e-10 on others;
+- after each kill every checkpoint can be read, and training goes on from the step of `last.ckpt`.
+
+Exits with 1 if any of this is not so; then the folder of the runs is kept.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from kill_trace import (
+    BATCH_SIZE,
+    PHASES,
+    Report,
+    check,
+    check_passes,
+    follow,
+    is_writing,
+    look_at_checkpoints,
+    read_weights,
+    table,
+    what_was_hit,
+)
+
+SCRIPTS = Path(__file__).resolve().parent
+CONFIGS = (SCRIPTS.parent / "configs" / "digits.yaml", SCRIPTS.parent / "configs" / "overlays" / "csv.yaml")
+EPOCHS, SAVE_EVERY, VALIDATE_EVERY = 4, 3, 5
+TIMEOUT = 120.0  # seconds
+HALT = threading.Event()
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of a chain; unless it ends by itself, it is killed after `steps` steps, `delay` (0 to 1) into `phase`."""
+
+    processes: int = 2
+    micro_batch_size: int | None = 17
+    num_workers: int = 0
+    phase: str | None = None
+    steps: int = 0
+    delay: float = 0.0
+
+
+def make_chain(choice: random.Random, kills: int, processes: list[int], same: bool) -> list[Run]:
+    """Draw `kills` runs to kill, at least every second with two processes, and one that ends by itself."""
+    runs = [Run()]
+    while len(runs) <= kills:
+        run = replace(runs[-1], num_workers=choice.choice((0, 0, 1, 2)))
+        if not same:
+            count = choice.choice(processes) if run.processes == 2 else 2
+            run = replace(run, processes=count, micro_batch_size=choice.choice((None, 7, 17, 30, 50)))
+        if same or run != runs[-1]:
+            runs.append(run)
+    phases = [phase for _ in runs for phase in choice.sample(sorted(PHASES), len(PHASES))]
+    for number, phase in enumerate(phases[:kills]):
+        runs[number] = replace(runs[number], phase=phase, steps=choice.randint(0, 5), delay=choice.random())
+    return runs
+
+
+def start(run: Run, folder: Path, trace: str, popen: Any) -> Any:
+    """Start `python -m project fit ... --ckpt_path last` as a process group of its own."""
+    last = {"class_path": "batchwise.callbacks.checkpoint.Last", "init_args": {"every_n_steps": SAVE_EVERY}}
+    trainer = {
+        "default_root_dir": str(folder / "runs"),
+        "precision": "64-true",
+        "max_epochs": EPOCHS,
+        "val_check_interval": VALIDATE_EVERY,
+        "devices": run.processes,
+        "strategy": "ddp" if run.processes > 1 else "auto",
+        "callbacks": [last, {"class_path": "kill_trace.Trace", "init_args": {"path": trace}}],
+    }
+    sizes = {"batch_size": BATCH_SIZE, "micro_batch_size": run.micro_batch_size, "num_workers": run.num_workers}
+    overlay = Path(f"{trace}.yaml")
+    overlay.write_text(
+        json.dumps({"trainer": trainer, "data": {"class_path": "kill_trace.Source", "init_args": sizes}})
+    )
+    command = [sys.executable, "-m", "project", "fit", "--ckpt_path", "last"]
+    command += [word for file in (*CONFIGS, overlay) for word in ("--config", str(file))]
+    environment = os.environ | {"PYTHONPATH": str(SCRIPTS), "OMP_NUM_THREADS": "1"}
+    with open(f"{trace}.log", "wb") as log:
+        output = {"stdout": log.fileno(), "stderr": log.fileno()}
+        return popen(command, **output, env=environment, cwd=folder, process_group=0)
+
+
+def wait(process: Any, condition: Callable[[], bool] = lambda: False) -> bool:
+    """Wait until the condition holds, or the process has ended, or it took too long; return whether it holds."""
+    deadline = time.monotonic() + TIMEOUT
+    while not (met := condition()) and process.poll() is None and time.monotonic() < deadline and not HALT.is_set():
+        time.sleep(0.0005)
+    return met
+
+
+def wait_for_moment(run: Run, process: Any, trace: str) -> int:
+    """Wait until the run is to be killed; return when it had done its steps, in nanoseconds."""
+    file = Path(f"{trace}.0")
+
+    def count(event: str) -> int:
+        return file.read_bytes().count(b'{"%s"' % event.encode()) if file.exists() else 0
+
+    if not wait(process, lambda: count("folder") == 1 and count("step") >= run.steps):
+        return 0
+    now, validations = time.time_ns(), count("validating")
+    if run.phase == "write":
+        wait(process, lambda: is_writing(trace, now))
+    elif run.phase == "validation":
+        wait(process, lambda: count("validating") > validations)
+    time.sleep(run.delay * PHASES[str(run.phase)])
+    return now
+
+
+def run_chain(runs: list[Run], folder: Path, popen: Any) -> Report:
+    """Run a chain in a new folder; report what it did, and what went wrong in itself."""
+    folder.mkdir()
+    report, trace = Report(), ""
+    for number, run in enumerate(runs):
+        if HALT.is_set():
+            break
+        trace, first = str(folder / f"{number}"), look_at_checkpoints(folder, report)
+        report.afresh += number > 0 and first == 0
+        process, now = start(run, folder, trace, popen), 0
+        try:
+            if run.phase is None:
+                wait(process)
+            else:
+                now = wait_for_moment(run, process, trace)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # the process leads a group of its own
+            code = process.wait()
+        if code != (0 if run.phase is None else -signal.SIGKILL):
+            raise RuntimeError(f"{trace}.log: ended with code {code}\n{Path(f'{trace}.log').read_text()[-2000:]}")
+        if run.phase is not None:
+            report.kills[what_was_hit(trace, now), run.processes] += 1
+        follow(report, trace, run.processes, first, killed=run.phase is not None)
+    report.weights = read_weights(trace)
+    return report
+
+
+def torture(chains: list[list[Run]], folder: Path, jobs: int = 2, popen: Any = subprocess.Popen) -> list[Report]:
+    """Run the uninterrupted run and the chains, `jobs` at a time; return their reports.
+
+    Args:
+        chains: what to run.
+        folder: where.
+        jobs: chains at a time.
+        popen: what starts a process; the tests have one that is quicker than `subprocess.Popen`.
+    """
+    HALT.clear()
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            reference = pool.submit(run_chain, [Run()], folder / "uninterrupted", popen)
+            running = [pool.submit(run_chain, runs, folder / f"chain_{i}", popen) for i, runs in enumerate(chains)]
+            reports = [reference.result(), *(chain.result() for chain in running)]
+        except BaseException:
+            HALT.set()  # the chains kill what they have started, and end
+            raise
+    check_passes(reports[0])
+    for report, runs in zip(reports[1:], chains, strict=True):
+        check(report, reports[0], same=len({(run.processes, run.micro_batch_size) for run in runs}) == 1)
+    return reports
+
+
+def main() -> int:
+    """Draw chains until enough runs of two processes are killed; print a table."""
+    parser = argparse.ArgumentParser(description="Kill training, resume it, and show that nothing was lost.")
+    parser.add_argument("--kills", type=int, default=50, help="of runs with 2 processes; others are killed besides")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 3], help="to go on with after a kill")
+    parser.add_argument("--jobs", type=int, default=2, help="chains at a time")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    choice, chains, planned = random.Random(arguments.seed), [], 0
+    while planned < arguments.kills:
+        chains.append(make_chain(choice, 4, arguments.processes, same=len(chains) % 3 == 2))
+        planned += sum(run.phase is not None and run.processes == 2 for run in chains[-1])
+    folder, begun = Path(tempfile.mkdtemp(prefix="kill_")), time.monotonic()
+    reports = torture(chains, folder, arguments.jobs)
+    print(table(reports, time.monotonic() - begun))
+    violations = [violation for report in reports for violation in report.violations]
+    if violations:
+        print(*violations, f"the runs are in {folder}", sep="\n", file=sys.stderr)
+        return 1
+    shutil.rmtree(folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,241 @@
+"""The loaders: one training item is one optimizer step, and every evaluation example is read once."""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import chain, pairwise
+from math import ceil
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchwise.batching.fetch import DataError, Example, Fetch, Read, Request
+from batchwise.batching.order import Order
+from batchwise.batching.plan import BatchPlan, Part, cut
+from batchwise.batching.random import mix
+from batchwise.batching.tokens import SequencePlan
+
+
+@dataclass(slots=True)
+class MicroBatch:
+    """Examples that go through the network together: one micro-batch.
+
+    Args:
+        inputs: what the network takes, [N, ...]; a tuple of such where the data has several inputs.
+        targets: [N, ...], or None where there are none.
+        index: numbers of the examples within their split, int64 [N].
+        weights: [N] factors of the examples' losses, or None for all one.
+        position: position of the first example in the global batch.
+        epoch: number of the epoch, from 0; with `index` it tells what is drawn for an example.
+        counts: False where the examples only stand in for a device that has nothing to do.
+    """
+
+    inputs: Any
+    targets: Any
+    index: Tensor
+    weights: Tensor | None = None
+    position: int = 0
+    epoch: int = 0
+    counts: bool = True
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def to(self, device: torch.device, convert: Callable[[Tensor], Tensor] | None = None) -> "MicroBatch":
+        """Return the batch with its tensors on `device`, converted; the numbers of the examples stay on the host."""
+        moved = self._map(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
+        return moved if convert is None else moved._map(convert)
+
+    def take(self, places: Tensor) -> "MicroBatch":
+        """Return the examples at some places in the batch, int64 [N]."""
+        return replace(self._map(lambda tensor: tensor[places]), index=self.index[places])
+
+    def split(self, size: int, unit: int = 1) -> list["MicroBatch"]:
+        """Return parts of at most `size` examples, in whole units (the last may be longer by half a one)."""
+        starts = range(0, max(1, len(self) - (unit - 1) // 2), size)
+        return [
+            replace(
+                self._map(lambda tensor, start=start, stop=stop: tensor[start:stop]),
+                index=self.index[start:stop],
+                position=self.position + start,
+            )
+            for start, stop in pairwise([*starts, len(self)])
+        ]
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "MicroBatch":
+        def apply(value: Any) -> Any:
+            if isinstance(value, tuple | list):
+                items = [apply(item) for item in value]
+                return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+            if isinstance(value, dict):
+                return {key: apply(item) for key, item in value.items()}
+            return function(value) if isinstance(value, Tensor) else value
+
+        return replace(self, inputs=apply(self.inputs), targets=apply(self.targets), weights=apply(self.weights))
+
+
+class Batch:
+    """This device's part of one global batch: one item of the training loader, one optimizer step.
+
+    Not a dataclass: Lightning's mixed precision would walk through one, and copy it, at each step.
+
+    Args:
+        step: number of the optimizer step, from 0, over the whole training.
+        epoch: number of the epoch, from 0.
+        size: examples in the global batch, over all devices.
+        micro_batches: what this device runs, in order; on the host.
+    """
+
+    __slots__ = ("epoch", "micro_batches", "size", "step")
+
+    def __init__(self, step: int, epoch: int, size: int, micro_batches: list[MicroBatch]) -> None:
+        self.step, self.epoch, self.size, self.micro_batches = step, epoch, size, micro_batches
+
+    def cut(self, limit: int | None, unit: int = 1) -> None:
+        """Cut micro-batches of more than `limit` examples, in whole units."""
+        if limit is not None:
+            self.micro_batches = [part for micro_batch in self.micro_batches for part in micro_batch.split(limit, unit)]
+
+    def largest(self) -> int:
+        """Return the most examples that are run at once."""
+        return max(len(micro_batch) for micro_batch in self.micro_batches)
+
+
+def make_batch(fields: Example, index: Tensor, weights: Tensor | None = None, *place: Any) -> MicroBatch:
+    """Return a batch of what was read: inputs first, targets last; a single field is inputs without targets."""
+    if len(fields) == 2:
+        return MicroBatch(*fields, index, weights, *place)
+    *inputs, targets = fields if len(fields) > 1 else (*fields, None)
+    return MicroBatch(inputs[0] if len(inputs) == 1 else tuple(inputs), targets, index, weights, *place)
+
+
+class TrainLoader:
+    """Yields this device's `Batch` of each global batch until the end of the epoch, from any step on.
+
+    A plain iterable and not a `DataLoader`, so that Lightning leaves it alone. Its length is that of the whole epoch,
+    the one that training is in, even when it starts late.
+
+    Args:
+        plan: sizes.
+        order: the order of each epoch, over the positions of the plan.
+        fetch: where examples come from.
+        rank: number of this device.
+        position: asked when iteration starts: the number of optimizer steps done.
+    """
+
+    waited = 0.0
+    """Seconds so far in which training waited for examples."""
+
+    def __init__(self, plan: BatchPlan, order: Order, fetch: Fetch, rank: int, position: Callable[[], int]) -> None:
+        self.plan, self.order, self.fetch, self.rank, self.position = plan, order, fetch, rank, position
+
+    def __len__(self) -> int:
+        return self.plan.steps_in(self.plan.epoch(self.position()))
+
+    def __iter__(self) -> Iterator[Batch]:
+        first = self.position()
+        epoch, length = self.plan.epoch(first), max(1, _ASKED // self.plan.batch_size)
+        last = self.plan.first_step(epoch + 1)
+        runs = [range(step, min(step + length, last)) for step in range(first, last, length)]
+        # What was asked for and has not come yet: some ways to read are asked ahead of time.
+        asked: deque[list[_Step]] = deque()
+
+        def requests() -> Iterator[Request]:
+            for run in runs:
+                request, steps = self._request(epoch, run)
+                asked.append(steps)
+                yield request
+
+        reads = self._timed(self.fetch.stream(requests(), seed=mix(self.order.seed, epoch)))
+        for _ in runs:
+            examples = chain([next(reads)], reads)  # the first of a run makes sure that it was asked for
+            for step, size, parts in asked.popleft():
+                micro_batches = []
+                for (start, _, counts), index in parts:
+                    fields, weights = next(examples)
+                    weights = weights if counts else torch.zeros(len(index))
+                    micro_batches.append(make_batch(fields, index, weights, start, epoch, counts))
+                yield Batch(step, epoch, size, micro_batches)
+
+    def _timed(self, reads: Iterator[Read]) -> Iterator[Read]:
+        while True:
+            asking = perf_counter()
+            read = next(reads, None)
+            self.waited += perf_counter() - asking
+            if read is None:
+                return
+            yield read
+
+    def _request(self, epoch: int, run: range) -> tuple[Request, list["_Step"]]:
+        """Return what to read for this device's share of some batches, and what the shares are."""
+        sizes, positions, slices, shares, indices = [], [], [], [], []
+        plan, before = self.plan, self.plan.first_step(epoch)
+        for step in run:
+            first, last = plan.borders.bounds(epoch, step - before)
+            if isinstance(plan, SequencePlan):
+                batch, parts = plan.arrange(self.order.indices(epoch, first, last), self.rank)
+                indices += [batch[start:stop] for start, stop, _ in parts]
+            else:
+                parts = plan.parts_of(last - first, self.rank)
+            shares.append((step, last - first, parts))
+            for start, stop, _ in parts:
+                sizes.append(stop - start)
+                positions.append(first + start)
+                if slices and slices[-1][1] == first + start:
+                    slices[-1][1] = first + stop
+                else:
+                    slices.append([first + start, first + stop])
+        indices = indices or [self.order.indices(epoch, start, stop) for start, stop in slices]
+        index = indices[0] if len(indices) == 1 else torch.cat(indices)
+        each = iter(index.split_with_sizes(sizes))
+        steps = [(step, size, list(zip(parts, each, strict=False))) for step, size, parts in shares]
+        return Request(index, sizes, positions), steps
+
+
+_Step = tuple[int, int, list[tuple[Part, Tensor]]]
+"""Number, size of the global batch, and this device's micro-batches with the numbers of their examples."""
+
+_ASKED = 8192
+"""Examples of global batches that are asked for at a time."""
+
+
+class EvalLoader:
+    """Yields each example of a split exactly once over all devices: contiguous shards, no padding, no duplicates.
+
+    Every device gets equally many batches, because some strategies synchronise in each forward pass.
+
+    Args:
+        fetch: where examples come from.
+        batch_size: most examples on one device at once.
+        rank: number of this device.
+        devices: number of devices.
+
+    Raises:
+        ValueError: there are fewer examples than devices.
+    """
+
+    def __init__(self, fetch: Fetch, batch_size: int, rank: int = 0, devices: int = 1) -> None:
+        examples = len(fetch)
+        if examples < devices:
+            raise ValueError(
+                f"{examples} examples cannot be evaluated on {devices} devices: use at most {examples} devices"
+            )
+        shards = cut(examples, devices)
+        # Equally many on each device, and none empty: where devices have one example or two, a batch may be of two.
+        batches = min(ceil(ceil(examples / devices) / batch_size), examples // devices)
+        self.fetch = fetch
+        self.borders = [shards[rank] + border for border in cut(shards[rank + 1] - shards[rank], batches)]
+
+    def __len__(self) -> int:
+        return len(self.borders) - 1
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        ranges = list(pairwise(self.borders))
+        examples = self.fetch.stream(Request.one(torch.arange(a, b), a) for a, b in ranges)
+        for a, b in ranges:
+            fields, weights = next(examples)
+            if weights is not None:
+                raise DataError("an example of an evaluation split cannot be read: evaluation is over all or none")
+            yield make_batch(fields, torch.arange(a, b))

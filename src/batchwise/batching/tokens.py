@@ -1,0 +1,178 @@
+"""Batches of sequences: their size in tokens, and micro-batches of sequences of like length, so with little padding."""
+
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from itertools import pairwise
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchwise.batching.borders import Borders, BySize
+from batchwise.batching.order import Order
+from batchwise.batching.plan import BatchPlan, Part
+
+
+class ByTokens:
+    """Batches of equally many tokens: every epoch has the same number of batches, none of them short.
+
+    The tokens of an epoch, in its order, are cut into equal parts; a sequence belongs to the part that its middle lies
+    in. So a batch has more or less tokens than that by one sequence at most, which is cut off at neither end.
+
+    Args:
+        positions: in an epoch.
+        steps: batches per epoch, at most as many as positions.
+        lengths: gives the tokens of the examples of an epoch, in its order, int64 [positions].
+    """
+
+    def __init__(self, positions: int, steps: int, lengths: Callable[[int], Tensor]) -> None:
+        self.positions, self.steps, self.lengths = positions, steps, lengths
+        self._kept: tuple[int, list[int]] = -1, []
+
+    def epoch(self, step: int) -> int:
+        """Return the epoch that a step belongs to."""
+        return step // self.steps
+
+    def before(self, epoch: int) -> tuple[int, int]:
+        """Return the numbers of steps done and of examples seen before an epoch."""
+        return epoch * self.steps, epoch * self.positions
+
+    def bounds(self, epoch: int, number: int) -> tuple[int, int]:
+        """Return the positions [start, stop) of an epoch that its batch `number` trains on."""
+        kept = self._kept  # read and replaced whole, because threads ask
+        if kept[0] != epoch:
+            kept = self._kept = epoch, self._cut(self.lengths(epoch))
+        return kept[1][number], kept[1][number + 1]
+
+    def _cut(self, lengths: Tensor) -> list[int]:
+        ends, count = lengths.cumsum(0), torch.arange(self.steps + 1)
+        # Twice the middle of each sequence against twice the borders: whole numbers throughout.
+        borders = torch.searchsorted((2 * ends - lengths) * self.steps, 2 * ends[-1] * count)
+        # No batch is empty, whatever the lengths are.
+        borders = torch.maximum((borders - count).cummax(0).values + count, count)
+        borders = torch.minimum(borders, self.positions - self.steps + count).tolist()
+        return [*borders[:-1], self.positions]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequencePlan(BatchPlan):
+    """A batch plan for sequences. Within each batch they are sorted by length, the longest first, and then cut.
+
+    The batch, and so its gradient, is what it was; padding falls. Micro-batches are dealt to the devices in turn, so
+    that all have about the same work at the same time.
+
+    Args:
+        lengths: tokens of each example, int64 [examples].
+        order: the order of each epoch.
+        batch_tokens: tokens per optimizer step, over all devices together; `batch_size` is then what these are on
+            average, in examples.
+        micro_batch_tokens: most tokens on one device at once, padding included. None: what `micro_batch_size` says.
+
+    Raises:
+        ValueError: a sequence is longer than a batch or micro-batch; or the plan cannot be one of sequences.
+    """
+
+    lengths: Tensor = field(compare=False, repr=False)
+    order: Order = field(compare=False, repr=False)
+    batch_tokens: int | None = None
+    micro_batch_tokens: int | None = None
+
+    @classmethod
+    def of(cls, plan: BatchPlan, lengths: Tensor, order: Order, **tokens: Any) -> "SequencePlan":
+        """Return a plan in examples as one of sequences, whose batches and micro-batches may also be in tokens."""
+        return cls(
+            **{each.name: getattr(plan, each.name) for each in fields(plan)}, lengths=lengths, order=order, **tokens
+        )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        longest = int(self.lengths.argmax())
+        for name in ("batch_tokens", "micro_batch_tokens"):
+            most = getattr(self, name)
+            if most is not None and most < self.lengths[longest]:
+                raise ValueError(
+                    f"data.{name} is {most}, but example {longest} has {self.lengths[longest]} tokens: write at least "
+                    "as many, or cut it"
+                )
+        if self.unit > 1:
+            raise ValueError("model.ghost_batch_size would mix the padding of sequences in: leave it out")
+        if self.batch_tokens and self.changes:
+            raise ValueError("data.batch_size_schedule is in examples: write data.batch_size, not data.batch_tokens")
+
+    @cached_property
+    def _whole_epoch(self) -> int:
+        """Batches of `batch_tokens` in an epoch without a limit; where the order draws, in an average one."""
+        tokens = int(self.lengths.sum()) * self.examples / len(self.lengths)
+        return max(1, min(ceil(tokens / (self.batch_tokens or 1)), self.examples))
+
+    @property
+    def positions(self) -> int:
+        """Positions of an epoch that its batches are cut from."""
+        if self.batch_tokens is None or self.limit is None:
+            return super().positions
+        return max(1, self.examples * min(self.limit, self._whole_epoch) // self._whole_epoch)
+
+    @cached_property
+    def borders(self) -> Borders:
+        """Where the batches of the training begin and end."""
+        if self.batch_tokens is None:
+            return BySize(self.positions, self.batch_size, self.changes, self.drop_last)
+        steps = min(self._whole_epoch, self.limit or self._whole_epoch)
+        return ByTokens(self.positions, steps, lambda epoch: self.lengths[self.order.indices(epoch, 0, self.positions)])
+
+    def arrange(self, index: Tensor, rank: int) -> tuple[Tensor, list[Part]]:
+        """Return the examples of a global batch as they are sorted, and the micro-batches of device `rank` in it."""
+        lengths, places = self.lengths[index].clamp(min=1).sort(descending=True, stable=True)
+        pieces = list(pairwise(self._cut_sorted(lengths.tolist())))
+        own = [Part(start, stop) for start, stop in pieces[rank :: self.devices]]
+        if len(own) < ceil(len(pieces) / self.devices):
+            own.append(Part(len(index) - 1, len(index), counts=False))
+        return index[places], own
+
+    def _cut_sorted(self, lengths: list[int]) -> list[int]:
+        """Return the borders of micro-batches: as few per device as there can be, and those as equal as they can be."""
+        size, longest = len(lengths), lengths[0]
+        most = self.micro_batch_size or size
+        tokens = self.micro_batch_tokens or size * longest
+        fewest = len(_fill(lengths, most, tokens)) - 1
+        pieces = ceil(fewest / self.devices) * self.devices
+        if pieces == 1:
+            return [0, size]
+        budgets = range(max(longest, sum(lengths) // pieces), tokens + 1)
+        enough = bisect_left(budgets, True, key=lambda tokens: len(_fill(lengths, most, tokens)) - 1 <= pieces)
+        return _fill(lengths, most, budgets[enough])
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches that each device runs per optimizer step, at least, on average."""
+        tokens = self.batch_tokens or self.batch_size * int(self.lengths.sum()) / len(self.lengths)
+        most = self.micro_batch_tokens
+        return max(super().accumulation, ceil(tokens / self.devices / most) if most else 1)
+
+    def table(self, total_steps: float) -> dict[str, float]:
+        """Return the figures that are printed and logged before training."""
+        figures = {
+            "examples": self.examples,
+            "tokens": int(self.lengths.sum()),
+            "batch_tokens": self.batch_tokens,
+            "batch_size": self.batch_size,
+            **{f"after {seen:,} examples": size for seen, size in self.changes},
+            "devices": self.devices,
+            "micro_batch_tokens": self.micro_batch_tokens,
+            "micro_batch_size": self.micro_batch_size,
+            "steps_per_epoch": self.steps_per_epoch,
+            "total_steps": total_steps,
+        }
+        return {name: value for name, value in figures.items() if value is not None}
+
+
+def _fill(lengths: list[int], most: int, tokens: int) -> list[int]:
+    """Return the borders of micro-batches of sorted sequences, each with as many as it may have."""
+    borders = [0]
+    while borders[-1] < len(lengths):
+        fitting = tokens // lengths[borders[-1]]  # all are padded to the first
+        borders.append(min(borders[-1] + max(1, min(most, fitting)), len(lengths)))
+    return borders

@@ -1,0 +1,115 @@
+"""Pictures of what a classifier says of the validation split, for loggers that take pictures."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from batchwise.tasks.classification import Classification
+from batchwise.tasks.task import Task
+
+
+class Pictures(Callback):
+    """Logs at the end of training `val/confusion`, what the last validation took for what, over all examples; and
+    `val/predictions`, a few images with what they are taken for, where inputs are images.
+
+    Args:
+        count: images in the picture.
+    """
+
+    def __init__(self, count: int = 24) -> None:
+        self.count = count
+
+    def on_train_end(self, trainer: Any, pl_module: Task) -> None:
+        """Draw and log, on the first device; a network that is cut over devices needs all of them to run."""
+        confusion = pl_module.confusion if isinstance(pl_module, Classification) else None
+        counts = confusion.compute() if confusion is not None and confusion.update_called else None  # on all devices
+        takers = [logger for logger in trainer.loggers if hasattr(logger, "log_image") or _is_tensorboard(logger)]
+        data = pl_module.data
+        if not takers or data.split("val") is None:
+            return
+        if counts is not None and trainer.is_global_zero:
+            _log(takers, "val/confusion", draw_confusion(counts.cpu()), trainer.global_step)
+        batch = data.examples("val", self.count)
+        images = batch.inputs
+        if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] not in (1, 3):
+            return
+        pl_module.eval()
+        with torch.no_grad(), trainer.precision_plugin.forward_context():
+            predictions = pl_module.predictions(data.to_device(batch, pl_module.device, training=False))
+        pl_module.train()
+        if trainer.is_global_zero and "probability" in predictions:
+            picture = draw(images, predictions["probability"].cpu(), batch.targets)
+            _log(takers, "val/predictions", picture, trainer.global_step)
+
+
+def _is_tensorboard(logger: Any) -> bool:
+    return hasattr(logger.experiment, "add_image") if type(logger).__name__ == "TensorBoardLogger" else False
+
+
+def _log(loggers: list[Any], name: str, picture: np.ndarray, step: int) -> None:
+    for logger in loggers:
+        if _is_tensorboard(logger):
+            logger.experiment.add_image(name, picture, step, dataformats="HWC")
+        else:
+            logger.log_image(name, [picture], step=step)
+
+
+def draw_confusion(counts: Tensor) -> np.ndarray:
+    """Return a confusion matrix as RGB bytes [height, width, 3]: rows are what it is, columns what it is taken for.
+
+    Args:
+        counts: examples, whole numbers [C, C]. A cell is as dark as its share of its row.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    classes = len(counts)
+    side = max(3.0, min(12.0, 1 + 0.42 * classes))  # inches
+    figure = Figure(figsize=(side, side), dpi=100, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    shares = counts / counts.sum(dim=1, keepdim=True).clamp_min(1)
+    axis.imshow(shares.numpy(), cmap="Greys", vmin=0, vmax=1)
+    axis.set_xlabel("taken for")
+    axis.set_ylabel("is")
+    if classes <= 30:  # more would not be legible
+        axis.set_xticks(range(classes))
+        axis.set_yticks(range(classes))
+        for row, column in counts.nonzero().tolist():
+            color = "white" if shares[row, column] > 0.5 else "black"
+            axis.text(column, row, str(int(counts[row, column])), ha="center", va="center", fontsize=8, color=color)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def draw(images: Tensor, probabilities: Tensor, targets: Tensor, columns: int = 8) -> np.ndarray:
+    """Return a contact sheet as RGB bytes [height, width, 3]: each image with its class and the predicted one.
+
+    Args:
+        images: [N, 1 or 3, H, W], any range.
+        probabilities: [N, C].
+        targets: class numbers [N].
+        columns: images in a row.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = -(-len(images) // columns)
+    figure = Figure(figsize=(1.1 * columns, 1.35 * rows), dpi=100, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes:
+        axis.axis("off")
+    for axis, image, probability, target in zip(axes, images, probabilities, targets.tolist(), strict=False):
+        pixels = image.float()
+        pixels = (pixels - pixels.min()) / (pixels.max() - pixels.min()).clamp_min(1e-12)
+        axis.imshow(pixels.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
+        share, predicted = probability.max(0)
+        right = int(predicted) == target
+        title = f"{target}" if right else f"{target}, not {int(predicted)}"
+        axis.set_title(f"{title} ({share:.0%})", fontsize=8, color="black" if right else "red", pad=2)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

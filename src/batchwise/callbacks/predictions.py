@@ -1,0 +1,157 @@
+"""Predictions as a file: one row per example, in order, from all devices."""
+
+import csv
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from batchwise.errors import optional
+
+Columns = dict[str, np.ndarray | list]
+
+
+class Predictions(Callback):
+    """Writes of each example its number, what the data module says of it, and what the task predicts.
+
+    Each device writes the rows of its own contiguous shard as they come, so memory stays flat; then they are joined.
+
+    Args:
+        file: a name or path that ends in .csv or .parquet; a name alone is a file in the run's folder.
+    """
+
+    def __init__(self, file: str = "predictions.csv") -> None:
+        self.name, kinds = file, {".csv": CsvFile, ".parquet": ParquetFile}
+        if Path(file).suffix not in kinds:
+            raise ValueError(f"predictions is {file}: write a file that ends in .csv or .parquet")
+        self.kind = kinds[Path(file).suffix]
+        if self.kind is ParquetFile:
+            optional("pyarrow", "table")
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Begin this device's part."""
+        self.target = Path("" if os.path.dirname(self.name) else trainer.default_root_dir, self.name)
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        self.file = self.kind(self._part(trainer.global_rank), header=trainer.is_global_zero)
+
+    def _part(self, rank: int) -> Path:
+        return self.target.with_name(f".{self.target.name}.{rank}.part")
+
+    def on_predict_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Write the rows of one batch."""
+        data, index = pl_module.data, outputs["index"]
+        predicted = columns_of(outputs["predictions"])
+        columns: Columns = {"example": index.numpy(), **data.describe(index)}
+        if data.class_names and "predicted" in predicted:
+            columns["label"] = [data.class_names[number] for number in predicted["predicted"]]
+        self.file.write(columns | predicted)
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Join the parts in the order of the devices, and put the file in its place."""
+        self.file.close()
+        trainer.strategy.barrier("predictions")
+        if trainer.is_global_zero:
+            parts = [self._part(rank) for rank in range(trainer.world_size)]
+            copies = trainer.world_size // pl_module.data.replicas[0]  # processes that share layers have the same rows
+            first, *others = parts[::copies]
+            for part in set(parts) - {first, *others}:
+                part.unlink()
+            if others:
+                self.kind.join(first, others)
+            first.replace(self.target)
+            print(f"predictions: {self.target}")
+
+
+class CsvFile:
+    """Rows of a CSV file, with or without names in the first line."""
+
+    def __init__(self, path: Path, header: bool) -> None:
+        self.file, self.header = path.open("w", newline=""), header
+        self.rows = csv.writer(self.file)
+
+    def write(self, columns: Columns) -> None:
+        """Write the rows of a batch."""
+        if self.header:
+            self.rows.writerow(columns)
+            self.header = False
+        lists = (column.tolist() if isinstance(column, np.ndarray) else column for column in columns.values())
+        self.rows.writerows(zip(*lists, strict=True))
+
+    def close(self) -> None:
+        """End the file."""
+        self.file.close()
+
+    @staticmethod
+    def join(first: Path, others: list[Path]) -> None:
+        """Append the others to the first, and remove them."""
+        with first.open("ab") as whole:
+            for part in others:
+                with part.open("rb") as file:
+                    shutil.copyfileobj(file, whole)
+                part.unlink()
+
+
+class ParquetFile:
+    """Rows of a Parquet file, written `ROWS` and more at a time."""
+
+    ROWS = 2**16
+
+    def __init__(self, path: Path, header: bool) -> None:
+        self.path, self.writer, self.waiting = path, None, []
+
+    def write(self, columns: Columns) -> None:
+        """Take the rows of a batch."""
+        import pyarrow
+
+        self.waiting.append(pyarrow.table(columns))
+        if sum(map(len, self.waiting)) >= self.ROWS:
+            self._write()
+
+    def _write(self) -> None:
+        import pyarrow
+
+        table = pyarrow.concat_tables(self.waiting)
+        self.writer = self.writer or optional("pyarrow.parquet", "table").ParquetWriter(self.path, table.schema)
+        self.writer.write_table(table)
+        self.waiting = []
+
+    def close(self) -> None:
+        """Write what is left, and end the file."""
+        if self.waiting:
+            self._write()
+        if self.writer:
+            self.writer.close()
+
+    @staticmethod
+    def join(first: Path, others: list[Path]) -> None:
+        """Append the others to the first, a group of rows at a time, and remove them."""
+        from pyarrow import parquet
+
+        whole = first.with_name(first.name + ".whole")
+        with parquet.ParquetWriter(whole, parquet.read_schema(first)) as writer:
+            for part in (first, *others):
+                with parquet.ParquetFile(part) as file:
+                    for number in range(file.num_row_groups):
+                        writer.write_table(file.read_row_group(number))
+                part.unlink()
+        whole.replace(first)
+
+
+def columns_of(predictions: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    """Return one column [N] per number that is predicted: [N, C] becomes `name_0` to `name_C-1`."""
+    columns = {}
+    for name, values in predictions.items():
+        array = (values.float() if values.is_floating_point() else values).detach().cpu().numpy()
+        if array.ndim == 1:
+            columns[name] = array
+        else:
+            flat = array.reshape(len(array), -1)
+            columns |= {f"{name}_{i}": flat[:, i] for i in range(flat.shape[1])}
+    return columns

@@ -1,0 +1,37 @@
+"""Text that a language model writes, after each validation: printed, and a table for W&B."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import WandbLogger
+
+from batchwise.tasks.language import Language
+
+
+class Samples(Callback):
+    """Prints one text that the model writes, and logs several as the table `val/samples`.
+
+    Args:
+        count: texts in the table.
+    """
+
+    def __init__(self, count: int = 4) -> None:
+        self.count = count
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Let the model write: on all devices, which a network that is cut over them needs; the first one says it."""
+        writes = isinstance(pl_module, Language) and pl_module.sample_length and hasattr(pl_module.data, "decode")
+        if trainer.sanity_checking or not writes:
+            return
+        loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+        with trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
+            texts = [pl_module.write(number) for number in range(self.count if loggers else 1)]
+        if not trainer.is_global_zero:
+            return
+        # A terminal would take some of what an untrained model writes for commands.
+        plain = "".join(letter if letter.isprintable() or letter == "\n" else " " for letter in texts[0])
+        print(f"step {trainer.global_step}, the model writes:", *("  " + line for line in plain.split("\n")), sep="\n")
+        for logger in loggers:
+            logger.log_text("val/samples", ["text"], [[text] for text in texts], step=trainer.global_step)

@@ -1,0 +1,79 @@
+"""Checkpoint files: written so that they are never torn, read so that they never run code."""
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+from batchwise.errors import TrainingStopped
+
+OF_LIGHTNING = "lightning.pytorch.cli.instantiate_module"
+
+
+class DurableIO(TorchCheckpointIO):
+    """Writes beside the target, flushes to the disk, then renames: a reader sees the old file or the new, whole.
+
+    Lightning writes through the temporary folder, from where a rename to another file system is a copy that can tear.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Save `checkpoint` at `path`.
+
+        Raises:
+            TrainingStopped: it cannot be written; whatever was at `path` before is untouched.
+        """
+        if "://" in str(path):  # an object store replaces whole objects anyway
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        target = Path(path)
+        part = target.with_name(f".{target.name}.part")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, target)
+            _flush_folder(target.parent)
+        except (OSError, RuntimeError) as error:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+            reason = error.__context__ if isinstance(error.__context__, OSError) else error
+            kept = f"; the one before it is whole: {target}" if target.exists() else ""
+            raise TrainingStopped(f"cannot write the checkpoint {target}: {reason}{kept}") from error
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def unreadable(path: Path) -> str | None:
+    """Return why a checkpoint cannot be read, or None if it can. Only plain types are ever loaded."""
+    try:
+        read_checkpoint(path)
+    except Exception as error:
+        if "weights_only" in str(error):  # PyTorch goes on to advise to load it all the same
+            return "it holds code, or objects other than tensors and plain types"
+        return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return None
+
+
+def read_checkpoint(path: Path) -> dict:
+    """Read a checkpoint without copying its tensors into memory.
+
+    The folder of a checkpoint's archive is written last, so a file that opens is whole.
+    """
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise ValueError("it is not a checkpoint of this project")
+    maker = (checkpoint.get("hyper_parameters") or {}).get("_instantiator", OF_LIGHTNING)
+    if maker != OF_LIGHTNING:  # which Lightning would import and call, where it makes a module from a checkpoint
+        raise ValueError(f"it names code to run: {maker}")
+    return checkpoint

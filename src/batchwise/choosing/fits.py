@@ -1,0 +1,87 @@
+"""What fits, what is fast: micro-batches that were run, by all devices, which agree on each."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from batchwise.choosing.speed import Stopwatch, Way
+from batchwise.host import available_memory, peak_memory, reset_peak_memory
+
+KNEE = 0.95
+"""Share of the best speed that is good enough: the smallest micro-batch that has it is the knee."""
+
+
+class Size(NamedTuple):
+    """A micro-batch that was run: its examples, bytes at the peak, and examples per second (forward and backward)."""
+
+    examples: int
+    memory: int
+    speed: float
+
+
+def knee(sizes: list[Size]) -> Size:
+    """Return the smallest micro-batch whose speed is within 5% of the best."""
+    best = max(size.speed for size in sizes)
+    return next(size for size in sorted(sizes) if size.speed >= KNEE * best)
+
+
+def free_memory(device: torch.device, processes: int) -> float:
+    """Return the bytes that a process may use at its peak: on a CPU, of what is free, as others will want some.
+
+    Args:
+        device: where it trains. Others than a CPU say themselves when they are full.
+        processes: of this machine, which share its memory.
+    """
+    return 0.8 * available_memory() / processes + peak_memory(device) if device.type == "cpu" else math.inf
+
+
+def alone(value: float) -> float:
+    """Return the value: there is no other device to agree with."""
+    return value
+
+
+def what_fits(
+    watch: Stopwatch, way: Way, most: int, budget: float, unit: int, largest: Callable[[float], float] = alone
+) -> Iterator[Size]:
+    """Yield micro-batches by doubling, then the largest that fits by bisection (to one part in 16). Each was run.
+
+    On a CPU, a size is not run whose memory, extended from the two before it in proportion, is over the budget: there,
+    to run out of memory is to be killed.
+
+    Args:
+        watch: runs them.
+        way: how; but for the size.
+        most: examples.
+        budget: bytes at the peak; the same on all devices.
+        unit: examples that must stay together.
+        largest: returns the largest of what each device gives. No device waits for another within a micro-batch, so
+            that one that runs out of memory keeps none waiting; and all go on with the slowest and the fullest.
+    """
+    size, fits, fails = unit, 0, most + 1
+    seen: list[Size] = []
+    while fits < size < fails:
+        if watch.device.type == "cpu" and len(seen) > 1 and _extended(seen[-2], seen[-1], size) > budget:
+            fails = size
+        else:
+            reset_peak_memory(watch.device)
+            seconds = largest(min(watch.seconds(replace(way, size=size)) for _ in range(3)))  # the first one warms up
+            peak = int(largest(peak_memory(watch.device)))
+            if math.isinf(seconds) or (fits and peak > budget):
+                fails = size
+                if watch.device.type == "cuda":
+                    torch.cuda.empty_cache()
+            else:
+                fits = size
+                seen.append(Size(size, peak, 1 / seconds))
+                yield seen[-1]
+        if fails - fits <= max(unit, fits // 16):
+            return
+        size = min(2 * fits, most) if fails > most else (fits + fails) // 2 // unit * unit
+
+
+def _extended(first: Size, second: Size, examples: int) -> float:
+    slope = (second.memory - first.memory) / (second.examples - first.examples)
+    return second.memory + max(0.0, slope) * (examples - second.examples)

@@ -1,0 +1,177 @@
+"""Looking at the examples of a split as they are stored: values, copies, classes, and what is wrong with them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import compress
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from batchwise.batching.fetch import Fetch
+from batchwise.batching.loader import TrainLoader
+from batchwise.batching.order import Shuffled
+from batchwise.batching.plan import BatchPlan
+
+BLOCK = 64  # examples read at a time
+EXAMPLES = 1_000_000  # most examples of a split that are looked at
+
+
+def tensors(inputs: Any) -> list[Tensor]:
+    """Return the tensors in inputs, which may be several, in tuples, lists or dictionaries.
+
+    Raises:
+        ValueError: there is something else among them.
+    """
+    if isinstance(inputs, dict | tuple | list):
+        return [leaf for item in (inputs.values() if isinstance(inputs, dict) else inputs) for leaf in tensors(item)]
+    if not isinstance(inputs, Tensor):
+        raise ValueError(f"there is a {type(inputs).__name__} among the inputs: inspect looks at tensors")
+    return [inputs]
+
+
+def is_table(inputs: Any) -> bool:
+    """Return whether inputs are rows of columns, [N, F]."""
+    return isinstance(inputs, Tensor) and inputs.ndim == 2
+
+
+def hashes(inputs: Any) -> list[int]:
+    """Return a hash of the exact content of each example: 64 bits, so that chance makes no two of them equal."""
+    leaves = [leaf.reshape(len(leaf), -1).contiguous().view(torch.uint8) for leaf in tensors(inputs)]
+    # Of tokens, padding (all bits set) is left out: a sequence is the same, whatever stood beside it.
+    return [hash(row.tobytes().rstrip(b"\xff")) for row in torch.cat(leaves, 1).cpu().numpy()]
+
+
+def classes(targets: Any) -> list[int]:
+    """Return the class of each example, or nothing where targets are not whole numbers [N]."""
+    whole = isinstance(targets, Tensor) and targets.ndim == 1 and not targets.is_floating_point()
+    return targets.tolist() if whole else []
+
+
+class Values:
+    """What the finite values are: in each column of a table, [F], and else over all of them, [].
+
+    Args:
+        text: the values are tokens, and no table.
+    """
+
+    def __init__(self, text: bool = False) -> None:
+        self.text = text
+        self.low, self.high = torch.tensor(torch.inf), torch.tensor(-torch.inf)
+        self.sum = self.squares = self.count = torch.tensor(0.0, dtype=torch.float64)
+
+    def add(self, inputs: Any) -> tuple[Tensor, Tensor]:
+        """Take a batch; return which examples hold a value that is not finite, and which one value throughout, [N]."""
+        rows = torch.cat([leaf.detach().reshape(len(leaf), -1) for leaf in tensors(inputs)], 1).cpu()
+        # A column may hold large numbers that differ by little; images have many numbers.
+        table = is_table(inputs) and not self.text
+        rows = rows.double() if table else rows.float()
+        lowest, highest = rows.amin(1), rows.amax(1)
+        not_finite = ~(lowest.isfinite() & highest.isfinite())
+        axis, count = (0, len(rows)) if table else ((0, 1), rows.numel())
+        lows = highs = known = rows
+        if not_finite.any():
+            finite = rows.isfinite()
+            lows, highs, known = (rows.where(finite, other) for other in (torch.inf, -torch.inf, 0))
+            count = finite.sum(axis)
+        self.low, self.high = self.low.minimum(lows.amin(axis)), self.high.maximum(highs.amax(axis))
+        self.sum = self.sum + known.sum(axis).double()
+        self.squares = self.squares + torch.linalg.vector_norm(known, dim=axis).double().square()
+        self.count = self.count + count
+        return not_finite, lowest == highest
+
+    def __str__(self) -> str:
+        mean = self.sum.sum() / self.count.sum()
+        deviation = (self.squares.sum() / self.count.sum() - mean**2).clamp_min(0).sqrt()
+        return f"{self.low.min():.4g} to {self.high.max():.4g}, mean {mean:.3g}, deviation {deviation:.3g}"
+
+
+@dataclass
+class Look:
+    """What was seen of a split: lists over the examples that were looked at.
+
+    Args:
+        split: its name.
+        total: examples that it has.
+        text: its inputs are tokens.
+        table: its inputs are rows of columns.
+    """
+
+    split: str
+    total: int
+    text: bool = False
+    table: bool = False
+    examples: list[int] = field(default_factory=list)
+    hashes: list[int] = field(default_factory=list)
+    classes: list[int] = field(default_factory=list)
+    not_finite: list[int] = field(default_factory=list)
+    uniform: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.values = Values(self.text)
+
+    def read(self, fetch: Fetch, seconds: float) -> "Look":
+        """Look for so many seconds, in random order, because data is often stored sorted."""
+        order = Shuffled().prepare(self.total, BLOCK, seed=0)
+        end = perf_counter() + seconds
+        for share in TrainLoader(BatchPlan(self.total, BLOCK, limit=EXAMPLES // BLOCK), order, fetch, 0, lambda: 0):
+            (batch,) = share.micro_batches
+            # Where an example cannot be read, another stands in for it, which is no copy.
+            there = [True] * len(batch) if batch.weights is None else batch.weights.bool().tolist()
+            not_finite, uniform = (mask.tolist() for mask in self.values.add(batch.inputs))
+            numbers = batch.index.tolist()
+            self.examples += compress(numbers, there)
+            self.hashes += compress(hashes(batch.inputs), there)
+            self.classes += compress(classes(batch.targets), there)
+            self.not_finite += compress(numbers, not_finite)
+            self.uniform += compress(numbers, uniform)
+            self.table = is_table(batch.inputs) and not self.text
+            if perf_counter() > end:
+                break
+        return self
+
+    def sorted(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return examples and hashes, in the order of the examples."""
+        order = np.argsort(self.examples)
+        return np.array(self.examples)[order], np.array(self.hashes)[order]
+
+    def copies(self) -> list[tuple[int, int]]:
+        """Return the examples whose inputs came before, each with the first that has them."""
+        numbers, keys = self.sorted()
+        _, first, which = np.unique(keys, return_index=True, return_inverse=True)
+        firsts = numbers[first[which]]
+        again = firsts != numbers
+        return list(zip(numbers[again].tolist(), firsts[again].tolist(), strict=True))
+
+    def leaks(self, other: "Look") -> Iterator[str]:
+        """Say whether examples of this split have the inputs of examples of another."""
+        (numbers, keys), (others, their_keys) = self.sorted(), other.sorted()
+        known, first = np.unique(their_keys, return_index=True)
+        place = np.searchsorted(known, keys).clip(max=len(known) - 1)
+        shared = np.flatnonzero(known[place] == keys)
+        if len(shared):
+            yield (
+                f"{len(shared):,} of {len(keys):,} {self.split} examples are in {other.split} too, such as "
+                f"{numbers[shared[0]]}, which is {others[first[place[shared[0]]]]} there"
+            )
+
+    def problems(self) -> Iterator[str]:
+        """Say what is wrong with the split, a line each."""
+        count, columns = f"{len(self.examples):,} {self.split} examples", self.values.low.numel()
+        if self.not_finite:
+            some = f"such as example {min(self.not_finite)}"
+            yield f"{len(self.not_finite):,} of {count} hold a value that is not finite, {some}"
+        if len(set(self.hashes)) == 1 < len(self.hashes):
+            yield f"all {count} have the same inputs: nothing can be learnt from them"
+            return
+        if copies := self.copies():
+            yield f"{len(copies):,} of {count} are copies, such as {copies[0][0]} of {copies[0][1]}"
+        if self.uniform and not self.table:
+            some = f"such as example {min(self.uniform)}"
+            yield f"{len(self.uniform):,} of {count} are one value throughout, {some}"
+        constant = (self.values.low == self.values.high).nonzero().flatten().tolist() if self.table else []
+        if constant:
+            some = ", ".join(map(str, constant[:8])) + (", ..." if len(constant) > 8 else "")
+            yield f"{len(constant)} of {columns} columns are the same in all {count}: {some}"

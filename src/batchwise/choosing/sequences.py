@@ -1,0 +1,48 @@
+"""Sequences of tokens, as `inspect` shows them: how long they are, how much is padding, and what they say."""
+
+from statistics import median
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+from batchwise.batching.loader import MicroBatch
+from batchwise.choosing.look import tensors
+
+EXAMPLES, CHARACTERS = 4, 240  # most that are shown
+
+
+class Sequences:
+    """The lengths of sequences, and the places that micro-batches have for them."""
+
+    def __init__(self) -> None:
+        self.lengths: list[int] = []
+        self.places = 0
+
+    def add(self, tokens: Tensor) -> None:
+        """Take a micro-batch [N, T] with -1 for padding."""
+        self.lengths += (tokens >= 0).sum(1).tolist()
+        self.places += tokens.numel()
+
+    def figures(self) -> dict[str, str]:
+        """Return what there is to say, by name."""
+        low, high, mean = min(self.lengths), max(self.lengths), sum(self.lengths) / len(self.lengths)
+        return {
+            "tokens per sequence": f"{low:,} to {high:,}, mean {mean:,.1f}, median {median(self.lengths):,.0f}",
+            "padding": f"{1 - sum(self.lengths) / self.places:.1%} of the tokens in micro-batches",
+        }
+
+
+def texts(data: Any, batch: MicroBatch) -> Table:
+    """Return the first examples of a batch as a reader sees them.
+
+    Args:
+        data: has `decode`, from tokens [T] to text.
+        batch: as the network sees it.
+    """
+    table = Table("example", "as the network sees it", box=None, title="text")
+    for number, tokens in zip(batch.index.tolist(), tensors(batch.inputs)[0][:EXAMPLES], strict=False):
+        text = repr(data.decode(tokens))[1:-1]
+        table.add_row(str(number), escape(text[:CHARACTERS] + "..." * (len(text) > CHARACTERS)))
+    return table

@@ -1,0 +1,52 @@
+"""A short training of a copy, in this process: what is tuned or swept stays as it was."""
+
+import contextlib
+import io
+from tempfile import TemporaryDirectory
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+
+from batchwise.data.module import DataModule
+from batchwise.tasks.task import Task
+
+
+def train(
+    trainer: pl.Trainer, task: Task, data: DataModule, steps: int, callbacks: list[Callback], validate: bool = False
+) -> None:
+    """Train for some steps, on the devices and in the precision and memory format of a trainer; print nothing.
+
+    Args:
+        trainer: stays as it is.
+        task: is trained: give a copy.
+        data: where to train from; see `DataModule.resized`.
+        steps: optimizer steps, at most.
+        callbacks: are all that is done besides.
+        validate: after a step for which a callback sets the trainer's `val_check_batch` to 1.
+    """
+    gpu = trainer.strategy.root_device.type == "cuda"
+    with TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        short = type(trainer)(
+            max_steps=steps,
+            accelerator="gpu" if gpu else "cpu",
+            devices=trainer.device_ids if gpu else trainer.num_devices,
+            num_nodes=trainer.num_nodes,
+            strategy="ddp" if trainer.world_size > 1 else "auto",
+            precision=trainer.precision,  # type: ignore[arg-type]
+            channels_last=getattr(trainer, "channels_last", False),  # type: ignore[call-arg]
+            compile=getattr(trainer, "compile", False),  # type: ignore[call-arg]
+            gradient_clip_val=trainer.gradient_clip_val,
+            gradient_clip_algorithm=trainer.gradient_clip_algorithm,
+            callbacks=callbacks,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            limit_val_batches=1.0 if validate else 0,
+            check_val_every_n_epoch=None,
+            val_check_interval=NEVER,
+            default_root_dir=folder,
+        )
+        short.fit(task, datamodule=data)
+
+
+NEVER = 2**62  # steps between two validations

@@ -1,0 +1,174 @@
+"""The fastest way to run the batch here, found by measuring; the result stays, up to rounding."""
+
+import copy
+import os
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from batchwise import host
+from batchwise.batching.loader import MicroBatch
+from batchwise.data.module import DataModule
+from batchwise.host import keep_memory
+from batchwise.models.compiled import compile_network
+from batchwise.models.norm import has_batchnorm
+from batchwise.tasks.step import is_out_of_memory
+from batchwise.tasks.task import Task
+
+_GAIN = 1.05  # a way must be so many times as fast as the one before to take its place
+_TURN = 0.1  # seconds of measuring at a time, at least
+_EXAMPLES = 256  # are read; larger micro-batches repeat them
+_LONG = 1200.0  # seconds of training, from which on compiling may pay
+_OVERHEAD = 2e-4  # seconds that each micro-batch costs besides, in Python
+
+
+@dataclass(frozen=True)
+class Way:
+    """How micro-batches of `size` examples are run; the rest as the trainer's keys of these names."""
+
+    size: int
+    precision: str = "32-true"
+    channels_last: bool = False
+    keep_memory: bool = False
+    threads: int = 1
+    compile: bool = False
+
+    def __str__(self) -> str:
+        flags = [name for name in ("channels_last", "keep_memory", "compile") if getattr(self, name)]
+        return ", ".join([f"micro-batches of {self.size}", self.precision, f"{self.threads} thread(s)", *flags])
+
+
+class Stopwatch:
+    """Measures how fast a task's micro-batches run, on a copy of it.
+
+    Args:
+        task: what is trained.
+        data: what it is trained on.
+        size: of the largest micro-batch.
+        device: where to measure.
+        rounds: in which each way has its turn.
+    """
+
+    def __init__(self, task: Task, data: DataModule, size: int, device: torch.device, rounds: int = 5) -> None:
+        self.tasks = {False: copy.deepcopy(task).to(device).train()}
+        self.data, self.device, self.rounds = data, device, rounds
+        self.examples = data.examples("train", min(size, _EXAMPLES))
+
+    def task(self, way: Way) -> Task:
+        """Return a copy of the task, laid out and compiled."""
+        if way.compile not in self.tasks:
+            self.tasks[True] = copy.deepcopy(self.tasks[False])
+            compile_network(self.tasks[True].network, self.device)
+        self.tasks[way.compile].lay_out(way.channels_last)
+        return self.tasks[way.compile]
+
+    def seconds(self, way: Way) -> float:
+        """Return the seconds per example of forward and backward pass (inf: out of memory)."""
+        micro_batch = self.examples.take(torch.arange(way.size) % len(self.examples))
+        with _as_before():
+            torch.set_num_threads(way.threads)
+            keep_memory(way.keep_memory)
+            task = self.task(way)
+            start, runs = perf_counter(), 0
+            try:
+                while runs == 0 or perf_counter() - start < _TURN:
+                    self._run(task, micro_batch, way.precision)
+                    runs += 1
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    line = str(error).splitlines()[0]
+                    raise ValueError(
+                        f"{type(task).__name__}.losses cannot be tried outside training ({line})"
+                    ) from error
+                task.zero_grad()
+                return float("inf")
+            return ((perf_counter() - start) / runs + _OVERHEAD) / len(micro_batch)
+
+    def _run(self, task: Task, micro_batch: MicroBatch, precision: str) -> None:
+        mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
+        with torch.autocast(self.device.type, mixed) if mixed else nullcontext():
+            loss, _ = task.summed_loss(self.data.to_device(micro_batch, self.device, training=True))
+        loss.backward()
+        task.zero_grad()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def compare(self, ways: list[Way]) -> list[float]:
+        """Return the median seconds per example of each way, measured in turn."""
+        rounds = [[self.seconds(way) for way in ways] for _ in range(self.rounds + 1)]
+        return [statistics.median(column) for column in zip(*rounds[1:], strict=True)]  # the first round warms up
+
+
+@contextmanager
+def _as_before() -> Iterator[None]:
+    threads, generator, kept = torch.get_num_threads(), torch.get_rng_state(), host.keeps_memory
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_rng_state(generator)
+        keep_memory(kept)
+
+
+def candidates(task: Task, data: DataModule, trainer: Any, device: torch.device, processes: int) -> dict[str, list]:
+    """Return what to try, for each property of a way that the configuration leaves open.
+
+    Args:
+        task: what is trained.
+        data: what it is trained on; its `batch_size` is set.
+        trainer: the settings of the trainer.
+        device: what it is trained on.
+        processes: of this machine, which share its cores.
+    """
+    found: dict[str, list] = {}
+    assert data.batch_size is not None
+    inputs = data.examples("train", 1).inputs
+    if device.type == "cpu" and trainer.get("threads") is None:
+        found["threads"] = sorted({1, max(1, (os.cpu_count() or 1) // processes)})
+    if trainer.get("precision") is None:
+        found["precision"] = ["32-true", "bf16-mixed"]
+    convolves = any(isinstance(layer, nn.Conv2d) for layer in task.network.modules())
+    if convolves and isinstance(inputs, Tensor) and inputs.ndim == 4 and trainer.get("channels_last") is None:
+        found["channels_last"] = [False, True]
+    fixed = data.micro_batch_size is not None or trainer.get("accumulate_grad_batches") is not None
+    share = -(-data.batch_size // processes)
+    unit = data.together(task.unit)
+    if not fixed and share >= unit and not has_batchnorm(task.network):  # which depends on what runs together
+        powers = [2**power // unit * unit for power in range(5, 13)]
+        # A larger share than any of them is not tried whole: on a CPU, to run out of memory is to be killed.
+        found["size"] = [*(size for size in powers if 0 < size < share), *([share] if share <= powers[-1] else [])]
+    if device.type == "cpu" and trainer.get("keep_memory") is None:
+        found["keep_memory"] = [False, True]
+    if trainer.get("compile") is None:
+        found["compile"] = [False, True]
+    return found
+
+
+def choose(watch: Stopwatch, way: Way, tried: dict[str, list], examples: float) -> tuple[Way, list[str]]:
+    """Return the fastest way found, one property after the other, and a table of what was measured, as lines.
+
+    Args:
+        watch: measures.
+        way: where to start.
+        tried: see `candidates`.
+        examples: that training will see: a compiler, which takes minutes, is tried where training takes far longer.
+    """
+    lines = ["    examples/s  ratio"]
+    for key, values in tried.items():
+        ways = [way, *(other for value in values if (other := replace(way, **{key: value})) != way)]
+        if len(ways) == 1 or (key == "compile" and examples * watch.seconds(way) < _LONG):
+            continue
+        seconds = watch.compare(ways)
+        best = min(range(len(ways)), key=seconds.__getitem__)
+        chosen = best if seconds[0] > _GAIN * seconds[best] else 0
+        for number, (each, took) in enumerate(zip(ways, seconds, strict=True)):
+            mark = "  <- taken" if number == chosen else ""
+            lines.append(f"{1 / took:>14,.0f}{seconds[0] / took:>7.2f}  {each}{mark}")
+        way = ways[chosen]
+    return way, lines

@@ -1,0 +1,227 @@
+"""`sweep`: train each batch size to a target, with the learning rate tuned for each (Shallue et al. 2018)."""
+
+import copy
+import math
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.seed import isolate_rng
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from batchwise.choosing import short, trials
+from batchwise.choosing.figure import draw_sweep
+from batchwise.choosing.trials import Run
+from batchwise.data.module import DataModule
+from batchwise.errors import TrainingStopped
+from batchwise.tasks.task import Task
+
+
+class Recipe(NamedTuple):
+    """What the command line knows of a training, besides its objects."""
+
+    model: Callable[[int], Task]
+    """Makes the task anew, with the initial weights of a seed."""
+    digest: str
+    """Tells trainings apart that differ in more than batch size, rate, seed and length."""
+
+
+class Target(NamedTuple):
+    """A value that a validation metric should reach, such as `val/accuracy>=0.97`."""
+
+    metric: str
+    sign: str
+    value: float
+
+    @classmethod
+    def parse(cls, text: str, known: list[str]) -> "Target":
+        """Read a target.
+
+        Raises:
+            ValueError: it is none, or its metric is not one of those known.
+        """
+        match = re.fullmatch(r"\s*([^<>=\s]+)\s*(>=|<=)\s*([-+]?[\d.]+(?:[eE][-+]?\d+)?)\s*", text)
+        if match is None or match[1] not in known:
+            raise ValueError(f"target is '{text}': write {' or '.join(known)}, then >= or <=, then a number")
+        return cls(match[1], match[2], float(match[3]))
+
+    def reached(self, value: float) -> bool:
+        """Return whether the metric is there (what is not a number is not)."""
+        return value >= self.value if self.sign == ">=" else value <= self.value
+
+
+class Race(Callback):
+    """Validates whenever training is some share further, stops at the target, and times the steps alone.
+
+    At any batch size, the steps to the target are then known to the same share.
+    """
+
+    def __init__(self, target: Target, factor: float, share: float, steps: int) -> None:
+        self.target, self.factor, self.share, self.last = target, factor, share, steps
+        self.reached, self.steps, self.learning_rate = False, 0, 0.0
+        self._next, self._seconds, self._lap = 1, 0.0, 0.0
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Set the rate, before the first step."""
+        if batch.step == 0:
+            pl_module.rates = [rate * self.factor for rate in pl_module.rates]
+            self.learning_rate = pl_module.rates[0]
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Take the time, and validate if it is due."""
+        self.steps = trainer.global_step
+        due = self.steps >= min(self._next, self.last)
+        if due and pl_module.device.type == "cuda":
+            torch.cuda.synchronize()
+        now = perf_counter()
+        self._seconds += now - self._lap if self.steps > 1 else 0.0
+        self._lap = now
+        trainer.val_check_batch = 1 if due else short.NEVER
+        if due:
+            self._next = max(self.steps + 1, math.ceil(self.steps * (1 + self.share)))
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Stop at the target."""
+        self.reached = self.target.reached(float(trainer.callback_metrics[self.target.metric]))
+        trainer.should_stop = self.reached
+        self._lap = perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of all steps. The first one pays for what is made once; it counts as much as another."""
+        return self._seconds * self.steps / max(1, self.steps - 1)
+
+
+def sweep(
+    trainer: pl.Trainer,
+    task: Task,
+    data: DataModule,
+    recipe: Recipe | None,
+    results: str | None,
+    *,
+    batch_sizes: str,
+    target: str,
+    seeds: int,
+    rates: str,
+    val_share: float,
+) -> list[Run]:
+    """Run what is due, print the table, draw `sweep.png` in the run's folder; return all runs that were asked for.
+
+    Args:
+        trainer: has the run's folder, device and precision, and how long a training may be.
+        task: what is to be trained; it stays as it is. Its rate stays constant after the warm-up in examples, so that
+            the steps to the target do not depend on the length of a training. Callbacks take no part.
+        data: has its plan.
+        recipe: None: all seeds have the weights of `task`.
+        results: the file of all runs; None: `sweep.csv` beside the folders of the runs.
+        batch_sizes: with commas between them.
+        target: see `Target`.
+        seeds: trainings of each batch size at each rate.
+        rates: the grid, as factors on the rate that the rule gives, with commas between them.
+        val_share: how much longer a training is from one validation to the next.
+
+    Raises:
+        ValueError: what was asked for makes no sense.
+    """
+    sizes, factors = sorted(_numbers("batch_sizes", batch_sizes, int)), sorted(_numbers("rates", rates, float))
+    goal = Target.parse(target, [name for name in task.metric_names() if name.startswith("val/")])
+    if seeds < 1:
+        raise ValueError(f"seeds is {seeds}: write a whole number of at least 1")
+    if not 0 < val_share <= 1:
+        raise ValueError(f"val_share is {val_share}: write a share above 0, such as 0.05")
+    if trainer.world_size > 1:
+        raise ValueError("sweep trains on one device: write trainer.devices 1")
+    if data.split("val") is None:
+        raise ValueError("sweep looks for a target in validation, but the data has no val split: give it one")
+    plan, steps = data.plan, data.total_steps()
+    assert plan is not None
+    assert data.seed is not None
+    if steps == math.inf:
+        raise ValueError("sweep must know how long a training may be: write trainer.max_epochs")
+    budget = plan.examples_at(int(steps))
+    path = Path(results) if results else Path(trainer.default_root_dir).parent / "sweep.csv"
+    recipe = recipe or Recipe(lambda seed: copy.deepcopy(task), "")
+    config, all_seeds, console = f"{recipe.digest} {target}", [data.seed + number for number in range(seeds)], Console()
+
+    def known() -> list[Run]:
+        return [
+            run
+            for run in trials.read(path)
+            if run.config == config
+            and run.batch_size in sizes
+            and run.seed in all_seeds
+            and (run.reached or run.examples >= budget)
+        ]
+
+    with isolate_rng(), Progress(console=console, transient=True) as bars:
+        bar = bars.add_task("")
+        try:
+            while waiting := list(trials.due(runs := known(), sizes, all_seeds, factors)):
+                seed, size, factor = waiting[0]
+                what = f"batch_size {size}, {factor:g} times the rate, seed {seed}"
+                bars.update(bar, description=what, completed=len(runs), total=len(runs) + len(waiting))
+                own = recipe.model(seed)
+                own.schedule = replace(own.schedule, shape="constant", warmup=0.0)
+                own.reference_batch_size = own.reference_batch_size or plan.batch_size
+                feed = data.resized(size, data.micro_batch_size)
+                feed.seed = seed
+                feed.setup("fit")
+                assert feed.plan is not None
+                epochs, rest = divmod(budget, feed.plan.examples_per_epoch)
+                most = epochs * feed.plan.steps_per_epoch - (-rest // size)
+                race = Race(goal, factor, val_share, most)
+                try:
+                    short.train(trainer, own, feed, most, [race], validate=True)
+                except TrainingStopped:  # its loss is not finite any more
+                    race.reached = False
+                examples = feed.plan.examples_at(race.steps) if race.reached else budget
+                done = (race.reached, race.steps if race.reached else most, examples, round(race.seconds, 6))
+                trials.append(path, Run(config, size, seed, factor, race.learning_rate, *done))
+        except (KeyboardInterrupt, SystemExit):  # the latter is what Lightning makes of the former
+            console.print("interrupted: the same command goes on from here")
+    runs = known()
+    if runs:
+        found = trials.results(runs)
+        report(console, found, target, budget)
+        picture = Path(trainer.default_root_dir) / "sweep.png"
+        draw_sweep(picture, found, trials.fit(found), target)
+        print(f"look at it: {picture}\nall runs:   {path}")
+    return runs
+
+
+def _numbers(key: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
+    try:
+        found = [kind(part) for part in text.strip("[] ").split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) <= 0:
+        raise ValueError(f"{key} is '{text}': write numbers above 0 with commas between them, such as 1,2,4")
+    return list(set(found))
+
+
+def report(console: Console, found: list[trials.Result], target: str, budget: int) -> None:
+    """Print one row per batch size."""
+    curve, least = trials.fit(found), min(each.seconds for each in found)
+    table = Table("batch_size", "learning rate", "reached", "steps", "by fit", "examples", "seconds", "", box=None)
+    table.title = f"to {target}: medians over the seeds, at the best rate"
+    for each in found:
+        first, reached = each.runs[0], sum(run.reached for run in each.runs)
+        row = [f"{each.batch_size:,}", f"{first.learning_rate:.3g} ({first.factor:g}x)", f"{reached}/{len(each.runs)}"]
+        if math.isinf(each.steps):
+            row = [row[0], "none", row[2], "-", "-", f">{budget:,}", "-", "never"]
+        else:
+            predicted = f"{curve[0] + curve[1] / each.batch_size:,.0f}" if curve else "-"
+            mark = "fastest" if each.seconds == least else ""
+            row += [f"{each.steps:,.0f}", predicted, f"{each.examples:,.0f}", f"{each.seconds:.3g}", mark]
+        table.add_row(*row)
+    console.print(table)
+    if curve and curve[0]:
+        print(f"steps = {curve[0]:,.1f} (1 + {curve[1] / curve[0]:,.0f} / batch_size), fitted")

@@ -1,0 +1,187 @@
+"""`tune`: which batch size to train with: what fits, what is fast, what the gradient says, and what follows from it."""
+
+import copy
+import math
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import yaml
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.seed import isolate_rng
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from batchwise.batching.noise import FEWEST
+from batchwise.callbacks.noise_scale import NoiseScale
+from batchwise.choosing import fits, range_test, short
+from batchwise.choosing.figure import draw
+from batchwise.choosing.findings import Findings
+from batchwise.choosing.range_test import RangeTest
+from batchwise.choosing.speed import Stopwatch, Way
+from batchwise.data.module import DataModule
+from batchwise.optim.schedule import Schedule
+from batchwise.tasks.task import Task
+
+PARTS = 4  # micro-batches, of whose gradients the noise scale is taken
+
+
+class Pace(Callback):
+    """Notes the noise scale as training goes on, or how long a step takes."""
+
+    def __init__(self, findings: Findings, noise: NoiseScale | None, progress: Callable[[int], None]) -> None:
+        self.findings, self.noise, self.progress = findings, noise, progress
+        self.started = self.seconds = 0.0
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Take the samples of the last `FEWEST` batches, and forget them."""
+        step = trainer.global_step
+        self.progress(step)
+        if self.noise is None:
+            self.started = perf_counter() if step == _WARM_UP else self.started
+            self.seconds = (perf_counter() - self.started) / max(1, step - _WARM_UP)
+        elif estimate := self.noise.estimate():
+            self.findings.noise.append((pl_module.data.plan.examples_at(step), estimate))
+            self.noise.samples.clear()
+
+
+_WARM_UP, _TIMED = 5, 25  # steps
+
+
+def tune(trainer: pl.Trainer, task: Task, data: DataModule, steps: int, memory_gib: float | None) -> None:
+    """Find out, print tables, draw `tune.png`, and leave `tuned.yaml` in the run's folder.
+
+    All devices take part, as in `fit`: in the first phase each for itself, agreeing on each micro-batch; after it in
+    short trainings.
+
+    Args:
+        trainer: has the run's folder, devices and precision.
+        task: what is to be trained; it stays as it is.
+        data: where to train from.
+        steps: most optimizer steps of the short run.
+        memory_gib: what each device may use, in GiB; None: most of what is free.
+
+    Raises:
+        ValueError: what was asked for makes no sense.
+    """
+    if steps < FEWEST:
+        raise ValueError(f"steps is {steps}: the noise scale needs at least {FEWEST}")
+    if memory_gib is not None and memory_gib <= 0:
+        raise ValueError(f"memory_gib is {memory_gib}: write a number above 0")
+    launcher = trainer.strategy.launcher
+    if launcher is None:
+        _tune(trainer, task, data, steps, memory_gib)
+    else:
+        launcher.launch(_tune, trainer, task, data, steps, memory_gib, trainer=trainer)
+
+
+@isolate_rng()  # the generators are as before afterwards
+def _tune(trainer: pl.Trainer, task: Task, data: DataModule, steps: int, memory_gib: float | None) -> None:
+    trainer.strategy.setup_environment()
+    trainer.strategy.barrier()  # the first process has prepared the data
+    data.setup("fit")
+    plan, train = data.plan, data.split("train")
+    assert plan is not None
+    assert train is not None
+    device, batch_size, unit = trainer.strategy.root_device, plan.batch_size, plan.unit
+
+    def largest(value: float) -> float:
+        values = torch.tensor(value, dtype=torch.float64, device=device)
+        return float(trainer.strategy.reduce(values, reduce_op="max"))  # type: ignore[arg-type]
+
+    together = largest if trainer.world_size > 1 else fits.alone
+    budget = -together(-(memory_gib * 2**30 if memory_gib else fits.free_memory(device, trainer.num_devices)))
+    most = min(len(train), 2**14) // unit * unit
+    if most == 0:
+        raise ValueError(f"there are {len(train)} training examples, of which {unit} must stay together: give it more")
+    way = Way(unit, str(trainer.precision), getattr(trainer, "channels_last", False), threads=torch.get_num_threads())
+    findings, interrupted, console = Findings(batch_size, most // 4, plan.devices, unit), False, Console()
+    with Progress(console=console, transient=True, disable=not trainer.is_global_zero) as bars:
+
+        def bar(name: str, total: float) -> Callable[[float], None]:
+            number = bars.add_task(name, total=total)
+            return lambda done: bars.update(number, completed=done)
+
+        def train_copy(size: int, micro_batch: int, steps: int, callbacks: list[Callback], **changes: Any) -> None:
+            own = copy.deepcopy(task)
+            own.reference_batch_size = own.reference_batch_size or batch_size
+            for key, value in changes.items():
+                setattr(own, key, value)
+            short.train(trainer, own, data.resized(size, micro_batch), steps, callbacks)
+
+        try:
+            progress = bar("what fits, what is fast", math.log2(most))
+            for size in fits.what_fits(Stopwatch(task, data, most, device), way, most, budget, unit, together):
+                findings.sizes.append(size)
+                progress(math.log2(size.examples))
+            if not findings.sizes:
+                raise ValueError(f"not even a micro-batch of {unit} fits: write a smaller model, or more memory_gib")
+            findings.sizes.sort()
+            findings.all_fit = findings.sizes[-1].examples == most
+            knee = findings.knee().examples
+            pace = Pace(findings, None, lambda step: None)
+            train_copy(batch_size, knee, _WARM_UP + _TIMED, [pace])
+            findings.overhead = together(max(0.0, pace.seconds - findings.seconds(batch_size)))
+            total = int(min(steps, data.total_steps()))
+            noise, part = NoiseScale(every_n_steps=1), max(unit, batch_size // PARTS // unit * unit)
+            train_copy(batch_size, part, total, [noise, Pace(findings, noise, bar("what the gradient says", total))])
+            best = findings.best()
+            findings.rates = RangeTest(bar("what the rate does", range_test.STEPS))
+            size = best.batch_size if best else batch_size
+            train_copy(size, knee, range_test.STEPS, [findings.rates], schedule=Schedule(), max_skipped_steps=0)
+        except (KeyboardInterrupt, SystemExit):  # the latter is what Lightning makes of the former
+            interrupted = True
+    if findings.sizes and trainer.is_global_zero:
+        report(console, findings, interrupted)
+        _leave(Path(trainer.default_root_dir), findings, task, data)
+
+
+def report(console: Console, findings: Findings, interrupted: bool) -> None:
+    """Print what was found."""
+    knee, best, noise = findings.knee(), findings.best(), findings.noise_scale()
+    table = Table("micro-batch", "examples/s", "peak MiB", "", title="what fits, what is fast", box=None)
+    for size in findings.sizes:
+        mark = "<- the knee" if size == knee else ""
+        table.add_row(f"{size.examples:,}", f"{size.speed:,.0f}", f"{size.memory / 2**20:,.0f}", mark)
+    console.print(table)
+    end = "all of the training examples at once" if findings.all_fit else "more would not fit"
+    print(f"largest micro-batch that was run: {findings.sizes[-1].examples:,} ({end})")
+    if best is None or noise is None:
+        why = "interrupted" if interrupted else f"it needs {FEWEST} steps of at least two micro-batches"
+        print(f"no noise scale ({why}): no batch size is recommended")
+        return
+    table = Table("batch_size", "steps", "examples", "time", "", title="to a target, against the least", box=None)
+    for choice in findings.choices():
+        mark = "<- recommended" if choice == best else "configured" if choice.batch_size == findings.batch_size else ""
+        figures = (f"{choice.steps:.2f}", f"{choice.examples:.2f}", f"{choice.seconds:.2f}")
+        table.add_row(f"{choice.batch_size:,}", *figures, mark)
+    console.print(table)
+    micro_batch, extra = min(findings.share(best.batch_size), knee.examples), findings.overhead * 1e3
+    print(
+        f"batch_size {best.batch_size} in micro-batches of {micro_batch}: the gradient noise scale is about "
+        f"{noise:,.0f} examples, and a step costs {extra:.2f} ms besides its examples"
+    )
+    if findings.rates:
+        print(f"learning rate at batch_size {best.batch_size}: {findings.rates}")
+
+
+def _leave(folder: Path, findings: Findings, task: Task, data: DataModule) -> None:
+    best = findings.best()
+    draw(folder / "tune.png", findings)
+    print(f"look at it: {folder / 'tune.png'}")
+    if best:
+        micro_batch = max(findings.unit, min(findings.share(best.batch_size), findings.knee().examples))
+        sizes: dict[str, int | None] = {"batch_size": best.batch_size, "micro_batch_size": micro_batch}
+        if data.batch_tokens is not None:
+            sizes["batch_tokens"] = None  # which takes the place of `batch_size`
+        overlay = {
+            "trainer": {"accumulate_grad_batches": None},
+            "data": sizes,
+            "model": {"reference_batch_size": task.reference_batch_size or findings.batch_size},  # the rate follows
+        }
+        (folder / "tuned.yaml").write_text("# tune recommends\n" + yaml.safe_dump(overlay, sort_keys=False))
+        print(f"use it:     --config {folder / 'tuned.yaml'}")

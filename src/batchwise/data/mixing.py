@@ -1,0 +1,114 @@
+"""Mix-up and cut-mix: each example is mixed with a neighbour in the order of the global batch, and so is its target."""
+
+from abc import abstractmethod
+from dataclasses import replace
+from math import pi
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from batchwise.batching.loader import MicroBatch
+from batchwise.data import pixels
+from batchwise.data.augment import Augmentation, Draws, on, share
+
+
+class Mixing(Augmentation):
+    """Mix each example with a partner, and its target likewise.
+
+    The partner is the neighbour in the order of the global batch: positions 0 and 1, 2 and 3, and so on (with the order
+    `Repeated`, whole groups of copies; at an odd end one stays as it is). The order is random, so the partner is. The
+    plan keeps the two together (its `unit`), so they are always in the same micro-batch: exact on any devices with any
+    accumulation, and nothing is read or sent twice.
+
+    An example has at least half of the mixture, so that it is clear which is the main one. (That the share and not one
+    minus the share is taken changes nothing over all pairs.)
+
+    Args:
+        num_classes: of targets that are class numbers, which become probabilities [N, num_classes]; null: targets are
+            numbers, which are mixed themselves.
+        alpha: the share of the example is drawn from Beta(alpha, alpha).
+        p: probability that an example is mixed at all.
+    """
+
+    after_transform = True
+    in_pairs = True
+
+    def __init__(self, num_classes: int | None = None, alpha: float = 1.0, p: float = 1.0) -> None:
+        if not alpha > 0:
+            raise ValueError(f"{type(self).__name__}.alpha is {alpha}: write a number above 0")
+        self.num_classes, self.alpha, self.p = num_classes, alpha, share(p, f"{type(self).__name__}.p")
+
+    def __call__(self, batch: MicroBatch, draws: Draws) -> MicroBatch:
+        """Mix inputs and targets."""
+        if not isinstance(batch.targets, Tensor):
+            raise ValueError(f"{type(self).__name__} mixes targets, but the data has none: leave it out")
+        number, angle, often, *place = draws.uniform(5)
+        shares = beta(self.alpha, number, angle)
+        shares = torch.where(often < self.p, torch.maximum(shares, 1 - shares), 1.0)
+        partners = draws.partners().to(batch.inputs.device)
+        inputs, shares = self.mix(batch.inputs, partners, shares, torch.stack(place))
+        targets = self._as_numbers(batch.targets, inputs.dtype)
+        return replace(batch, inputs=inputs, targets=_mixed(targets, partners, shares))
+
+    @abstractmethod
+    def mix(self, inputs: Tensor, partners: Tensor, shares: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mixed inputs, and the share that each example has of them, [N].
+
+        Args:
+            inputs: [N, ...].
+            partners: places in the batch, int64 [N].
+            shares: wanted, float64 [N], on the host.
+            place: two more uniform numbers, [2, N], on the host.
+        """
+
+    def _as_numbers(self, targets: Tensor, dtype: torch.dtype) -> Tensor:
+        if targets.is_floating_point():
+            return targets
+        if self.num_classes is None or targets.ndim != 1:
+            raise ValueError(
+                f"{type(self).__name__}.num_classes is {self.num_classes}, but the targets are {targets.dtype} "
+                f"{list(targets.shape)}: class numbers [N] need it, other targets must be floats"
+            )
+        return F.one_hot(targets, self.num_classes).to(dtype)
+
+
+class MixUp(Mixing):
+    """Average an example and its partner (Zhang et al. 2018, arXiv 1710.09412). For inputs of any shape."""
+
+    for_images = False
+
+    def mix(self, inputs: Tensor, partners: Tensor, shares: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+        """Average."""
+        return _mixed(inputs, partners, shares), shares
+
+
+class CutMix(Mixing):
+    """Put a box of the partner into an example, with the same place and shape (Yun et al. 2019, arXiv 1905.04899).
+
+    The share that counts for the target is that of the pixels.
+    """
+
+    def mix(self, inputs: Tensor, partners: Tensor, shares: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+        """Put in the box."""
+        sides = torch.tensor(inputs.shape[2:])[:, None]
+        lengths = ((1 - shares).sqrt() * sides).floor()
+        corners = (place * sides).floor() - (lengths / 2).floor()
+        box = pixels.boxes(inputs, *on(inputs, torch.cat([corners, lengths])))
+        return torch.where(box, inputs[partners], inputs), 1 - box.to(pixels.widest(inputs)).mean((1, 2, 3))
+
+
+def beta(alpha: float, first: Tensor, second: Tensor) -> Tensor:
+    """Turn two uniform numbers into one from Beta(alpha, alpha).
+
+    Student's t with 2 alpha degrees of freedom in polar form (Bailey 1994, "Polar generation of random variates with
+    the t-distribution"); 1/2 + t / (2 sqrt(2 alpha + t**2)) then has that distribution (Devroye 1996, "Random variate
+    generation in one line of code").
+    """
+    tangent = (first ** (-1 / alpha) - 1).sqrt() * (2 * pi * second).cos()  # t / sqrt(2 alpha), which may be infinite
+    return 0.5 + 0.5 * tangent.atan().sin()
+
+
+def _mixed(values: Tensor, partners: Tensor, shares: Tensor) -> Tensor:
+    shares = shares.to(values).view(-1, *[1] * (values.ndim - 1))
+    return torch.lerp(values[partners], values, shares)

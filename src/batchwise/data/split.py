@@ -1,0 +1,77 @@
+"""Which examples are in which split: fractions of each class, drawn from a seed and nothing else."""
+
+import torch
+from torch import Tensor
+
+from batchwise.data.module import DataModule
+
+ALIASES = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "test": "test",
+}
+"""What splits are called in the files of others."""
+
+
+def split_examples(
+    labels: Tensor, val_fraction: float, test_fraction: float, seed: int, most_per_class: int | None = None
+) -> dict[str, Tensor]:
+    """Return the numbers of the examples of each split, sorted; each has each class in its proportion.
+
+    Args:
+        labels: class of each example, integers [N]; all the same, where there are none.
+        val_fraction: share of the examples for validation.
+        test_fraction: share of the examples for the test.
+        seed: decides which examples are where.
+        most_per_class: most training examples of each class; None: all that there are.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    parts: dict[str, list[Tensor]] = {"train": [], "val": [], "test": []}
+    for label in labels.unique():
+        members = (labels == label).nonzero().squeeze(1)
+        members = members[torch.randperm(len(members), generator=generator)]
+        val, test = (round(fraction * len(members)) for fraction in (val_fraction, test_fraction))
+        for split, index in zip(parts, members.split([len(members) - val - test, val, test]), strict=True):
+            parts[split].append(index[:most_per_class] if split == "train" else index)
+    return {split: torch.cat(index).sort().values for split, index in parts.items()}
+
+
+class Fractions(DataModule):
+    """A data module that can divide one set of examples into splits.
+
+    Args:
+        val_fraction: share of the examples for validation, where the data does not say; 0: no validation.
+        test_fraction: share of the examples for the test, where the data does not say; 0: no test.
+        split_seed: which examples are in which split. Apart from `seed`, so that runs with other seeds are comparable.
+        **kwargs: those of `DataModule`.
+    """
+
+    def __init__(self, val_fraction: float = 0.15, test_fraction: float = 0.15, split_seed: int = 0, **kwargs) -> None:
+        super().__init__(**kwargs)
+        if not (val_fraction >= 0 and test_fraction >= 0 and val_fraction + test_fraction < 1):
+            raise ValueError(
+                f"data.val_fraction {val_fraction} and data.test_fraction {test_fraction} leave no training examples: "
+                "write two fractions from 0 that add up to less than 1"
+            )
+        self.fractions = {"val": val_fraction, "test": test_fraction}
+        self.split_seed = split_seed
+
+    def divide(self, labels: Tensor, test: bool = True) -> dict[str, Tensor]:
+        """Return the numbers of the examples of each split; a fraction of 0 makes no split.
+
+        Args:
+            labels: class of each example, integers [N].
+            test: there is no test split yet.
+        """
+        fractions = self.fractions if test else self.fractions | {"test": 0.0}
+        parts = split_examples(labels, fractions["val"], fractions["test"], self.split_seed)
+        return {split: index for split, index in parts.items() if fractions.get(split, 1) > 0}
+
+    def say(self, line: str) -> None:
+        """Print a line once, whatever the number of devices."""
+        if self.trainer is None or self.trainer.is_global_zero:
+            print(line, flush=True)

@@ -1,0 +1,57 @@
+"""A small convolutional network for small images."""
+
+from collections.abc import Sequence
+from math import gcd
+
+from torch import Tensor, nn
+
+from batchwise.models.dropout import Dropout
+
+
+class ConvNet(nn.Module):
+    """Stages of two 3 x 3 convolutions; each stage but the first halves height and width. Ends in a global mean.
+
+    Args:
+        in_channels: channels of the images.
+        num_classes: outputs per image.
+        channels: width of each stage.
+        norm: "none", "batch", "group" (8 groups, where the width divides by 8) or "instance".
+        dropout: probability that a feature is zeroed before the last layer, in training.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        num_classes: int = 10,
+        channels: Sequence[int] = (32, 64),
+        norm: str = "group",
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        width = in_channels
+        for stage, features in enumerate(channels):
+            for stride in (1 if stage == 0 else 2, 1):
+                # No bias before a norm: the norm takes it out again.
+                layers += [nn.Conv2d(width, features, 3, stride, padding=1, bias=norm == "none")]
+                layers += [make_norm2d(norm, features), nn.ReLU()]
+                width = features
+        self.features = nn.Sequential(*layers)
+        self.head = nn.Sequential(Dropout(dropout), nn.Linear(width, num_classes))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images [N, in_channels, H, W] to logits [N, num_classes]."""
+        return self.head(self.features(images).mean(dim=(2, 3)))
+
+
+def make_norm2d(name: str, channels: int) -> nn.Module:
+    """Return a norm over `channels` for activations [N, channels, H, W]."""
+    norms = {
+        "none": lambda _: nn.Identity(),
+        "batch": nn.BatchNorm2d,
+        "group": lambda channels: nn.GroupNorm(gcd(8, channels), channels),
+        "instance": lambda channels: nn.InstanceNorm2d(channels, affine=True),
+    }
+    if name not in norms:
+        raise ValueError(f"norm is '{name}': write one of {', '.join(norms)}")
+    return norms[name](channels)

@@ -1,0 +1,172 @@
+"""Batch norm that does not depend on how the batch is executed, in training and in evaluation."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from batchwise.models import place
+
+
+class GhostBatchNorm(nn.Module):
+    """Batch norm over ghost batches: a fixed number of examples, cut from the global batch.
+
+    Hoffer, Hubara and Soudry 2017, "Train longer, generalize better" (arXiv 1705.08741). A micro-batch holds whole
+    ghost batches, so the statistics do not depend on the number of micro-batches or devices, and the forward pass needs
+    no communication. Running statistics move once per optimizer step, by the mean over all ghost batches of the global
+    batch, on all devices; a `Task` sees to that. Do not put a bias before it: its gradient is zero but for rounding.
+
+    Args:
+        num_features: channels C of the input [N, C, ...].
+        ghost_batch_size: examples per ghost batch.
+        eps: added to the variance.
+        momentum: share of the new statistics in the running ones.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, num_features: int, ghost_batch_size: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
+        super().__init__()
+        if ghost_batch_size < 2:
+            raise ValueError(f"ghost_batch_size is {ghost_batch_size}: write at least 2 examples")
+        self.ghost_batch_size, self.eps, self.momentum = ghost_batch_size, eps, momentum
+        self.weight = nn.Parameter(torch.ones(num_features))
+        self.bias = nn.Parameter(torch.zeros(num_features))
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        self.register_buffer("running_var", torch.ones(num_features))
+        self.zero_sums()
+
+    def zero_sums(self) -> None:
+        """Forget the statistics of the step so far."""
+        # Rows: sum of means, sum of variances, number of ghost batches. Not part of the state.
+        self.sums = torch.zeros(3, len(self.running_mean), dtype=self.running_mean.dtype, device=self.weight.device)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map [N, C, ...] to the same shape."""
+        if not self.training:
+            return self._normalise(inputs[None], self.running_mean[None], self.running_var[None])[0]
+        size = self.ghost_batch_size
+        whole, rest = divmod(len(inputs), size)
+        # A remainder of half a ghost batch or more is one; a smaller one joins the one before it (as in `BatchPlan`).
+        alike = whole if rest == 0 or 2 * rest >= size else max(0, whole - 1)
+        outputs = []
+        for part in (inputs[: alike * size].unflatten(0, (alike, size)), inputs[alike * size :][None]):
+            if part.numel():
+                outputs.append(self._ghosts(part).flatten(0, 1))
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+    def _ghosts(self, inputs: Tensor) -> Tensor:
+        """Normalise ghost batches [G, size, C, ...], each by itself."""
+        over = [1, *range(3, inputs.ndim)]
+        var, mean = torch.var_mean(inputs, over, correction=0)  # [G, C]
+        if place.current is None or place.current.counts:
+            values = inputs[0].numel() // inputs.shape[2]
+            unbiased = var.detach() * (values / max(1, values - 1))
+            count = torch.full_like(mean[0], len(mean))
+            self.sums += torch.stack([mean.detach().sum(0), unbiased.sum(0), count]).to(self.sums)
+        return self._normalise(inputs, mean, var)
+
+    def _normalise(self, inputs: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        shape = [len(mean), 1, -1, *[1] * (inputs.ndim - 3)]
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        return (inputs - mean.view(shape)) * scale.view(shape) + self.bias.view(shape[1:])
+
+    def move_running(self, sums: Tensor) -> None:
+        """Move the running statistics by the sums of one optimizer step over all devices, [3, C]."""
+        if sums[2, 0] > 0:
+            self.running_mean.lerp_(sums[0] / sums[2], self.momentum)
+            self.running_var.lerp_(sums[1] / sums[2], self.momentum)
+
+    def extra_repr(self) -> str:
+        """Show the sizes."""
+        return f"{len(self.weight)}, ghost_batch_size={self.ghost_batch_size}"
+
+
+def convert_batchnorm(network: nn.Module, ghost_batch_size: int) -> int:
+    """Replace all batch norms of a network by ghost batch norms, keeping their weights; return how many."""
+    count = 0
+    for parent in list(network.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, _BatchNorm):
+                if not layer.affine or not layer.track_running_stats or layer.momentum is None:
+                    raise ValueError(f"ghost_batch_size: the batch norm {name} has no weights or running statistics")
+                ghost = GhostBatchNorm(layer.num_features, ghost_batch_size, layer.eps, layer.momentum)
+                ghost.load_state_dict(layer.state_dict(), strict=False)
+                ghost.train(layer.training)
+                ghost.weight.requires_grad_(layer.weight.requires_grad)
+                ghost.bias.requires_grad_(layer.bias.requires_grad)
+                setattr(parent, name, ghost)
+                count += 1
+    return count
+
+
+def has_batchnorm(network: nn.Module, frozen: Sequence[nn.Module] = ()) -> bool:
+    """Return whether a network has batch norms whose statistics are over whatever is run together."""
+    return any(isinstance(layer, _BatchNorm) and layer not in frozen for layer in network.modules())
+
+
+def batchnorms(network: nn.Module) -> Iterator[tuple[str, _BatchNorm | GhostBatchNorm]]:
+    """Yield the batch norms of a network that have running statistics, ghost batch norms too, with their names."""
+    for name, layer in network.named_modules():
+        if isinstance(layer, _BatchNorm | GhostBatchNorm) and layer.running_mean is not None:
+            yield name, layer
+
+
+class _Reached(Exception):
+    """The rest of a forward pass is not needed."""
+
+
+@torch.no_grad()
+def set_precise_statistics(
+    layers: list[_BatchNorm | GhostBatchNorm],
+    forwards: Callable[[], Iterator[Callable]],
+    reduce: Callable[[Tensor], Tensor],
+) -> None:
+    """Set the running statistics of batch norms to the mean and variance of what each of them gets in evaluation.
+
+    The population statistics of Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm" (arXiv 2105.07576), section 3,
+    layer by layer: those of a layer are taken when all layers before it use their final ones. (The paper's cheaper form
+    normalises by mini-batch, and so depends on the mini-batches.) Each value counts once, whatever runs together, on
+    whatever device. The network runs once per layer, up to that layer; of one that is applied twice, the first counts.
+
+    Args:
+        layers: of a network in evaluation mode.
+        forwards: gives functions that each apply the network to some of this device's examples.
+        reduce: gives the sum over all devices.
+    """
+    waiting = list(layers)
+    while waiting:
+        reached = []
+        sums = None
+
+        def see(layer: Any, arguments: tuple[Tensor, ...], reached: list = reached) -> None:
+            reached.append(layer)
+            inputs = arguments[0]
+            dtype = torch.float32 if inputs.device.type == "mps" else torch.float64
+            over = [0, *range(2, inputs.ndim)]
+            var, mean = torch.var_mean(inputs.to(dtype), over, correction=0)
+            mean = mean - layer.running_mean  # a mean far from zero would leave no digits for the variance
+            count = torch.full_like(mean, inputs.numel() // inputs.shape[1])
+            raise _Reached(torch.stack([mean * count, (var + mean * mean) * count, count]))
+
+        handles = [layer.register_forward_pre_hook(see) for layer in waiting]
+        try:
+            for forward in forwards():
+                try:
+                    forward()
+                except _Reached as stop:
+                    sums = stop.args[0] if sums is None else sums + stop.args[0]
+        finally:
+            for handle in handles:
+                handle.remove()
+        if sums is None:
+            return  # nothing reaches those that are left
+        total, squares, count = reduce(sums)
+        mean = total / count
+        (layer,) = set(reached)
+        waiting.remove(layer)
+        layer.running_mean.add_(mean)
+        layer.running_var.copy_((squares / count - mean * mean) * (count / (count - 1).clamp(min=1)))

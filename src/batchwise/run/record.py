@@ -1,0 +1,52 @@
+"""What a run leaves behind about itself: its full configuration and batch plan, in its folder, log and checkpoints."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import yaml
+from lightning.pytorch.callbacks import Callback
+
+from batchwise.run import folders as runs
+from batchwise.run.wandb import WandbLogger
+
+
+class RunRecord(Callback):
+    """Writes the merged configuration to the run's folder, to the loggers, and into each checkpoint.
+
+    Args:
+        config: the merged configuration, in plain types.
+        command: the subcommand; names the file, so that a test does not overwrite what the training was.
+    """
+
+    def __init__(self, config: dict[str, Any], command: str) -> None:
+        self.config = config
+        self.command = command
+
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        """Write and log the configuration."""
+        if not trainer.is_global_zero:
+            return
+        runs.all_have_met()
+        path = Path(trainer.default_root_dir) / ("config.yaml" if self.command == "fit" else f"{self.command}.yaml")
+        part = path.with_name(f".{path.name}.part")
+        part.write_text(yaml.safe_dump(self.config, sort_keys=False))
+        part.replace(path)
+        if self.command == "fit":
+            plan = pl_module.data.plan.table(pl_module.data.total_steps())
+            for logger in trainer.loggers:
+                logger.log_hyperparams({"config": self.config, "plan": plan})
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Keep the configuration of model and data, so that a resume can tell what has changed; and the log's end."""
+        checkpoint["config"] = {key: self.config[key] for key in ("model", "data")}
+        checkpoint["log"] = next((logger.recent() for logger in trainer.loggers if isinstance(logger, WandbLogger)), [])
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Log what a crash may have lost."""
+        if self.command != "fit":
+            return
+        for step, row in checkpoint.get("log") or []:
+            for logger in trainer.loggers:
+                if isinstance(logger, WandbLogger):
+                    logger.log_metrics(row, step)

@@ -1,0 +1,219 @@
+"""W&B that never stops training, and in which a resumed training is one run: no gap, no step twice."""
+
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch.loggers as loggers
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.utilities import rank_zero_only
+
+from batchwise.run import program
+from batchwise.run.redact import hide
+from batchwise.run.wandb_file import last_step
+
+INIT_TIMEOUT = 20  # seconds; without a network W&B itself waits 90 and then ends the run
+FINISH_TIMEOUT = 60  # seconds for what is still to be uploaded at the end; W&B itself waits for ever
+RECENT = 60.0  # seconds; W&B writes its file every 15
+Row = tuple[float, int, dict[str, float]]
+
+
+class WandbLogger(loggers.WandbLogger):
+    """Lightning's WandbLogger, which goes offline instead of failing, and goes on where it was.
+
+    All metrics of a step are one row of W&B, whose step is the number of optimizer steps done, and which is handed over
+    when the next step has a row. After a crash, training goes on from a checkpoint, so that some rows come again, and
+    rows that W&B had not written yet are lost. So rows up to the last step that is in the files of this run are left
+    out, and each checkpoint holds the rows of the last minute.
+
+    Args:
+        offline: log into the run's folder, without an account; `wandb sync` uploads it later.
+        project: the W&B project; null: the name of your package.
+        save_dir: where its files go; a relative path lies in the run's folder.
+        name: of the run in W&B; null: W&B makes one.
+        id: of the run in W&B; null: the name and time of the run's folder, so that a resumed run continues its curves.
+        group: of the run in W&B, such as the name of a sweep.
+        tags: of the run in W&B.
+        log_model: when training is done, keep its best and its last checkpoint as versions of a W&B artifact, with the
+            aliases `best` and `last`.
+    """
+
+    def __init__(
+        self,
+        offline: bool = True,
+        project: str | None = None,
+        save_dir: str = ".",
+        name: str | None = None,
+        id: str | None = None,
+        group: str | None = None,
+        tags: list[str] | None = None,
+        log_model: bool = False,
+    ) -> None:
+        os.environ.setdefault("WANDB_SILENT", "true")
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        super().__init__(
+            name=name,
+            save_dir=save_dir,
+            offline=offline,
+            project=project or program.name,
+            id=id,
+            group=group,
+            tags=tags,
+        )
+        self._wandb_init.pop("anonymous", None)  # W&B warns that it has no effect
+        self._upload_checkpoints = log_model
+        self._broken = False
+        self._recent: deque[Row] = deque()
+        self._step, self._row = -1, {}  # not handed over yet
+        self._written = -1
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The W&B run; made when first asked for."""
+        if self._experiment is not None:
+            return self._experiment
+        import wandb
+
+        self._written = last_step(Path(str(self.save_dir)) / "wandb", str(self._id))
+        # `wandb.init` is called here and not by Lightning, so that its settings are known and it can be tried again.
+        modes: tuple[Literal["online", "offline", "disabled"], ...] = ("online", "offline", "disabled")
+        for mode in modes[self._offline :]:
+            try:
+                if mode == "online" and not wandb.Api(timeout=INIT_TIMEOUT).api_key:
+                    raise RuntimeError("no API key is set (`wandb login`, or WANDB_API_KEY)")
+                settings = wandb.Settings(
+                    init_timeout=INIT_TIMEOUT,
+                    finish_timeout=FINISH_TIMEOUT,
+                    finish_timeout_raises=True,
+                    console="off",
+                    silent=True,
+                )
+                with _redacted_command_line():
+                    self._experiment = wandb.init(**self._wandb_init, mode=mode, settings=settings)
+                self._experiment.define_metric("trainer/global_step")
+                self._experiment.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+                break
+            except Exception as error:
+                self._offline, self._broken = True, mode == "offline"
+                remedy = (
+                    "training goes on, without it" if self._broken else "logging offline, upload later with: wandb sync"
+                )
+                print(f"W&B: {_first_line(error)}; {remedy}", flush=True)
+        return self._experiment
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        """Log metrics; a failure of W&B is said once and ends the logging, not the training."""
+        self._safely(self._log, dict(metrics), step)
+
+    def _log(self, metrics: dict[str, Any], step: int | None) -> None:
+        run = self.experiment
+        if step is None:
+            self._hand_over()  # W&B takes no step after it that comes before
+            run.log(metrics)
+        elif step <= self._written or all(name.startswith("summary/") for name in metrics):
+            run.summary.update(metrics)  # no new point of a curve
+        else:
+            if step != self._step:
+                self._hand_over()
+            self._step, self._row = step, self._row | metrics
+            now = time.monotonic()
+            self._recent.append((now, step, metrics))
+            while self._recent[0][0] < now - RECENT:
+                self._recent.popleft()
+
+    def _hand_over(self) -> None:
+        """Give W&B the row of a step that is over."""
+        if self._row:
+            self.experiment.log(self._row | {"trainer/global_step": self._step}, step=self._step)
+        self._row = {}
+
+    @rank_zero_only
+    def recent(self) -> list[list[Any]]:
+        """Return what was logged lately, as plain numbers, for a checkpoint: lists of a step and its metrics."""
+        rows = [[step, {k: v for k, v in row.items() if isinstance(v, int | float)}] for _, step, row in self._recent]
+        return [row for row in rows if row[1]]
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any) -> None:
+        """Log the configuration."""
+        self._safely(super().log_hyperparams, params)
+
+    @rank_zero_only
+    def log_image(self, key: str, images: list[Any], step: int | None = None, **kwargs: Any) -> None:
+        """Log pictures."""
+        self._safely(super().log_image, key, images, step, **kwargs)
+
+    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
+        """Do nothing: checkpoints are uploaded at the end."""
+
+    @rank_zero_only
+    def log_table(self, key: str, *args: Any, **kwargs: Any) -> None:
+        """Log a table, which texts are too."""
+        self._safely(super().log_table, key, *args, **kwargs)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Finish the W&B run, so that its file is whole when training ends.
+
+        Where training has failed, the row of the last step may lack what was to come: it is in the checkpoint.
+        """
+        if self._experiment is None:
+            return
+        if status == "success":
+            self._safely(self._hand_over)
+            if self._upload_checkpoints:
+                self._safely(self._log_checkpoints)
+        try:
+            self._experiment.finish(0 if status == "success" else 1)
+        except Exception as error:
+            self._offline = True
+            print(f"W&B: {_first_line(error)}; upload later with: wandb sync", flush=True)
+
+    def _log_checkpoints(self) -> None:
+        import wandb
+
+        for name in ("last", "best"):
+            path = Path(str(self.save_dir)) / "checkpoints" / f"{name}.ckpt"
+            if path.exists():
+                artifact = wandb.Artifact(f"model-{self.experiment.id}", type="model")
+                artifact.add_file(str(path), name="model.ckpt")
+                self.experiment.log_artifact(artifact, aliases=[name])
+
+    @property
+    def offline_folder(self) -> str | None:
+        """What `wandb sync` uploads, where the run is offline and has begun: its folder, or those of all its parts."""
+        if not self._offline or self._broken or self._experiment is None:
+            return None
+        folder = Path(self._experiment.dir).parent
+        parts = list(folder.parent.glob(f"*run-*-{self._id}"))
+        return str(folder if len(parts) == 1 else folder.with_name(f"*run-*-{self._id}"))
+
+    def _safely(self, function: Any, *args: Any, **kwargs: Any) -> None:
+        if self._broken:
+            return
+        try:
+            function(*args, **kwargs)
+        except Exception as error:
+            self._broken = True
+            print(f"W&B failed ({_first_line(error)}): training goes on, without logging to it", flush=True)
+
+
+@contextmanager
+def _redacted_command_line() -> Iterator[None]:
+    """Hide secrets from W&B, which keeps the command line."""
+    arguments, sys.argv = sys.argv, [hide(argument) for argument in sys.argv]
+    try:
+        yield
+    finally:
+        sys.argv = arguments
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".")

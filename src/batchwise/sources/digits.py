@@ -1,0 +1,91 @@
+"""scikit-learn's handwritten digits: 1,797 real images of 8 x 8 pixels in 10 classes, on every machine."""
+
+from dataclasses import replace
+from functools import cache, cached_property
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from batchwise.batching.loader import MicroBatch
+from batchwise.data.module import DataModule
+from batchwise.data.split import split_examples
+
+
+@cache
+def read_digits() -> tuple[Tensor, Tensor]:
+    """Return the images, uint8 [1797, 1, 8, 8] with values 0 to 16, and their digits, int64 [1797]."""
+    # The file is read directly, because importing scikit-learn takes longer than training on it.
+    spec = find_spec("sklearn")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    path = Path(spec.submodule_search_locations[0]) / "datasets" / "data" / "digits.csv.gz"
+    table = torch.from_numpy(np.loadtxt(path, delimiter=",", dtype=np.uint8))
+    return table[:, :-1].reshape(-1, 1, 8, 8).contiguous(), table[:, -1].long()
+
+
+class Digits(DataModule):
+    """Handwritten digits (Alpaydin and Kaynak 1998), from the copy inside scikit-learn.
+
+    Inputs are [N, 1, 8, 8] grey values, normalised with mean and deviation of the training split; targets are the
+    digits [N]. The split is stratified: each split has each digit in its proportion.
+
+    Args:
+        val_fraction: share of the images for validation.
+        test_fraction: share of the images for the test.
+        split_seed: which images are in which split. Apart from `seed`, so that runs with other seeds are comparable.
+        classes: only these digits, whose targets are then their places in this list; null: all ten.
+        examples_per_class: only so many training images of each digit; null: all.
+        **kwargs: those of `DataModule`.
+    """
+
+    def __init__(
+        self,
+        val_fraction: float = 0.15,
+        test_fraction: float = 0.15,
+        split_seed: int = 0,
+        classes: list[int] | None = None,
+        examples_per_class: int | None = None,
+        **kwargs,
+    ) -> None:
+        super().__init__(**kwargs)
+        if not (val_fraction > 0 and test_fraction > 0 and val_fraction + test_fraction < 1):
+            raise ValueError(
+                f"data.val_fraction {val_fraction} and data.test_fraction {test_fraction} leave no training images: "
+                "write two fractions above 0 that add up to less than 1"
+            )
+        self.fractions = {"val": val_fraction, "test": test_fraction}
+        self.classes = list(range(10)) if classes is None else classes
+        if not self.classes or sorted(set(self.classes) & {*range(10)}) != sorted(self.classes):
+            raise ValueError(f"data.classes is {classes}: write different digits from 0 to 9")
+        if examples_per_class is not None and examples_per_class < 1:
+            raise ValueError(f"data.examples_per_class is {examples_per_class}: write at least 1, or null for all")
+        self.examples_per_class = examples_per_class
+        self.split_seed = split_seed
+
+    def load(self, split: str) -> tuple[Tensor, Tensor]:
+        """Return images uint8 [N, 1, 8, 8] with values 0 to 16 and targets int64 [N]."""
+        images, digits = read_digits()
+        index = self._index[split]
+        targets = torch.empty(10, dtype=torch.int64)
+        targets[self.classes] = torch.arange(len(self.classes))
+        return images[index], targets[digits[index]]
+
+    def transform(self, batch: MicroBatch, training: bool) -> MicroBatch:
+        """Normalise on the device: bytes travel, floats do not."""
+        mean, deviation = self._statistics
+        return replace(batch, inputs=batch.inputs.to(torch.get_default_dtype()).sub_(mean).div_(deviation))
+
+    @cached_property
+    def _index(self) -> dict[str, Tensor]:
+        digits, val, test = read_digits()[1], self.fractions["val"], self.fractions["test"]
+        parts = split_examples(digits, val, test, self.split_seed, self.examples_per_class)
+        wanted = torch.tensor(self.classes)
+        return {split: index[torch.isin(digits[index], wanted)] for split, index in parts.items()}
+
+    @cached_property
+    def _statistics(self) -> tuple[float, float]:
+        images = read_digits()[0][self._index["train"]].double()
+        return images.mean().item(), images.std().item()

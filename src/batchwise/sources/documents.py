@@ -1,0 +1,130 @@
+"""Documents from files: plain text, CSV, JSON lines; and which of them is for what."""
+
+import csv
+import json
+import os
+from collections.abc import Iterator
+from glob import glob
+from hashlib import blake2b
+from itertools import accumulate
+from pathlib import Path
+from typing import NamedTuple
+
+from batchwise.batching.random import mix
+
+STDLIB = "stdlib"
+"""Stands for the source of Python's own standard library: text that is on every machine (PSF licence)."""
+CSV, JSON_LINES = (".csv", ".tsv"), (".jsonl", ".ndjson")
+
+
+class Document(NamedTuple):
+    """A text, and its label where there are labels."""
+
+    text: str
+    label: str | None = None
+
+
+def find_files(key: str, patterns: str | list[str]) -> list[Path]:
+    """Return the files that paths and patterns name, in order.
+
+    Args:
+        key: what the patterns are the value of.
+        patterns: `**` reaches into folders; `stdlib` stands for the standard library, without its tests.
+
+    Raises:
+        ValueError: a pattern names no file.
+    """
+    files: list[Path] = []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if pattern == STDLIB:
+            found = list(_stdlib(Path(os.__file__).parent))
+        else:
+            found = [Path(name) for name in glob(os.path.expanduser(pattern), recursive=True)]
+        found = sorted(path for path in found if path.is_file())
+        if not found:
+            raise ValueError(
+                f"{key} {pattern}: no such file; write a path, a pattern such as texts/**/*.txt, or {STDLIB}"
+            )
+        files += found
+    return files
+
+
+def _stdlib(folder: Path) -> Iterator[Path]:
+    for path in folder.iterdir():
+        if path.is_dir() and path.name not in ("site-packages", "dist-packages", "test", "tests"):
+            yield from _stdlib(path)
+        elif path.suffix == ".py":
+            yield path
+
+
+def read(path: Path, text_column: str, label_column: str | None, delimiter: str | None) -> Iterator[Document]:
+    """Yield the documents of a file, leaving out those that are empty.
+
+    Args:
+        path: each row of a CSV, TSV or JSON-lines file is a document; any other file is plain text.
+        text_column: where the text stands, in such rows.
+        label_column: where the label stands; None: there are no labels.
+        delimiter: stands between two documents of a plain text; None: the whole file is one.
+
+    Raises:
+        ValueError: the file cannot be read so; the message says where.
+    """
+    try:
+        if path.suffix in CSV + JSON_LINES:
+            for place, row in _rows(path):
+                for column in filter(None, (text_column, label_column)):
+                    if row.get(column) is None:
+                        raise ValueError(f"{place} has no {column!r}, but {', '.join(map(repr, row))}: write "
+                                         "data.text_column and data.label_column as they are there")  # fmt: skip
+                label = None if label_column is None else str(row[label_column])
+                if row[text_column] or label is not None:
+                    yield Document(str(row[text_column]), label)
+        elif label_column is not None:
+            raise ValueError(f"{path} is plain text, which has no labels: write a .csv or .jsonl file")
+        else:
+            whole = path.read_bytes().decode()
+            yield from (Document(text) for text in (whole.split(delimiter) if delimiter else [whole]) if text)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 (byte {error.start:,}): convert it, or leave it out") from error
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict]]:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        if path.suffix in CSV:
+            csv.field_size_limit(2**31 - 1)  # a text may be longer than the 131,072 characters that are allowed
+            reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+            for row in reader:
+                yield f"{path}, line {reader.line_num},", row
+            return
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}, is no JSON: {error}") from error
+            yield f"{path}, line {number},", row if isinstance(row, dict) else {}
+
+
+def key_of(text: str, seed: int) -> int:
+    """Return a number that is random, but always the same for the same text."""
+    return mix(seed, int.from_bytes(blake2b(text.encode(), digest_size=8).digest()))
+
+
+def split_keys(keys: set[int], fractions: dict[str, float]) -> dict[str, int]:
+    """Return the border below which the keys of each split lie, in rising order; the keys above are for training.
+
+    So copies stay together, and a new document moves few others. No split is empty.
+
+    Args:
+        keys: of all documents.
+        fractions: of the documents in each split.
+
+    Raises:
+        ValueError: there are too few documents.
+    """
+    counts = {split: max(1, round(fraction * len(keys))) for split, fraction in fractions.items() if fraction > 0}
+    if sum(counts.values()) >= len(keys):
+        raise ValueError(
+            f"data.files have {len(keys)} different documents, too few for train, {' and '.join(counts)}: write "
+            "data.val_files and data.test_files, a fraction of 0, or a data.delimiter that makes several of a file"
+        )
+    return dict(zip(counts, [sorted(keys)[count] for count in accumulate(counts.values())], strict=True))

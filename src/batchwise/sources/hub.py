@@ -1,0 +1,189 @@
+"""Whatever the library `datasets` of Hugging Face reads: a name on the hub, or local files, without any network."""
+
+from dataclasses import replace
+from functools import cached_property
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from batchwise.batching.loader import MicroBatch
+from batchwise.data.split import ALIASES, Fractions
+from batchwise.errors import optional
+from batchwise.sources.images import ImageFormat, Resize
+
+FILES = {
+    ".parquet": "parquet",
+    ".json": "json",
+    ".jsonl": "json",
+    ".csv": "csv",
+    ".arrow": "arrow",
+}
+
+
+class Hub(Fractions):
+    """A data set of numbers, arrays of one shape, or images, from the hub by name or from local files.
+
+    It is read a whole micro-batch at a time, by `num_workers` processes; only what is asked for is in memory. Columns
+    with one number per example stand side by side in inputs [N, F]; arrays are [N, ...]; images are [N, channels,
+    height, width], from -1 to 1. Targets are class numbers [N] (of the sorted labels, where they are text), or numbers.
+
+    For data that stays in an object store, let `load` of a data module of your own return a `StreamingDataset` of the
+    library `mosaicml-streaming`.
+
+    Args:
+        source: a .parquet, .json, .jsonl, .csv or .arrow file; a folder of such, or of images by class; a folder that
+            `save_to_disk` wrote; or the name of a data set on the hub, which is downloaded.
+        inputs: the column, or the columns, that the network takes.
+        target: the column to predict.
+        name: of the data set's configuration, where it has several.
+        revision: of the data set on the hub: a commit, so that it stays what it is.
+        size: height and width of images in pixels; one number: a square.
+        channels: of images: 3 (RGB) or 1 (grey).
+        resize: crop (resize, then cut the longer side off at both ends), stretch, or pad with black.
+        **kwargs: those of `Fractions`.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        inputs: str | list[str],
+        target: str = "label",
+        name: str | None = None,
+        revision: str | None = None,
+        size: int | tuple[int, int] = 64,
+        channels: int = 3,
+        resize: Resize = "crop",
+        **kwargs,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.source, self.name, self.revision = source, name, revision
+        self.inputs, self.target = [inputs] if isinstance(inputs, str) else inputs, target
+        self.format = ImageFormat.of(size, channels, resize)
+
+    def load(self, split: str) -> "Columns | None":
+        """Return the examples of a split, which are read as they are needed."""
+        return self._parts.get(split)
+
+    def transform(self, batch: MicroBatch, training: bool) -> MicroBatch:
+        """Scale images on the device: bytes travel, floats do not."""
+        if not self._images:
+            return batch
+        return replace(batch, inputs=batch.inputs.to(torch.get_default_dtype()).div_(127.5).sub_(1))
+
+    def labels(self) -> Tensor | None:
+        """Return the training targets [examples], where they are classes."""
+        train = self.load("train")
+        return None if train is None or not self.class_names else train.targets()
+
+    @cached_property
+    def _sets(self) -> dict[str, Any]:
+        """The data sets by split."""
+        datasets = optional("datasets", "hub")
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it would tell the hub of each use, of local files too
+        path = Path(self.source)
+        try:
+            if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+                found = datasets.load_from_disk(str(path))
+            elif path.suffix in FILES:
+                if not path.is_file():
+                    raise FileNotFoundError("there is no such file")
+                found = datasets.load_dataset(FILES[path.suffix], data_files=str(path))
+            else:
+                found = datasets.load_dataset(self.source, self.name, revision=self.revision)
+        except Exception as error:  # of a dozen libraries
+            reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(f"data.source {self.source} cannot be read: {reason}") from error
+        sets = dict(found) if isinstance(found, dict) else {"train": found}
+        sets = {ALIASES[name]: part for name, part in sets.items() if name in ALIASES}
+        if "train" not in sets:
+            raise ValueError(f"data.source {self.source} has no training split: it has {', '.join(found)}")
+        for column in (*self.inputs, self.target):
+            if column not in sets["train"].features:
+                raise ValueError(
+                    f"data.source {self.source} has no column '{column}': write data.inputs and data.target from "
+                    f"{', '.join(sets['train'].features)}"
+                )
+        return sets
+
+    @cached_property
+    def class_names(self) -> list[str] | None:  # type: ignore[override]
+        """The labels, in the order of their numbers; None where targets are numbers already."""
+        feature = self._sets["train"].features[self.target]
+        if hasattr(feature, "names"):
+            return feature.names
+        if getattr(feature, "dtype", None) not in ("string", "large_string"):
+            return None
+        return sorted({label for part in self._sets.values() for label in part.unique(self.target)})
+
+    @property
+    def _images(self) -> bool:
+        features = self._sets["train"].features
+        return any(type(features[column]).__name__ == "Image" for column in self.inputs)
+
+    @cached_property
+    def _parts(self) -> dict[str, "Columns"]:
+        parts = {split: Columns(part, self) for split, part in self._sets.items()}
+        if "val" not in parts or len(parts) == 1:
+            train = parts["train"]
+            labels = train.targets() if self.class_names else torch.zeros(len(train))
+            for split, index in self.divide(labels, test=len(parts) == 1).items():
+                parts[split] = Columns(train.dataset, self, index)
+        return parts
+
+
+class Columns(Dataset):
+    """Examples of a data set of Hugging Face, as inputs and targets; those of `index`, if it is given."""
+
+    def __init__(self, dataset: Any, data: Hub, index: Tensor | None = None) -> None:
+        self.dataset, self.index = dataset, torch.arange(len(dataset)) if index is None else index
+        self.inputs, self.target, self.format = data.inputs, data.target, data.format
+        self.is_image = data._images
+        self.numbers = {name: n for n, name in enumerate(data.class_names or ())}
+        self.view = dataset.select_columns([*self.inputs, self.target])
+        if self.is_image:
+            (column,) = self.inputs
+            self.view = self.view.cast_column(column, type(dataset.features[column])(decode=False))
+        else:
+            self.view = self.view.with_format("numpy")
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, ...]:
+        """Return the fields of one example."""
+        return tuple(field[0] for field in self.__getitems__([number]))
+
+    def __getitems__(self, numbers: list[int]) -> tuple[Tensor, ...]:
+        """Return the fields of some examples, [N, ...] each."""
+        rows = self.view[self.index[numbers].tolist()]
+        if self.is_image:
+            files = (
+                BytesIO(image["bytes"]) if image["bytes"] else Path(image["path"]) for image in rows[self.inputs[0]]
+            )
+            inputs = [torch.from_numpy(np.stack([self.format.decode(file) for file in files]))]
+        else:
+            inputs = [self._tensor(rows[name], name) for name in self.inputs]
+            if all(column.ndim == 1 for column in inputs):
+                inputs = [torch.stack(inputs, 1)]
+        return *inputs, self._targets(rows[self.target])
+
+    def targets(self) -> Tensor:
+        """Return the targets of all examples, [N]."""
+        return self._targets(self.view.with_format("numpy")[self.target][:])[self.index]
+
+    def _tensor(self, values: Any, name: str) -> Tensor:
+        array = np.asarray(values)
+        if array.dtype.kind not in "biuf":
+            raise TypeError(f"column '{name}' holds {array.dtype}: numbers, arrays of one shape, or images are needed")
+        return torch.from_numpy(array).float()
+
+    def _targets(self, values: Any) -> Tensor:
+        if self.numbers and np.asarray(values).dtype.kind not in "iu":
+            return torch.tensor([self.numbers[label] for label in values])
+        targets = torch.as_tensor(np.asarray(values))
+        return targets.float() if targets.is_floating_point() else targets.long()

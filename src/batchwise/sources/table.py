@@ -1,0 +1,265 @@
+"""Tables: the rows of a CSV or Parquet file, with columns of numbers and categories."""
+
+import warnings
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from batchwise.data.split import ALIASES, Fractions
+from batchwise.errors import optional
+
+MOST_CATEGORIES = 1000
+
+
+class Column(NamedTuple):
+    """How a column becomes inputs; everything in it is of the training split.
+
+    Args:
+        name: of the column.
+        mean: of the numbers that are there.
+        deviation: of the numbers that are there; 0 where all are the same.
+        missing: some are missing.
+        categories: the values that are there, in order; None for a column of numbers.
+    """
+
+    name: str
+    mean: float = 0.0
+    deviation: float = 0.0
+    missing: bool = False
+    categories: list[str] | None = None
+
+    def inputs(self, column: Any) -> np.ndarray:
+        """Return [N, 1 or more] of a column of pyarrow: one-hot, or standardised with 0 for what is missing."""
+        if self.categories is not None:
+            return np.array(self.categories) == texts(column)[:, None]
+        values = numbers(column)
+        there = ~np.isnan(values)
+        known = np.where(there, (values - self.mean) / self.deviation if self.deviation else 0.0, 0.0)
+        return np.column_stack([known, ~there]) if self.missing else known[:, None]
+
+
+def numbers(column: Any) -> np.ndarray:
+    """Return a column of pyarrow as float64 [N]; NaN where a value is missing."""
+    return column.cast("float64").to_numpy().astype(np.float64)
+
+
+def texts(column: Any) -> np.ndarray:
+    """Return a column of pyarrow as text [N]; empty where a value is missing."""
+    return column.cast("string").fill_null("").to_numpy().astype(str)
+
+
+class Table(Fractions):
+    """The rows of a CSV or Parquet file; one column, or several, are to be predicted from the others.
+
+    Inputs are [N, F] float32. A column of numbers is standardised with mean and deviation of the training split; a
+    missing number is 0 then (the mean), and a second input says so, where any is missing in the training split. A
+    constant column is 0. A column of text is one-hot over the values of the training split; a missing text is a value
+    of its own, and one that the training split does not have is 0 throughout.
+
+    Targets are class numbers [N] of the sorted labels; or float32 [N], or [N, K] for several columns.
+
+    Args:
+        path: a .csv, .tsv or .parquet file, or a folder of Parquet files.
+        target: the column to predict. Several give targets [N, K], for regression or (0 and 1) several labels each.
+        target_kind: class or number; null: text is a class, a fraction is a number.
+        categorical: columns of numbers that are names all the same, such as postcodes.
+        ignore: columns that are no inputs, such as identifiers.
+        split_column: the column that says train, val or test; null: fractions, of each class alike.
+        delimiter: between the fields of a CSV file; null: a comma, in .tsv files a tab.
+        predict_path: rows to predict; null: those of the test split. The target may be left out there.
+        **kwargs: those of `Fractions`.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        target: str | list[str],
+        target_kind: Literal["class", "number"] | None = None,
+        categorical: list[str] | None = None,
+        ignore: list[str] | None = None,
+        split_column: str | None = None,
+        delimiter: str | None = None,
+        predict_path: str | None = None,
+        **kwargs,
+    ) -> None:
+        super().__init__(**kwargs)
+        if target_kind == "class" and not isinstance(target, str):
+            raise ValueError(
+                f"data.target {target} is several columns, which are numbers: write data.target_kind number"
+            )
+        self.path, self.predict_path, self.delimiter = path, predict_path, delimiter
+        self.targets = [target] if isinstance(target, str) else target
+        self.several = not isinstance(target, str)
+        self.target_kind = target_kind
+        self.categorical, self.ignore, self.split_column = categorical or [], ignore or [], split_column
+        self._knows_predict = predict_path is not None
+
+    def load(self, split: str) -> tuple[Tensor, ...] | None:
+        """Return inputs float32 [N, F] and targets, int64 or float32; just inputs for `predict_path`."""
+        if split == "predict":
+            assert self.predict_path is not None
+            return (self._inputs(self._read(self.predict_path), self.predict_path),)
+        index = self._index.get(split)
+        return None if index is None else (self._all_inputs[index], self._all_targets[index])
+
+    def describe(self, index: Tensor) -> dict[str, list]:
+        """Return the number of each row in its file, from 1."""
+        return {"row": (index if self._knows_predict else self._index["test"][index]).add(1).tolist()}
+
+    @property
+    def class_names(self) -> list[str] | None:  # type: ignore[override]
+        """The labels, in the order of their numbers; None where targets are numbers."""
+        return None if self._labels is None else [str(label) for label in self._labels]
+
+    def _read(self, path: str) -> Any:
+        optional("pyarrow", "table")
+        from pyarrow import ArrowException, csv, parquet
+
+        try:
+            if Path(path).suffix in (".parquet", ".pq") or Path(path).is_dir():
+                return parquet.read_table(path)
+            delimiter = self.delimiter or ("\t" if Path(path).suffix == ".tsv" else ",")
+            return csv.read_csv(
+                path,
+                parse_options=csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+                convert_options=csv.ConvertOptions(strings_can_be_null=True),
+            )
+        except (OSError, ArrowException) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
+
+    @cached_property
+    def _table(self) -> Any:
+        table = self._read(self.path)
+        for key, names in {
+            "target": self.targets,
+            "categorical": self.categorical,
+            "ignore": self.ignore,
+            "split_column": [self.split_column] if self.split_column else [],
+        }.items():
+            for name in names:
+                if name not in table.column_names:
+                    some = ", ".join(table.column_names[:20])
+                    raise ValueError(f"data.{key}: {self.path} has no column '{name}': write one of {some}")
+        return table
+
+    # Targets
+
+    @cached_property
+    def _labels(self) -> list | None:
+        from pyarrow import types
+
+        column = self._table[self.targets[0]]
+        kind = self.target_kind or ("number" if self.several or types.is_floating(column.type) else None)
+        if kind is None and types.is_integer(column.type):
+            raise ValueError(
+                f"the target '{self.targets[0]}' of {self.path} holds whole numbers: "
+                "write data.target_kind class or number"
+            )
+        return None if kind == "number" else sorted(value for value in column.unique().to_pylist() if value is not None)
+
+    @cached_property
+    def _all_targets(self) -> Tensor:
+        import pyarrow
+        from pyarrow import compute
+
+        for name in self.targets:
+            missing = compute.is_null(self._table[name], nan_is_null=True).to_numpy()  # type: ignore[attr-defined]
+            if missing.any():
+                raise ValueError(
+                    f"the target '{name}' of {self.path} is missing in {missing.sum():,} of {len(missing):,} rows, "
+                    f"such as row {missing.argmax() + 1}: fill it in, or delete these rows"
+                )
+        if self._labels is not None:
+            column = self._table[self.targets[0]]
+            values = pyarrow.array(self._labels, column.type)
+            return torch.from_numpy(compute.index_in(column, value_set=values).to_numpy().astype(np.int64))  # type: ignore[attr-defined]
+        columns = [self._numbers(self._table[name], name, self.path) for name in self.targets]
+        targets = torch.from_numpy(np.column_stack(columns)).float()
+        return targets if self.several else targets.squeeze(1)
+
+    def _numbers(self, column: Any, name: str, path: str) -> np.ndarray:
+        try:
+            values = numbers(column)
+        except (ValueError, NotImplementedError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"column '{name}' of {path} does not hold numbers ({reason}): data.ignore leaves it out"
+            ) from error
+        if np.isinf(values).any():
+            raise ValueError(
+                f"column '{name}' of {path} is infinite in row {np.isinf(values).argmax() + 1}: correct it"
+            )
+        return values
+
+    # Splits
+
+    @cached_property
+    def _index(self) -> dict[str, Tensor]:
+        if self.split_column is None:
+            labels = self._all_targets if self._labels is not None else torch.zeros(len(self._table))
+            return self.divide(labels)
+        names = texts(self._table[self.split_column])
+        for name in np.unique(names):
+            if name not in ALIASES:
+                raise ValueError(
+                    f"data.split_column '{self.split_column}' of {self.path} holds '{name}': "
+                    "write train, val or test there"
+                )
+        splits = np.array([ALIASES[name] for name in names])
+        if "train" not in splits:
+            raise ValueError(f"no row of {self.path} is for training")
+        return {split: torch.from_numpy((splits == split).nonzero()[0]) for split in np.unique(splits)}
+
+    # Inputs
+
+    @cached_property
+    def _columns(self) -> list[Column]:
+        others = {*self.targets, *self.ignore, self.split_column}
+        columns = [self._fit(name, self._table[name]) for name in self._table.column_names if name not in others]
+        constant = [f"'{column.name}'" for column in columns if column.categories is None and not column.deviation]
+        if constant:
+            warnings.warn(
+                f"the same in all training rows of {self.path}, and so of no use: {', '.join(constant)}", stacklevel=2
+            )
+        return columns
+
+    def _fit(self, name: str, column: Any) -> Column:
+        from pyarrow import types
+
+        index, kind = self._index["train"].numpy(), column.type
+        kind = kind.value_type if types.is_dictionary(kind) else kind
+        if name in self.categorical or types.is_string(kind) or types.is_large_string(kind):
+            categories = np.unique(texts(column)[index]).tolist()
+            if len(categories) > min(MOST_CATEGORIES, max(20, len(index) // 2)):
+                raise ValueError(
+                    f"column '{name}' of {self.path} has {len(categories):,} different values in {len(index):,} "
+                    "training rows: leave it out with data.ignore, or merge rare values"
+                )
+            return Column(name, categories=categories)
+        values = self._numbers(column, name, self.path)[index]
+        known = values[~np.isnan(values)]
+        if len(known) == 0 or known.min() == known.max():
+            return Column(name, missing=len(known) < len(values) and len(known) > 0)
+        return Column(name, known.mean(), known.std(), missing=len(known) < len(values))
+
+    def _inputs(self, table: Any, path: str) -> Tensor:
+        columns = []
+        for column in self._columns:
+            if column.name not in table.column_names:
+                raise ValueError(f"{path} has no column '{column.name}', which {self.path} has")
+            if column.categories is None:
+                self._numbers(table[column.name], column.name, path)
+            columns.append(column.inputs(table[column.name]).astype(np.float32))
+        return torch.from_numpy(np.concatenate(columns, 1))
+
+    @cached_property
+    def _all_inputs(self) -> Tensor:
+        targets, inputs = self._all_targets, self._inputs(self._table, self.path)
+        names = self.class_names
+        what = f"{len(names)} classes: {', '.join(names[:10])}" if names else f"{targets[0].numel()} numbers to predict"
+        self.say(f"{self.path}: {len(inputs):,} rows, {len(self._columns)} columns, {inputs.shape[1]} inputs, {what}")
+        return inputs

@@ -1,0 +1,177 @@
+"""Text, for language models and for classification: packed into blocks, or sequences of unequal length."""
+
+import json
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from batchwise.batching.loader import MicroBatch
+from batchwise.batching.ragged import PADDING, Ragged
+from batchwise.data.module import DataModule, Source
+from batchwise.sources.documents import find_files
+from batchwise.sources.tokens import Tokens
+from batchwise.sources.vocabulary import Vocabulary, make_vocabulary
+
+END = "<|end|>"
+"""What the separator looks like to a reader."""
+
+
+class Text(DataModule):
+    """Documents as tokens.
+
+    The number after those of the vocabulary is the separator. For a language model the targets [N, T] are a document's
+    tokens and then the separator; the inputs are the same one place later, behind a separator, with which so every
+    sequence and block begins. Each token of the data is a target exactly once. For classification the inputs are the
+    separator and then the tokens, the targets the numbers of the labels [N]. Past the end stands -1.
+
+    The tokens are memory maps in `cache`, in a folder named by a hash of the files (path, size, time of change) and
+    the settings; a change of either makes a new one.
+
+    Args:
+        files: paths and patterns of plain text, or of CSV, TSV or JSON lines with a document in each row; `stdlib` is
+            the source of Python's own standard library.
+        vocabulary: bytes, characters (of the training documents), or the path of a `tokenizer.json`.
+        sequence_length: most tokens of a sequence, and all tokens of a packed block. For a language model a longer
+            document becomes several sequences; for classification its beginning is taken.
+        packing: cut: documents one after the other, cut into blocks. best_fit: whole sequences are put into blocks,
+            with little room left. null: each sequence is an example, as long as it is. For language models.
+        document_mask: keep documents in a block apart: the network gets `(tokens, documents)`.
+        text_column: where the text stands in a row.
+        label_column: where the label stands in a row; null: text for a language model.
+        delimiter: stands between two documents of a plain text; null: each file is one.
+        val_files: files for validation; null: a share of the documents.
+        test_files: files for the test; null: a share of the documents.
+        val_fraction: share of the documents for validation (at least one), drawn by a hash of their texts.
+        test_fraction: share of the documents for the test.
+        split_seed: which documents are in which split.
+        cache: where the tokens are kept.
+        **kwargs: those of `DataModule`.
+    """
+
+    def __init__(
+        self,
+        files: str | list[str],
+        vocabulary: str = "bytes",
+        sequence_length: int = 256,
+        packing: Literal["cut", "best_fit"] | None = None,
+        document_mask: bool = False,
+        text_column: str = "text",
+        label_column: str | None = None,
+        delimiter: str | None = None,
+        val_files: str | list[str] | None = None,
+        test_files: str | list[str] | None = None,
+        val_fraction: float = 0.05,
+        test_fraction: float = 0.05,
+        split_seed: int = 0,
+        cache: str = ".cache",
+        **kwargs,
+    ) -> None:
+        super().__init__(**kwargs)
+        if sequence_length < 2:
+            raise ValueError(f"data.sequence_length is {sequence_length}: write a number of tokens of at least 2")
+        if not (val_fraction >= 0 and test_fraction >= 0 and val_fraction + test_fraction < 1):
+            raise ValueError(
+                f"data.val_fraction {val_fraction} and data.test_fraction {test_fraction} leave nothing to train on: "
+                "write two fractions that add up to less than 1"
+            )
+        if label_column is not None and packing is not None:
+            raise ValueError(f"data.packing is {packing}, but each text has a label of its own: write packing: null")
+        if document_mask and packing is None:
+            raise ValueError("data.document_mask is set, but sequences are not packed: write packing: best_fit or cut")
+        self.arguments = {
+            "vocabulary": vocabulary,
+            "sequence_length": sequence_length,
+            "packing": packing,
+            "text_column": text_column,
+            "label_column": label_column,
+            "delimiter": delimiter,
+            "split_seed": split_seed,
+        }
+        self.patterns = {"train": files, "val": val_files, "test": test_files}
+        self.fractions = {"val": val_fraction, "test": test_fraction}
+        self.vocabulary_name, self.sequence_length, self.packing = vocabulary, sequence_length, packing
+        self.document_mask, self.labelled, self.cache = document_mask, label_column is not None, cache
+
+    # What the network is given
+
+    def load(self, split: str) -> Source | None:
+        """Return blocks [N, T], or sequences and where there are labels their numbers [N]."""
+        if split not in self.meta["splits"]:
+            return None
+        tokens = np.memmap(self.folder / f"{split}.tokens", self.meta["dtype"], "r")
+        if self.packing is not None:
+            return (tokens.reshape(-1, self.sequence_length),)
+        lengths, labels = (np.load(self.folder / f"{split}.{name}.npy") for name in ("lengths", "labels"))
+        return Ragged(tokens, np.concatenate([[0], lengths.cumsum()]), *[labels][: self.labelled])
+
+    def transform(self, batch: MicroBatch, training: bool) -> MicroBatch:
+        """Make inputs and targets of the sequences of a language model."""
+        if self.labelled:
+            return batch
+        targets = batch.inputs.long()
+        inputs = F.pad(targets[:, :-1], (1, 0), value=self.separator).where(targets >= 0, PADDING)
+        documents = (inputs == self.separator).cumsum(1)
+        return replace(batch, inputs=(inputs, documents) if self.document_mask else inputs, targets=targets)
+
+    def decode(self, tokens: Tensor) -> str:
+        """Return the text of tokens [T], with `<|end|>` for the separator and nothing for padding."""
+        parts: list[list[int]] = [[]]
+        for token in tokens.tolist():
+            if token == self.separator:
+                parts.append([])
+            elif token >= 0:
+                parts[-1].append(token)
+        return END.join(self.vocabulary.decode(part) for part in parts)
+
+    @property
+    def separator(self) -> int:
+        """The token between documents."""
+        return self.vocabulary.size
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """The labels, in the order of their numbers."""
+        return self.meta["classes"] or None
+
+    def check(self, network: nn.Module) -> None:
+        """Check that the network knows all tokens."""
+        tokens = self.separator + 1
+        known = getattr(network, "vocab_size", tokens)
+        if known < tokens:
+            raise ValueError(
+                f"model.network knows {known} tokens, but the data has {tokens}, with the separator: "
+                f"write vocab_size {tokens}"
+            )
+
+    # The tokens on disk
+
+    def prepare_data(self) -> None:
+        """Write the tokens, where they are not there yet."""
+        _ = self.folder
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where the tokens are."""
+        keys = {"train": "data.files", "val": "data.val_files", "test": "data.test_files"}
+        files = {
+            split: [str(path.absolute()) for path in find_files(keys[split], patterns)]
+            for split, patterns in self.patterns.items()
+            if patterns is not None
+        }
+        fractions = {split: 0.0 if split in files else share for split, share in self.fractions.items()}
+        return Tokens(files, fractions, **self.arguments).folder(Path(self.cache))
+
+    @cached_property
+    def meta(self) -> dict[str, Any]:
+        """What the folder says of itself: splits, type of the tokens, characters and classes."""
+        return json.loads((self.folder / "meta.json").read_text())
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """Text to tokens and back."""
+        return make_vocabulary(self.vocabulary_name, self.meta["characters"])

@@ -1,0 +1,155 @@
+"""Classify each example: cross-entropy, accuracy, macro F1."""
+
+import warnings
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
+
+from batchwise.batching.loader import MicroBatch
+from batchwise.data.mixing import Mixing
+from batchwise.data.module import DataModule
+from batchwise.tasks.step import Losses
+from batchwise.tasks.task import Task
+
+
+class Classification(Task):
+    """Classify each example. Targets are class numbers [N]; the network gives logits [N, C].
+
+    Args:
+        label_smoothing: share of the target spread evenly over all classes (Szegedy et al. 2016, section 7).
+        class_weights: what an example of each class counts in the loss, in training and evaluation: the mean is by
+            weight, over the whole global batch. balanced: training examples / (classes * those of the class), so that
+            each class counts alike (as in scikit-learn).
+        **kwargs: those of `Task`.
+    """
+
+    monitor: ClassVar[tuple[str, str]] = ("val/accuracy", "max")
+
+    weights: Tensor | None
+    """Of each class, [C]; None: all one."""
+
+    def __init__(
+        self,
+        *args: Any,
+        label_smoothing: float = 0.0,
+        class_weights: list[float] | Literal["balanced"] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"model.label_smoothing is {label_smoothing}: write a share from 0 to below 1")
+        self.label_smoothing = label_smoothing
+        if isinstance(class_weights, list) and not (sum(class_weights) > 0 and min(class_weights) >= 0):
+            raise ValueError(f"model.class_weights is {class_weights}: write a number of at least 0 for each class")
+        self.class_weights = class_weights
+        # Those that are counted go into checkpoints: an evaluation need not have the training examples.
+        self.register_buffer("weights", None, persistent=class_weights == "balanced")
+        self.confusion: MulticlassConfusionMatrix | None = None
+
+    def losses(self, batch: MicroBatch) -> Losses:
+        """One cross-entropy per example [N], in nats. Never averaged here: the base class divides once."""
+        logits = self(batch.inputs)
+        mixed = batch.targets.ndim == 2  # probabilities [N, C], of augmentations that mix examples
+        self.measure(logits, batch.targets.argmax(1) if mixed else batch.targets)
+        smoothing = self.label_smoothing
+        if self.weights is None or not mixed:
+            losses = F.cross_entropy(logits, batch.targets, reduction="none", label_smoothing=smoothing)
+            return losses if self.weights is None else (losses, self.weights[batch.targets].to(losses))
+        # Each part of a mixture has the weight of its own class; so their sum divides, and not that of main classes.
+        each = self.weights.to(logits)
+        weights = (batch.targets.to(each) @ each).clamp_min(torch.finfo(each.dtype).tiny)
+        return F.cross_entropy(
+            logits, batch.targets, each, reduction="none", label_smoothing=smoothing
+        ) / weights, weights
+
+    def measure(self, *values: Tensor) -> None:
+        """Also count, in evaluation, which class is taken for which."""
+        super().measure(*values)
+        if self.confusion is not None and not self.training:
+            self.confusion.update(*values)
+
+    def on_validation_epoch_start(self) -> None:
+        """Also forget the counts."""
+        super().on_validation_epoch_start()
+        if self.confusion is not None:
+            self.confusion.reset()
+
+    def predictions(self, batch: MicroBatch) -> dict[str, Tensor]:
+        """The most probable class [N], and the probability of each class [N, C]."""
+        probability = self(batch.inputs).float().softmax(dim=1)
+        return {"predicted": probability.argmax(dim=1), "probability": probability}
+
+    def make_metrics(self, outputs: Tensor) -> MetricCollection:
+        """Top-1 accuracy over all examples, and the mean over classes of their F1."""
+        classes = outputs.shape[1]
+        self.confusion = MulticlassConfusionMatrix(classes, validate_args=False)
+        return MetricCollection(
+            {
+                "accuracy": MulticlassAccuracy(classes, average="micro", validate_args=False),
+                "f1": MulticlassF1Score(classes, average="macro", validate_args=False),
+            }
+        )
+
+    def check(self, data: DataModule, outputs: Tensor) -> None:
+        """Check that the network has an output for each class and that targets are class numbers."""
+        if outputs.ndim != 2:
+            raise ValueError(f"model.network gives the shape {list(outputs.shape)}: logits [N, classes] are needed")
+        for step in data.augment:
+            if isinstance(step, Mixing) and step.num_classes != outputs.shape[1]:
+                raise ValueError(
+                    f"{type(step).__name__}.num_classes is {step.num_classes}, but model.network has "
+                    f"{outputs.shape[1]} outputs: write num_classes {outputs.shape[1]}"
+                )
+        check_labels(data, outputs.shape[1])
+        if self.class_weights is not None:
+            self._weigh(data, outputs)
+
+    def _weigh(self, data: DataModule, outputs: Tensor) -> None:
+        """Set the weights of the classes; for an evaluation, the checkpoint has those that were counted."""
+        weights, classes = self.class_weights, outputs.shape[1]
+        if weights == "balanced":
+            labels = data.labels() if data.plan is not None else torch.arange(classes)
+            if labels is None:
+                raise ValueError("model.class_weights is balanced, but the labels are not in memory: write the weights")
+            weights = len(labels) / (classes * torch.bincount(labels, minlength=classes).clamp(min=1))
+        elif weights is not None and len(weights) != classes:
+            raise ValueError(f"model.class_weights has {len(weights)} numbers: write {classes}, one for each class")
+        self.weights = torch.as_tensor(weights).to(outputs)
+
+
+def check_labels(data: DataModule, classes: int) -> None:
+    """Check that the targets in memory are class numbers below `classes`; warn of splits with strange classes.
+
+    Raises:
+        ValueError: a target is not a class number.
+    """
+    found: dict[str, Tensor] = {}
+    for name, fetch in data.loaded():
+        targets = getattr(fetch, "fields", (None,))[-1]
+        if targets is None or len(fetch.fields) < 2:  # type: ignore[attr-defined]
+            continue
+        if targets.ndim != 1 or targets.is_floating_point():
+            raise ValueError(
+                f"the targets of the {name} split are {targets.dtype} of shape {list(targets.shape)}: "
+                "write one whole number per example"
+            )
+        wrong = ((targets < 0) | (targets >= classes)).nonzero()
+        if len(wrong):
+            example = int(wrong[0])
+            raise ValueError(
+                f"label {int(targets[example])} at example {example} of the {name} split, but model.network has "
+                f"{classes} outputs: write num_classes {int(targets.max()) + 1}, or correct the label"
+            )
+        found[name] = torch.unique(targets)
+        if len(found[name]) == 1 < len(targets):
+            which = "training" if name == "train" else name
+            warnings.warn(f"all {len(targets)} {which} examples have the label {int(targets[0])}", stacklevel=2)
+    for name, labels in found.items():
+        unknown = [int(label) for label in labels if label not in found.get("train", labels)]
+        if unknown:
+            words = ", ".join(data.class_names[label] if data.class_names else str(label) for label in unknown[:10])
+            warnings.warn(f"labels of the {name} split that no training example has: {words}", stacklevel=2)

@@ -1,0 +1,89 @@
+"""Predict numbers: squared error; MSE, MAE and R2 in the units of the targets."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import MetricCollection
+from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError, R2Score
+
+from batchwise.batching.loader import MicroBatch
+from batchwise.data.module import DataModule
+from batchwise.tasks.task import Task
+
+
+class Regression(Task):
+    """Predict one number for each example, or several. Targets are [N] or [N, K]; the network gives [N, 1] or [N, K].
+
+    The network learns standardised targets, with mean and deviation of the training split, where the targets are in
+    memory or in memory maps; a data set that is read example by example is learnt as it stands. So a loss of 1 is that
+    of always saying the mean. Metrics and predictions are in the units of the targets. The checkpoint has mean and
+    deviation.
+    """
+
+    target_mean: Tensor
+    target_deviation: Tensor
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_buffer("target_mean", torch.zeros(1))
+        self.register_buffer("target_deviation", torch.ones(1))
+
+    def losses(self, batch: MicroBatch) -> Tensor:
+        """One squared error per target [N, K], of standardised targets."""
+        outputs = self(batch.inputs)
+        targets = (batch.targets.reshape(outputs.shape) - self.target_mean) / self.target_deviation
+        # Relative to the mean, which changes none of the metrics: R2 takes the difference of two sums of squares.
+        self.measure(outputs * self.target_deviation, targets * self.target_deviation)
+        return F.mse_loss(outputs, targets, reduction="none")
+
+    def predictions(self, batch: MicroBatch) -> dict[str, Tensor]:
+        """The numbers [N] or [N, K], in the units of the targets."""
+        predicted = self(batch.inputs) * self.target_deviation + self.target_mean
+        return {"predicted": predicted.squeeze(1) if predicted.shape[1] == 1 else predicted}
+
+    def make_metrics(self, outputs: Tensor) -> MetricCollection:
+        """Mean squared and mean absolute error; R2, the share of the variance that is explained (the mean over K)."""
+        return MetricCollection({"mse": MeanSquaredError(), "mae": MeanAbsoluteError(), "r2": R2Score()})
+
+    def check(self, data: DataModule, outputs: Tensor) -> None:
+        """Check that there is an output for each target and that targets are finite; take their mean and deviation."""
+        if outputs.ndim != 2:
+            raise ValueError(f"model.network gives the shape {list(outputs.shape)}: numbers [N, K] are needed")
+        count = outputs.shape[1]
+        if len(self.target_mean) != count:
+            self.target_mean = self.target_mean.new_zeros(count)
+            self.target_deviation = self.target_deviation.new_ones(count)
+        for name, targets in targets_of(data):
+            if targets[0].numel() != count:
+                raise ValueError(
+                    f"model.network has {count} outputs, but the {name} split has {targets[0].numel()} targets per "
+                    f"example: write as many outputs (num_classes {targets[0].numel()})"
+                )
+            if name == "train":
+                rows = targets.reshape(len(targets), -1).double()
+                deviation = rows.std(0, correction=0)
+                self.target_mean.copy_(rows.mean(0))
+                self.target_deviation.copy_(torch.where(deviation > 0, deviation, 1.0))
+
+
+def targets_of(data: DataModule) -> list[tuple[str, Tensor]]:
+    """Return the targets of each split that is loaded and that is made of tensors, by name of the split.
+
+    Raises:
+        ValueError: a target is not finite.
+    """
+    found = []
+    for name, fetch in data.loaded():
+        fields = getattr(fetch, "fields", ())
+        if len(fields) < 2:
+            continue
+        wrong = ~fields[-1].reshape(len(fields[-1]), -1).isfinite().all(1)
+        if wrong.any():
+            raise ValueError(
+                f"{int(wrong.sum()):,} targets of the {name} split are not finite, such as that of example "
+                f"{int(wrong.nonzero()[0])}: correct them, or leave these examples out"
+            )
+        found.append((name, fields[-1]))
+    return found

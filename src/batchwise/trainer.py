@@ -1,0 +1,113 @@
+"""Lightning's Trainer, with the defaults that an exact global batch needs."""
+
+from contextlib import nullcontext
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.profilers import PassThroughProfiler, Profiler
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
+
+from batchwise import host
+from batchwise.callbacks.pictures import Pictures
+from batchwise.callbacks.record import Record
+from batchwise.callbacks.samples import Samples
+from batchwise.checkpoints import DurableIO
+
+
+class Unprofiled(PassThroughProfiler):
+    """Measures nothing, and costs less than Lightning's: it is asked 40 times per step."""
+
+    def profile(self, action_name: str) -> Any:
+        """Return a context that does nothing."""
+        return _NOTHING
+
+
+_NOTHING = nullcontext()
+
+
+class Trainer(pl.Trainer):
+    """Lightning's Trainer. One loader item is one global batch, so Lightning itself never accumulates.
+
+    Args:
+        accumulate_grad_batches: micro-batches per device and optimizer step; null: derived from `data.batch_size` and
+            `data.micro_batch_size`. It never changes the batch.
+        log_every_n_steps: optimizer steps between two rows in the log.
+        num_sanity_val_steps: validation batches before training. The first examples are tried on the network anyway.
+        enable_model_summary: print a table of the network's layers.
+        use_distributed_sampler: must stay false: the data module cuts the batches.
+        callbacks: besides those that write the figures of training, pictures and texts to the log.
+        plugins: as in Lightning; checkpoints are written durably unless one of these is a checkpoint writer.
+        profiler: "simple", "advanced" or "pytorch", to see where the time goes.
+        channels_last: lay images out with the channels last, which convolutions like better on GPUs and with bf16.
+            Null, here and below, is no, but leaves it to `speed: auto`.
+        compile: compile the network (`torch.compile`); the first steps take up to minutes.
+        matmul_precision: of products of float32 matrices: highest; high (TF32, faster on recent GPUs) or medium
+            (bfloat16); null: as PyTorch has it.
+        threads: of PyTorch on the CPU, per process; null: the processes of a machine share its cores.
+        keep_memory: on a CPU, keep freed memory for the next step: faster where a micro-batch needs much.
+        **kwargs: those of Lightning's Trainer.
+    """
+
+    def __init__(
+        self,
+        *,
+        accumulate_grad_batches: int | None = None,
+        log_every_n_steps: int = 10,
+        num_sanity_val_steps: int = 0,
+        enable_model_summary: bool = False,
+        use_distributed_sampler: bool = False,
+        plugins: Any = None,
+        callbacks: list[Callback] | Callback | None = None,
+        profiler: Profiler | str | None = None,
+        channels_last: bool | None = None,
+        compile: bool | None = None,
+        matmul_precision: Literal["highest", "high", "medium"] | None = None,
+        threads: int | None = None,
+        keep_memory: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if use_distributed_sampler:
+            raise ValueError("trainer.use_distributed_sampler is true: leave it out, the data module cuts the batches")
+        if accumulate_grad_batches is not None and accumulate_grad_batches < 1:
+            raise ValueError(
+                f"trainer.accumulate_grad_batches is {accumulate_grad_batches}: write a whole number of at least 1"
+            )
+        if threads is not None and threads < 1:
+            raise ValueError(f"trainer.threads is {threads}: write a whole number of at least 1")
+        self.accumulation = accumulate_grad_batches
+        self.channels_last, self.compile = bool(channels_last), bool(compile)
+        if matmul_precision is not None:
+            torch.set_float32_matmul_precision(matmul_precision)
+        if threads is not None:
+            host.set_threads(threads)
+        if keep_memory and not host.keep_memory(True):
+            print("trainer.keep_memory is true, but this C library cannot: training goes on without", flush=True)
+        plugins = [] if plugins is None else list(plugins) if isinstance(plugins, list | tuple) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(DurableIO())
+        given = [] if callbacks is None else list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
+        usual = (Record(), Pictures(), Samples())
+        own = [one for one in usual if not any(isinstance(callback, type(one)) for callback in given)]
+        super().__init__(
+            callbacks=[*given, *own],
+            accumulate_grad_batches=1,
+            log_every_n_steps=log_every_n_steps,
+            num_sanity_val_steps=num_sanity_val_steps,
+            enable_model_summary=enable_model_summary,
+            use_distributed_sampler=False,
+            plugins=plugins,
+            profiler=Unprofiled() if profiler is None else profiler,
+            **kwargs,
+        )
+        if isinstance(self.strategy, FSDPStrategy | DeepSpeedStrategy):
+            raise ValueError(
+                f"trainer.strategy is {type(self.strategy).__name__}, which keeps gradients where the exact step does "
+                "not see them: write ddp, or take configs/overlays/fsdp.yaml"
+            )
+        if isinstance(self.strategy, DDPStrategy):
+            # Each device computes the same running statistics, or none. Copying those of the first device over the
+            # others before every forward pass is a cost, and would undo exact ones. Lightning has no setter for it.
+            self.strategy._ddp_kwargs.setdefault("broadcast_buffers", False)

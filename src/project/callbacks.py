@@ -1,0 +1,32 @@
+"""Your callbacks: what happens besides training. Name them under `trainer.callbacks` in the configuration."""
+
+import torch
+from lightning.pytorch import Callback, Trainer
+
+from batchwise import DataModule, Task
+
+
+class Mistakes(Callback):
+    """Prints the validation images that the model is most certain of and wrong about, when training ends.
+
+    Args:
+        count: the most images to print.
+    """
+
+    def __init__(self, count: int = 1) -> None:
+        self.count = count
+
+    @torch.no_grad()
+    def on_train_end(self, trainer: Trainer, pl_module: Task) -> None:
+        """Draw with characters: this works over ssh, too."""
+        data: DataModule = pl_module.data
+        batch = data.examples("val", 1000)  # on the host, before `transform`
+        pl_module.eval()
+        predicted = pl_module.predictions(data.to_device(batch, pl_module.device, training=False))
+        pl_module.train()
+        certainty, digit = predicted["probability"].cpu().max(dim=1)
+        wrong = (digit != batch.targets).nonzero().squeeze(1)
+        for number in wrong[certainty[wrong].argsort(descending=True)][: self.count].tolist():
+            print(f"validation image {number} is a {batch.targets[number]}, taken for a {digit[number]}:")
+            for row in batch.inputs[number, 0].tolist():
+                print("   ", "".join(" .:-=+*#%@"[value * 9 // 16] * 2 for value in row))

@@ -1,0 +1,366 @@
+"""Checkpoints are never torn, and training resumes from them as if it had not stopped."""
+
+import csv
+import os
+import re
+import resource
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import CSV, DIGITS, Result, Started, furthest, run_here
+
+from batchwise.checkpoints import DurableIO
+from batchwise.errors import TrainingStopped
+
+TWO = ("--config", "configs/overlays/two_cpus.yaml")
+# 20 steps per epoch. The rate does not depend on the length of training, so that parts of one can be run.
+FIT = (
+    *("fit", *DIGITS, *CSV, "--model.network.hidden_features", "[32]"),
+    *("--model.schedule", "{shape: constant, warmup_examples: 600}"),
+)
+RESUME = ("--ckpt_path", "last")
+
+
+def errors(result: Result) -> list[str]:
+    return [line for line in result.err.splitlines() if not line.startswith(("note:", "warning:"))]
+
+
+# Writing
+
+
+def half_written(checkpoint: Any, file: Any) -> None:
+    file.write(b"PK\3\4 half of it")
+    raise OSError(28, "No space left on device")
+
+
+def half_written_by_torch(checkpoint: Any, file: Any) -> None:
+    """As torch's own writer fails: its error is raised while that of the file is handled."""
+    try:
+        half_written(checkpoint, file)
+    finally:
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 384 vs 278\nframe #0: ...")
+
+
+@pytest.mark.parametrize("fail", [half_written, half_written_by_torch])
+def test_a_failed_write_keeps_the_file_before(monkeypatch: pytest.MonkeyPatch, fail: Callable) -> None:
+    path = Path("checkpoints/last.ckpt").absolute()
+    DurableIO().save_checkpoint({"step": 1}, path)
+    before = path.read_bytes()
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(TrainingStopped) as stopped:
+        DurableIO().save_checkpoint({"step": 2}, path)
+    assert str(stopped.value) == (
+        f"cannot write the checkpoint {path}: [Errno 28] No space left on device; the one before it is whole: {path}"
+    )
+    assert stopped.value.code == 1
+    assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
+    other = path.with_name("other.ckpt")
+    with pytest.raises(TrainingStopped) as stopped:
+        DurableIO().save_checkpoint({"step": 2}, other)
+    assert str(stopped.value) == f"cannot write the checkpoint {other}: [Errno 28] No space left on device"
+
+
+def test_a_write_replaces_the_file_and_makes_the_folder() -> None:
+    path = Path("new/folder/last.ckpt")
+    for step in (1, 2):
+        DurableIO().save_checkpoint({"step": step}, path)
+        assert torch.load(path, weights_only=True) == {"step": step}
+        assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_a_file_in_the_place_of_the_folder() -> None:
+    Path("checkpoints").write_text("")
+    with pytest.raises(TrainingStopped, match=r"cannot write the checkpoint checkpoints/last.ckpt: .*File exists"):
+        DurableIO().save_checkpoint({}, Path("checkpoints/last.ckpt"))
+
+
+def test_a_full_disk() -> None:
+    """A limit on the size of a file stands for it."""
+    first = run_here(*FIT, "--trainer.max_epochs", 1)
+    assert first.code == 0, first.err
+    folder = first.folder / "checkpoints"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    size = len(before["last.ckpt"]) // 2
+    process = Started(*FIT, *RESUME, "--trainer.max_epochs", 4)
+    resource.prlimit(process.process.pid, resource.RLIMIT_FSIZE, (size, size))
+    result = process.end(timeout=60)
+    assert result.code == 1, result.out + result.err
+    (line,) = errors(result)
+    assert line.startswith(f"error: cannot write the checkpoint {folder.relative_to(Path.cwd())}")
+    assert "File too large" in line
+    assert "is whole: " in line
+    for name in ("last.ckpt", "best.ckpt"):
+        assert (folder / name).read_bytes() == before[name]
+    assert not list(folder.glob(".*.part"))
+    on = run_here(*FIT, *RESUME, "--trainer.max_epochs", 2)
+    assert on.code == 0, on.err
+    assert on.checkpoint()["global_step"] == 40
+
+
+# Reading
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+@pytest.mark.parametrize(("lost", "taken"), [(["last"], "previous"), (["last", "previous"], "best")], ids=str)
+def test_what_cannot_be_read_is_passed_over(lost: list[str], taken: str) -> None:
+    first = run_here(*FIT, "--trainer.max_epochs", 2)
+    steps = {name: first.checkpoint(name)["global_step"] for name in ("last", "previous", "best")}
+    assert steps == {"last": 40, "previous": 20, "best": 40}
+    folder = first.folder / "checkpoints"
+    for name in lost:
+        truncate(folder / f"{name}.ckpt")
+    result = run_here(*FIT, *RESUME, "--trainer.max_epochs", 3)
+    assert result.code == 0, result.err
+    relative = folder.relative_to(Path.cwd())
+    said = [line for line in result.out.splitlines() if "cannot be read" in line]
+    assert len(said) == len(lost)
+    for line, name in zip(said, lost, strict=True):
+        assert line.startswith(f"{relative / name}.ckpt cannot be read (")
+        assert line.endswith("): trying the one before it")
+    assert f"resuming after step {steps[taken]} from {relative / taken}.ckpt" in result.out
+    assert result.folder == first.folder
+    assert list(epochs(result)) == list(range(steps[taken] // 20 + 1, 4))
+    whole = run_here(*FIT, "--trainer.max_epochs", 3, "--name", "whole")
+    assert result.checkpoint()["global_step"] == 60
+    assert furthest(result, whole) == 0
+
+
+def test_an_unreadable_last_does_not_take_the_place_of_a_readable_previous(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Should the next write fail too, nothing would be left."""
+    first = run_here(*FIT, "--trainer.max_epochs", 2)
+    folder = first.folder / "checkpoints"
+    truncate(folder / "last.ckpt")
+    (folder / "best.ckpt").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", half_written)
+        result = run_here(*FIT, *RESUME, "--trainer.max_steps", 23, "--trainer.limit_val_batches", 0)
+    assert result.code == 1
+    assert "cannot write the checkpoint" in errors(result)[0]
+    on = run_here(*FIT, *RESUME, "--trainer.max_epochs", 2)
+    assert "resuming after step 20 " in on.out
+
+
+def test_a_run_without_a_readable_checkpoint_is_passed_over() -> None:
+    first = run_here(*FIT, "--trainer.max_steps", 3)
+    second = run_here(*FIT, "--trainer.max_steps", 5)
+    for path in (second.folder / "checkpoints").iterdir():
+        path.write_bytes(b"")
+    result = run_here(*FIT, *RESUME, "--trainer.max_steps", 6)
+    assert result.code == 0, result.err
+    assert result.folder == first.folder
+    assert "resuming after step 3 " in result.out
+
+
+# Signals
+
+
+def signalled(process: Started, number: int, whom: Callable[[], int]) -> Result:
+    """Wait until it trains, send the signal, wait for its end."""
+    deadline = time.monotonic() + 60
+    try:
+        while not re.search(r"^epoch 2 ", process.out, re.MULTILINE):
+            trains = process.process.poll() is None and time.monotonic() < deadline
+            assert trains, process.out + process.err
+            time.sleep(0.01)
+        time.sleep(0.05)  # into an epoch
+        os.kill(whom(), number)
+        return process.end(timeout=30)
+    finally:
+        if process.process.poll() is None:
+            process.kill()
+
+
+def child(pid: int) -> int:
+    """Return the other rank: the one child process that runs the project."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    (rank,) = [int(one) for one in children if b"batchwise" in Path(f"/proc/{one}/cmdline").read_bytes()]
+    return rank
+
+
+@pytest.mark.parametrize(
+    ("number", "devices"),
+    [(signal.SIGTERM, 1), (signal.SIGUSR1, 1), (signal.SIGTERM, 2)],
+    ids=["SIGTERM", "SIGUSR1", "SIGTERM to the second of two processes"],
+)
+def test_a_signal_saves_and_stops(number: int, devices: int) -> None:
+    double = ("--trainer.precision", "64-true")
+    arguments = (*FIT, *double, "--trainer.max_epochs", 100000, *(TWO if devices == 2 else ()))
+    process = Started(*arguments, fresh=devices == 2, OMP_NUM_THREADS="1")
+    leader = process.process.pid
+    result = signalled(process, number, lambda: child(leader) if devices == 2 else leader)
+    assert result.code == 143, result.err
+    lines = errors(result)
+    found = re.fullmatch(
+        r"error: stopped by a signal after step ([\d,]+); saved, and the same command with --ckpt_path last goes on",
+        lines[0],
+    )
+    assert found, result.err
+    step = int(found[1].replace(",", ""))
+    (folder,) = Path("runs/digits").iterdir()
+    assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == step
+    end = step + 25
+    on = run_here(*FIT, *double, *RESUME, "--trainer.max_steps", end)
+    assert on.code == 0, on.err
+    assert f"resuming after step {step} " in on.out.replace(",", "")
+    whole = run_here(*FIT, *double, "--trainer.max_steps", end, "--name", "whole")
+    # Two processes sum in another order than one.
+    assert furthest(on, whole) == 0 if devices == 1 else furthest(on, whole) < 1e-9
+    assert len(lines) == 1, result.err
+
+
+# Resume
+
+
+def table(result: Result, column: str) -> list[tuple[int, float]]:
+    """All values of a column, in the order in which they were written, also where a step has two."""
+    values = []
+    for path in sorted(result.folder.glob("log/version_*/metrics.csv")):
+        with path.open() as file:
+            values += [(int(row["step"]), float(row[column])) for row in csv.DictReader(file) if row.get(column)]
+    return values
+
+
+def best(result: Result) -> dict[str, Any]:
+    callbacks = result.checkpoint()["callbacks"]
+    (state,) = [state for name, state in callbacks.items() if name.startswith("ModelCheckpoint")]
+    return {"score": float(state["best_model_score"]), "path": Path(state["best_model_path"]).name}
+
+
+def epochs(result: Result) -> dict[int, str]:
+    return {int(number): line for line, number in re.findall(r"^(epoch (\d+) .*)$", result.out, re.MULTILINE)}
+
+
+@pytest.fixture(scope="module", params=[1.0, 0.5], ids=["validation at epochs' ends", "validation twice an epoch"])
+def uninterrupted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[tuple, Result]:
+    settings = ("--trainer.val_check_interval", request.param)
+    root = tmp_path_factory.mktemp("uninterrupted")
+    result = run_here(*FIT, *settings, "--trainer.max_steps", 47, "--trainer.default_root_dir", root)
+    assert result.code == 0, result.err
+    assert [step for step, _ in table(result, "val/loss")] == ([20, 40] if request.param == 1 else [10, 20, 30, 40])
+    assert [step for step, _ in table(result, "train/loss")] == list(range(1, 48))
+    return settings, result
+
+
+@pytest.mark.parametrize("stops", [(7,), (10,), (19,), (20,), (21,), (5, 10, 33), (20, 40, 41)], ids=str)
+def test_stopping_changes_nothing(uninterrupted: tuple[tuple, Result], stops: tuple[int, ...]) -> None:
+    settings, whole = uninterrupted
+    parts = []
+    for stop in (*stops, 47):
+        result = run_here(*FIT, *settings, "--trainer.max_steps", stop, *(RESUME if parts else ()))
+        assert result.code == 0, result.err
+        assert result.checkpoint()["global_step"] == stop
+        parts.append(result)
+    split = parts[-1]
+    assert split.folder == parts[0].folder
+    assert furthest(split, whole) == 0
+    state, other = split.checkpoint()["optimizer_states"][0], whole.checkpoint()["optimizer_states"][0]
+    assert all(
+        torch.equal(state["state"][i][name], other["state"][i][name])
+        for i in other["state"]
+        for name in other["state"][i]
+    )
+    for column in ("train/loss", "learning_rate", "gradient_norm", "val/loss", "val/accuracy", "examples", "epoch"):
+        assert table(split, column) == table(whole, column), column
+    # Where a part ends within an epoch, the mean so far is given too.
+    means = [row for row in table(split, "train/loss_epoch") if row[0] not in stops or row[0] % 20 == 0]
+    assert [step for step, _ in means] == [20, 40, 47]
+    assert [mean for _, mean in means] == pytest.approx(
+        [mean for _, mean in table(whole, "train/loss_epoch")], abs=1e-12
+    )
+    assert best(split) == best(whole)
+    expected = epochs(whole)
+    before = 0
+    for stop, part in zip((*stops, 47), parts, strict=True):
+        assert list(epochs(part)) == list(range(before // 20 + 1, (stop - 1) // 20 + 2))
+        for number, line in epochs(part).items():
+            if stop >= number * 20:
+                assert line == expected[number]
+        before = stop
+
+
+def test_stopping_by_epochs(uninterrupted: tuple[tuple, Result]) -> None:
+    settings, whole = uninterrupted
+    first = run_here(*FIT, *settings, "--trainer.max_epochs", 1)
+    second = run_here(*FIT, *settings, *RESUME, "--trainer.max_epochs", 2)
+    third = run_here(*FIT, *settings, *RESUME, "--trainer.max_epochs", 3, "--trainer.max_steps", 47)
+    assert [part.code for part in (first, second, third)] == [0, 0, 0]
+    assert furthest(third, whole) == 0
+    for column in ("train/loss", "val/loss", "train/loss_epoch"):
+        assert table(third, column) == table(whole, column)
+    assert [list(epochs(part)) for part in (first, second, third)] == [[1], [2], [3]]
+    assert epochs(second)[2] == epochs(whole)[2]
+    assert best(third) == best(whole)
+
+
+def test_resuming_in_double_precision() -> None:
+    double = ("--trainer.precision", "64-true")
+    whole = run_here(*FIT, *double, "--trainer.max_steps", 9)
+    run_here(*FIT, *double, "--trainer.max_steps", 7, "--name", "split")
+    split = run_here(*FIT, *double, "--trainer.max_steps", 9, *RESUME, "--name", "split")
+    assert split.code == 0, split.err
+    assert furthest(split, whole) == 0
+
+
+@pytest.mark.parametrize("limits", [(20,), (20, 40)], ids=str)
+def test_steps_added_to_whole_epochs_are_trained(limits: tuple[int, ...]) -> None:
+    """Where both limits are given, Lightning takes a finished epoch for an unfinished one."""
+    for limit in limits:
+        run_here(*FIT, "--trainer.max_steps", limit, *(RESUME if limit > 20 else ()))
+    on = run_here(*FIT, *RESUME, "--trainer.max_epochs", 3, "--trainer.max_steps", 60)
+    assert on.checkpoint()["global_step"] == 60
+    assert list(epochs(on)) == list(range(limits[-1] // 20 + 1, 4))
+
+
+def test_the_best_so_far_is_known_after_a_stop_where_it_was_measured() -> None:
+    """The only validation is at step 10, where the first part ends."""
+    half = ("--trainer.val_check_interval", 0.5)
+    whole = run_here(*FIT, *half, "--trainer.max_steps", 13)
+    run_here(*FIT, *half, "--trainer.max_steps", 10, "--name", "split")
+    split = run_here(*FIT, *half, "--trainer.max_steps", 13, *RESUME, "--name", "split")
+    assert split.code == 0, split.err
+    assert [step for step, _ in table(split, "val/loss")] == [10]
+    assert best(split) == best(whole)
+
+
+def test_resuming_within_an_epoch_says_nothing_that_is_not_so() -> None:
+    """Lightning warns that a loader without a state cannot be resumed; ours is a function of the step."""
+    run_here(*FIT, "--trainer.max_steps", 7)
+    with pytest.MonkeyPatch.context() as patch:
+        import warnings
+
+        said = []
+        patch.setattr(warnings, "showwarning", lambda message, *_: said.append(str(message)))
+        run_here(*FIT, *RESUME, "--trainer.max_steps", 9)
+    assert not [message for message in said if "resum" in message]
+
+
+@pytest.mark.parametrize("every", [1, 6])
+def test_saving_every_so_many_steps(every: int) -> None:
+    last = f"{{class_path: batchwise.callbacks.checkpoint.Last, init_args: {{every_n_steps: {every}}}}}"
+    result = run_here(*FIT, "--trainer.callbacks", f"[{last}]", "--trainer.max_steps", 14)
+    assert result.code == 0, result.err
+    assert result.checkpoint()["global_step"] == 14
+    assert result.checkpoint("previous")["global_step"] == {1: 13, 6: 12}[every]
+
+
+def test_wrong_interval() -> None:
+    last = "{class_path: batchwise.callbacks.checkpoint.Last, init_args: {every_n_steps: 0}}"
+    result = run_here(*FIT, "--trainer.callbacks", f"[{last}]")
+    assert result.code == 2
+    (line,) = errors(result)
+    assert "every_n_steps is 0: write a number of optimizer steps, or null" in line
+
+
+def test_signals_are_as_before_after_training() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    run_here(*FIT, "--trainer.max_steps", 2)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before

@@ -1,0 +1,117 @@
+"""Weights that a network begins with."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import CSV, DIGITS, run_here
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from batchwise.models.weights import take_weights
+
+
+def network(outputs: int = 3, seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, outputs))
+
+
+def plain(weights: dict[str, Tensor], path: str) -> None:
+    torch.save(weights, path)
+
+
+def checkpoint(weights: dict[str, Tensor], path: str) -> None:
+    torch.save({"state_dict": {f"network.{name}": value for name, value in weights.items()}, "global_step": 3}, path)
+
+
+def of_ddp(weights: dict[str, Tensor], path: str) -> None:
+    torch.save({f"module.{name}": value for name, value in weights.items()}, path)
+
+
+@pytest.mark.parametrize("save", [plain, checkpoint, of_ddp, save_file])
+def test_each_kind_of_file_is_taken_by_name(save: Callable) -> None:
+    saved, net = network(seed=1), network()
+    path = "weights.safetensors" if save is save_file else "weights.pt"
+    save(saved.state_dict(), path)
+    assert take_weights(net, path) == f"weights from {path}: 8 of 8"
+    assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), net.parameters(), strict=True))
+
+
+def test_what_does_not_fit_stays_and_is_reported() -> None:
+    saved, net = network(outputs=7, seed=1), network()
+    before = net[2].weight.clone()
+    weights = saved.state_dict()
+    del weights["1.weight"]
+    torch.save(weights | {"extra": torch.zeros(2)}, "weights.pt")
+    assert take_weights(net, "weights.pt") == (
+        "weights from weights.pt: 5 of 8; what does not fit: it lacks 1.weight; it also has extra; "
+        "it has 2.weight [7, 5] for [3, 5], 2.bias [7] for [3]"
+    )
+    assert torch.equal(net[2].weight, before)
+    assert torch.equal(net[0].weight, saved[0].weight)
+
+
+def test_what_cannot_be_taken_is_one_line() -> None:
+    torch.save({"other": torch.zeros(2)}, "other.pt")
+    torch.save([1, 2], "list.pt")
+    torch.save({"network": network()}, "pickle.pt")
+    Path("broken.pt").write_bytes(b"PK")
+    for path, words in (
+        ("none.pt", "none.pt does not exist"),
+        ("other.pt", "other.pt holds nothing that fits model.network: it lacks 0.weight, 0.bias and 6 more"),
+        ("list.pt", "list.pt holds nothing that fits"),
+        ("pickle.pt", "pickle.pt cannot be read: Weights only load failed"),
+        ("broken.pt", "broken.pt cannot be read"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)) as error:
+            take_weights(network(), path)
+        assert len(str(error.value).splitlines()) == 1
+
+
+def test_from_one_run_into_another_and_its_resume_without_the_file() -> None:
+    small = (*DIGITS, *CSV, "--model.network.hidden_features", "[8]", "--model.schedule", "{shape: constant}")
+    first = run_here("fit", *small, "--trainer.max_steps", 3, "--name", "first")
+    fine = (
+        "fit",
+        *small,
+        "--data.classes",
+        "[7, 3]",
+        "--data.examples_per_class",
+        10,
+        "--model.network.num_classes",
+        2,
+    )
+    fine = (*fine, "--model.init_from", "runs/first/*/checkpoints/last.ckpt", "--model.freeze", "['layers.[12]']")
+    whole = run_here(*fine, "--name", "whole", "--trainer.max_steps", 4)
+    assert whole.code == 0, whole.err
+    source = first.folder.relative_to(Path.cwd()) / "checkpoints" / "last.ckpt"
+    assert f"weights from {source}: 3 of 5; what does not fit: it has layers.5.weight [10, 8] for [2, 8]" in whole.out
+    ours, theirs = whole.checkpoint()["state_dict"], first.checkpoint()["state_dict"]
+    kept = ("network.layers.1.weight", "network.layers.2.weight", "network.layers.2.bias")
+    assert all(torch.equal(ours[name], theirs[name]) for name in kept)
+    run_here(*fine, "--name", "parts", "--trainer.max_steps", 2)
+    for path in first.folder.glob("checkpoints/*"):
+        path.unlink()
+    again = run_here(*fine, "--name", "parts", "--trainer.max_steps", 4, "--ckpt_path", "last")
+    assert again.code == 0, again.err
+    assert "weights from" not in again.out
+    assert all(torch.equal(again.checkpoint()["state_dict"][name], ours[name]) for name in ours)
+    gone = run_here(*fine, "--name", "gone")
+    assert gone.code == 2
+    assert gone.err.splitlines()[-1].startswith("error: model.init_from runs/first/*/checkpoints/last.ckpt does not")
+
+
+def test_a_network_may_be_what_a_function_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `timm.create_model` is written."""
+    (tmp_path / "backbones.py").write_text(
+        "from torch import nn\nfrom batchwise.models import mlp\n"
+        "def create_model(model_name: str, **kwargs) -> nn.Module:\n"
+        "    return getattr(mlp, model_name)(**kwargs)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    network = "{class_path: backbones.create_model, init_args: {model_name: MLP}, dict_kwargs: {hidden_features: [3]}}"
+    result = run_here("fit", *DIGITS, *CSV, "--model.network", network, "--trainer.max_steps", 1)
+    assert result.code == 0, result.err
+    assert result.checkpoint()["state_dict"]["network.layers.1.weight"].shape == (3, 64)

@@ -1,0 +1,181 @@
+"""W&B never stops training, and a resumed training is one run in it."""
+
+import json
+import os
+import socket
+import subprocess
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import wandb
+from helpers import DIGITS, Started, run_here, wandb_records
+
+import batchwise.run.wandb
+from batchwise.run import resume
+
+ONLINE = (*DIGITS, "--config", "configs/overlays/wandb_online.yaml", "--trainer.max_epochs", 1)
+
+
+@pytest.fixture(autouse=True)
+def nobody_is_logged_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(Path.cwd()))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+
+
+def goes_offline(*words: str) -> None:
+    result = run_here("fit", *ONLINE)
+    assert result.code == 0, result.err
+    (line,) = [line for line in result.out.splitlines() if line.startswith("W&B: ")]
+    assert "logging offline" in line
+    assert all(word in line for word in words)
+    assert "epoch 1 " in result.out
+    assert len(list(result.folder.glob("wandb/offline-run-*/*.wandb"))) == 1
+
+
+def test_without_a_key() -> None:
+    goes_offline("API key")
+
+
+def test_with_a_key_and_a_server_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:  # takes connections and never answers
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+        monkeypatch.setattr(batchwise.run.wandb, "INIT_TIMEOUT", 2)
+        goes_offline()
+
+
+def test_a_failure_in_training_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("wandb.sdk.wandb_run.Run.log", fail)
+    result = run_here("fit", *DIGITS, "--trainer.max_epochs", 2)
+    assert result.code == 0, result.err
+    assert result.out.count("W&B failed (No space left on device): training goes on") == 1
+    assert "epoch 2 " in result.out
+
+
+# One run, however often it is interrupted
+
+FIT = (
+    *("fit", *DIGITS, "--trainer.max_epochs", 6, "--trainer.val_check_interval", 8, "--trainer.log_every_n_steps", 3),
+    *("--model.schedule", "{shape: constant, warmup_examples: 600}"),
+)
+RESUME = ("--ckpt_path", "last")
+CHART = ("train/loss", "val/loss", "learning_rate", "train/loss_epoch", "examples")
+
+
+def history(folder: Path) -> tuple[set[str], list[list[dict[str, Any]]], dict[str, Any]]:
+    """The ids, the rows of each file in the order in which `wandb sync` takes them, and the summary."""
+    wandb.teardown()  # as at the end of a process: only then is the file whole
+    ids, files, summary = set(), [], {}
+    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
+        files.append([])
+        for record in wandb_records(path):
+            if record.HasField("run"):
+                ids.add(record.run.run_id)
+            if record.HasField("history"):
+                items = record.history.item
+                row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+                files[-1].append(row | {"step": record.history.step.num})
+            if record.HasField("summary"):
+                summary |= {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.summary.update}
+    return ids, files, summary
+
+
+def curves(rows: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    return {name: [(row["step"], row[name]) for row in rows if name in row] for name in CHART}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[int, float]]]:
+    result = run_here(*FIT, "--trainer.default_root_dir", tmp_path_factory.mktemp("whole"))
+    assert result.code == 0, result.err
+    _, (rows,), summary = history(result.folder)
+    assert summary.get("summary/examples_per_second", 0) > 0, result.out
+    whole = curves(rows)
+    assert [step for step, _ in whole["train/loss"]] == list(range(3, 121, 3))
+    assert [step for step, _ in whole["val/loss"]] == [20 * epoch + step for epoch in range(6) for step in (8, 16)]
+    return whole
+
+
+def check(folder: Path, parts: int, uninterrupted: dict[str, list]) -> None:
+    """One id, no step twice, none left out, the values of a run that nobody interrupted."""
+    ids, files, _ = history(folder)
+    rows = [row for file in files for row in file]
+    steps = [row["step"] for row in rows]
+    assert len(files) == parts
+    assert ids == {f"digits-{folder.name}"}
+    assert all(a < b for a, b in pairwise(steps))
+    assert [row["trainer/global_step"] for row in rows] == steps
+    ours = curves(rows)
+    ours["train/loss_epoch"] = [row for row in ours["train/loss_epoch"] if row[0] % 20 == 0]  # not where a part ends
+    assert ours == uninterrupted
+
+
+def test_a_killed_and_resumed_run_is_one(uninterrupted: dict[str, list]) -> None:
+    """What W&B had not written yet when it was killed is in the checkpoint."""
+    killed = Started(*FIT, OMP_NUM_THREADS="1", WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL="1000")
+    deadline = time.monotonic() + 60
+    while "epoch 3 " not in killed.out and time.monotonic() < deadline:
+        time.sleep(0.001)
+    killed.kill()
+    killed.end(60)
+    (folder,) = Path("runs/digits").iterdir()
+    assert 40 <= resume.read_checkpoint(folder / "checkpoints" / "last.ckpt")["global_step"] < 120
+    _, (before,), _ = history(folder)
+    assert before == []
+    resumed = run_here(*FIT, *RESUME)
+    assert resumed.code == 0, resumed.err
+    check(folder, 2, uninterrupted)
+    assert f"upload it:  wandb sync {folder}/wandb/*run-*-digits-{folder.name}" in resumed.out
+
+
+def test_what_w_and_b_wrote_after_the_checkpoint_is_not_logged_again(uninterrupted: dict[str, list]) -> None:
+    first = run_here(*FIT, "--trainer.max_steps", 51)
+    checkpoints = first.folder / "checkpoints"
+    (checkpoints / "previous.ckpt").replace(checkpoints / "last.ckpt")  # as a crash between two checkpoints leaves it
+    wandb.teardown()
+    resumed = run_here(*FIT, *RESUME)
+    assert resumed.code == 0, resumed.err
+    assert "resuming after step 40" in resumed.out
+    check(first.folder, 2, uninterrupted)
+
+
+def test_checkpoints_and_pictures_at_the_end() -> None:
+    result = run_here("fit", *DIGITS, "--trainer.max_epochs", 2, "--trainer.logger.log_model", "true")
+    assert result.code == 0, result.err
+    wandb.teardown()
+    (path,) = result.folder.glob("wandb/offline-run-*/*.wandb")
+    artifacts = [record.request.log_artifact.artifact for record in wandb_records(path) if record.HasField("request")]
+    artifacts += [record.artifact for record in wandb_records(path) if record.HasField("artifact")]
+    models = {alias: artifact for artifact in artifacts if artifact.type == "model" for alias in artifact.aliases}
+    assert models.keys() == {"last", "best", "latest"}
+    for alias in ("last", "best"):
+        artifact = models[alias]
+        (entry,) = artifact.manifest.contents
+        assert (entry.path, entry.size) == ("model.ckpt", (result.folder / f"checkpoints/{alias}.ckpt").stat().st_size)
+    _, (rows,), _ = history(result.folder)
+    (row,) = [row for row in rows if "val/confusion/filenames" in row]
+    assert row["step"] == 40
+    assert (path.parent / "files" / row["val/confusion/filenames"][0]).read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a small disk is mounted, which takes root")
+def test_a_full_disk() -> None:
+    Path("small").mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", "small"], capture_output=True).returncode:
+        pytest.skip("this container may not mount")
+    try:
+        settings = ("--trainer.max_epochs", 3, "--trainer.log_every_n_steps", 1, "--trainer.logger.save_dir", "small")
+        result = run_here("fit", *DIGITS, *settings[:-1], Path("small").absolute())
+        wandb.teardown()
+    finally:
+        subprocess.run(["umount", "--lazy", "small"], check=True)
+    assert result.code == 0, result.err
+    assert result.out.count("No space left on device") == 1
+    assert "epoch 3 " in result.out

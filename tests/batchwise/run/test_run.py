@@ -1,0 +1,71 @@
+"""One folder for all processes of a training, whoever starts them."""
+
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+from helpers import CSV, DIGITS, Result, Started, furthest, run_here
+
+FIT = (
+    *("fit", *DIGITS, *CSV, "--trainer.precision", "64-true", "--data.batch_size", 100),
+    *("--model.schedule", "{shape: constant, warmup_examples: 600}"),
+)
+LAST = "[{class_path: batchwise.callbacks.checkpoint.Last, init_args: {every_n_steps: 4}}]"
+
+
+def under_slurm(step: int, *arguments: object, **environment: str) -> list[Started]:
+    """Two tasks of a step of a job, as `srun` starts them."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    job = {
+        "SLURM_JOB_ID": "7", "SLURM_STEP_ID": str(step), "SLURM_JOB_NAME": "fit", "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_NODELIST": "localhost",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    settings = ("--trainer.devices", 2, "--trainer.strategy", "ddp", "--trainer.callbacks", LAST)
+    ranks = [{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in (1, 0)]
+    return [Started(*FIT, *settings, *arguments, **(job | rank | environment)) for rank in ranks]
+
+
+def test_slurm_stops_requeues_and_goes_on_in_one_folder(tmp_path: Path) -> None:
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/requeued\n')
+    scontrol.chmod(0o755)
+    path = {"PATH": f"{scontrol.parent}:{os.environ['PATH']}"}
+    tasks = under_slurm(0, "--ckpt_path", "last", "--trainer.max_epochs", 2000, **path)
+    deadline = time.monotonic() + 90
+    while not list(Path("runs").glob("digits/*/checkpoints/last.ckpt")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for task in tasks:
+        os.kill(task.process.pid, signal.SIGUSR1)
+    ends = [task.end(60) for task in tasks]
+    assert [end.code for end in ends] == [143, 143], ends[0].err + ends[1].err
+    said = "".join(end.err for end in ends)
+    assert said.count("stopped by a signal after step") == 1  # by one for all
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+    (folder,) = Path("runs/digits").iterdir()  # and no note beside it
+    first = Result(0, f"run folder: {folder}", "")
+    done = first.checkpoint()["global_step"]
+    ends = [task.end(90) for task in under_slurm(1, "--ckpt_path", "last", "--trainer.max_steps", done + 5)]
+    assert [end.code for end in ends] == [0, 0], ends[0].err + ends[1].err
+    assert list(Path("runs/digits").iterdir()) == [folder]
+    whole = run_here(*FIT, "--trainer.max_steps", done + 5, "--name", "whole")
+    assert first.checkpoint()["global_step"] == done + 5
+    assert furthest(first, whole) < 1e-12
+
+
+def test_a_task_whose_first_task_makes_no_folder_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    from batchwise.run import folders as runs
+
+    monkeypatch.setattr(runs, "PATIENCE", 0.1)
+    monkeypatch.setattr(runs.rank_zero_only, "rank", 1)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    with pytest.raises(
+        ValueError, match=r"process 0 has made no folder in .*write a trainer.default_root_dir that all"
+    ):
+        runs.wait_for_folder(Path("runs/digits"))

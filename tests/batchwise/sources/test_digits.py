@@ -1,0 +1,197 @@
+from copy import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from batchwise.batching.loader import make_batch
+from batchwise.batching.order import Balanced, Repeated, Sequential, Shuffled, Stratified, Weighted
+from batchwise.sources.digits import Digits
+
+SPLITS = ("train", "val", "test")
+FRACTIONS = [(0.15, 0.15), (0.1, 0.3), (0.01, 0.5), (0.333, 0.6)]
+
+
+@pytest.fixture(scope="module")
+def source() -> tuple[torch.Tensor, torch.Tensor]:
+    bunch = load_digits()
+    return torch.from_numpy(bunch.images).to(torch.uint8)[:, None], torch.from_numpy(bunch.target)
+
+
+def index_of(data: Digits, split: str) -> torch.Tensor:
+    """Which of the 1,797 images are in a split. (No two of them are equal, which is asserted.)"""
+    images = data._all[0].flatten(1).tolist()
+    where = {tuple(image): number for number, image in enumerate(images)}
+    assert len(where) == 1797
+    return torch.tensor([where[tuple(image)] for image in data.load(split)[0].flatten(1).tolist()])
+
+
+def test_every_image_is_that_of_scikit_learn(source):
+    data = Digits()
+    images, digits = source
+    for split in SPLITS:
+        index = index_of(data, split)
+        x, y = data.load(split)
+        assert torch.equal(x, images[index])
+        assert torch.equal(y, digits[index])
+        assert (x.dtype, y.dtype, tuple(x.shape[1:])) == (torch.uint8, torch.int64, (1, 8, 8))
+        assert x.max() == 16
+
+
+@pytest.mark.parametrize("fractions", FRACTIONS)
+def test_the_splits_are_the_whole_and_do_not_overlap(fractions):
+    index = [index_of(Digits(*fractions), split) for split in SPLITS]
+    assert sum(map(len, index)) == 1797
+    assert torch.equal(torch.cat(index).sort().values, torch.arange(1797))
+
+
+def test_sizes_by_default():
+    assert [len(Digits().load(split)[1]) for split in SPLITS] == [1259, 269, 269]
+
+
+@pytest.mark.parametrize("fractions", FRACTIONS)
+def test_each_split_has_each_digit_in_its_proportion(fractions, source):
+    data, classes = Digits(*fractions), source[1].bincount()
+    assert classes.tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    for split, fraction in zip(SPLITS, (1 - sum(fractions), *fractions), strict=True):
+        off = data.load(split)[1].bincount(minlength=10) - fraction * classes
+        assert off.abs().max() <= (1 if split == "train" else 0.5)
+
+
+def test_the_training_split_is_normalised():
+    data = Digits(split_seed=3)
+    images, digits = data.load("train")
+    raw = images.clone()
+    batch = data.transform(make_batch((images, digits), torch.arange(len(digits))), training=True)
+    assert batch.inputs.dtype == torch.float32
+    assert batch.inputs.double().mean().item() == pytest.approx(0, abs=1e-6)
+    assert batch.inputs.double().std().item() == pytest.approx(1, abs=1e-6)
+    assert batch.targets is digits
+    assert torch.equal(images, raw)  # what was given is left as it was
+
+
+def test_other_splits_use_the_figures_of_the_training_split():
+    data = Digits()
+    train, (test, digits) = data.load("train")[0].double(), data.load("test")
+    found = data.transform(make_batch((test, digits), torch.arange(len(digits))), training=False).inputs
+    assert torch.allclose(found.double(), (test.double() - train.mean()) / train.std(), atol=1e-6)
+    assert abs(found.mean().item()) > 1e-4
+
+
+def test_the_split_seed_decides_and_nothing_else(source):
+    first = {split: index_of(Digits(), split).tolist() for split in SPLITS}
+    torch.manual_seed(8)
+    before = torch.get_rng_state()
+    assert {split: index_of(Digits(seed=9, batch_size=7), split).tolist() for split in SPLITS} == first
+    assert torch.equal(torch.get_rng_state(), before)
+    other = set(index_of(Digits(split_seed=1), "test").tolist())
+    common = len(other & set(first["test"]))
+    assert common < 70  # by chance: 270 * 0.15 = 40
+
+
+def test_the_first_examples_are_not_one_class():
+    assert len(Digits().load("train")[1][:50].unique()) == 10
+
+
+def test_predict_is_the_test_split():
+    data = Digits()
+    assert torch.equal(data.split("predict").fields[1], data.load("test")[1])
+    assert data.split("train") is data.split("train")
+    assert [name for name, _ in data.loaded()] == ["predict", "train"]
+
+
+@pytest.mark.parametrize(
+    "fractions", [(0, 0.2), (0.2, 0), (-0.1, 0.2), (0.2, -0.1), (0.5, 0.5), (0.9, 0.2), (1, 0.1), (float("nan"), 0.1)]
+)
+def test_fractions_that_leave_nothing_are_refused(fractions):
+    message = f"val_fraction {fractions[0]} and data.test_fraction {fractions[1]} leave no training images: write two"
+    with pytest.raises(ValueError, match=message):
+        Digits(*fractions)
+
+
+def test_a_split_without_images_is_refused():
+    with pytest.raises(ValueError, match="the val split has no examples"):
+        Digits(val_fraction=0.002, batch_size=8).setup("fit")
+
+
+@pytest.mark.parametrize("name", ["batch_size", "micro_batch_size", "eval_batch_size"])
+def test_sizes_below_one_are_refused(name):
+    with pytest.raises(ValueError, match=f"data.{name} is 0: write a whole number of at least 1"):
+        Digits(**{name: 0})
+    with pytest.raises(ValueError, match=r"data.num_workers is -1"):
+        Digits(num_workers=-1)
+
+
+def test_a_plan_for_the_training_split():
+    data = Digits(batch_size=64, seed=0)
+    data.setup("fit")
+    assert (data.plan.examples, data.plan.steps_per_epoch, data.plan.last_batch) == (1259, 20, 43)
+    counted = torch.cat([b.index for share in data.train_dataloader() for b in share.micro_batches])
+    assert torch.equal(counted.sort().values, torch.arange(1259))
+
+
+@pytest.mark.parametrize(
+    "order", [Sequential(), Shuffled(), Stratified(), Balanced(), Weighted([1.0] * 10), Repeated(4)]
+)
+def test_the_order_is_the_one_asked_for(order):
+    data = Digits(batch_size=64, seed=5, order=order)
+    assert data.order is order
+    data.setup("fit")
+    expected = copy(order).prepare(1259, 64, 5, data.load("train")[1])
+    share = next(iter(data.train_dataloader()))
+    assert share.micro_batches[0].index.tolist() == expected.indices(0, 0, 64).tolist()
+    assert data.plan.examples == len(expected) == (4 * 1259 if isinstance(order, Repeated) else 1259)
+
+
+@pytest.mark.parametrize(
+    ("order", "drop_last", "half"),
+    [(Sequential(), False, 10), (Sequential(), True, 9), (Repeated(4), False, 39)],
+    ids=["all", "drop_last", "repeated"],
+)
+def test_half_of_the_epoch_is_half_of_its_steps(order, drop_last, half):
+    # 1259 examples are 19 batches of 64 and one of 43; four times as many are 78 batches and one of 44.
+    data = Digits(batch_size=64, seed=5, drop_last=drop_last)
+    data.order = order
+    data.trainer = SimpleNamespace(
+        limit_train_batches=0.5, max_epochs=2, world_size=1, global_rank=0, is_global_zero=True, default_root_dir="."
+    )
+    data.setup("fit")
+    assert data.plan.steps_per_epoch == half
+    assert data.trainer.limit_train_batches == 1.0  # Lightning must not take half of it once more
+
+
+def test_a_limit_of_an_earlier_run_is_not_taken_for_one_of_this_run():
+    data = Digits(batch_size=64)
+    assert not data.ran_out_of_memory()
+    data.limit_file.write_text("25")
+    assert data.ran_out_of_memory()
+    resumed = Digits(batch_size=64)
+    resumed.setup("fit")
+    assert resumed.plan.largest_micro_batch <= 25
+    assert not resumed.ran_out_of_memory()
+    resumed.limit_file.write_text("12")
+    assert resumed.ran_out_of_memory()
+
+
+def test_some_classes_and_few_examples_of_each() -> None:
+    everything, some = Digits(batch_size=1), Digits(batch_size=1, classes=[7, 3], examples_per_class=10)
+    images, targets = some.load("train")
+    assert torch.bincount(targets).tolist() == [10, 10]
+    all_images, digits = everything.load("train")
+    for target, digit in enumerate([7, 3]):
+        theirs = {image.numpy().tobytes() for image in all_images[digits == digit]}
+        assert {image.numpy().tobytes() for image in images[targets == target]} < theirs
+    for split in ("val", "test"):  # whole, whatever is trained on
+        images, targets = some.load(split)
+        all_images, digits = everything.load(split)
+        assert torch.equal(images, all_images[(digits == 7) | (digits == 3)])
+        assert torch.bincount(targets).tolist() == [int((digits == digit).sum()) for digit in (7, 3)]
+    other = Digits(batch_size=1, classes=[7, 3], examples_per_class=10, split_seed=1)
+    assert not torch.equal(other.load("train")[0], some.load("train")[0])
+
+
+@pytest.mark.parametrize("wrong", [{"classes": []}, {"classes": [1, 1]}, {"classes": [10]}, {"examples_per_class": 0}])
+def test_wrong_classes(wrong: dict) -> None:
+    with pytest.raises(ValueError, match=f"data.{next(iter(wrong))} is "):
+        Digits(batch_size=1, **wrong)

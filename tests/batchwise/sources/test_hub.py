@@ -1,0 +1,150 @@
+"""`datasets` on local files alone: Parquet, CSV, an Arrow cache, image folders."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import run_here
+from PIL import Image
+
+from batchwise.batching.fetch import DataError, Request
+from batchwise.sources.hub import Hub
+
+datasets = pytest.importorskip("datasets")
+pa = pytest.importorskip("pyarrow")
+
+
+@pytest.fixture(autouse=True)
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No network at all, and a cache of its own."""
+    import socket
+
+    connect = socket.socket.connect
+
+    def refuse(self: socket.socket, address: Any) -> None:
+        assert self.family == socket.AF_UNIX, f"a connection to {address} was made"
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+
+
+def rows(count: int = 60) -> dict[str, list]:
+    generator = np.random.default_rng(0)
+    kinds = [("cat", "dog", "eel")[number % 3] for number in range(count)]
+    width = [float(number % 3) + 0.1 * generator.normal() for number in range(count)]
+    return {"number": list(range(count)), "width": width, "kind": kinds}
+
+
+def parquet() -> str:
+    pa.parquet.write_table(pa.table(rows()), "pets.parquet")
+    return "pets.parquet"
+
+
+def read(data: Hub, split: str) -> tuple[torch.Tensor, ...]:
+    fetch = data.split(split)
+    assert fetch is not None
+    ((fields, _),) = list(fetch.stream([Request.one(torch.arange(len(fetch)))]))
+    return fields
+
+
+def test_parquet_by_fractions() -> None:
+    data = Hub(parquet(), ["number", "width"], "kind", batch_size=8)
+    assert data.class_names == ["cat", "dog", "eel"]
+    fields = {split: read(data, split) for split in ("train", "val", "test")}
+    assert [len(inputs) for inputs, _ in fields.values()] == [42, 9, 9]
+    numbers = torch.cat([inputs[:, 0] for inputs, _ in fields.values()])
+    assert torch.equal(numbers.sort().values, torch.arange(60.0))
+    truth = rows()
+    for inputs, targets in fields.values():
+        assert (inputs.dtype, targets.dtype) == (torch.float32, torch.int64)
+        assert targets.bincount().tolist() == [len(targets) // 3] * 3
+        for (number, width), target in zip(inputs.tolist(), targets.tolist(), strict=True):
+            assert target == number % 3
+            assert width == pytest.approx(truth["width"][int(number)], abs=1e-6)
+    assert torch.equal(data.labels(), fields["train"][1])  # type: ignore[arg-type]
+
+
+def test_an_example_is_that_of_a_whole_batch() -> None:
+    part = Hub(parquet(), ["number", "width"], "kind", batch_size=8).load("val")
+    assert part is not None
+    inputs, targets = part.__getitems__([4, 2, 2])
+    for place, number in enumerate((4, 2, 2)):
+        one_input, one_target = part[number]
+        assert torch.equal(inputs[place], one_input)
+        assert targets[place] == one_target
+
+
+def test_a_saved_data_set_with_splits_and_arrays() -> None:
+    pictures = np.arange(48, dtype=np.float64).reshape(12, 2, 2)
+    features = datasets.Features(
+        {"x": datasets.Array2D((2, 2), "float64"), "y": datasets.ClassLabel(names=["no", "yes"])}
+    )
+    whole = datasets.Dataset.from_dict({"x": pictures, "y": [0, 1] * 6}, features=features)
+    datasets.DatasetDict({"train": whole, "validation": whole.select([5, 6])}).save_to_disk("saved")
+    data = Hub("saved", "x", "y", batch_size=4)
+    assert data.class_names == ["no", "yes"]
+    inputs, targets = read(data, "val")
+    assert torch.equal(inputs, torch.from_numpy(pictures[5:7]).float())
+    assert targets.tolist() == [1, 0]
+    assert len(read(data, "train")[0]) == 12
+    assert data.load("test") is None
+
+
+def test_images_of_several_sizes() -> None:
+    for split, count in (("train", 4), ("test", 2)):
+        for label, grey in (("dark", 40), ("light", 200)):
+            folder = Path("pictures", split, label)
+            folder.mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", (10 + number, 12), (grey, grey, grey)).save(folder / f"{number}.png")
+    source = str(Path("pictures").absolute())
+    data = Hub(source, "image", "label", size=6, batch_size=4, num_workers=1, val_fraction=0.25)
+    data.setup("fit")
+    share = next(iter(data.train_dataloader()))
+    inputs, targets = share.micro_batches[0].inputs, share.micro_batches[0].targets
+    assert inputs.dtype == torch.uint8
+    assert inputs.shape[1:] == (3, 6, 6)
+    assert torch.equal(inputs[:, 0, 0, 0], torch.tensor([40, 200], dtype=torch.uint8)[targets])
+    scaled = data.transform(share.micro_batches[0], training=False).inputs
+    assert torch.allclose(scaled, inputs.float() / 127.5 - 1)
+    assert [len(data.load(split) or ()) for split in ("train", "val", "test")] == [6, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("nosuch.parquet", "x"), ["nosuch.parquet", "no such file"]),
+        (("pets.parquet", "size", "kind"), ["no column 'size'", "number, width, kind"]),
+        (("torn.parquet", "x"), ["torn.parquet cannot be read"]),
+        (("other.jsonl", "words", "kind"), ["column 'words'", "numbers, arrays of one shape, or images"]),
+    ],
+)
+def test_what_is_wrong_is_said(arguments: tuple[str, ...], words: list[str]) -> None:
+    Path("torn.parquet").write_bytes(Path(parquet()).read_bytes()[:200])
+    lines = ({"words": f"word {number}", "kind": "ab"[number % 2]} for number in range(40))
+    Path("other.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    data = Hub(*arguments, batch_size=4)  # type: ignore[arg-type]
+
+    def first_batch() -> None:
+        data.setup("fit")
+        next(iter(data.train_dataloader()))
+
+    with pytest.raises((ValueError, DataError)) as error:
+        first_batch()
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_it_trains_from_the_command_line() -> None:
+    network = "{class_path: batchwise.models.mlp.MLP, init_args: {in_features: 1, num_classes: 3}}"
+    result = run_here(
+        *("fit", "--data", "batchwise.sources.hub.Hub", "--data.source", parquet(), "--data.inputs", "width"),
+        *("--data.target", "kind", "--data.batch_size", 8, "--model", "batchwise.tasks.classification.Classification"),
+        *("--model.network", network, "--model.optimizer", "torch.optim.AdamW", "--model.optimizer.lr", 0.02),
+        *("--trainer.max_epochs", 25, "--trainer.accelerator", "cpu", "--trainer.logger", "false"),
+    )
+    assert result.code == 0, result.err
+    assert "best val/accuracy 1.0000" in result.out

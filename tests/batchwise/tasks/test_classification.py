@@ -1,0 +1,68 @@
+"""Weights of classes."""
+
+import re
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from helpers import CSV, DIGITS, run_here
+from torch import nn
+
+from batchwise.batching.gradients import weighted_sum
+from batchwise.batching.loader import MicroBatch
+from batchwise.sources.digits import Digits
+from batchwise.tasks.classification import Classification
+
+
+def prepared(weights: Any, **data: Any) -> Classification:
+    torch.manual_seed(0)
+    module = Digits(batch_size=64, **data)
+    module.setup("fit")
+    task = Classification(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), class_weights=weights)
+    task.check(module, torch.zeros(2, 10))
+    return task
+
+
+def test_the_mean_is_by_weight_as_in_torch() -> None:
+    weights = [0.5, 1.0, 2.0, 0.0, 3.0, 1.0, 1.0, 1.0, 1.0, 0.25]
+    task = prepared(weights).double()
+    inputs, targets = torch.randn(40, 1, 8, 8, dtype=torch.float64), torch.arange(40) % 10
+    losses, count = 0.0, 0.0
+    for part in MicroBatch(inputs, targets, torch.arange(40)).split(7):
+        loss, number = weighted_sum(*(lambda found: (found[0], None, found[1]))(task.losses(part)))
+        losses, count = losses + loss, count + number
+    expected = F.cross_entropy(task(inputs), targets, weight=torch.tensor(weights, dtype=torch.float64))
+    torch.testing.assert_close(losses / count, expected, rtol=0, atol=1e-14)
+
+
+def test_balanced_gives_each_class_the_same_weight_in_all() -> None:
+    task = prepared("balanced", order=None)
+    counts = torch.bincount(Digits(batch_size=1).load("train")[1])
+    assert len(counts.unique()) > 1
+    torch.testing.assert_close(task.weights * counts, torch.full((10,), 125.9))
+
+
+def test_an_evaluation_has_the_weights_of_the_checkpoint() -> None:
+    """It does not read the training examples."""
+    arguments = (*DIGITS, *CSV, "--model.network.hidden_features", "[]", "--model.class_weights", "balanced")
+    fit = run_here("fit", *arguments, "--trainer.max_epochs", 1)
+    assert fit.checkpoint()["state_dict"]["weights"].unique().numel() > 1
+    measured = run_here("validate", *arguments, "--ckpt_path", "last")
+    assert f"val/loss {fit.rows('val/loss')[20]:.4f}" in measured.out
+
+
+def test_wrong_weights_are_one_line() -> None:
+    for weights, words in (
+        ("[1, 2]", "model.class_weights has 2 numbers: write 10, one for each class"),
+        ("[0, -1]", "model.class_weights is [0.0, -1.0]: write a number of at least 0 for each class"),
+    ):
+        result = run_here("fit", *DIGITS, *CSV, "--model.class_weights", weights)
+        assert result.code == 2
+        assert re.search(re.escape(words), result.err), result.err
+
+
+def test_synchronised_batch_norm_needs_gpus() -> None:
+    two = ("--config", "configs/overlays/two_cpus.yaml", "--model.network.norm", "batch")
+    result = run_here("fit", *DIGITS, *CSV, *two, "--trainer.sync_batchnorm", "true")
+    assert result.code == 2
+    assert "PyTorch synchronises batch norm on GPUs alone: leave it out, and write model.ghost_batch_size" in result.err

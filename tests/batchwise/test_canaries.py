@@ -1,0 +1,170 @@
+"""What the code relies on in Lightning and jsonargparse, faults included: an upgrade that changes it is seen here."""
+
+import inspect
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from jsonargparse import ArgumentParser, _typehints
+from lightning.fabric.utilities import cloud_io
+from lightning.pytorch.strategies import DDPStrategy
+from torch.utils.data import DataLoader, TensorDataset
+
+QUIET: dict[str, Any] = {
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+    "accelerator": "cpu",
+}
+
+
+class Plain(pl.LightningModule):
+    """Lightning as documented: the mean loss of a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = torch.nn.Linear(3, 1).double()
+        self.steps: list[Any] = []
+
+    def training_step(self, batch: Any, _: int) -> torch.Tensor:
+        return self.layer(batch[0]).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def inputs(examples: int = 10) -> torch.Tensor:
+    return torch.randn(examples, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def fit(module: pl.LightningModule, loader: Any, **kwargs: Any) -> pl.Trainer:
+    trainer = pl.Trainer(max_epochs=1, **QUIET, **kwargs)
+    trainer.fit(module, loader)
+    return trainer
+
+
+def test_lightning_accumulates_inexactly() -> None:
+    """10 examples in micro-batches of 4, 4 and 2 are not the batch of 10. The day they are, micro-batching can go."""
+    split, whole = Plain(), Plain()
+    fit(split, DataLoader(TensorDataset(inputs()), batch_size=4), accumulate_grad_batches=3)
+    fit(whole, DataLoader(TensorDataset(inputs()), batch_size=10))
+    assert (split.layer.weight - whole.layer.weight).abs().max() > 1e-3
+
+
+def test_the_closure_may_run_several_times_in_one_step_and_counts_as_one() -> None:
+    class Twice(Plain):
+        def optimizer_zero_grad(self, *_: Any) -> None:
+            self.steps.append("zero")
+
+        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+            loss = [optimizer_closure(), optimizer_closure()][1]
+            optimizer.step(closure=lambda: loss)
+            loss.fill_(7.0)  # the very tensor that `on_train_batch_end` gets
+
+        def on_train_batch_end(self, outputs: Any, *_: Any) -> None:
+            self.steps.append(outputs["loss"].item())
+
+    module = Twice()
+    trainer = fit(module, DataLoader(TensorDataset(inputs()), batch_size=5))
+    assert module.steps == ["zero", "zero", 7.0] * 2
+    assert trainer.global_step == 2
+
+
+def test_a_step_that_is_not_taken_still_counts() -> None:
+    class Skips(Plain):
+        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+            optimizer_closure()
+
+    assert fit(Skips(), DataLoader(TensorDataset(inputs()), batch_size=5)).global_step == 2
+
+
+def test_a_plain_iterable_is_left_alone() -> None:
+    class Loader:
+        def __len__(self) -> int:
+            return 2
+
+        def __iter__(self) -> Any:
+            yield from [[inputs()], [inputs()]]
+
+    loader = Loader()
+    trainer = fit(Plain(), loader)
+    assert trainer.train_dataloader is loader
+
+
+def test_the_loader_is_iterated_after_the_state_is_restored() -> None:
+    seen = []
+
+    class Data(pl.LightningDataModule):
+        def load_state_dict(self, state_dict: dict) -> None:
+            seen.append("restored")
+
+        def state_dict(self) -> dict:
+            return {"step": 1}
+
+        def train_dataloader(self) -> Any:
+            class Loader:
+                def __len__(self) -> int:
+                    return 2
+
+                def __iter__(self) -> Any:
+                    seen.append("iterated")
+                    yield from [[inputs()], [inputs()]]
+
+            return Loader()
+
+    trainer = pl.Trainer(max_epochs=1, **QUIET)
+    trainer.fit(Plain(), datamodule=Data())
+    trainer.save_checkpoint("c.ckpt")
+    seen.clear()
+    pl.Trainer(max_epochs=2, **QUIET).fit(Plain(), datamodule=Data(), ckpt_path="c.ckpt")
+    assert seen[:2] == ["restored", "iterated"]
+
+
+def test_lightning_writes_checkpoints_through_the_temporary_folder_or_in_place() -> None:
+    """Where this changes to write, flush and rename beside the target, `DurableIO` can go."""
+    assert "os.fsync" not in inspect.getsource(cloud_io._atomic_save)
+
+
+def test_what_is_used_of_ddp() -> None:
+    strategy = DDPStrategy(broadcast_buffers=False)
+    assert strategy._ddp_kwargs == {"broadcast_buffers": False}
+    assert callable(strategy.block_backward_sync)
+
+
+class Base:
+    pass
+
+
+class First(Base):
+    def __init__(self, lr: float = 0.1) -> None:
+        self.lr = lr
+
+
+class Second(Base):
+    def __init__(self, lr: float = 0.2) -> None:
+        self.lr = lr
+
+
+def test_jsonargparse_keeps_settings_of_another_class_unless_told() -> None:
+    """`batchwise.run.parser` replaces one function of jsonargparse; else `lr` would be that of the other class."""
+    import batchwise.run.parser
+
+    assert _typehints.discard_init_args_on_class_path_change is batchwise.run.parser._forget_settings
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Base, "it")
+    parser.set_defaults({"it": {"class_path": f"{__name__}.First", "init_args": {"lr": 5.0}}})
+    assert parser.parse_args([f"--it={__name__}.Second"]).it.init_args.lr == 0.2
+
+
+def test_fused_sgd_on_a_cpu_does_not_move_half_precision() -> None:
+    """So the task does not ask for it there."""
+    moved = {}
+    for fused in (False, True):
+        parameter = torch.nn.Parameter(torch.zeros(64, dtype=torch.bfloat16))
+        parameter.grad = torch.ones_like(parameter)
+        torch.optim.SGD([parameter], lr=1.0, fused=fused).step()
+        moved[fused] = int((parameter != 0).sum())
+    assert moved[False] == 64
+    assert moved[True] < 64
