@@ -8,13 +8,16 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.profilers import PassThroughProfiler, Profiler
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 
 from batchwise import host
+from batchwise.callbacks.phases import Phases
 from batchwise.callbacks.pictures import Pictures
 from batchwise.callbacks.record import Record
+from batchwise.callbacks.recorder import Recorder
 from batchwise.callbacks.samples import Samples
 from batchwise.checkpoints import DurableIO
+from batchwise.loop import EpochLoop
 
 
 class Unprofiled(PassThroughProfiler):
@@ -92,7 +95,7 @@ class Trainer(pl.Trainer):
         usual = (Record(), Pictures(), Samples())
         own = [one for one in usual if not any(isinstance(callback, type(one)) for callback in given)]
         super().__init__(
-            callbacks=[*given, *own],
+            callbacks=[Recorder(), *given, *own],
             accumulate_grad_batches=1,
             log_every_n_steps=log_every_n_steps,
             num_sanity_val_steps=num_sanity_val_steps,
@@ -107,7 +110,14 @@ class Trainer(pl.Trainer):
                 f"trainer.strategy is {type(self.strategy).__name__}, which keeps gradients where the exact step does "
                 "not see them: write ddp, or take configs/overlays/fsdp.yaml"
             )
-        if isinstance(self.strategy, DDPStrategy):
-            # Each device computes the same running statistics, or none. Copying those of the first device over the
-            # others before every forward pass is a cost, and would undo exact ones. Lightning has no setter for it.
-            self.strategy._ddp_kwargs.setdefault("broadcast_buffers", False)
+        # As Lightning does with its own.
+        self.fit_loop.epoch_loop = EpochLoop(self, min_steps=self.min_steps, max_steps=self.max_steps)
+        self.phases = Phases()
+
+    def save_checkpoint(self, *arguments: Any, **keywords: Any) -> None:
+        """Save, on the clock of the checkpoints: Lightning has a hook for their beginning, not for their end."""
+        before = self.phases.enter("checkpoints")
+        try:
+            super().save_checkpoint(*arguments, **keywords)
+        finally:
+            self.phases.enter(before)

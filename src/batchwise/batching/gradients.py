@@ -51,7 +51,7 @@ def gradients_of(optimizer: Any) -> list[Tensor]:
     return [parameter.grad for group in groups for parameter in group["params"] if parameter.grad is not None]
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full(tensor: Tensor) -> Tensor:
     """Return a tensor that may be cut over devices in one piece; then all of them must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

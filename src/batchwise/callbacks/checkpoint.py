@@ -37,17 +37,17 @@ class Last(Checkpoint):
         self._handlers: dict[int, Any] = {}
         self._signal: int | None = None
         self._rotate: bool | None = None
+        self._within_epoch = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Listen for signals. There is nothing to save where training starts or resumes."""
         self._saved_at = trainer.global_step
-        self._rotate = None
+        self._rotate, self._within_epoch = None, False
         _leave_whole_epochs(trainer.fit_loop)
-        pl_module.stop_requested = False
 
         def note(number: int, _: Any) -> None:
             # A handler runs between any two instructions, so it only leaves a note.
-            self._signal, pl_module.stop_requested = number, True
+            self._signal, pl_module._step.stop_requested = number, True
 
         if threading.current_thread() is threading.main_thread():
             self._handlers = {number: signal.signal(number, note) for number in SIGNALS}
@@ -60,7 +60,7 @@ class Last(Checkpoint):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Save the state after the steps before, if it is due; stop, if a signal came."""
         step = trainer.global_step
-        stop = pl_module.stop_agreed()
+        stop = pl_module._step.stop_agreed(pl_module)
         every = self.every_n_steps
         due = step % every == 0 if every else pl_module.data.plan.begins_epoch(step)
         if step != self._saved_at and (stop or due):
@@ -74,17 +74,17 @@ class Last(Checkpoint):
                 everywhere=True,
             )
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Save where `max_steps` ends training within an epoch: afterwards Lightning counts the epoch as done."""
-        step = trainer.global_step
-        if step == trainer.max_steps and not pl_module.data.plan.begins_epoch(step):
+    def save_within_epoch(self, trainer: pl.Trainer) -> None:
+        """Save where training is about to end within an epoch: afterwards Lightning counts the epoch as done."""
+        if trainer.global_step != self._saved_at:
             self.save(trainer)
+        self._within_epoch = True
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Save the end of training."""
         if trainer.global_step != self._saved_at:
             self.save(trainer)
-        else:
+        elif not self._within_epoch:
             self._refresh(trainer)
         self._stop_listening()
 

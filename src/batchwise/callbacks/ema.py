@@ -88,7 +88,7 @@ class EMA(Callback):
     @torch.no_grad()
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Move the average, unless the step was skipped."""
-        if pl_module.skipped_in_a_row or self._scaler_skipped(trainer):
+        if pl_module._step.finite.skipped_in_a_row or self._scaler_skipped(trainer):
             return
         if not self.average:
             self.average = [torch.zeros_like(tensor, dtype=_wide(tensor)) for tensor in self._current]

@@ -20,7 +20,7 @@ class EpochLine(Callback):
         """Print the line. The average is exact: over all targets of the epoch, on all devices."""
         if not trainer.is_global_zero:
             return
-        line = f"epoch {trainer.current_epoch + 1}  average loss {pl_module.epoch_sums.mean():.4f}"
+        line = f"epoch {trainer.current_epoch + 1}  average loss {pl_module._measures.epoch_loss:.4f}"
         if self.metrics:
             measured = {key: value for key, value in trainer.callback_metrics.items() if key.startswith("val/")}
             line += "".join(f"  {key} {value:.4f}" for key, value in measured.items())

@@ -15,7 +15,9 @@ from torch.optim import Optimizer
 from batchwise.batching.gradients import gradients_of
 from batchwise.batching.noise import FEWEST, Estimate, NoiseMeter, Sample, noise_scale, sample
 from batchwise.errors import TrainingStopped
-from batchwise.tasks.step import row_is_due
+from batchwise.tasks.measures import row_is_due
+from batchwise.tasks.step import reduce
+from batchwise.tasks.task import Task
 
 
 class NoiseScale(Callback, NoiseMeter):
@@ -61,7 +63,7 @@ class NoiseScale(Callback, NoiseMeter):
 
     # Lightning's hooks, in the order of a step
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(self, trainer: pl.Trainer, pl_module: Task, stage: str) -> None:
         """Begin without samples; a checkpoint's come after."""
         if stage == "fit" and not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
             raise TrainingStopped(
@@ -72,9 +74,10 @@ class NoiseScale(Callback, NoiseMeter):
         self.samples.clear()
         self._unread.clear()
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Task) -> None:
         """Warn where there is nothing to compare."""
         plan = pl_module.data.plan
+        assert plan is not None
         if plan.accumulation * plan.devices == 1:
             warnings.warn(
                 "the gradient noise scale compares parts of a batch, but each batch is run in one: "
@@ -82,48 +85,48 @@ class NoiseScale(Callback, NoiseMeter):
                 stacklevel=2,
             )
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Task, batch: Any, batch_idx: int) -> None:
         """Begin to look, if a sample is due."""
         if batch.step % self.every_n_steps == 0:
             self._squares.clear()
-            held = set(pl_module.held)
             groups = trainer.optimizers[0].param_groups
             wanted = [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
-            self._handles = [parameter.register_hook(self._see) for parameter in wanted if parameter not in held]
+            self._handles = [parameter.register_hook(self._see) for parameter in wanted]
 
     def _see(self, gradient: Tensor) -> None:
         self._norms.append(norm(gradient))
 
-    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: Task, loss: Tensor) -> None:
         """Forget what a backward pass that ran out of memory has left."""
         self._norms.clear()
 
-    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: Task) -> None:
         """Take the squared norm of one micro-batch's gradient."""
         if self._norms:
             self._squares.append(torch.stack(self._norms).square().sum())
 
-    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Optimizer) -> None:
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Task, optimizer: Optimizer) -> None:
         """Compare the parts with the whole, over all devices. A skipped step does not come here."""
         if not self._squares:
             return
-        share = pl_module.share
+        batch, sums = pl_module._step.batch, pl_module._step.sums
+        assert batch is not None
         # After a pass that ran out of memory, the last ones are those of the step. A stand-in is no part.
-        squares = zip(share.micro_batches, self._squares[-len(share.micro_batches) :], strict=True)
+        squares = zip(batch.micro_batches, self._squares[-len(batch.micro_batches) :], strict=True)
         small = torch.stack([square * (part.counts / len(part)) for part, square in squares]).sum()
-        parts = torch.full_like(small, sum(part.counts for part in share.micro_batches))
-        # `training_step` scales the sum of losses by world_size / size, and in fp16 the scaler scales it once more.
-        small = small * (share.size / trainer.world_size) ** 2
+        parts = torch.full_like(small, sum(part.counts for part in batch.micro_batches))
+        # The step scales the sum of losses by world_size / size, and in fp16 the scaler scales it once more.
+        small = small * (batch.size / trainer.world_size) ** 2
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None:
             small = small / scaler.scale(torch.ones_like(small)) ** 2
-        small, parts = pl_module.reduce(torch.stack([small, parts])).unbind()
+        small, parts = reduce(pl_module, torch.stack([small, parts])).unbind()
         # This gradient is per target that counts; the parts' are per example.
         norms = [norm(gradient) for gradient in gradients_of(optimizer)]
-        whole = (torch.stack(norms) * (pl_module.sums.count / share.size)).square()
-        self._unread.append((share.size, torch.stack([small, whole.sum().to(small), parts])))
+        whole = (torch.stack(norms) * (sums.count / batch.size)).square()
+        self._unread.append((batch.size, torch.stack([small, whole.sum().to(small), parts])))
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Task, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Stop looking; write the row, where it is due."""
         self._stop_looking()
         step = trainer.global_step
@@ -141,7 +144,7 @@ class NoiseScale(Callback, NoiseMeter):
         for logger in trainer.loggers:
             logger.log_metrics(row, step=step)
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: pl.Trainer, pl_module: Task, exception: BaseException) -> None:
         """Stop looking."""
         self._stop_looking()
 

@@ -7,7 +7,6 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from batchwise.tasks.classification import Classification
 from batchwise.tasks.task import Task
 
 
@@ -24,8 +23,7 @@ class Pictures(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Task) -> None:
         """Draw and log, on the first device; a network that is cut over devices needs all of them to run."""
-        confusion = pl_module.confusion if isinstance(pl_module, Classification) else None
-        counts = confusion.compute() if confusion is not None and confusion.update_called else None  # on all devices
+        counts = pl_module._measures.tables.get("val/confusion")
         takers = [logger for logger in trainer.loggers if hasattr(logger, "log_image") or _is_tensorboard(logger)]
         data = pl_module.data
         if not takers or data.split("val") is None:

@@ -6,6 +6,8 @@ from typing import Any
 from lightning.pytorch.callbacks import RichProgressBar
 from rich.progress import ProgressColumn
 
+from batchwise.tasks.task import Task
+
 
 class ProgressBar(RichProgressBar):
     """Lightning's rich progress bar, with examples per second in place of iterations, and epochs counted from 1.
@@ -29,7 +31,9 @@ class ProgressBar(RichProgressBar):
 
     def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
         """Show what the task shows, without a version number."""
-        metrics: dict[str, Any] = super().get_metrics(trainer, pl_module) | getattr(pl_module, "shown", {})
+        metrics: dict[str, Any] = super().get_metrics(trainer, pl_module) | (
+            pl_module._measures.shown if isinstance(pl_module, Task) else {}
+        )
         metrics.pop("v_num", None)
         if "examples/s" in metrics:
             metrics["examples/s"] = f"{float(metrics['examples/s']):,.0f}"

@@ -3,16 +3,16 @@
 import warnings
 from typing import Any, NamedTuple
 
-import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch.callbacks import Callback
 from torch.optim import Optimizer
 
-from batchwise.batching.gradients import gradients_of, whole
+from batchwise.batching.gradients import full, gradients_of
 from batchwise.callbacks.phases import Phases
 from batchwise.host import peak_memory
-from batchwise.tasks.step import row_is_due
+from batchwise.tasks.measures import row_is_due
+from batchwise.tasks.task import Task
 
 
 class Totals(NamedTuple):
@@ -38,7 +38,6 @@ class Record(Callback):
     """
 
     def __init__(self) -> None:
-        self.phases = Phases()
         self.examples = 0
         self._row = Totals()
         self._peak_flops: float | None = None
@@ -46,85 +45,66 @@ class Record(Callback):
         self._learning_rate = 0.0
         self._before_validation = ""
 
-    def on_fit_start(self, trainer: Any, pl_module: pl.LightningModule) -> None:
-        """Let checkpoints be a phase, whoever takes them: Lightning has a hook for their beginning, not their end."""
-        save = trainer.save_checkpoint
-
-        def timed(*arguments: Any, **keywords: Any) -> None:
-            before = self.phases.enter("checkpoints")
-            try:
-                save(*arguments, **keywords)
-            finally:
-                self.phases.enter(before)
-
-        trainer.save_checkpoint = timed
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: Any, pl_module: Task) -> None:
         """Start the clock."""
         self._peak_flops = peak_flops(trainer)
-        self.phases.enter("training")
+        trainer.phases.enter("training")
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_start(self, trainer: Any, pl_module: Task) -> None:
         """Stop the clock: only training counts as training."""
-        self._before_validation = self.phases.enter("validation")
+        self._before_validation = trainer.phases.enter("validation")
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: Any, pl_module: Task) -> None:
         """Start the clock again."""
-        self.phases.enter(self._before_validation)
+        trainer.phases.enter(self._before_validation)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: Any, pl_module: Task) -> None:
         """Stop the clock."""
-        self.phases.enter("end")
+        trainer.phases.enter("end")
 
-    def teardown(self, trainer: Any, pl_module: pl.LightningModule, stage: str) -> None:
-        """Give Lightning's own `save_checkpoint` back."""
-        vars(trainer).pop("save_checkpoint", None)
-
-    def totals(self, pl_module: Any) -> Totals:
+    def totals(self, pl_module: Task) -> Totals:
         """Return what training came to so far."""
-        self.phases.enter(self.phases.now)
-        return Totals(self.examples, self.phases.seconds["training"], pl_module.data.waited)
+        phases: Phases = pl_module.trainer.phases  # type: ignore[attr-defined]
+        phases.enter(phases.now)
+        return Totals(self.examples, phases.seconds["training"], pl_module.data.waited)
 
-    def figures(self, pl_module: Any, since: Totals, until: Totals) -> dict[str, float]:
+    def figures(self, pl_module: Task, since: Totals, until: Totals) -> dict[str, float]:
         """Return speed and peak memory, by their names in the log."""
         seconds = until.seconds - since.seconds
         rate = (until.examples - since.examples) / seconds
         figures = {"examples_per_second": rate, "data_wait": (until.waited - since.waited) / seconds}
-        if pl_module.flops_per_example:
-            figures["model_flops_per_second"] = 3 * pl_module.flops_per_example * rate
+        if flops := pl_module._measures.flops_per_example:
+            figures["model_flops_per_second"] = 3 * flops * rate
             if self._peak_flops:
                 figures["mfu"] = figures["model_flops_per_second"] / self._peak_flops
         figures["peak_memory_mib"] = peak_memory(pl_module.trainer.strategy.root_device) / 2**20
         return figures
 
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Task, optimizer: Optimizer) -> None:
         """Where a row is due, take the rate of this step, and the norm of its divided gradient before clipping."""
         if row_is_due(trainer, trainer.global_step + 1):
             self._learning_rate = optimizer.param_groups[0]["lr"]
-            self._gradient_norm = whole(torch.nn.utils.get_total_norm(gradients_of(optimizer)))
+            self._gradient_norm = full(torch.nn.utils.get_total_norm(gradients_of(optimizer)))
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Task, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Write the row, where it is due."""
         self.examples += batch.size
         if not row_is_due(trainer, trainer.global_step):
             return
-        loss = pl_module.window.mean()  # waits for the device, so it comes before the clock is read
+        measures = pl_module._measures
+        measured = measures.row()  # waits for the device, so it comes before the clock is read
         totals = self.totals(pl_module)
         row = {
-            "train/loss": loss,
-            **pl_module.measured(),
+            **measured,
             "learning_rate": self._learning_rate,
             "gradient_norm": float("nan") if self._gradient_norm is None else self._gradient_norm.item(),
-            "examples": pl_module.data.plan.examples_at(trainer.global_step),
+            "examples": pl_module.data.plan.examples_at(trainer.global_step),  # type: ignore[union-attr]
             "epoch": batch.epoch,
             **self.figures(pl_module, self._row, totals),
         }
-        pl_module.shown = {"train/loss": loss, "examples/s": row["examples_per_second"]}
+        measures.shown = {"train/loss": measured["train/loss"], "examples/s": row["examples_per_second"]}
         for logger in trainer.loggers:
             logger.log_metrics(row, step=trainer.global_step)
-        pl_module.window = type(pl_module.window)()
         self._row = totals
 
 

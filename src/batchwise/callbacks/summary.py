@@ -29,7 +29,7 @@ class Summary(Callback):
         if record is None or not record.examples or not trainer.is_global_zero:
             return
         figures = record.figures(pl_module, Totals(), record.totals(pl_module))
-        figures |= {f"{phase}_seconds": seconds for phase, seconds in record.phases.seconds.items()}
+        figures |= {f"{phase}_seconds": seconds for phase, seconds in trainer.phases.seconds.items()}
         for logger in trainer.loggers:
             logger.log_metrics({f"summary/{name}": value for name, value in figures.items()}, step=trainer.global_step)
         for name, value in figures.items():

@@ -30,15 +30,16 @@ class RangeTest(Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Set the rate of the step."""
+        rates = pl_module._rates
         if not self.rates:
-            self._first, self.rule = pl_module.rates, pl_module.rates[0]
+            self._first, self.rule = rates.base, rates.base[0]
         factor = LOWEST * (HIGHEST / LOWEST) ** (batch.step / (STEPS - 1))
-        pl_module.rates = [rate * factor for rate in self._first]
-        self.rates.append(pl_module.rates[0])
+        rates.base = [rate * factor for rate in self._first]
+        self.rates.append(rates.base[0])
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Note the loss; stop where it is far above the first ones."""
-        self.losses.append(pl_module.sums.mean())
+        self.losses.append(pl_module._step.sums.mean())
         self.progress(trainer.global_step)
         if not self.losses[-1] <= _DIVERGED * max(self.losses[:_WINDOW]):
             trainer.should_stop = True

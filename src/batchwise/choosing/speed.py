@@ -18,7 +18,7 @@ from batchwise.data.module import DataModule
 from batchwise.host import keep_memory
 from batchwise.models.compiled import compile_network
 from batchwise.models.norm import has_batchnorm
-from batchwise.tasks.step import is_out_of_memory
+from batchwise.tasks.memory import is_out_of_memory
 from batchwise.tasks.task import Task
 
 _GAIN = 1.05  # a way must be so many times as fast as the one before to take its place
@@ -65,7 +65,7 @@ class Stopwatch:
         if way.compile not in self.tasks:
             self.tasks[True] = copy.deepcopy(self.tasks[False])
             compile_network(self.tasks[True].network, self.device)
-        self.tasks[way.compile].lay_out(way.channels_last)
+        self.tasks[way.compile]._lay_out(way.channels_last)
         return self.tasks[way.compile]
 
     def seconds(self, way: Way) -> float:
@@ -93,7 +93,7 @@ class Stopwatch:
     def _run(self, task: Task, micro_batch: MicroBatch, precision: str) -> None:
         mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
         with torch.autocast(self.device.type, mixed) if mixed else nullcontext():
-            loss, _ = task.summed_loss(self.data.to_device(micro_batch, self.device, training=True))
+            loss, _ = task._summed_loss(self.data.to_device(micro_batch, self.device, training=True))
         loss.backward()
         task.zero_grad()
         if self.device.type == "cuda":
@@ -138,7 +138,7 @@ def candidates(task: Task, data: DataModule, trainer: Any, device: torch.device,
         found["channels_last"] = [False, True]
     fixed = data.micro_batch_size is not None or trainer.get("accumulate_grad_batches") is not None
     share = -(-data.batch_size // processes)
-    unit = data.together(task.unit)
+    unit = data.together(task._step.unit)
     if not fixed and share >= unit and not has_batchnorm(task.network):  # which depends on what runs together
         powers = [2**power // unit * unit for power in range(5, 13)]
         # A larger share than any of them is not tried whole: on a CPU, to run out of memory is to be killed.

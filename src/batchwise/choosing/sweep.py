@@ -72,8 +72,9 @@ class Race(Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Set the rate, before the first step."""
         if batch.step == 0:
-            pl_module.rates = [rate * self.factor for rate in pl_module.rates]
-            self.learning_rate = pl_module.rates[0]
+            rates = pl_module._rates
+            rates.base = [rate * self.factor for rate in rates.base]
+            self.learning_rate = rates.base[0]
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Take the time, and validate if it is due."""
@@ -169,8 +170,8 @@ def sweep(
                 what = f"batch_size {size}, {factor:g} times the rate, seed {seed}"
                 bars.update(bar, description=what, completed=len(runs), total=len(runs) + len(waiting))
                 own = recipe.model(seed)
-                own.schedule = replace(own.schedule, shape="constant", warmup=0.0)
-                own.reference_batch_size = own.reference_batch_size or plan.batch_size
+                own._rates.schedule = replace(own._rates.schedule, shape="constant", warmup=0.0)
+                own._rates.reference = own._rates.reference or plan.batch_size
                 feed = data.resized(size, data.micro_batch_size)
                 feed.seed = seed
                 feed.setup("fit")

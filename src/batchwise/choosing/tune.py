@@ -106,11 +106,13 @@ def _tune(trainer: pl.Trainer, task: Task, data: DataModule, steps: int, memory_
             number = bars.add_task(name, total=total)
             return lambda done: bars.update(number, completed=done)
 
-        def train_copy(size: int, micro_batch: int, steps: int, callbacks: list[Callback], **changes: Any) -> None:
+        def train_copy(
+            size: int, micro_batch: int, steps: int, callbacks: list[Callback], whatever_comes: bool = False
+        ) -> None:
             own = copy.deepcopy(task)
-            own.reference_batch_size = own.reference_batch_size or batch_size
-            for key, value in changes.items():
-                setattr(own, key, value)
+            own._rates.reference = own._rates.reference or batch_size
+            if whatever_comes:
+                own._rates.schedule, own._step.finite.most = Schedule(), 0
             short.train(trainer, own, data.resized(size, micro_batch), steps, callbacks)
 
         try:
@@ -132,7 +134,7 @@ def _tune(trainer: pl.Trainer, task: Task, data: DataModule, steps: int, memory_
             best = findings.best()
             findings.rates = RangeTest(bar("what the rate does", range_test.STEPS))
             size = best.batch_size if best else batch_size
-            train_copy(size, knee, range_test.STEPS, [findings.rates], schedule=Schedule(), max_skipped_steps=0)
+            train_copy(size, knee, range_test.STEPS, [findings.rates], whatever_comes=True)
         except (KeyboardInterrupt, SystemExit):  # the latter is what Lightning makes of the former
             interrupted = True
     if findings.sizes and trainer.is_global_zero:
@@ -181,7 +183,7 @@ def _leave(folder: Path, findings: Findings, task: Task, data: DataModule) -> No
         overlay = {
             "trainer": {"accumulate_grad_batches": None},
             "data": sizes,
-            "model": {"reference_batch_size": task.reference_batch_size or findings.batch_size},  # the rate follows
+            "model": {"reference_batch_size": task._rates.reference or findings.batch_size},  # the rate follows
         }
         (folder / "tuned.yaml").write_text("# tune recommends\n" + yaml.safe_dump(overlay, sort_keys=False))
         print(f"use it:     --config {folder / 'tuned.yaml'}")

@@ -205,7 +205,7 @@ class CLI(LightningCLI):
         """Add the callbacks that every run has."""
         settings = self._get(self.config_init, "trainer")
         if self.checkpoint is not None:
-            self.model.init_from = None  # the checkpoint has the weights
+            self.model._tuning.init_from = None  # the checkpoint has the weights
         given = settings.get("callbacks") or []
         callbacks = list(given) if isinstance(given, list | tuple) else [given]
         if self.subcommand == "fit":
@@ -265,7 +265,7 @@ class CLI(LightningCLI):
 
     def _load(self, stage: str) -> None:
         """Load the data and make the plan; the first process of a machine does."""
-        self.datamodule.trainer, self.datamodule.unit = self.trainer, self.model.unit
+        self.datamodule.trainer, self.datamodule.unit = self.trainer, self.model._step.unit
         if self.trainer.local_rank == 0:
             with mistakes():
                 self.datamodule.prepare_data()
@@ -350,7 +350,7 @@ class CLI(LightningCLI):
         plain = copy.deepcopy(self.plain_config)
         size = plain["data"].get("init_args", {}).pop("batch_size", None)
         plan = self.datamodule.plan
-        reference = self.model.reference_batch_size or (plan and plan.batch_size) or size
+        reference = self.model._rates.reference or (plan and plan.batch_size) or size
         parts = [plain["model"], reference, plain["data"], {key: plain["trainer"].get(key) for key in keys}]
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
 

@@ -12,8 +12,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 from batchwise.batching.loader import MicroBatch
 from batchwise.data.mixing import Mixing
 from batchwise.data.module import DataModule
-from batchwise.tasks.step import Losses
-from batchwise.tasks.task import Task
+from batchwise.tasks.task import Losses, Task
 
 
 class Classification(Task):
@@ -48,7 +47,6 @@ class Classification(Task):
         self.class_weights = class_weights
         # Those that are counted go into checkpoints: an evaluation need not have the training examples.
         self.register_buffer("weights", None, persistent=class_weights == "balanced")
-        self.confusion: MulticlassConfusionMatrix | None = None
 
     def losses(self, batch: MicroBatch) -> Losses:
         """One cross-entropy per example [N], in nats. Never averaged here: the base class divides once."""
@@ -66,31 +64,19 @@ class Classification(Task):
             logits, batch.targets, each, reduction="none", label_smoothing=smoothing
         ) / weights, weights
 
-    def measure(self, *values: Tensor) -> None:
-        """Also count, in evaluation, which class is taken for which."""
-        super().measure(*values)
-        if self.confusion is not None and not self.training:
-            self.confusion.update(*values)
-
-    def on_validation_epoch_start(self) -> None:
-        """Also forget the counts."""
-        super().on_validation_epoch_start()
-        if self.confusion is not None:
-            self.confusion.reset()
-
     def predictions(self, batch: MicroBatch) -> dict[str, Tensor]:
         """The most probable class [N], and the probability of each class [N, C]."""
         probability = self(batch.inputs).float().softmax(dim=1)
         return {"predicted": probability.argmax(dim=1), "probability": probability}
 
     def make_metrics(self, outputs: Tensor) -> MetricCollection:
-        """Top-1 accuracy over all examples, and the mean over classes of their F1."""
+        """Top-1 accuracy over all examples, the mean over classes of their F1, and what is taken for what."""
         classes = outputs.shape[1]
-        self.confusion = MulticlassConfusionMatrix(classes, validate_args=False)
         return MetricCollection(
             {
                 "accuracy": MulticlassAccuracy(classes, average="micro", validate_args=False),
                 "f1": MulticlassF1Score(classes, average="macro", validate_args=False),
+                "confusion": MulticlassConfusionMatrix(classes, validate_args=False),
             }
         )
 

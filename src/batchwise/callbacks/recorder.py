@@ -1,0 +1,113 @@
+"""The engine's own hooks: when an epoch, an evaluation or a training begins and ends, and what a checkpoint keeps."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch.nn.parallel import DistributedDataParallel
+
+from batchwise.data.module import SPLITS
+from batchwise.tasks.making import refuse, start_momenta, take_states
+from batchwise.tasks.task import Task
+
+KEY = "batchwise"
+"""Under which a checkpoint keeps what it is to know."""
+
+
+class Recorder(Callback):
+    """Runs the measures, the rates and the step of a task. The trainer has it as its first callback.
+
+    It is no hook of the task, so that a user's subclass may override any of those without a thought.
+    """
+
+    def __init__(self) -> None:
+        self._saved: dict[str, Any] | None = None
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Prepare the task, unless that was done before."""
+        if not isinstance(pl_module, Task):
+            return
+        self._saved = None
+        # Lightning loads the weights before it converts the module: into float32, which 64-true would not survive.
+        trainer.precision_plugin.convert_module(pl_module)
+        if pl_module._measures.metrics is None:
+            pl_module.prepare(pl_module.data, SPLITS[stage][0])
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse what an overridden `configure_optimizers` must not give."""
+        if isinstance(pl_module, Task):
+            for optimizer in trainer.optimizers:
+                refuse(optimizer)
+            if isinstance(trainer.strategy.model, DistributedDataParallel):
+                # Each device computes the same running statistics, or none. To copy those of the first device over
+                # the others before every forward pass is a cost, and would undo exact ones.
+                trainer.strategy.model.broadcast_buffers = False
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Begin a training."""
+        if isinstance(pl_module, Task):
+            pl_module._step.start(pl_module)
+            pl_module._rates.start(pl_module)
+            states = (self._saved or {}).get("optimizer_states") or [None] * len(trainer.optimizers)
+            for optimizer, state in zip(trainer.optimizers, states, strict=False):
+                take_states(optimizer, state if pl_module.device_mesh is None else None)
+                start_momenta(optimizer)
+            self._saved = None
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Give the exact mean loss of the epoch."""
+        if isinstance(pl_module, Task):
+            mean = pl_module._measures.end_epoch()
+            pl_module.record({"train/loss_epoch": torch.tensor(mean, dtype=torch.float64)})
+
+    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Begin an evaluation."""
+        if isinstance(pl_module, Task):
+            pl_module._measures.start_evaluation(pl_module)
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Give the exact loss and the metrics."""
+        if isinstance(pl_module, Task):
+            pl_module.record(pl_module._measures.end_evaluation(pl_module, "val"))
+
+    def on_test_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Begin an evaluation."""
+        self.on_validation_epoch_start(trainer, pl_module)
+
+    def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Give the exact loss and the metrics."""
+        if isinstance(pl_module, Task):
+            pl_module.record(pl_module._measures.end_evaluation(pl_module, "test"))
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Keep the sums; number the optimizer's parameters as the model has them.
+
+        PyTorch numbers them as the optimizer's groups have them, and takes any numbers where it loads; a sharded
+        strategy takes those of the model for granted.
+        """
+        if not isinstance(pl_module, Task):
+            return
+        checkpoint[KEY] = {
+            "sums": pl_module._measures.state(),
+            "skipped_in_a_row": pl_module._step.finite.skipped_in_a_row,
+            "rates_taken": sorted(pl_module._rates.taken),
+        }
+        if pl_module.device_mesh is not None:
+            return  # it has
+        numbers = {parameter: number for number, parameter in enumerate(pl_module.parameters())}
+        for optimizer, state in zip(trainer.optimizers, checkpoint.get("optimizer_states", []), strict=False):
+            ours = [numbers[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+            state["state"] = {ours[number]: values for number, values in state["state"].items()}
+            for group in state["param_groups"]:
+                group["params"] = [ours[number] for number in group["params"]]
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Go on with the sums."""
+        state = checkpoint.get(KEY)
+        if isinstance(pl_module, Task) and state and trainer.state.fn == "fit":
+            pl_module._measures.restore(state["sums"])
+            pl_module._step.finite.skipped_in_a_row = state["skipped_in_a_row"]
+            pl_module._rates.taken = set(state["rates_taken"])
+            self._saved = checkpoint

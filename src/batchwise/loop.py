@@ -1,0 +1,126 @@
+"""Lightning's loop over an epoch, whose step is ours; where nobody listens to it, it costs next to nothing."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import lightning
+from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
+from lightning.pytorch.loops.optimization.automatic import _AutomaticOptimization
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.strategies import Strategy
+from torch.optim import Optimizer
+
+from batchwise.callbacks.checkpoint import Last
+from batchwise.data.module import DataModule
+from batchwise.tasks.hooks import STEP_HOOKS, listeners, listens
+from batchwise.tasks.task import Task
+
+KNOWN = ("2.6.6",)
+"""Versions of Lightning whose `advance` the short one below has been held against."""
+
+
+class BatchOptimization(_AutomaticOptimization):
+    """One item of a data module is one optimizer step; of whatever else, Lightning's own closure makes one."""
+
+    def run(self, optimizer: Optimizer, batch_idx: int, kwargs: Any) -> Any:
+        """Run one global batch; return its exact loss, for `on_train_batch_end`."""
+        task = self.trainer.lightning_module
+        if not isinstance(task, Task):
+            return super().run(optimizer, batch_idx, kwargs)
+        steps = self.optim_progress.optimizer.step  # which is `trainer.global_step`
+        steps.increment_ready()
+        loss = task._step.run(task, kwargs["batch"])
+        steps.increment_completed()
+        return {"loss": loss}
+
+
+class EpochLoop(_TrainingEpochLoop):
+    """Lightning's loop. Its `advance` is Lightning's own wherever that could make a difference."""
+
+    def __init__(self, trainer: Any, min_steps: int | None = None, max_steps: int = -1) -> None:
+        super().__init__(trainer, min_steps=min_steps, max_steps=max_steps)
+        self.automatic_optimization = BatchOptimization(trainer)
+        self._is_short = False
+        self._at_start: list[Any] = []
+        self._at_end: list[Any] = []
+
+    def on_run_start(self, data_fetcher: Any) -> None:
+        """Find out, at the start of each epoch, who listens."""
+        super().on_run_start(data_fetcher)
+        self._is_short = self._may_be_short(data_fetcher)
+        own = [callback for callback in self.trainer.callbacks if _is_ours(callback)]  # type: ignore[attr-defined]
+        self._at_start = [c.on_train_batch_start for c in own if listens(c, "on_train_batch_start")]
+        self._at_end = [c.on_train_batch_end for c in own if listens(c, "on_train_batch_end")]
+
+    def _may_be_short(self, data_fetcher: Any) -> bool:
+        trainer: Any = self.trainer
+        data = trainer.datamodule
+        moves = ("on_before_batch_transfer", "on_after_batch_transfer", "transfer_batch_to_device")
+        return (
+            lightning.__version__ in KNOWN
+            and isinstance(trainer.lightning_module, Task)
+            and isinstance(data, DataModule)
+            and all(getattr(type(data), hook) is getattr(DataModule, hook) for hook in moves)
+            and not isinstance(data_fetcher, _DataLoaderIterDataFetcher)
+            and isinstance(trainer.profiler, PassThroughProfiler)
+            and type(trainer.strategy).on_train_batch_start is Strategy.on_train_batch_start
+            # Lightning tells all processes of a SIGTERM at each step; `Last` does so with the sums of the step.
+            and (trainer.world_size == 1 or any(isinstance(callback, Last) for callback in trainer.callbacks))
+            and _all_ours(listeners(trainer, STEP_HOOKS))
+        )
+
+    def advance(self, data_fetcher: Any) -> None:
+        """Train on one global batch."""
+        if not self._is_short or self.restarting or self._results:
+            super().advance(data_fetcher)  # which also takes what somebody logs at each step
+            return
+        trainer: Any = self.trainer
+        task: Any = trainer.lightning_module
+        self.val_loop.restarting = False
+        batch, _, _ = next(data_fetcher)
+        batch_idx, progress = self.batch_idx + 1, self.batch_progress
+        progress.is_last_batch = data_fetcher.done
+        progress.increment_ready()
+        trainer._logger_connector.on_batch_start(batch)
+        for hook in self._at_start:
+            hook(trainer, task, batch, batch_idx)
+        progress.increment_started()
+        before, task._current_fx_name = task._current_fx_name, "training_step"
+        outputs = self.automatic_optimization.run(trainer.optimizers[0], batch_idx, {"batch": batch})
+        task._current_fx_name = before
+        progress.increment_processed()
+        if trainer.lr_scheduler_configs:
+            self.update_lr_schedulers("step", update_plateau_schedulers=False)
+            if self._num_ready_batches_reached():
+                self.update_lr_schedulers("epoch", update_plateau_schedulers=False)
+        for hook in self._at_end:
+            hook(trainer, task, outputs, batch, batch_idx)
+        if self._results:  # somebody has logged for the first time
+            trainer._logger_connector.on_batch_end()
+        self._results.batch = None
+        progress.increment_completed()
+        if self._results:
+            trainer._logger_connector.update_train_step_metrics()
+
+    def on_advance_end(self, data_fetcher: Any) -> None:
+        """Validate, where it is due; save, where training ends here and the epoch does not.
+
+        Lightning then counts the epoch as done, so that training which goes on from there would end an epoch short.
+        """
+        super().on_advance_end(data_fetcher)
+        trainer: Any = self.trainer
+        if self._num_ready_batches_reached() or not isinstance(trainer.lightning_module, Task):
+            return
+        if self._is_training_done or (trainer.should_stop and trainer.fit_loop._can_stop_early):
+            for callback in trainer.callbacks:
+                if isinstance(callback, Last):
+                    callback.save_within_epoch(trainer)
+
+
+def _is_ours(thing: Any) -> bool:
+    return type(thing).__module__.startswith("batchwise.")
+
+
+def _all_ours(things: Iterable[Any]) -> bool:
+    return all(_is_ours(thing) for thing in things)

@@ -1,0 +1,51 @@
+"""Fine-tuning: where the first weights come from, what does not learn, what learns at a rate of its own."""
+
+from typing import Any
+
+from torch import nn
+
+from batchwise.models.frozen import Frozen, check_patterns
+from batchwise.models.weights import take_weights
+from batchwise.optim.groups import parameter_groups
+
+
+class FineTuning:
+    """What a task does with weights that have learnt already.
+
+    Args:
+        network: its frozen parameters are told that they need no gradient.
+        init_from: begin with the weights of this file, where they fit by name and shape: see `take_weights`.
+        freeze: patterns of modules or parameters that do not learn; see `Frozen`.
+        lr_factors: factors on the learning rate, by such patterns; of several that match, the first counts.
+
+    Raises:
+        ValueError: a pattern matches nothing, or a factor is not above 0.
+    """
+
+    def __init__(
+        self, network: nn.Module, init_from: str | None, freeze: list[str], lr_factors: dict[str, float]
+    ) -> None:
+        check_patterns("model.lr_factors", lr_factors, network)
+        if not all(factor > 0 for factor in lr_factors.values()):
+            raise ValueError(f"model.lr_factors is {lr_factors}: write factors above 0 (model.freeze keeps weights)")
+        self.init_from: str | None = init_from
+        """None as soon as the weights are there, or where they come from a checkpoint."""
+        self.lr_factors = lr_factors
+        self.frozen = Frozen(network, freeze)
+        for parameter in self.frozen.parameters:
+            parameter.requires_grad_(False)
+
+    def take(self, network: nn.Module) -> str | None:
+        """Take the first weights, once; return a line that reports it."""
+        path, self.init_from = self.init_from, None
+        return None if path is None else take_weights(network, path)
+
+    def hold_norms(self, network: nn.Module) -> None:
+        """Let the frozen batch norms use and keep their statistics, in training too."""
+        for name in self.frozen.norms:
+            network.get_submodule(name).eval()
+
+    def groups(self, module: nn.Module, decay_matrices_only: bool) -> list[dict[str, Any]]:
+        """Return the groups of parameters for an optimizer; patterns are of names within the network."""
+        named = [(name.removeprefix("network."), parameter) for name, parameter in module.named_parameters()]
+        return parameter_groups(named, self.lr_factors, decay_matrices_only)

@@ -1,0 +1,41 @@
+"""Who listens to Lightning's hooks, and calling them where Lightning's own loop does not."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.trainer import call
+
+STEP_HOOKS = (
+    "on_train_batch_start",
+    "on_before_zero_grad",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "on_train_batch_end",
+)
+
+
+def listens(thing: Any, hook: str) -> bool:
+    """Return whether a callback or module has a hook of its own, in its class or set on the object."""
+    base = Callback if isinstance(thing, Callback) else pl.LightningModule
+    own = getattr(thing, hook, None)
+    if own is None or getattr(own, "__func__", own) is getattr(base, hook):
+        return False
+    if isinstance(thing, ModelCheckpoint) and hook == "on_train_batch_end":  # where it saves by epochs, it is idle
+        return thing._every_n_train_steps > 0 or thing._train_time_interval is not None
+    return True
+
+
+def listeners(trainer: Any, hooks: Iterable[str]) -> list[Any]:
+    """Return the callbacks and the module that have at least one of these hooks, in the order of Lightning's calls."""
+    names = list(hooks)
+    things = (*trainer.callbacks, trainer.lightning_module)
+    return [thing for thing in things if any(listens(thing, hook) for hook in names)]
+
+
+def call_hook(trainer: Any, hook: str, *arguments: Any) -> None:
+    """Call a hook of all callbacks, then of the module, as Lightning does: so that they may log in it."""
+    call._call_callback_hooks(trainer, hook, *arguments)
+    call._call_lightning_module_hook(trainer, hook, *arguments)

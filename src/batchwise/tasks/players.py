@@ -1,0 +1,63 @@
+"""Several optimizers as one: what Lightning, checkpoints and schedules see of them."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+class Players(Optimizer):
+    """Optimizers of different parameters, each of which steps by itself.
+
+    To Lightning they are one optimizer, with the groups and the states of all. So steps, schedules and checkpoints
+    count batches, and a checkpoint is one as of any other training.
+
+    Args:
+        players: the optimizers by name; no parameter may be in two of them.
+    """
+
+    def __init__(self, players: dict[str, Optimizer]) -> None:
+        groups = [group for optimizer in players.values() for group in optimizer.param_groups]
+        super().__init__([{"params": group["params"]} for group in groups], {})
+        self.players = players
+        self._share(groups)
+
+    def _share(self, groups: list[dict[str, Any]]) -> None:
+        """Let the players have these very groups, and one state."""
+        self.param_groups = groups
+        each = iter(groups)
+        for optimizer in self.players.values():
+            optimizer.param_groups = [next(each) for _ in optimizer.param_groups]
+            optimizer.state = self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the groups and the states of all."""
+        super().load_state_dict(state_dict)
+        self._share(self.param_groups)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """Refuse: each player steps by itself.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(f"step one of the players: {', '.join(self.players)}")
+
+
+def add_gradients(parameters: Iterable[nn.Parameter], add: Callable[[Tensor], Tensor]) -> None:
+    """Replace each gradient by its sum over all devices; a parameter that has none anywhere keeps none.
+
+    Args:
+        parameters: the same on all devices.
+        add: returns the sum of a tensor over all devices.
+    """
+    every = list(parameters)
+    has = torch.tensor([float(parameter.grad is not None) for parameter in every], device=every[0].device)
+    used = [parameter for parameter, count in zip(every, add(has).tolist(), strict=True) if count]
+    for kind in {parameter.dtype for parameter in used}:
+        own = [parameter for parameter in used if parameter.dtype == kind]
+        flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in own])
+        for parameter, gradient in zip(own, add(flat).split([p.numel() for p in own]), strict=True):
+            parameter.grad = gradient.view_as(parameter)

@@ -1,0 +1,142 @@
+"""The learning rate of each step: a function of the number of the step, unless somebody else sets it."""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from torch.optim import Optimizer
+
+from batchwise.optim.scaling import RULES, scale
+from batchwise.optim.schedule import Schedule
+from batchwise.tasks.players import Players
+
+if TYPE_CHECKING:
+    from batchwise.data.module import DataModule
+    from batchwise.tasks.task import Task
+
+
+class Rates:
+    """Lets the rate follow the batch size and the schedule.
+
+    What a user sets himself goes before: an optimizer or scheduler of his own `configure_optimizers`, a group of
+    parameters that a callback adds, a rate that a callback sets. Then one line says so.
+
+    Args:
+        schedule: the learning rate over the training.
+        reference: the batch size at which the optimizer's rate is quoted; None: it is used as it stands.
+        rule: how the rate follows the batch from there; None: by the class of the optimizer.
+
+    Raises:
+        ValueError: the rule is not known, or has no reference.
+    """
+
+    def __init__(self, schedule: Schedule, reference: int | None, rule: str | None) -> None:
+        if reference is not None and reference < 1:
+            raise ValueError(f"model.reference_batch_size is {reference}: write a number of examples")
+        if rule not in (None, *RULES):
+            raise ValueError(f"model.scaling is {rule}: write {', '.join(RULES)}, or null")
+        if rule is not None and reference is None:
+            raise ValueError(f"model.scaling is {rule}, but model.reference_batch_size is not set: write it too")
+        self.schedule, self.reference, self.rule = schedule, reference, rule
+        self.base: list[float] = []
+        """The rate of each group at the batch size of now, before the schedule."""
+        self.taken: set[int] = set()
+        """Groups whose rate somebody else sets."""
+        self._optimizer: Optimizer | None = None
+        self._settings: list[dict[str, Any]] = []
+        self._set: list[float] = []
+        self._follows: int | None = None
+        self._total = math.inf
+
+    def own(self, task: "Task", optimizer: Optimizer) -> None:
+        """Take an optimizer that the task has made."""
+        self._optimizer = optimizer
+        self._settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        if task.data.plan is not None:
+            self._follow(task, task.data.plan.batch_size)
+        self._total = self.examples_in_all(task.data)
+
+    def start(self, task: "Task") -> None:
+        """Begin a training, from a checkpoint or from the start.
+
+        The settings are those of the configuration, whatever the checkpoint has: with --force they may be new.
+        """
+        trainer, optimizer, plan = task.trainer, self._optimizer, task.data.plan
+        assert plan is not None
+        if optimizer is None or optimizer is not trainer.optimizers[0]:
+            self._optimizer = None
+            if self.schedule != Schedule() or self.reference is not None:
+                self._say(task, "configure_optimizers gives the optimizer, so model.schedule and scaling do nothing")
+            return
+        if trainer.lr_scheduler_configs:
+            self._optimizer = None
+            if self.schedule != Schedule():
+                self._say(task, "configure_optimizers gives a scheduler, so model.schedule does nothing")
+            return
+        for number, (group, settings) in enumerate(zip(optimizer.param_groups, self._settings, strict=False)):
+            if number not in self.taken:
+                group.update(settings)
+        self._follow(task, plan.size_at(trainer.global_step))
+        self._set = []
+
+    def set(self, task: "Task", step: int) -> None:
+        """Set the rates of a step, which follow the size of its batch."""
+        optimizer, plan = self._optimizer, task.data.plan
+        if optimizer is None or plan is None:
+            return
+        groups = optimizer.param_groups[: len(self._settings)]  # callbacks may have added others
+        for number, (group, before) in enumerate(zip(groups, self._set, strict=False)):
+            if group["lr"] != before and number not in self.taken:
+                self.taken.add(number)
+                self._say(task, f"step {step:,}: a callback sets the learning rate of group {number}: it keeps it")
+        if plan.changes and plan.size_at(step) != self._follows:
+            self._say(task, f"step {step:,}: batch_size {plan.size_at(step)} from here")
+            self._follow(task, plan.size_at(step))
+        factor = self.schedule.factor(plan.examples_at(step), plan.examples_at(step + 1), self._total)
+        for number, (group, rate) in enumerate(zip(groups, self.base, strict=True)):
+            if number not in self.taken:
+                group["lr"] = rate * factor
+        self._set = [group["lr"] for group in groups]
+
+    def _follow(self, task: "Task", batch_size: int) -> None:
+        """Let the rate of each group follow the batch size; what it becomes is a function of the size alone."""
+        optimizer = self._optimizer
+        assert optimizer is not None
+        free = [number for number in range(len(self._settings)) if number not in self.taken]
+        kept = {number: optimizer.param_groups[number]["lr"] for number in self.taken}
+        for number in free:
+            settings = self._settings[number]
+            optimizer.param_groups[number].update(
+                {key: settings[key] for key in ("lr", "weight_decay") if key in settings}
+            )
+        if self.reference not in (None, batch_size):
+            each = optimizer.players.values() if isinstance(optimizer, Players) else [optimizer]
+            for one in each:
+                before = one.param_groups[0]["lr"]
+                rule = scale(one, batch_size, self.reference, self.rule)
+                if batch_size != self._follows:
+                    self._say(
+                        task,
+                        f"learning rate {before:.4g} at {self.reference} examples per step is "
+                        f"{one.param_groups[0]['lr']:.4g} at {batch_size} (model.scaling {rule})",
+                    )
+        for number, rate in kept.items():
+            optimizer.param_groups[number]["lr"] = rate
+        self.base = [group["lr"] for group in optimizer.param_groups[: len(self._settings)]]
+        self._follows = batch_size
+
+    def examples_in_all(self, data: "DataModule") -> float:
+        """Return the number of examples in the whole training.
+
+        Raises:
+            ValueError: the schedule needs an end, and there is none.
+        """
+        if data.total_steps() == math.inf and self.schedule.needs_end:
+            raise ValueError(
+                f"model.schedule {self.schedule.shape} needs to know how long training is: "
+                "write trainer.max_epochs or trainer.max_steps"
+            )
+        return data.total_examples()
+
+    def _say(self, task: "Task", line: str) -> None:
+        if task.trainer.is_global_zero:
+            print(line, flush=True)
