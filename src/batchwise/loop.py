@@ -68,17 +68,19 @@ class EpochLoop(_TrainingEpochLoop):
             # Lightning tells all processes of a SIGTERM at each step; `Last` does so with the sums of the step.
             and (trainer.world_size == 1 or any(isinstance(callback, Last) for callback in trainer.callbacks))
             and _all_ours(listeners(trainer, STEP_HOOKS))
+            and all(result.meta.fx == "on_train_epoch_end" for result in self._results.values())  # nobody logs steps
         )
 
     def advance(self, data_fetcher: Any) -> None:
         """Train on one global batch."""
-        if not self._is_short or self.restarting or self._results:
-            super().advance(data_fetcher)  # which also takes what somebody logs at each step
+        if not self._is_short or self.restarting:
+            super().advance(data_fetcher)
             return
         trainer: Any = self.trainer
         task: Any = trainer.lightning_module
         self.val_loop.restarting = False
         batch, _, _ = next(data_fetcher)
+        logged = len(self._results)
         batch_idx, progress = self.batch_idx + 1, self.batch_progress
         progress.is_last_batch = data_fetcher.done
         progress.increment_ready()
@@ -96,11 +98,12 @@ class EpochLoop(_TrainingEpochLoop):
                 self.update_lr_schedulers("epoch", update_plateau_schedulers=False)
         for hook in self._at_end:
             hook(trainer, task, outputs, batch, batch_idx)
-        if self._results:  # somebody has logged for the first time
+        self._is_short = len(self._results) == logged  # else somebody has begun to log at each step
+        if not self._is_short:
             trainer._logger_connector.on_batch_end()
         self._results.batch = None
         progress.increment_completed()
-        if self._results:
+        if not self._is_short:
             trainer._logger_connector.update_train_step_metrics()
 
     def on_advance_end(self, data_fetcher: Any) -> None:

@@ -197,7 +197,9 @@ class DataModule(pl.LightningDataModule, ABC):
             "micro_batch_size": self.micro_batch_size,
             "accumulate_grad_batches": getattr(trainer, "accumulation", None),
             "devices": self.replicas[0],
-            "unit": self.together(getattr(getattr(trainer, "lightning_module", None), "unit", self.unit)),
+            "unit": self.together(
+                getattr(getattr(getattr(trainer, "lightning_module", None), "_step", self), "unit", self.unit)
+            ),
         }
         self._left_limit = self._read_limit()
         if self._left_limit is not None:

@@ -357,14 +357,3 @@ def test_one_part_cannot_be_compared() -> None:
 def test_wrong_settings_are_refused(wrong: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         NoiseScale(**wrong)
-
-
-def test_what_is_frozen_for_a_while_does_not_count() -> None:
-    """As what is frozen for good, whose gradient is not even computed."""
-    run = (*FIT, *callback(every_n_steps=1), "--trainer.max_steps", 2, "--model.freeze", "['layers.[12]']", "--name")
-    forever = run_here(*run, "forever")
-    for_a_while = run_here(*run, "a_while", "--model.thaw_after_examples", 10_000)
-    ours, theirs = (torch.tensor(samples(result), dtype=torch.float64) for result in (for_a_while, forever))
-    assert len(ours) == 2
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
-    assert furthest(forever, for_a_while) == 0

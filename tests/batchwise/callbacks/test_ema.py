@@ -57,7 +57,10 @@ def test_a_step_that_the_scaler_skips_does_not_count() -> None:
     weight = nn.Parameter(torch.ones(2))
     optimizer = torch.optim.SGD([weight], lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=10**6)
-    module = SimpleNamespace(state_dict=lambda keep_vars: {"weight": weight}, skipped_in_a_row=0)
+    module = SimpleNamespace(
+        state_dict=lambda keep_vars: {"weight": weight},
+        _step=SimpleNamespace(finite=SimpleNamespace(skipped_in_a_row=0)),
+    )
     trainer: Any = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=scaler))
     ema = EMA(10)
     ema.on_train_start(trainer, module)  # type: ignore[arg-type]

@@ -50,7 +50,7 @@ def prepared(task: Any, targets: torch.Tensor, outputs: int) -> tuple[Any, DataM
 def evaluated(model: Any, data: DataModule) -> dict[str, float]:
     model.eval()
     model.losses(data.examples("train", 100))
-    return {name: float(value) for name, value in model.metrics.compute().items()}
+    return {name: float(value) for name, value in model._measures.metrics.compute().items()}
 
 
 @pytest.mark.parametrize("shape", [(50,), (50, 1), (50, 2)])
