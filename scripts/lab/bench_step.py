@@ -79,7 +79,7 @@ def plain_epoch(network: nn.Module, inputs: Tensor, targets: Tensor, batch_size:
 class Clock:
     """Times the steps after the warm-up, with all that happens between them, by the time of the thread.
 
-    It is asked where a step gets its batch, and is no callback: a callback that listens to steps has a price of its own.
+    It is asked where a step gets its batch, and is no callback: one that listens to steps has a price of its own.
     """
 
     seconds = 0.0

@@ -74,7 +74,12 @@ class EpochLoop(_TrainingEpochLoop):
     def advance(self, data_fetcher: Any) -> None:
         """Train on one global batch."""
         if not self._is_short or self.restarting:
+            done = self.global_step
             super().advance(data_fetcher)
+            if self.global_step > done:
+                # Lightning holds back a ReduceLROnPlateau at the end of the epoch in which a training was resumed; but
+                # its metric is there, because validation comes after a step.
+                self.trainer.fit_loop._restarting = False
             return
         trainer: Any = self.trainer
         task: Any = trainer.lightning_module
