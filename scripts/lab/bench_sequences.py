@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from batchwise.batching.fetch import Fetch, InMemory
 from batchwise.batching.loader import TrainLoader
-from batchwise.batching.order import Bucketed, Order, Shuffled
+from batchwise.batching.order import Order, Shuffled
+from batchwise.batching.sampling import Bucketed
 from batchwise.batching.packing import best_fit
 from batchwise.batching.plan import BatchPlan
 from batchwise.batching.ragged import Ragged

@@ -15,7 +15,8 @@ from side_by_side import train_all
 from study import FewDigits, Run, Setting
 from torch import Tensor
 
-from batchwise.batching.order import Balanced, Order, Sequential, Shuffled, Stratified, Weighted
+from batchwise.batching.order import Order, Sequential, Shuffled
+from batchwise.batching.sampling import Balanced, Stratified, Weighted
 from batchwise.batching.random import mix
 from batchwise.models.mlp import MLP
 
