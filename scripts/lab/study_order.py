@@ -16,8 +16,8 @@ from study import FewDigits, Run, Setting
 from torch import Tensor
 
 from batchwise.batching.order import Order, Sequential, Shuffled
-from batchwise.batching.sampling import Balanced, Stratified, Weighted
 from batchwise.batching.random import mix
+from batchwise.batching.sampling import Balanced, Stratified, Weighted
 from batchwise.models.mlp import MLP
 
 RATES = {16: (0.05, 0.2), 128: (0.2, 0.8)}

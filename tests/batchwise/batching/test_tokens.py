@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from batchwise.batching.loader import TrainLoader
 from batchwise.batching.order import Order, Sequential, Shuffled
-from batchwise.batching.sampling import Balanced
 from batchwise.batching.plan import BatchPlan, Part
 from batchwise.batching.ragged import Ragged
+from batchwise.batching.sampling import Balanced
 from batchwise.batching.tokens import ByTokens, SequencePlan
 
 
