@@ -31,7 +31,7 @@ class Ragged:
     def __init__(self, values: Tensor | np.ndarray, offsets: Tensor | np.ndarray, *others: Tensor | np.ndarray) -> None:
         self.mapped = isinstance(values, np.memmap)
         self.values = as_tensor(values)
-        self.offsets = torch.as_tensor(np.asarray(offsets, np.int64))
+        self.offsets = as_tensor(offsets).long()
         self.lengths = self.offsets.diff()
         """Values of each example, int64 [examples]."""
         ends = len(self.offsets) > 0 and self.offsets[0] >= 0 and self.offsets[-1] <= len(self.values)

@@ -9,7 +9,7 @@ from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch.callbacks import Callback
 from torch.optim import Optimizer
 
-from batchwise.batching.gradients import gradients_of, whole
+from batchwise.batching.gradients import full, gradients_of
 from batchwise.callbacks.phases import Phases
 from batchwise.host import peak_memory
 from batchwise.tasks.step import row_is_due
@@ -103,7 +103,7 @@ class Record(Callback):
         """Where a row is due, take the rate of this step, and the norm of its divided gradient before clipping."""
         if row_is_due(trainer, trainer.global_step + 1):
             self._learning_rate = optimizer.param_groups[0]["lr"]
-            self._gradient_norm = whole(torch.nn.utils.get_total_norm(gradients_of(optimizer)))
+            self._gradient_norm = full(torch.nn.utils.get_total_norm(gradients_of(optimizer)))
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Write the row, where it is due."""

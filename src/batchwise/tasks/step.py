@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from batchwise.batching.gradients import Number, gradients_of, scale_gradients, weighted_sum, whole
+from batchwise.batching.gradients import Number, full, gradients_of, scale_gradients, weighted_sum
 from batchwise.batching.loader import Batch, MicroBatch
 from batchwise.batching.random import mix
 from batchwise.data.module import DataModule
@@ -301,7 +301,7 @@ class ExactStep(pl.LightningModule, ABC):
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:  # which looks at the gradient itself
             return math.isfinite(self.sums.loss)
         norms = torch._foreach_norm(gradients_of(optimizer))  # pyright: ignore[reportPrivateImportUsage]
-        return math.isfinite(self.sums.loss + whole(torch.stack(norms).sum()))
+        return math.isfinite(self.sums.loss + full(torch.stack(norms).sum()))
 
     def _skip(self) -> None:
         """Say which examples were in a skipped step; stop after too many in a row."""
