@@ -98,7 +98,7 @@ def as_tensor(field: Tensor | np.ndarray) -> Tensor:
 
 
 def gather(field: Tensor | Rows, index: Tensor, pinned: bool = False) -> Tensor:
-    """Return field[index] on the device of the field; so written, it would take four times as long on a CPU.
+    """Return field[index], on the device of the field. `index_select` takes a quarter of the time of `[]` on a CPU.
 
     Args:
         field: [M, ...].
@@ -116,7 +116,7 @@ def gather(field: Tensor | Rows, index: Tensor, pinned: bool = False) -> Tensor:
 
 
 _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
-"""`index_select` lacks these unsigned types."""
+"""The types of the same size for those that `index_select` lacks."""
 
 
 class InMemory:
@@ -176,9 +176,14 @@ class InMemory:
 
 
 def _read_ahead(read: Callable[[Tensor], Read], indices: Iterator[Tensor], slow: bool) -> Iterator[Read]:
-    """Yield read(index) for each index, in a thread from the first slow read on.
+    """Yield read(index) for each index. A thread reads ahead after the first slow read.
 
-    A thread does not pay before: handing a micro-batch over takes longer than a gather from memory.
+    Before, it would cost more than it saves: to hand over a micro-batch takes longer than to gather it from memory.
+
+    Args:
+        read: reads one micro-batch.
+        indices: the examples of each micro-batch. They may be consumed in the thread.
+        slow: start the thread at once.
     """
     while not slow:
         index = next(indices, None)

@@ -68,7 +68,7 @@ class Balanced(Blocks):
         key = self._key(epoch)
         classes = len(self._count)
         turn, draw = positions % classes, positions // classes
-        label = permute(mix(key, 0), classes, turn)
+        label = permute(mix(key, 0), classes, torch.arange(classes, device="cpu"))[turn]
         count = self._count[label]
         member = permute(mix(key, 1, label, draw // count), count, draw % count)
         order = self._members[self._first[label] + member]
