@@ -4,7 +4,7 @@ Examples: what the training loader feeds per second, and when the first batch is
 second, against a plain PyTorch loop that runs each batch whole; ours in micro-batches of at most 64. Processes: a whole
 `fit` on the digits, from its own log.
 
-    python scripts/bench_scale.py
+    python scripts/lab/bench_scale.py
 """
 
 import csv
@@ -27,7 +27,7 @@ from batchwise.batching.order import Shuffled
 from batchwise.batching.plan import BatchPlan
 from batchwise.models.convnet import ConvNet
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def loader(examples: int) -> TrainLoader:

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from batchwise.batching.fetch import Fetch, InMemory
 from batchwise.batching.loader import TrainLoader
-from batchwise.batching.order import Bucketed, Order, Shuffled
+from batchwise.batching.order import Order, Shuffled
 from batchwise.batching.packing import best_fit
 from batchwise.batching.plan import BatchPlan
 from batchwise.batching.ragged import Ragged
+from batchwise.batching.sampling import Bucketed
 from batchwise.batching.tokens import SequencePlan
 
 EXAMPLES, LONGEST, BATCH, MICRO_BATCH, MICRO_BATCH_TOKENS, WIDTH = 1024, 512, 256, 32, 4096, 64

@@ -21,7 +21,8 @@ from study import EXAMPLES, FewDigits, Setting
 from torch import Tensor, nn
 
 from batchwise.batching.gradients import gradients_of
-from batchwise.batching.order import Order, Shuffled, Weighted
+from batchwise.batching.order import Order, Shuffled
+from batchwise.batching.sampling import Weighted
 from batchwise.callbacks.noise_scale import NoiseScale
 from batchwise.models.mlp import MLP
 

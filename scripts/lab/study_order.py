@@ -15,8 +15,9 @@ from side_by_side import train_all
 from study import FewDigits, Run, Setting
 from torch import Tensor
 
-from batchwise.batching.order import Balanced, Order, Sequential, Shuffled, Stratified, Weighted
+from batchwise.batching.order import Order, Sequential, Shuffled
 from batchwise.batching.random import mix
+from batchwise.batching.sampling import Balanced, Stratified, Weighted
 from batchwise.models.mlp import MLP
 
 RATES = {16: (0.05, 0.2), 128: (0.2, 0.8)}

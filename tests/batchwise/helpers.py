@@ -175,6 +175,13 @@ def furthest(first: Result, second: Result) -> float:
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
+def p_value(counts: torch.Tensor) -> float:
+    """Return the p-value of a chi-square test that the counts come from equally likely cells."""
+    counts = counts.double().flatten()
+    statistic = ((counts - counts.mean()) ** 2 / counts.mean()).sum()
+    return float(torch.special.gammaincc(torch.tensor((len(counts) - 1) / 2, dtype=torch.float64), statistic / 2))
+
+
 def wandb_records(path: Path) -> Iterator[Any]:
     """Read an offline run file."""
     from batchwise.run.wandb_file import records

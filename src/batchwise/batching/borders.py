@@ -1,4 +1,4 @@
-"""Where batches begin and end: from the number of an optimizer step to its epoch and its positions there."""
+"""Where batches begin and end: the epoch of each optimizer step, and its positions in that epoch."""
 
 from bisect import bisect_right
 from math import ceil
@@ -6,11 +6,11 @@ from operator import attrgetter
 from typing import NamedTuple, Protocol
 
 Changes = tuple[tuple[int, int], ...]
-"""(examples seen, batch size from there on), rising."""
+"""Pairs of (examples seen, batch size from there on), rising."""
 
 
 class Borders(Protocol):
-    """The batches of a training. Steps, epochs and positions count from 0."""
+    """The batches of a training run. Steps, epochs and positions count from 0."""
 
     def epoch(self, step: int) -> int:
         """Return the epoch that a step belongs to."""
@@ -26,7 +26,7 @@ class Borders(Protocol):
 
 
 class _Run(NamedTuple):
-    """Batches of one size: from one batch of an epoch on, and from one position on."""
+    """Batches of one size: the number of the first one in its epoch, and the position where it starts."""
 
     number: int
     start: int
@@ -35,24 +35,24 @@ class _Run(NamedTuple):
 
 class _Epoch(NamedTuple):
     first: int
-    """Its first step, and the examples seen before it."""
+    """Its first step."""
     seen: int
+    """Examples seen before it."""
     steps: int
     stop: int
-    """Positions before this one are trained on."""
+    """Number of positions that are trained on."""
     runs: list[_Run]
 
 
 class BySize:
-    """Batches of a number of examples, which may change at given numbers of examples seen.
+    """Batches of a number of examples, which may change after given numbers of examples seen.
 
-    Epochs before the last change are worked out one by one. Those after it are alike: they are arithmetic, and where
-    there is no change, so are all.
+    Epochs up to the last change are computed one by one. All later epochs are alike, so they are arithmetic.
 
     Args:
-        positions: in an epoch.
+        positions: number of positions in an epoch.
         batch_size: examples per batch at first.
-        changes: later batch sizes; a change comes with the first batch that begins there or later.
+        changes: later batch sizes. A change takes effect at the first batch that begins there or later.
         drop_last: leave out the short batch at the end of an epoch.
     """
 
@@ -69,8 +69,8 @@ class BySize:
             which = bisect_right(self.sizes, seen + start, key=lambda change: change[0]) - 1
             size, changes = self.sizes[which][1], self.sizes[which + 1 :]
             rest = self.positions - start
-            whole = rest // size if self.drop_last else ceil(rest / size)
-            steps = min(whole, ceil((changes[0][0] - seen - start) / size)) if changes else whole
+            left = rest // size if self.drop_last else ceil(rest / size)
+            steps = min(left, ceil((changes[0][0] - seen - start) / size)) if changes else left
             if steps == 0:
                 break
             runs.append(_Run(number, start, size))

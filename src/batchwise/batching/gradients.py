@@ -1,11 +1,11 @@
-"""The exact gradient of a global batch: micro-batches in, one sum, one count, one division.
+"""The exact gradient of a batch: sum the losses of its micro-batches, sum their weights, divide once.
 
 For targets i with losses l_i and weights w_i, over all micro-batches and devices, the optimizer gets
 
     grad( sum_i w_i l_i / sum_i w_i )
 
-which is what one device gets from the whole batch at once. A mean per micro-batch would weigh a target by the company
-it happens to have.
+This is what one device gets from the whole batch at once. A mean per micro-batch would give a target a weight that
+depends on how many other targets are in its micro-batch.
 """
 
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 Number = float | Tensor
-"""A number that the host knows, or one that is still on the device."""
+"""A number on the host, or one that is still on the device."""
 
 
 def weighted_sum(losses: Tensor, weights: Tensor | None, target_weights: Tensor | None = None) -> tuple[Tensor, Number]:
@@ -25,8 +25,11 @@ def weighted_sum(losses: Tensor, weights: Tensor | None, target_weights: Tensor 
     Args:
         losses: one per target, [N] or [N, T].
         weights: one per example [N], or None for ones.
-        target_weights: one per target, shaped like `losses`, or None for ones. A target of weight zero counts for
-            nothing even if its loss is not finite; its gradient must be.
+        target_weights: one per target, shaped like `losses`, or None for ones. A loss of weight zero may be infinite
+            or NaN; its gradient may not.
+
+    Raises:
+        ValueError: the target weights do not have the shape of the losses.
     """
     if losses.dtype.itemsize < 4:  # half precision cannot count to 3,000
         losses = losses.float()
@@ -40,24 +43,24 @@ def weighted_sum(losses: Tensor, weights: Tensor | None, target_weights: Tensor 
         target_weights = weights if target_weights is None else weights * target_weights
     if target_weights is None:
         return losses.sum(), losses.numel()
-    # A target that does not count must not count even if its loss is not finite: 0 * inf is nan.
+    # Not only a product, because 0 * inf is nan.
     counted = torch.where(target_weights == 0, losses.new_zeros(()), losses * target_weights)
     return counted.sum(), target_weights.sum(dtype=losses.dtype)
 
 
 def gradients_of(optimizer: Any) -> list[Tensor]:
-    """Return the gradients of the parameters that an optimizer moves, where they have one."""
+    """Return the gradients of an optimizer's parameters, where they have one."""
     groups = optimizer.param_groups
     return [parameter.grad for group in groups for parameter in group["params"] if parameter.grad is not None]
 
 
 def full(tensor: Tensor) -> Tensor:
-    """Return a tensor that may be cut over devices in one piece; then all of them must ask."""
+    """Return the full tensor where it is cut over devices. This communicates, so all of them must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def scale_gradients(parameters: Iterable[nn.Parameter], factor: Number) -> None:
-    """Multiply all gradients by `factor` in one fused call; none at all where the host knows that it is one."""
+    """Multiply all gradients by `factor` in one fused call, or do nothing if the host knows that it is one."""
     if isinstance(factor, float) and factor == 1.0:
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]

@@ -1,4 +1,4 @@
-"""The loaders: one training item is one optimizer step, and every evaluation example is read once."""
+"""The loaders: one item of training is one optimizer step, and each example of an evaluation is read once."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -25,11 +25,11 @@ class MicroBatch:
     Args:
         inputs: what the network takes, [N, ...]; a tuple of such where the data has several inputs.
         targets: [N, ...], or None where there are none.
-        index: numbers of the examples within their split, int64 [N].
-        weights: [N] factors of the examples' losses, or None for all one.
-        position: position of the first example in the global batch.
-        epoch: number of the epoch, from 0; with `index` it tells what is drawn for an example.
-        counts: False where the examples only stand in for a device that has nothing to do.
+        index: numbers of the examples within their split, int64 [N], on the host.
+        weights: factors of the examples' losses, [N]; None: all one.
+        position: position of the first example in the batch.
+        epoch: number of the epoch, from 0. With `index` it is the key of an example's random numbers.
+        counts: False where a device has nothing to do and the examples only keep it in step.
     """
 
     inputs: Any
@@ -44,16 +44,16 @@ class MicroBatch:
         return len(self.index)
 
     def to(self, device: torch.device, convert: Callable[[Tensor], Tensor] | None = None) -> "MicroBatch":
-        """Return the batch with its tensors on `device`, converted; the numbers of the examples stay on the host."""
+        """Return the micro-batch with its tensors on `device`, converted. `index` stays on the host."""
         moved = self._map(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
         return moved if convert is None else moved._map(convert)
 
     def take(self, places: Tensor) -> "MicroBatch":
-        """Return the examples at some places in the batch, int64 [N]."""
+        """Return the examples at some places in the micro-batch, int64 [N]."""
         return replace(self._map(lambda tensor: tensor[places]), index=self.index[places])
 
     def split(self, size: int, unit: int = 1) -> list["MicroBatch"]:
-        """Return parts of at most `size` examples, in whole units (the last may be longer by half a one)."""
+        """Return parts of at most `size` examples, in whole units. The last may be longer by half a unit."""
         starts = range(0, max(1, len(self) - (unit - 1) // 2), size)
         return [
             replace(
@@ -77,15 +77,15 @@ class MicroBatch:
 
 
 class Batch:
-    """This device's part of one global batch: one item of the training loader, one optimizer step.
+    """This device's share of one batch: one item of the training loader, one optimizer step.
 
-    Not a dataclass: Lightning's mixed precision would walk through one, and copy it, at each step.
+    It is no dataclass, because Lightning's mixed precision would walk through it and copy it at each step.
 
     Args:
         step: number of the optimizer step, from 0, over the whole training.
         epoch: number of the epoch, from 0.
-        size: examples in the global batch, over all devices.
-        micro_batches: what this device runs, in order; on the host.
+        size: number of examples in the batch, over all devices.
+        micro_batches: the micro-batches of this device, in order, on the host.
     """
 
     __slots__ = ("epoch", "micro_batches", "size", "step")
@@ -94,17 +94,17 @@ class Batch:
         self.step, self.epoch, self.size, self.micro_batches = step, epoch, size, micro_batches
 
     def cut(self, limit: int | None, unit: int = 1) -> None:
-        """Cut micro-batches of more than `limit` examples, in whole units."""
+        """Cut micro-batches of more than `limit` examples into smaller ones of whole units."""
         if limit is not None:
             self.micro_batches = [part for micro_batch in self.micro_batches for part in micro_batch.split(limit, unit)]
 
     def largest(self) -> int:
-        """Return the most examples that are run at once."""
+        """Return the number of examples in the largest micro-batch."""
         return max(len(micro_batch) for micro_batch in self.micro_batches)
 
 
 def make_batch(fields: Example, index: Tensor, weights: Tensor | None = None, *place: Any) -> MicroBatch:
-    """Return a batch of what was read: inputs first, targets last; a single field is inputs without targets."""
+    """Return a micro-batch of fields: inputs first, targets last. A single field is inputs without targets."""
     if len(fields) == 2:
         return MicroBatch(*fields, index, weights, *place)
     *inputs, targets = fields if len(fields) > 1 else (*fields, None)
@@ -112,21 +112,21 @@ def make_batch(fields: Example, index: Tensor, weights: Tensor | None = None, *p
 
 
 class TrainLoader:
-    """Yields this device's `Batch` of each global batch until the end of the epoch, from any step on.
+    """Yields this device's share of each batch, from any step to the end of its epoch.
 
-    A plain iterable and not a `DataLoader`, so that Lightning leaves it alone. Its length is that of the whole epoch,
-    the one that training is in, even when it starts late.
+    It is a plain iterable and no `DataLoader`, so that Lightning leaves it alone. Its length is that of the current
+    epoch, even if iteration starts late.
 
     Args:
-        plan: sizes.
+        plan: the sizes.
         order: the order of each epoch, over the positions of the plan.
-        fetch: where examples come from.
+        fetch: the source of the examples.
         rank: number of this device.
-        position: asked when iteration starts: the number of optimizer steps done.
+        position: returns the number of optimizer steps done. It is called when iteration starts.
     """
 
     waited = 0.0
-    """Seconds so far in which training waited for examples."""
+    """Seconds that training has waited for examples so far."""
 
     def __init__(self, plan: BatchPlan, order: Order, fetch: Fetch, rank: int, position: Callable[[], int]) -> None:
         self.plan, self.order, self.fetch, self.rank, self.position = plan, order, fetch, rank, position
@@ -139,7 +139,7 @@ class TrainLoader:
         epoch, length = self.plan.epoch(first), max(1, _ASKED // self.plan.batch_size)
         last = self.plan.first_step(epoch + 1)
         runs = [range(step, min(step + length, last)) for step in range(first, last, length)]
-        # What was asked for and has not come yet: some ways to read are asked ahead of time.
+        # Steps that were requested and have not been yielded: some sources consume requests ahead of time.
         asked: deque[list[_Step]] = deque()
 
         def requests() -> Iterator[Request]:
@@ -150,7 +150,7 @@ class TrainLoader:
 
         reads = self._timed(self.fetch.stream(requests(), seed=mix(self.order.seed, epoch)))
         for _ in runs:
-            examples = chain([next(reads)], reads)  # the first of a run makes sure that it was asked for
+            examples = chain([next(reads)], reads)  # once the first one is there, its run was requested
             for step, size, parts in asked.popleft():
                 micro_batches = []
                 for (start, _, counts), index in parts:
@@ -169,7 +169,7 @@ class TrainLoader:
             yield read
 
     def _request(self, epoch: int, run: range) -> tuple[Request, list["_Step"]]:
-        """Return what to read for this device's share of some batches, and what the shares are."""
+        """Return the request for this device's shares of some batches, and these shares."""
         sizes, positions, slices, shares, indices = [], [], [], [], []
         plan, before = self.plan, self.plan.first_step(epoch)
         for step in run:
@@ -195,19 +195,20 @@ class TrainLoader:
 
 
 _Step = tuple[int, int, list[tuple[Part, Tensor]]]
-"""Number, size of the global batch, and this device's micro-batches with the numbers of their examples."""
+"""Number of the step, size of its batch, and this device's micro-batches with the numbers of their examples."""
 
 _ASKED = 8192
-"""Examples of global batches that are asked for at a time."""
+"""Examples of whole batches per request."""
 
 
 class EvalLoader:
-    """Yields each example of a split exactly once over all devices: contiguous shards, no padding, no duplicates.
+    """Yields each example of a split exactly once over all devices, in contiguous shards.
 
-    Every device gets equally many batches, because some strategies synchronise in each forward pass.
+    There is no padding and no duplicate. Every device gets equally many micro-batches, because some strategies
+    synchronise in each forward pass.
 
     Args:
-        fetch: where examples come from.
+        fetch: the source of the examples.
         batch_size: most examples on one device at once.
         rank: number of this device.
         devices: number of devices.
@@ -223,7 +224,7 @@ class EvalLoader:
                 f"{examples} examples cannot be evaluated on {devices} devices: use at most {examples} devices"
             )
         shards = cut(examples, devices)
-        # Equally many on each device, and none empty: where devices have one example or two, a batch may be of two.
+        # Equally many on each device, and none empty. If devices have one example or two, a micro-batch may have two.
         batches = min(ceil(ceil(examples / devices) / batch_size), examples // devices)
         self.fetch = fetch
         self.borders = [shards[rank] + border for border in cut(shards[rank + 1] - shards[rank], batches)]

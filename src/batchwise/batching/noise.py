@@ -3,16 +3,16 @@
 McCandlish et al. 2018 (arXiv 1812.06162): B_simple = S / |G|^2, where G is the mean of the gradients of single examples
 and S the trace of their covariance. A much smaller batch wastes steps, a much larger one wastes examples.
 
-Both are had from the parts (micro-batches, devices) of one ordinary batch. Part i has b_i examples, which need not be
-equally many, and the mean gradient g_i; the batch has B = sum b_i, m parts and the mean gradient g = sum b_i g_i / B.
-A mean over b independent examples has E|g_b|^2 = |G|^2 + S / b, so
+Both follow from the parts (micro-batches, devices) of one ordinary batch. Part i has b_i examples and the mean gradient
+g_i; the b_i may differ. The batch has m parts, B = sum b_i examples and the mean gradient g = sum b_i g_i / B. A mean
+over b independent examples has E|g_b|^2 = |G|^2 + S / b, so
 
     E sum_i b_i |g_i|^2 = B |G|^2 + m S    and    E B |g|^2 = B |G|^2 + S,
 
-whose difference is (m - 1) S: without bias, S = (sum_i b_i |g_i|^2 - B |g|^2) / (m - 1), and |G|^2 = |g|^2 - S / B.
+The difference is (m - 1) S. So S = (sum_i b_i |g_i|^2 - B |g|^2) / (m - 1) and |G|^2 = |g|^2 - S / B are without bias.
 For equal parts these are the paper's formulas. S is the mean square between groups of an analysis of variance.
 
-One batch says little, and its |G|^2 is often negative; sums over many batches are divided, never quotients averaged.
+One batch says little, and its |G|^2 is often negative. So divide sums over many batches, and do not average quotients.
 """
 
 import math
@@ -22,11 +22,11 @@ from statistics import NormalDist
 from typing import NamedTuple
 
 FEWEST = 40
-"""Batches below which no figure should be given."""
+"""Fewest batches for which a figure should be given."""
 
 
 class Sample(NamedTuple):
-    """What one batch says, without bias. The unit of the gradient cancels in the noise scale."""
+    """The unbiased estimates of one batch. The unit of the gradient cancels in the noise scale."""
 
     examples: int
     noise: float
@@ -43,10 +43,10 @@ class Estimate(NamedTuple):
     high: float
     """Infinite where the signal is lost."""
     lost: bool
-    """The pooled |G|^2 is not significantly positive: all that is known is that the noise scale is more than `low`."""
+    """True if the pooled |G|^2 is not significantly positive. Then only the lower bound `low` is known."""
 
     def __str__(self) -> str:
-        """Return the estimate as one reads it."""
+        """Return the estimate in words."""
         if self.lost:
             return f"more than {self.low:,.3g} examples"
         return f"{self.scale:,.3g} examples (95%: {self.low:,.3g} to {self.high:,.3g})"
@@ -57,9 +57,9 @@ def sample(small: float, whole: float, parts: int, examples: int) -> Sample:
 
     Args:
         small: the sum over the parts of b_i |g_i|^2.
-        whole: |g|^2, of the mean gradient over the whole batch.
+        whole: |g|^2 of the mean gradient over the whole batch.
         parts: number of parts, at least 2.
-        examples: in the whole batch.
+        examples: number of examples in the whole batch.
     """
     noise = (small - examples * whole) / (parts - 1)
     return Sample(examples, noise, whole - noise / examples)
@@ -68,8 +68,8 @@ def sample(small: float, whole: float, parts: int, examples: int) -> Sample:
 def noise_scale(samples: Iterable[Sample], confidence: float = 0.95) -> Estimate:
     """Return the noise scale of several batches together, each weighted by its examples.
 
-    The interval is that of the inverse, |G|^2 / S, by the delta method: its denominator is known well even where the
-    signal is lost in the noise, and where the interval reaches zero, the noise scale has no upper bound.
+    The interval is that of the inverse, |G|^2 / S, by the delta method. The denominator S is known well, even if the
+    signal is lost in the noise. If the interval reaches zero, the noise scale has no upper bound.
 
     Raises:
         ValueError: there are fewer than two samples.
@@ -94,8 +94,8 @@ def noise_scale(samples: Iterable[Sample], confidence: float = 0.95) -> Estimate
 
 
 class NoiseMeter(ABC):
-    """Whoever measures the gradient noise scale while training goes on."""
+    """Base class of what measures the gradient noise scale during training."""
 
     @abstractmethod
     def estimate(self) -> Estimate | None:
-        """Return the noise scale of the newest samples; None while there are too few."""
+        """Return the noise scale of the newest samples, or None while there are too few."""

@@ -1,24 +1,25 @@
-"""Packing: whole sequences into blocks of one length, with little room left over."""
+"""Packing: sequences into blocks of one length, with little room left over and none cut."""
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Return which sequences go into which block: the longest first, each where the least room is left that it fits.
+    """Return the numbers of the sequences in each block.
 
-    Best fit decreasing: at most 11/9 of the fewest blocks possible, and 4 more (Johnson 1974, "Fast algorithms for bin
-    packing"); for training of language models, Ding et al. 2024, arXiv 2404.10830.
+    Best fit decreasing: the longest sequence comes first, and each goes into the block with the least room that
+    suffices. This takes at most 11/9 of the fewest blocks possible, and 4 more (Johnson 1974, "Fast algorithms for bin
+    packing"). For the training of language models see Ding et al. 2024, arXiv 2404.10830.
 
     Args:
-        lengths: of the sequences, 1 to `capacity`.
+        lengths: lengths of the sequences, 1 to `capacity`.
         capacity: length of a block.
 
     Raises:
         ValueError: a sequence does not fit into any block, or is empty.
     """
     blocks: list[list[int]] = []
-    rooms: list[int] = []  # in rising order, each once: what is left in some block
+    rooms: list[int] = []  # the room left in some block, rising, each number once
     with_room: dict[int, list[int]] = {}
     for sequence in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
         length = lengths[sequence]

@@ -13,8 +13,8 @@ from batchwise.batching.borders import Borders, BySize, Changes
 class Part(NamedTuple):
     """One micro-batch of one device: positions [start, stop).
 
-    `counts` is False for the stand-in of a device that has nothing to do: it runs one example with weight zero, because
-    every device must take part in the same number of forward and backward passes.
+    `counts` is False where a device has nothing to do. It then runs one example with weight zero, because every device
+    must take part in equally many forward and backward passes.
     """
 
     start: int
@@ -23,13 +23,14 @@ class Part(NamedTuple):
 
 
 def cut(total: int, parts: int) -> list[int]:
-    """Return `parts + 1` borders that cut `total` things into parts whose sizes differ by at most one."""
+    """Return the `parts + 1` borders of parts of 0 to `total` whose sizes differ by at most one."""
     return [total * i // parts for i in range(parts + 1)]
 
 
 def _units(size: int, unit: int) -> int:
-    whole, rest = divmod(size, unit)
-    return max(1, whole + (2 * rest >= unit))
+    """Return the number of units in `size` examples, rounded, and at least one."""
+    full, rest = divmod(size, unit)
+    return max(1, full + (2 * rest >= unit))
 
 
 def _positive(**values: int | None) -> None:
@@ -40,18 +41,18 @@ def _positive(**values: int | None) -> None:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How each batch of `batch_size` examples is executed. Nothing in here changes what is computed.
+    """How each batch of `batch_size` examples is executed. Nothing here changes what is computed.
 
     Args:
-        examples: positions in one epoch (for most orders the number of training examples).
+        examples: positions in one epoch. For most orders this is the number of training examples.
         batch_size: examples per optimizer step, over all devices together.
         devices: data-parallel processes, over all nodes.
         micro_batch_size: most examples on one device at once. None: the device's whole share.
-        drop_last: leave out the short batch at the end of an epoch. It is trained on, exactly, by default.
-        unit: examples that must stay together (a ghost batch); shares and micro-batches are whole units. A remainder
-            smaller than half a unit joins the unit before it.
-        limit: an epoch ends after so many batches of `batch_size`. None: after all.
-        changes: later batch sizes, each from a number of examples seen on; micro-batches stay as they are.
+        drop_last: leave out the short batch at the end of an epoch. By default it is trained on, exactly.
+        unit: number of examples that must stay together (a ghost batch). Shares and micro-batches are whole units. A
+            remainder of less than half a unit joins the unit before it.
+        limit: number of batches of `batch_size` after which an epoch ends. None: no limit.
+        changes: later batch sizes, each from a number of examples seen on. Micro-batches keep their size.
 
     Raises:
         ValueError: a number is below 1, or there is no step to take.
@@ -96,10 +97,10 @@ class BatchPlan:
         unit: int = 1,
         limit: int | None = None,
     ) -> "BatchPlan":
-        """Make the plan from any two of batch size, micro-batch size and accumulation, or a consistent three.
+        """Make the plan from any two of batch size, micro-batch size and accumulation, or from three that agree.
 
         Raises:
-            ValueError: too few are given, or the three contradict one another.
+            ValueError: too few are given, or they contradict one another.
         """
         _positive(batch_size=batch_size, micro_batch_size=micro_batch_size, devices=devices, unit=unit)
         _positive(accumulate_grad_batches=accumulate_grad_batches)
@@ -138,7 +139,7 @@ class BatchPlan:
 
     @property
     def positions(self) -> int:
-        """Positions of an epoch that its batches are cut from."""
+        """Number of positions of an epoch that its batches are cut from."""
         return self.examples if self.limit is None else min(self.examples, self.limit * self.batch_size)
 
     @cached_property
@@ -159,7 +160,7 @@ class BatchPlan:
         return step == self.first_step(self.epoch(step))
 
     def steps_in(self, epoch: int) -> int:
-        """Return the number of optimizer steps in an epoch; they differ where the batch size changes."""
+        """Return the number of optimizer steps in an epoch. Epochs differ if the batch size changes."""
         return self.first_step(epoch + 1) - self.first_step(epoch)
 
     @cached_property
@@ -180,12 +181,12 @@ class BatchPlan:
 
     @property
     def share(self) -> int:
-        """Most examples that one device has of one batch."""
+        """Most examples of one batch on one device."""
         return max(sum(part.stop - part.start for part in parts if part.counts) for parts in self._all_parts())
 
     @property
     def largest_micro_batch(self) -> int:
-        """Most examples that are on one device at once."""
+        """Most examples on one device at once."""
         return max(part.stop - part.start for parts in self._all_parts() for part in parts)
 
     @property
@@ -199,7 +200,7 @@ class BatchPlan:
         return self.borders.bounds(epoch, step - self.borders.before(epoch)[0])
 
     def size_at(self, step: int) -> int:
-        """Return the batch size that is meant for a step; at the end of an epoch its batch may be smaller."""
+        """Return the nominal batch size of a step. At the end of an epoch its batch may be smaller."""
         seen = self.examples_at(step) if self.changes else 0
         return [self.batch_size, *(size for point, size in self.changes if point <= seen)][-1]
 
@@ -212,7 +213,7 @@ class BatchPlan:
     def parts(self, step: int, rank: int) -> list[Part]:
         """Return the micro-batches that device `rank` runs at optimizer step `step`, in order.
 
-        Every device gets equally many; their sizes differ by at most one unit, over all devices.
+        Every device gets equally many. Their sizes differ by at most one unit, over all devices.
         """
         start, stop = self.bounds(step)
         parts = self.parts_of(stop - start, rank)
@@ -233,7 +234,7 @@ class BatchPlan:
         units = _units(size, self.unit)
         shares = cut(units, self.devices)
         most = self.micro_batch_size
-        if most is None and self.changes:  # then larger batches are no larger in memory
+        if most is None and self.changes:  # so that later, larger batches need no more memory
             most = ceil(_units(self.batch_size, self.unit) / self.devices) * self.unit
         per_micro_batch = units if most is None else most // self.unit
         micro_batches = ceil(ceil(units / self.devices) / per_micro_batch)
@@ -258,6 +259,6 @@ class BatchPlan:
         }
 
     def _all_parts(self) -> Iterator[list[Part]]:
-        """Yield the parts of full batches and of the last one, whose micro-batches may be the larger."""
+        """Yield the parts of full batches and of the last one, whose micro-batches may be larger."""
         for size in {min(self.batch_size, self.positions), self.last_batch, *(size for _, size in self.changes)}:
             yield from (self.parts_of(size, rank) for rank in range(self.devices))

@@ -1,4 +1,4 @@
-"""Sequences of unequal length, stored one after the other: a micro-batch is one gather, as wide as its longest."""
+"""Sequences of unequal length, stored one after the other. A micro-batch is one gather, padded to its longest."""
 
 from collections.abc import Iterable, Iterator
 
@@ -9,29 +9,29 @@ from torch import Tensor
 from batchwise.batching.fetch import InMemory, Read, Request, as_tensor
 
 PADDING = -1
-"""What stands past the end of a sequence of whole numbers; past the end of one of fractions stands 0."""
+"""The value after the end of a sequence of integers. A sequence of floats is padded with 0."""
 
 
 class Ragged:
     """Sequences in memory or in a memory-mapped file, as a source of examples.
 
     Example i is `values[offsets[i]:offsets[i + 1]]`. A micro-batch of N examples, of which the longest has T values, is
-    read as its sequences [N, T] (or [N, T, F]), then the other fields [N, ...].
+    its sequences [N, T] (or [N, T, F]), then the other fields [N, ...].
 
     Args:
-        values: all sequences, one after the other, [total] or [total, F]. Whole numbers of any type, which are handed
-            out as int32, or fractions.
-        offsets: where each sequence begins and the last one ends, int64 [examples + 1].
-        *others: what each example also has, such as labels, [examples, ...].
+        values: all sequences, one after the other, [total] or [total, F]: floats, or integers of any type, which are
+            returned as int32.
+        offsets: where each sequence begins, and where the last one ends, int64 [examples + 1].
+        *others: other fields of each example, such as labels, [examples, ...].
 
     Raises:
-        ValueError: the offsets are not borders within the values, or the other fields differ in length.
+        ValueError: the offsets are no rising positions within the values, or the other fields differ in length.
     """
 
     def __init__(self, values: Tensor | np.ndarray, offsets: Tensor | np.ndarray, *others: Tensor | np.ndarray) -> None:
         self.mapped = isinstance(values, np.memmap)
-        self.values = np.asarray(values)
-        self.offsets = torch.as_tensor(np.asarray(offsets, np.int64))
+        self.values = as_tensor(values)
+        self.offsets = as_tensor(offsets).long()
         self.lengths = self.offsets.diff()
         """Values of each example, int64 [examples]."""
         ends = len(self.offsets) > 0 and self.offsets[0] >= 0 and self.offsets[-1] <= len(self.values)
@@ -40,7 +40,7 @@ class Ragged:
                 f"the offsets of {len(self.values)} values are not their borders: write where each sequence begins, "
                 "and at last the end, in rising order"
             )
-        InMemory((self.lengths, *others))  # which checks that there are equally many
+        InMemory((self.lengths, *others))  # which checks that the lengths are equal
         self.fields = (self.values, *map(as_tensor, others))
 
     def __len__(self) -> int:
@@ -56,7 +56,7 @@ class Ragged:
         return self.offsets.nbytes + sum(field.nbytes for field in self.fields)
 
     def stream(self, requests: Iterable[Request], seed: int = 0) -> Iterator[Read]:
-        """Yield the sequences of each micro-batch, and what else its examples have."""
+        """Yield the padded sequences and the other fields of each micro-batch."""
         for request in requests:
             for index in request.index.split_with_sizes(request.sizes):
                 others = (field.index_select(0, index) for field in self.fields[1:])
@@ -67,8 +67,9 @@ class Ragged:
         longest = max(1, int(lengths.max()))  # of sequences that are all empty, one place each
         ends = lengths.cumsum(0)
         where = np.repeat((firsts - ends + lengths).numpy(), lengths.numpy()) + np.arange(int(ends[-1]))
-        whole = self.values.dtype.kind in "iub"
-        shape, dtype = (len(index), longest, *self.values.shape[1:]), np.int32 if whole else self.values.dtype
-        padded = np.full(shape, PADDING if whole else 0, dtype)
-        padded[(torch.arange(longest) < lengths[:, None]).numpy()] = self.values.take(where, 0)
+        values = self.values.numpy()  # which is not kept, because the memory of a tensor may move
+        integers = values.dtype.kind in "iub"
+        shape, dtype = (len(index), longest, *values.shape[1:]), np.int32 if integers else values.dtype
+        padded = np.full(shape, PADDING if integers else 0, dtype)
+        padded[(torch.arange(longest) < lengths[:, None]).numpy()] = values.take(where, 0)
         return torch.from_numpy(padded)

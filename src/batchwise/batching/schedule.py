@@ -1,4 +1,4 @@
-"""The batch size as a function of examples seen, at constant micro-batch, so through accumulation."""
+"""The batch size as a function of examples seen. Micro-batches keep their size; there are more of them."""
 
 import math
 from itertools import pairwise
@@ -7,7 +7,7 @@ from batchwise.batching.borders import Changes
 
 
 class BatchSizes:
-    """How the batch size changes from `batch_size` on. The learning rate follows where it follows the batch."""
+    """How the batch size changes after `batch_size`. The learning rate changes with it if it follows the batch."""
 
     sizes: tuple[int, ...] = ()
     """The sizes that are known before training."""
@@ -16,7 +16,7 @@ class BatchSizes:
         """Return the changes that are known before training.
 
         Args:
-            total: examples in the whole training; inf: there is no end.
+            total: number of examples in the whole training; inf if it has no end.
         """
         return ()
 
@@ -24,14 +24,14 @@ class BatchSizes:
 class Milestones(BatchSizes):
     """Other batch sizes from given points of the training on.
 
-    To raise the batch by a factor has the effect of lowering the learning rate by it, in fewer steps (Smith et al.
-    2017, "Don't decay the learning rate, increase the batch size", arXiv 1711.00489); with `reference_batch_size` the
-    rate follows the batch instead, as it does from run to run.
+    A larger batch has the effect of a smaller learning rate, in fewer steps (Smith et al. 2017, "Don't decay the
+    learning rate, increase the batch size", arXiv 1711.00489). With `reference_batch_size` the rate follows the batch
+    instead, as it does from run to run.
 
     Args:
-        sizes: examples per optimizer step from each point on.
-        shares: the points, as shares of the epochs of the training, above 0 and below 1.
-        examples: the points, as numbers of examples seen; instead of `shares`.
+        sizes: examples per optimizer step, from each point on.
+        shares: the points, as shares of the training, above 0 and below 1.
+        examples: the points, as numbers of examples seen. Write either these or `shares`.
 
     Raises:
         ValueError: the points are not as many as the sizes, or do not rise.
@@ -58,15 +58,18 @@ class Milestones(BatchSizes):
 
 
 class Adaptive(BatchSizes):
-    """The batch follows the gradient noise scale: at the start of an epoch it is doubled, halved, or left.
+    """The batch size follows the gradient noise scale: at the start of an epoch it is doubled, halved, or kept.
 
-    A batch much smaller than the noise scale wastes steps, a much larger one examples (McCandlish et al. 2018, arXiv
-    1812.06162), and the noise scale grows as training goes on. It is measured from the parts of each batch, so there
-    must be several, and what is measured depends on them: with other micro-batches other sizes may be chosen. What was
-    chosen is kept, so that a resume goes on with it.
+    A batch much smaller than the noise scale wastes steps; a much larger one wastes examples (McCandlish et al. 2018,
+    arXiv 1812.06162). The noise scale grows during training. It is measured from the micro-batches of each batch, so
+    there must be several, and with other micro-batches other sizes may be chosen. The chosen sizes are saved in the
+    checkpoint, so a resume goes on with them.
 
     Args:
-        most: the largest batch size; `batch_size` is the smallest.
+        most: the largest batch size. The smallest is `batch_size`.
+
+    Raises:
+        ValueError: `most` is below one.
     """
 
     def __init__(self, most: int) -> None:
@@ -75,7 +78,7 @@ class Adaptive(BatchSizes):
         self.most = most
 
     def next(self, size: int, smallest: int, largest: int, noise_scale: float) -> int:
-        """Return the batch size of the next epoch, from `smallest` to `largest`: half or twice `size`, or that."""
+        """Return the batch size of the next epoch: `size`, half or twice of it, from `smallest` to `largest`."""
         if noise_scale >= 2 * size <= largest:
             return 2 * size
         return size // 2 if noise_scale < size > smallest else size

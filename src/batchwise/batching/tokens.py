@@ -1,4 +1,4 @@
-"""Batches of sequences: their size in tokens, and micro-batches of sequences of like length, so with little padding."""
+"""Batches of sequences: sizes in tokens, and micro-batches of similar lengths, which need little padding."""
 
 from bisect import bisect_left
 from collections.abc import Callable
@@ -17,15 +17,15 @@ from batchwise.batching.plan import BatchPlan, Part
 
 
 class ByTokens:
-    """Batches of equally many tokens: every epoch has the same number of batches, none of them short.
+    """Batches of equally many tokens. Every epoch has the same number of batches, and none is short.
 
-    The tokens of an epoch, in its order, are cut into equal parts; a sequence belongs to the part that its middle lies
-    in. So a batch has more or less tokens than that by one sequence at most, which is cut off at neither end.
+    The tokens of an epoch, in its order, are cut into equal parts. A sequence belongs to the part that contains its
+    middle. So no sequence is cut, and a batch differs from the equal part by at most half a sequence at either end.
 
     Args:
-        positions: in an epoch.
+        positions: number of positions in an epoch.
         steps: batches per epoch, at most as many as positions.
-        lengths: gives the tokens of the examples of an epoch, in its order, int64 [positions].
+        lengths: returns the tokens of the examples of an epoch, in its order, int64 [positions].
     """
 
     def __init__(self, positions: int, steps: int, lengths: Callable[[int], Tensor]) -> None:
@@ -42,14 +42,14 @@ class ByTokens:
 
     def bounds(self, epoch: int, number: int) -> tuple[int, int]:
         """Return the positions [start, stop) of an epoch that its batch `number` trains on."""
-        kept = self._kept  # read and replaced whole, because threads ask
+        kept = self._kept  # read once and replaced as a whole, because threads call this
         if kept[0] != epoch:
             kept = self._kept = epoch, self._cut(self.lengths(epoch))
         return kept[1][number], kept[1][number + 1]
 
     def _cut(self, lengths: Tensor) -> list[int]:
         ends, count = lengths.cumsum(0), torch.arange(self.steps + 1)
-        # Twice the middle of each sequence against twice the borders: whole numbers throughout.
+        # Twice the middle of each sequence is compared with twice the borders, so that all numbers are integers.
         borders = torch.searchsorted((2 * ends - lengths) * self.steps, 2 * ends[-1] * count)
         # No batch is empty, whatever the lengths are.
         borders = torch.maximum((borders - count).cummax(0).values + count, count)
@@ -61,18 +61,18 @@ class ByTokens:
 class SequencePlan(BatchPlan):
     """A batch plan for sequences. Within each batch they are sorted by length, the longest first, and then cut.
 
-    The batch, and so its gradient, is what it was; padding falls. Micro-batches are dealt to the devices in turn, so
-    that all have about the same work at the same time.
+    The batch and its gradient stay the same; there is less padding. Micro-batches are dealt to the devices in turn, so
+    that all devices have about the same work at the same time.
 
     Args:
         lengths: tokens of each example, int64 [examples].
         order: the order of each epoch.
-        batch_tokens: tokens per optimizer step, over all devices together; `batch_size` is then what these are on
-            average, in examples.
-        micro_batch_tokens: most tokens on one device at once, padding included. None: what `micro_batch_size` says.
+        batch_tokens: tokens per optimizer step, over all devices together. `batch_size` is then the mean number of
+            examples in them.
+        micro_batch_tokens: most tokens on one device at once, with padding. None: only `micro_batch_size` limits.
 
     Raises:
-        ValueError: a sequence is longer than a batch or micro-batch; or the plan cannot be one of sequences.
+        ValueError: a sequence is longer than a batch or micro-batch, or the plan does not allow sequences.
     """
 
     lengths: Tensor = field(compare=False, repr=False)
@@ -82,7 +82,7 @@ class SequencePlan(BatchPlan):
 
     @classmethod
     def of(cls, plan: BatchPlan, lengths: Tensor, order: Order, **tokens: Any) -> "SequencePlan":
-        """Return a plan in examples as one of sequences, whose batches and micro-batches may also be in tokens."""
+        """Return a plan of examples as a plan of sequences. `tokens` are its sizes in tokens."""
         return cls(
             **{each.name: getattr(plan, each.name) for each in fields(plan)}, lengths=lengths, order=order, **tokens
         )
@@ -103,28 +103,28 @@ class SequencePlan(BatchPlan):
             raise ValueError("data.batch_size_schedule is in examples: write data.batch_size, not data.batch_tokens")
 
     @cached_property
-    def _whole_epoch(self) -> int:
-        """Batches of `batch_tokens` in an epoch without a limit; where the order draws, in an average one."""
+    def _unlimited_steps(self) -> int:
+        """Batches of `batch_tokens` in an epoch without a limit; if the order draws examples, on average."""
         tokens = int(self.lengths.sum()) * self.examples / len(self.lengths)
         return max(1, min(ceil(tokens / (self.batch_tokens or 1)), self.examples))
 
     @property
     def positions(self) -> int:
-        """Positions of an epoch that its batches are cut from."""
+        """Number of positions of an epoch that its batches are cut from."""
         if self.batch_tokens is None or self.limit is None:
             return super().positions
-        return max(1, self.examples * min(self.limit, self._whole_epoch) // self._whole_epoch)
+        return max(1, self.examples * min(self.limit, self._unlimited_steps) // self._unlimited_steps)
 
     @cached_property
     def borders(self) -> Borders:
         """Where the batches of the training begin and end."""
         if self.batch_tokens is None:
             return BySize(self.positions, self.batch_size, self.changes, self.drop_last)
-        steps = min(self._whole_epoch, self.limit or self._whole_epoch)
+        steps = min(self._unlimited_steps, self.limit or self._unlimited_steps)
         return ByTokens(self.positions, steps, lambda epoch: self.lengths[self.order.indices(epoch, 0, self.positions)])
 
     def arrange(self, index: Tensor, rank: int) -> tuple[Tensor, list[Part]]:
-        """Return the examples of a global batch as they are sorted, and the micro-batches of device `rank` in it."""
+        """Return the sorted examples of a batch, and the micro-batches of device `rank` in it."""
         lengths, places = self.lengths[index].clamp(min=1).sort(descending=True, stable=True)
         pieces = list(pairwise(self._cut_sorted(lengths.tolist())))
         own = [Part(start, stop) for start, stop in pieces[rank :: self.devices]]
@@ -133,7 +133,7 @@ class SequencePlan(BatchPlan):
         return index[places], own
 
     def _cut_sorted(self, lengths: list[int]) -> list[int]:
-        """Return the borders of micro-batches: as few per device as there can be, and those as equal as they can be."""
+        """Return the borders of micro-batches: as few per device as possible, and then as equal as possible."""
         size, longest = len(lengths), lengths[0]
         most = self.micro_batch_size or size
         tokens = self.micro_batch_tokens or size * longest
@@ -170,9 +170,9 @@ class SequencePlan(BatchPlan):
 
 
 def _fill(lengths: list[int], most: int, tokens: int) -> list[int]:
-    """Return the borders of micro-batches of sorted sequences, each with as many as it may have."""
+    """Return the borders of micro-batches of sorted sequences, each as large as allowed."""
     borders = [0]
     while borders[-1] < len(lengths):
-        fitting = tokens // lengths[borders[-1]]  # all are padded to the first
+        fitting = tokens // lengths[borders[-1]]  # all are padded to the length of the first
         borders.append(min(borders[-1] + max(1, min(most, fitting)), len(lengths)))
     return borders

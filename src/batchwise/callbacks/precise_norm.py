@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from batchwise.batching.fetch import Fetch, Request, Workers
+from batchwise.batching.fetch import Fetch, Request
 from batchwise.batching.loader import make_batch
 from batchwise.batching.plan import cut
 from batchwise.batching.random import mix, permute
+from batchwise.batching.workers import Workers
 from batchwise.models.norm import batchnorms, set_precise_statistics
 
 DRAWS = 0x7072656369

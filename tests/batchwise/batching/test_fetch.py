@@ -1,13 +1,12 @@
-import os
-import random
 import threading
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Dataset, IterableDataset, TensorDataset, get_worker_info
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
-from batchwise.batching.fetch import DataError, InMemory, Request, Rows, Workers, make_fetch
+from batchwise.batching.fetch import InMemory, Request, Rows, make_fetch
+from batchwise.batching.workers import Workers
 
 REQUESTS = [[3, 1], [0], [4, 4, 2], [1]]
 
@@ -23,15 +22,6 @@ class Squares(Dataset):
 
     def __getitem__(self, i: int):
         return self.make(i)
-
-
-class AtOnce(Squares):
-    def __getitem__(self, i: int):
-        raise AssertionError("one by one")
-
-    def __getitems__(self, indices: list[int]):
-        assert all(type(i) is int for i in indices)
-        return [(*self.make(i), len(indices)) for i in indices]
 
 
 def pair(i: int) -> tuple[torch.Tensor, int]:
@@ -76,32 +66,42 @@ def test_in_memory_does_not_hand_out_its_own_memory():
     assert inputs.tolist() == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float64, torch.bfloat16, torch.bool])
-def test_memory_is_used_again_only_where_nobody_looks(dtype):
+DTYPES = [torch.uint8, torch.int64, torch.float64, torch.bfloat16, torch.bool, torch.uint16, torch.uint32, torch.uint64]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_type_of_number(dtype):
     inputs = torch.arange(3000).view(1500, 2).to(dtype)
-    requests = [Request.one(torch.arange(i, i + 5)) for i in range(0, 1500, 5)]
-    views = [x[2:4] for (x,), _ in InMemory([inputs]).stream(requests)]  # views of what was handed out
-    assert all(torch.equal(view, inputs[i + 2 : i + 4]) for i, view in zip(range(0, 1500, 5), views, strict=True))
-    addresses = {x.data_ptr() for (x,), _ in InMemory([inputs]).stream(requests)}
-    assert len(addresses) <= 2 or dtype == torch.bfloat16
+    index = torch.randperm(1500, generator=torch.Generator().manual_seed(0))
+    ((x,), _), ((y,), _) = InMemory([inputs]).stream([Request(index, [700, 800], [0, 700])])
+    assert x.dtype == y.dtype == dtype
+    assert torch.equal(torch.cat([x, y]).double(), inputs[index].double())
 
 
-def test_a_gather_takes_whole_micro_batches_up_to_a_block(monkeypatch):
-    monkeypatch.setattr("batchwise.batching.fetch._BLOCK", 5 * 8)
-    taken, take = [], np.take
-    monkeypatch.setattr(np, "take", lambda x, i, *rest, **more: taken.append(len(i)) or take(x, i, *rest, **more))
-    sizes = [2, 2, 2, 7, 1, 4, 5, 6]
-    fields = [
-        x.tolist() for (x,), _ in InMemory([torch.arange(29)]).stream([Request(torch.arange(29), sizes, [0] * 8)])
-    ]
-    assert fields == [x.tolist() for x in torch.arange(29).split(sizes)]
-    assert taken == [4, 2, 7, 5, 5, 6]
+def test_what_is_not_contiguous():
+    inputs = torch.arange(60).view(3, 4, 5).transpose(0, 2)[::2]  # [3, 4, 3]
+    row, one = torch.arange(10)[::3][:3], torch.tensor(7).expand(3)
+    index = torch.tensor([[2, 9], [0, 9], [2, 9]])[:, 0]
+    assert not index.is_contiguous()
+    (x, y, z), _ = next(InMemory([inputs, row, one]).stream([Request.one(index)]))
+    assert x.tolist() == [inputs[i].tolist() for i in (2, 0, 2)]
+    assert (y.tolist(), z.tolist()) == ([6, 0, 6], [7, 7, 7])
+
+
+def test_tensors_may_move_to_shared_memory():
+    """As they do when a data module is sent to a process that is spawned."""
+    inputs = torch.arange(2**16)
+    fetch = make_fetch((inputs, inputs.clone().numpy()))
+    stream = fetch.stream([Request.one(torch.tensor([i, 2**16 - 1])) for i in range(2)])
+    assert next(stream)[0][0].tolist() == [0, 2**16 - 1]
+    inputs.share_memory_()
+    inputs += 1
+    assert [x.tolist() for x in next(stream)[0]] == [[2, 2**16], [1, 2**16 - 1]]
 
 
 @pytest.mark.parametrize("slow", [True, False])
 def test_a_memory_map_on_a_slow_disk_is_read_ahead_by_a_thread(tmp_path, monkeypatch, slow):
     monkeypatch.setattr("batchwise.batching.fetch._SLOW", -1 if slow else 1000)
-    monkeypatch.setattr("batchwise.batching.fetch._PARCEL", 1)
     np.save(tmp_path / "inputs.npy", np.arange(10))
     fetch = make_fetch(np.load(tmp_path / "inputs.npy", mmap_mode="r"))
     assert str(fetch) == "mapped"
@@ -112,7 +112,7 @@ def test_a_memory_map_on_a_slow_disk_is_read_ahead_by_a_thread(tmp_path, monkeyp
     stream.close()
     others = set(threads) - {threading.main_thread()}
     assert len(others) == slow
-    assert len(threads) <= 7
+    assert len(threads) <= 8
     assert not any(thread.is_alive() for thread in others)  # an epoch that ends early leaves none behind
 
 
@@ -135,111 +135,6 @@ def test_fields_of_unequal_length_are_refused():
         InMemory((torch.zeros(7, 2), np.zeros(5)))
     with pytest.raises(ValueError, match="7 and 7 and 6"):
         InMemory((torch.zeros(7), torch.zeros(7), torch.zeros(6)))
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_workers_read_a_data_set_in_order(num_workers):
-    fetch = Workers(Squares(pair), num_workers)
-    assert len(fetch) == 5
-    for request, (x, y) in zip(REQUESTS, read(fetch), strict=True):
-        assert x.shape == (len(request), 2, 3)
-        assert x[:, 1, 2].tolist() == request
-        assert y.tolist() == [i * i for i in request]
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_whole_micro_batch_is_asked_for_at_once(num_workers):
-    for request, (x, y, asked) in zip(REQUESTS, read(Workers(AtOnce(pair), num_workers)), strict=True):
-        assert x[:, 0, 0].tolist() == request
-        assert y.tolist() == [i * i for i in request]
-        assert asked.tolist() == [len(request)] * len(request)
-
-
-def worker_of(i: int) -> tuple[int, int]:
-    info = get_worker_info()
-    return i, -1 if info is None else info.id
-
-
-def test_num_workers_is_the_number_of_processes():
-    seen = {
-        workers: {int(w[0]) for _, w in read(Workers(Squares(worker_of), workers), [[0, 1]] * 6)} for workers in (0, 2)
-    }
-    assert seen == {0: {-1}, 2: {0, 1}}
-    # A micro-batch is read by one process.
-    assert all(len(w.unique()) == 1 for _, w in read(Workers(Squares(worker_of), 2)))
-
-
-def test_workers_outlive_an_epoch_also_one_that_ends_early():
-    fetch = Workers(Squares(lambda i: os.getpid(), length=100), 2)
-    next(fetch.stream(asked(*[[i] for i in range(100)])))
-    second = {int(x) for (x,), _ in fetch.stream(asked([0], [1], [2], [3]))}
-    third = {int(x) for (x,), _ in fetch.stream(asked([0], [1], [2], [3]))}
-    assert second == third
-    assert len(second) == 2
-    assert os.getpid() not in second
-
-
-def draws(i: int) -> tuple[int, float, float, float]:
-    return i, torch.rand(()).item(), np.random.rand(), random.random()
-
-
-def test_what_examples_draw_depends_on_their_place_alone():
-    def read(workers: int, *sizes: int, seed: int = 7, first: int = 0) -> torch.Tensor:
-        positions = [first + sum(sizes[:i]) for i in range(len(sizes))]
-        requests = [Request(torch.arange(12) % 5, list(sizes), positions)]
-        return torch.cat(
-            [
-                torch.stack([x.double() for x in fields], 1)
-                for fields, _ in Workers(Squares(draws), workers).stream(requests, seed)
-            ]
-        )
-
-    here = read(0, 12)
-    assert torch.equal(here, read(0, 5, 7))
-    assert torch.equal(here, read(2, 3, 4, 5))
-    for other in (read(0, 12, seed=8), read(0, 12, first=1)):
-        assert (here[:, 1:] != other[:, 1:]).all()
-    assert len(here[:, 1:].unique()) == 36  # also where an example comes twice
-
-
-def test_generators_of_this_process_are_left_alone():
-    torch.manual_seed(1), np.random.seed(1), random.seed(1)
-    before = draws(0)
-    torch.manual_seed(1), np.random.seed(1), random.seed(1)
-    read(Workers(Squares(draws), 0), [[1, 2]])
-    assert draws(0) == before
-
-
-@pytest.mark.parametrize(
-    ("make", "expected"),
-    [
-        (lambda i: {"a": i, "b": [i + 1.0]}, ({"a": [3, 1], "b": [[4.0, 2.0]]},)),
-        (lambda i: ({"a": i}, i * i), ({"a": [3, 1]}, [9, 1])),
-        (lambda i: [i, i + 1, i + 2], ([3, 1], [4, 2], [5, 3])),
-        (lambda i: torch.tensor(i), ([3, 1],)),
-        (lambda i: (i,), ([3, 1],)),
-    ],
-    ids=["dict", "dict and target", "three", "tensor", "tuple of one"],
-)
-def test_items_of_any_structure(make, expected):
-    (fields,) = read(Workers(Squares(make)), [[3, 1]])
-    assert isinstance(fields, tuple)
-
-    def plain(value):
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        return [plain(item) for item in value] if isinstance(value, list) else value.tolist()
-
-    assert tuple(map(plain, fields)) == expected
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_the_global_generator_is_left_alone(num_workers):
-    torch.manual_seed(3)
-    before = torch.get_rng_state()
-    read(Workers(Squares(pair), num_workers))
-    read(InMemory(pair(4)[:1]), [[1, 0]])
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_memory_maps_are_read_where_they_are(tmp_path):
@@ -277,60 +172,6 @@ class Endless(IterableDataset):
 def test_what_cannot_be_read_by_number_is_refused(source):
     with pytest.raises(ValueError, match=f"{type(source).__name__} has no __getitem__ and __len__"):
         make_fetch(source)
-
-
-class Torn(Squares):
-    """Some examples cannot be read."""
-
-    torn = (3, 8)
-
-    def __getitem__(self, i: int):
-        if i in self.torn:
-            raise OSError(f"cannot identify image file 'img_{i}.png'")
-        return self.make(i)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_an_unreadable_example_ends_reading_with_its_number_and_path(workers):
-    with pytest.raises(DataError, match=r"example 3 cannot be read \(OSError: .*img_3.png.*max_unreadable 2"):
-        list(Workers(Torn(pair), workers).stream(asked([1, 2], [3, 4])))
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_unreadable_examples_are_left_out_up_to_a_limit(workers, capsys):
-    fetch = Workers(Torn(pair), workers, max_unreadable=2)
-    requests = asked([1, 2], [3, 4], [8, 3], [3, 5])
-    (_, first), (second, second_weights), (_, third), (_, fourth) = fetch.stream(requests)
-    assert first is None
-    assert second_weights.tolist() == [0, 1]
-    assert second[1].tolist() == [16, 16]  # example 4 keeps the place of example 3
-    assert third.tolist() == [0, 0]
-    assert fourth.tolist() == [0, 1]
-    assert fetch.unreadable == {3, 8}
-    assert capsys.readouterr().out.count("left out") == 2  # said once each
-    with pytest.raises(DataError, match="example 8 cannot be read"):
-        list(Workers(Torn(pair), workers, max_unreadable=1).stream(requests))
-
-
-def test_nothing_can_be_read():
-    class Gone(Torn):
-        torn = range(100)
-
-    with pytest.raises(DataError, match="no example can be read"):
-        list(Workers(Gone(pair), 0, max_unreadable=100).stream(asked([1, 2])))
-
-
-def test_a_killed_worker_is_one_line():
-    import signal
-
-    class Killer(Squares):
-        def __getitem__(self, i: int):
-            if i == 4 and torch.utils.data.get_worker_info() is not None:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return self.make(i)
-
-    with pytest.raises(DataError, match=r"killed, probably for want of memory: lower data.num_workers"):
-        list(Workers(Killer(pair), 1).stream(asked([1, 2], [3, 4], [5, 6])))
 
 
 def test_rows_of_an_array_are_gathered_without_a_copy(tmp_path):

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import TensorDataset
 
-from batchwise.batching.fetch import InMemory, Workers
+from batchwise.batching.fetch import InMemory
 from batchwise.batching.loader import Batch, EvalLoader, MicroBatch, TrainLoader, make_batch
 from batchwise.batching.order import Sequential, Shuffled
 from batchwise.batching.plan import BatchPlan
+from batchwise.batching.workers import Workers
 
 
 @st.composite

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from helpers import p_value
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -9,13 +10,6 @@ from torch import Tensor
 from batchwise.batching.random import mix, permute, uniform
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
-
-
-def p_value(counts: Tensor) -> float:
-    """Chi-square test that the counts come from equally likely cells."""
-    counts = counts.double().flatten()
-    statistic = ((counts - counts.mean()) ** 2 / counts.mean()).sum()
-    return float(torch.special.gammaincc(torch.tensor((len(counts) - 1) / 2, dtype=torch.float64), statistic / 2))
 
 
 def permutations(size: int, number: int, seed: int = 0) -> Tensor:

@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchwise.batching.loader import TrainLoader
-from batchwise.batching.order import Balanced, Order, Sequential, Shuffled
+from batchwise.batching.order import Order, Sequential, Shuffled
 from batchwise.batching.plan import BatchPlan, Part
 from batchwise.batching.ragged import Ragged
+from batchwise.batching.sampling import Balanced
 from batchwise.batching.tokens import ByTokens, SequencePlan
 
 

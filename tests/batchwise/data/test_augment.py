@@ -12,7 +12,8 @@ from scipy import stats
 from torch import Tensor, nn
 
 from batchwise.batching.loader import MicroBatch, TrainLoader
-from batchwise.batching.order import Balanced, Order, Repeated, Shuffled
+from batchwise.batching.order import Order, Repeated, Shuffled
+from batchwise.batching.sampling import Balanced
 from batchwise.data import pixels
 from batchwise.data.augment import Affine, Augmentation, ColourJitter, CutOut, Draws, Flip, ShiftCrop, augment
 from batchwise.data.mixing import CutMix, MixUp, beta

@@ -153,19 +153,19 @@ def test_bf16_trains_on_a_cpu() -> None:
 
 
 ORDERS = {
-    "Sequential": "",
-    "Stratified": "",
-    "Balanced": "",
-    "Weighted": ", init_args: {weights: [1, 1, 1, 1, 1, 2, 2, 2, 2, 2]}",
-    "Repeated": ", init_args: {k: 2}",
+    "order.Sequential": "",
+    "sampling.Stratified": "",
+    "sampling.Balanced": "",
+    "sampling.Weighted": ", init_args: {weights: [1, 1, 1, 1, 1, 2, 2, 2, 2, 2]}",
+    "order.Repeated": ", init_args: {k: 2}",
 }
 
 
 @pytest.mark.parametrize(("name", "settings"), ORDERS.items(), ids=ORDERS.keys())
 def test_every_order_trains(name: str, settings: str) -> None:
-    order = f"{{class_path: batchwise.batching.order.{name}{settings}}}"
+    order = f"{{class_path: batchwise.batching.{name}{settings}}}"
     result = run_here("fit", *DIGITS, *CSV, "--data.order", order, "--trainer.max_epochs", 2)
     assert result.code == 0, result.err
-    assert f"examples  {2 * 1259 if name == 'Repeated' else 1259:,}" in result.out
+    assert f"examples  {2 * 1259 if name == 'order.Repeated' else 1259:,}" in result.out
     accuracy = result.rows("val/accuracy")
     assert accuracy[max(accuracy)] > 0.85

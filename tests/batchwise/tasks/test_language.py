@@ -109,7 +109,7 @@ def test_sequences_are_classified_by_the_same_task_as_pictures() -> None:
         "--model", "batchwise.tasks.classification.Classification", "--model.network", TINY % ", num_classes: 3",
         "--model.optimizer", "torch.optim.AdamW", "--model.optimizer.lr", 0.03, "--trainer.accelerator", "cpu", *CSV,
     )  # fmt: skip
-    fitted = run_here("fit", *run, "--trainer.max_epochs", 8, "--data.order", "batchwise.batching.order.Stratified")
+    fitted = run_here("fit", *run, "--trainer.max_epochs", 8, "--data.order", "batchwise.batching.sampling.Stratified")
     assert fitted.code == 0, fitted.err
     assert max(fitted.rows("val/accuracy").values()) > 0.9
     wrong = run_here("fit", *run, "--model.network.init_args.num_classes", 2)

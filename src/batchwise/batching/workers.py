@@ -1,0 +1,169 @@
+"""From example numbers to tensors: a data set whose examples are made one by one, in worker processes."""
+
+import random
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
+
+from batchwise.batching.fetch import DataError, Example, Read, Request
+from batchwise.batching.random import mix
+
+
+class Workers:
+    """A map-style data set, whose examples are made in `num_workers` processes (0: in this one).
+
+    If the data set has `__getitems__(list of int)`, it is used. It returns a list of examples, or a tuple of fields,
+    each a tensor of all of them. A worker makes a whole micro-batch. The workers live as long as this object.
+
+    The random numbers that an example's code draws from torch, NumPy and Python are a function of the seed and of the
+    example's position in the epoch (with `__getitems__`: of the position of the micro-batch).
+
+    Args:
+        dataset: has `__len__` and `__getitem__`.
+        num_workers: number of processes.
+        max_unreadable: number of examples that may be unreadable. They are reported, and get the weight zero.
+
+    Raises:
+        ValueError: the data set has no length or no items.
+    """
+
+    def __init__(self, dataset: Dataset, num_workers: int = 0, max_unreadable: int = 0) -> None:
+        if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+            raise ValueError(f"{type(dataset).__name__} has no __getitem__ and __len__: a data set must have both")
+        self.dataset = dataset
+        self.max_unreadable = max_unreadable
+        self.unreadable: set[int] = set()
+        self.num_workers = num_workers
+        self._requests = _Requests()
+        self._loader = DataLoader(
+            _Reader(dataset),
+            batch_size=None,
+            sampler=self._requests,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            collate_fn=_as_it_is,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # leaves the global one alone
+        )
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        """Return how the data is fed, for the plan's table."""
+        return f"{self.num_workers} workers" if self.num_workers else "one by one"
+
+    def stream(self, requests: Iterable[Request], seed: int = 0) -> Iterator[Read]:
+        """Yield the collated examples of each micro-batch.
+
+        Raises:
+            DataError: too many examples cannot be read, or a process died.
+            Exception: `__getitems__` raised it, although each of the examples can be read alone.
+        """
+        self._requests.current = (
+            (part.tolist(), seed, position)
+            for index, sizes, positions in requests
+            for part, position in zip(index.split(sizes), positions, strict=True)
+        )
+        try:
+            for fields, weights, problems in self._loader:
+                for index, problem in problems.items():
+                    self._leave_out(index, problem)
+                yield fields, weights
+        except RuntimeError as error:
+            if "DataLoader worker (pid" not in str(error):
+                raise
+            raise DataError(
+                "a process that reads the data was killed, probably for want of memory: lower data.num_workers or "
+                "data.micro_batch_size; --ckpt_path last goes on from the last checkpoint"
+            ) from error
+
+    def _leave_out(self, index: int, problem: str) -> None:
+        if index in self.unreadable:
+            return
+        self.unreadable.add(index)
+        line = f"example {index} cannot be read ({problem})"
+        if len(self.unreadable) > self.max_unreadable:
+            raise DataError(
+                f"{line}: repair it; or data.max_unreadable {2 * len(self.unreadable)} leaves such examples out "
+                f"(it is {self.max_unreadable})"
+            )
+        print(f"{line}; left out, {len(self.unreadable)} so far", flush=True)
+
+
+class _Requests(Sampler):
+    """The requests of the current epoch: the workers outlive it, and so does their sampler."""
+
+    current: Iterable[tuple[list[int], int, int]] = ()
+
+    def __iter__(self) -> Iterator[tuple[list[int], int, int]]:
+        return iter(self.current)
+
+
+class _Reader(Dataset):
+    """Reads whole micro-batches of a data set, in a worker or in this process."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, request: tuple[list[int], int, int]) -> tuple[Example, Tensor | None, dict[int, str]]:
+        """Return the fields, the weights (None: all one), and the error of each unreadable example by its number."""
+        state = None if get_worker_info() else (torch.get_rng_state(), np.random.get_state(), random.getstate())
+        try:
+            return self._examples(*request)
+        finally:
+            if state is not None:  # this process has other uses for its generators
+                torch.set_rng_state(state[0])
+                np.random.set_state(state[1])
+                random.setstate(state[2])
+
+    def _examples(self, indices: list[int], seed: int, position: int) -> tuple[Example, Tensor | None, dict[int, str]]:
+        at_once, failure = getattr(self.dataset, "__getitems__", None), None
+        if at_once is not None:
+            try:
+                _seed(mix(seed, position))
+                examples = at_once(indices)
+                return examples if isinstance(examples, tuple) else _collate(examples), None, {}
+            except Exception as error:  # perhaps of one unreadable example, which is found below
+                failure = error
+        examples = [self._read(index, mix(seed, position + place)) for place, index in enumerate(indices)]
+        problems = {index: problem for index, (_, problem) in zip(indices, examples, strict=True) if problem}
+        if not problems:
+            if failure is not None:
+                raise failure
+            return _collate([example for example, _ in examples]), None, {}
+        # Another example takes the place, with weight zero, so that shapes and positions stay as they are.
+        others = chain(examples, (self._read(index, seed) for index in range(len(self.dataset))))  # type: ignore[arg-type]
+        spare = next((example for example, problem in others if not problem), None)
+        if spare is None:
+            raise DataError(f"no example can be read; example {indices[0]}: {problems[indices[0]]}") from failure
+        kept = [spare if problem else example for example, problem in examples]
+        return _collate(kept), torch.tensor([0.0 if problem else 1.0 for _, problem in examples]), problems
+
+    def _read(self, index: int, seed: int) -> tuple[Any, str | None]:
+        _seed(seed)
+        try:
+            return self.dataset[index], None
+        except Exception as error:
+            return None, f"{type(error).__name__}: {error}"
+
+
+def _seed(seed: int) -> None:
+    """Seed the global generators, which an example's code may draw from."""
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed % 2**32)  # the legacy generator, which many transforms use
+    random.seed(seed)
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+def _collate(examples: list[Any]) -> Example:
+    fields = default_collate(examples)
+    return tuple(fields) if isinstance(fields, list | tuple) else (fields,)

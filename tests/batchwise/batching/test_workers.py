@@ -1,0 +1,235 @@
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Dataset, get_worker_info
+
+from batchwise.batching.fetch import DataError, InMemory, Request
+from batchwise.batching.workers import Workers
+
+REQUESTS = [[3, 1], [0], [4, 4, 2], [1]]
+
+
+class Squares(Dataset):
+    """Example i is `make(i)`."""
+
+    def __init__(self, make, length: int = 5) -> None:
+        self.make, self.length = make, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, i: int):
+        return self.make(i)
+
+
+class AtOnce(Squares):
+    def __getitem__(self, i: int):
+        raise AssertionError("one by one")
+
+    def __getitems__(self, indices: list[int]):
+        assert all(type(i) is int for i in indices)
+        return [(*self.make(i), len(indices)) for i in indices]
+
+
+def pair(i: int) -> tuple[torch.Tensor, int]:
+    return torch.full((2, 3), float(i)), i * i
+
+
+def asked(*requests: list[int]) -> list[Request]:
+    """The micro-batches in requests of two."""
+    pairs = [requests[i : i + 2] for i in range(0, len(requests), 2)]
+    return [
+        Request(
+            torch.tensor([i for part in pair for i in part]),
+            [len(part) for part in pair],
+            [100 * number + place for place in range(len(pair))],
+        )
+        for number, pair in enumerate(pairs)
+    ]
+
+
+def read(fetch, requests=REQUESTS) -> list[tuple]:
+    read = list(fetch.stream(asked(*requests)))
+    assert all(weights is None for _, weights in read)
+    return [fields for fields, _ in read]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_workers_read_a_data_set_in_order(num_workers):
+    fetch = Workers(Squares(pair), num_workers)
+    assert len(fetch) == 5
+    for request, (x, y) in zip(REQUESTS, read(fetch), strict=True):
+        assert x.shape == (len(request), 2, 3)
+        assert x[:, 1, 2].tolist() == request
+        assert y.tolist() == [i * i for i in request]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_whole_micro_batch_is_asked_for_at_once(num_workers):
+    for request, (x, y, asked) in zip(REQUESTS, read(Workers(AtOnce(pair), num_workers)), strict=True):
+        assert x[:, 0, 0].tolist() == request
+        assert y.tolist() == [i * i for i in request]
+        assert asked.tolist() == [len(request)] * len(request)
+
+
+def worker_of(i: int) -> tuple[int, int]:
+    info = get_worker_info()
+    return i, -1 if info is None else info.id
+
+
+def test_num_workers_is_the_number_of_processes():
+    seen = {
+        workers: {int(w[0]) for _, w in read(Workers(Squares(worker_of), workers), [[0, 1]] * 6)} for workers in (0, 2)
+    }
+    assert seen == {0: {-1}, 2: {0, 1}}
+    # A micro-batch is read by one process.
+    assert all(len(w.unique()) == 1 for _, w in read(Workers(Squares(worker_of), 2)))
+
+
+def test_workers_outlive_an_epoch_also_one_that_ends_early():
+    fetch = Workers(Squares(lambda i: os.getpid(), length=100), 2)
+    next(fetch.stream(asked(*[[i] for i in range(100)])))
+    second = {int(x) for (x,), _ in fetch.stream(asked([0], [1], [2], [3]))}
+    third = {int(x) for (x,), _ in fetch.stream(asked([0], [1], [2], [3]))}
+    assert second == third
+    assert len(second) == 2
+    assert os.getpid() not in second
+
+
+def draws(i: int) -> tuple[int, float, float, float]:
+    return i, torch.rand(()).item(), np.random.rand(), random.random()
+
+
+def test_what_examples_draw_depends_on_their_place_alone():
+    def read(workers: int, *sizes: int, seed: int = 7, first: int = 0) -> torch.Tensor:
+        positions = [first + sum(sizes[:i]) for i in range(len(sizes))]
+        requests = [Request(torch.arange(12) % 5, list(sizes), positions)]
+        return torch.cat(
+            [
+                torch.stack([x.double() for x in fields], 1)
+                for fields, _ in Workers(Squares(draws), workers).stream(requests, seed)
+            ]
+        )
+
+    here = read(0, 12)
+    assert torch.equal(here, read(0, 5, 7))
+    assert torch.equal(here, read(2, 3, 4, 5))
+    for other in (read(0, 12, seed=8), read(0, 12, first=1)):
+        assert (here[:, 1:] != other[:, 1:]).all()
+    assert len(here[:, 1:].unique()) == 36  # also where an example comes twice
+
+
+def test_generators_of_this_process_are_left_alone():
+    torch.manual_seed(1), np.random.seed(1), random.seed(1)
+    before = draws(0)
+    torch.manual_seed(1), np.random.seed(1), random.seed(1)
+    read(Workers(Squares(draws), 0), [[1, 2]])
+    assert draws(0) == before
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda i: {"a": i, "b": [i + 1.0]}, ({"a": [3, 1], "b": [[4.0, 2.0]]},)),
+        (lambda i: ({"a": i}, i * i), ({"a": [3, 1]}, [9, 1])),
+        (lambda i: [i, i + 1, i + 2], ([3, 1], [4, 2], [5, 3])),
+        (lambda i: torch.tensor(i), ([3, 1],)),
+        (lambda i: (i,), ([3, 1],)),
+    ],
+    ids=["dict", "dict and target", "three", "tensor", "tuple of one"],
+)
+def test_items_of_any_structure(make, expected):
+    (fields,) = read(Workers(Squares(make)), [[3, 1]])
+    assert isinstance(fields, tuple)
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, list) else value.tolist()
+
+    assert tuple(map(plain, fields)) == expected
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_global_generator_is_left_alone(num_workers):
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    read(Workers(Squares(pair), num_workers))
+    read(InMemory(pair(4)[:1]), [[1, 0]])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class Torn(Squares):
+    """Some examples cannot be read."""
+
+    torn = (3, 8)
+
+    def __getitem__(self, i: int):
+        if i in self.torn:
+            raise OSError(f"cannot identify image file 'img_{i}.png'")
+        return self.make(i)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_example_ends_reading_with_its_number_and_path(workers):
+    with pytest.raises(DataError, match=r"example 3 cannot be read \(OSError: .*img_3.png.*max_unreadable 2"):
+        list(Workers(Torn(pair), workers).stream(asked([1, 2], [3, 4])))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_examples_are_left_out_up_to_a_limit(workers, capsys):
+    fetch = Workers(Torn(pair), workers, max_unreadable=2)
+    requests = asked([1, 2], [3, 4], [8, 3], [3, 5])
+    (_, first), (second, second_weights), (_, third), (_, fourth) = fetch.stream(requests)
+    assert first is None
+    assert second_weights.tolist() == [0, 1]
+    assert second[1].tolist() == [16, 16]  # example 4 keeps the place of example 3
+    assert third.tolist() == [0, 0]
+    assert fourth.tolist() == [0, 1]
+    assert fetch.unreadable == {3, 8}
+    assert capsys.readouterr().out.count("left out") == 2  # said once each
+    with pytest.raises(DataError, match="example 8 cannot be read"):
+        list(Workers(Torn(pair), workers, max_unreadable=1).stream(requests))
+
+
+def test_nothing_can_be_read():
+    class Gone(Torn):
+        torn = range(100)
+
+    with pytest.raises(DataError, match="no example can be read"):
+        list(Workers(Gone(pair), 0, max_unreadable=100).stream(asked([1, 2])))
+
+
+def test_a_killed_worker_is_one_line():
+    import signal
+
+    class Killer(Squares):
+        def __getitem__(self, i: int):
+            if i == 4 and torch.utils.data.get_worker_info() is not None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return self.make(i)
+
+    with pytest.raises(DataError, match=r"killed, probably for want of memory: lower data.num_workers"):
+        list(Workers(Killer(pair), 1).stream(asked([1, 2], [3, 4], [5, 6])))
+
+
+class Broken(Torn):
+    """Reading several examples at once has a fault of its own."""
+
+    def __getitems__(self, indices: list[int]):
+        if len(indices) > 1:
+            raise TypeError("cannot stack a list")
+        return [self[i] for i in indices]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_in_getitems_itself_is_not_hidden(workers, capsys):
+    fetch = Workers(Broken(pair), workers, max_unreadable=2)
+    requests = [[1], [2, 3], [3, 4]]  # with an unreadable example among them, that one is to blame
+    assert [int(fields[1][-1]) for fields, _ in fetch.stream(asked(*requests))] == [1, 4, 16]
+    assert fetch.unreadable == {3}
+    with pytest.raises(TypeError, match="cannot stack a list"):
+        list(fetch.stream(asked([1, 2])))
