@@ -1,4 +1,7 @@
-"""Your callbacks: what happens besides training. Name them under `trainer.callbacks` in the configuration."""
+"""Your callbacks: what happens besides training. Name them under `trainer.callbacks` in the configuration.
+
+A callback is Lightning's: its methods are called at the points of training that their names say.
+"""
 
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -19,11 +22,13 @@ class Mistakes(Callback):
     @torch.no_grad()
     def on_train_end(self, trainer: Trainer, pl_module: Task) -> None:
         """Draw with characters: this works over ssh, too."""
-        data: DataModule = pl_module.data
-        batch = data.examples("val", 1000)  # on the host, before `transform`
-        pl_module.eval()
+        data: DataModule = pl_module.data  # a task knows its data module
+        batch = data.examples("val", 1000)  # the first 1,000, on the CPU, as `load` gives them
+        pl_module.eval()  # without dropout
         predicted = pl_module.predictions(data.to_device(batch, pl_module.device, training=False))
         pl_module.train()
+        if not trainer.is_global_zero:
+            return  # all devices compute, one of them prints
         certainty, digit = predicted["probability"].cpu().max(dim=1)
         wrong = (digit != batch.targets).nonzero().squeeze(1)
         for number in wrong[certainty[wrong].argsort(descending=True)][: self.count].tolist():
