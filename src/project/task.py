@@ -32,7 +32,7 @@ class DigitTask(Task):
         return F.cross_entropy(logits, batch.targets, reduction="none", label_smoothing=self.label_smoothing)
 
     def make_metrics(self, outputs: Tensor) -> MetricCollection:
-        """Return the metrics, given the outputs for a few examples. They are logged as val/accuracy, test/f1 and so on."""
+        """Return the metrics, given the outputs for a few examples. The log has val/accuracy, test/f1 and so on."""
         classes = outputs.shape[1]
         accuracy = MulticlassAccuracy(classes, average="micro")
         return MetricCollection({"accuracy": accuracy, "f1": MulticlassF1Score(classes, average="macro")})
