@@ -8,12 +8,14 @@ from lightning.pytorch import Callback, Trainer
 
 from batchwise import DataModule, Task
 
+SHADES = " .:-=+*#%@"  # from dark to bright
+
 
 class Mistakes(Callback):
-    """Prints the validation images that the model is most certain of and wrong about, when training ends.
+    """When training ends, prints the validation examples that the model is most certain of and wrong about.
 
     Args:
-        count: the most images to print.
+        count: the most examples to print.
     """
 
     def __init__(self, count: int = 1) -> None:
@@ -27,11 +29,13 @@ class Mistakes(Callback):
         pl_module.eval()  # without dropout
         predicted = pl_module.predictions(data.to_device(batch, pl_module.device, training=False))
         pl_module.train()
-        if not trainer.is_global_zero:
-            return  # all devices compute, one of them prints
+        if "probability" not in predicted or not trainer.is_global_zero:
+            return  # a task without classes; or another device, which computes and does not print
         certainty, digit = predicted["probability"].cpu().max(dim=1)
         wrong = (digit != batch.targets).nonzero().squeeze(1)
         for number in wrong[certainty[wrong].argsort(descending=True)][: self.count].tolist():
-            print(f"validation image {number} is a {batch.targets[number]}, taken for a {digit[number]}:")
-            for row in batch.inputs[number, 0].tolist():
-                print("   ", "".join(" .:-=+*#%@"[value * 9 // 16] * 2 for value in row))
+            print(f"validation example {number} is a {batch.targets[number]}, taken for a {digit[number]}:")
+            image = batch.inputs[number].float()
+            if image.ndim == 3:  # draw its first channel
+                for row in (image[0] * 9 / image.max().clamp(min=1)).int().tolist():
+                    print("   ", "".join(SHADES[value] * 2 for value in row))

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -32,7 +31,7 @@ class Result(NamedTuple):
 
 def run_command(*arguments: object, process: bool = False) -> Result:
     """Run `python -m <your package> ARGUMENTS` here, which spares the imports, or in a process of its own."""
-    words = [re.sub(r"^configs/", f"{ROOT}/configs/", str(argument)) for argument in arguments]
+    words = [str(argument) for argument in arguments]
     if process:
         done = subprocess.run([sys.executable, "-m", PROJECT, *words], capture_output=True, text=True, timeout=300)
         return Result(done.returncode, done.stdout, done.stderr)
@@ -47,8 +46,9 @@ def run_command(*arguments: object, process: bool = False) -> Result:
 
 @pytest.fixture(autouse=True)
 def in_a_fresh_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each test runs in an empty folder, so that its runs/ is its own."""
+    """Each test runs in a folder with nothing but configs/, so that its runs/ is its own."""
     monkeypatch.chdir(tmp_path)
+    Path("configs").symlink_to(ROOT / "configs")
 
 
 @pytest.fixture(scope="session")
@@ -67,6 +67,7 @@ def project() -> str:
 def first_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     """The folder in which README's first command has trained, and what it printed."""
     folder = tmp_path_factory.mktemp("first")
+    (folder / "configs").symlink_to(ROOT / "configs")
     with contextlib.chdir(folder):
         result = run_command("fit", "--config", "configs/digits.yaml")
     assert result.code == 0, result.err
