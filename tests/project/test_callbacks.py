@@ -14,6 +14,5 @@ def test_mistakes(run: Callable) -> None:
     images, digits = Digits().load("val")
     assert digits[number] == digit != taken
     drawn = [line[4:] for line in found[3].splitlines()]
-    assert [[character != " " for character in line[::2]] for line in drawn] == (
-        images[number, 0] >= images[number].max() / 9
-    ).tolist()
+    inked = images[number, 0] >= images[number].max() / 9
+    assert [[character != " " for character in line[::2]] for line in drawn] == inked.tolist()

@@ -49,7 +49,7 @@ SECTIONS = {
     for section in re.split(r"^(?=#+ )", page, flags=re.MULTILINE)
     if commands("bash", section)
 }
-RUN = " ".join(sum(SECTIONS.values(), []))
+RUN = " ".join(command for section in SECTIONS.values() for command in section)
 
 
 def code_of(marker: str) -> str:
