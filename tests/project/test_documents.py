@@ -198,8 +198,9 @@ def test_configuration(path: Path, run: Callable) -> None:
 def test_overlay(path: Path, run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(Path.cwd()))  # no W&B login of whoever runs the tests
-    short = ("--config", path, "--trainer.max_epochs", 1)
-    result = run("fit", "--config", "configs/digits.yaml", *short, process=path.name in PROCESSES)
+    processes = path.name in PROCESSES
+    short = ("--trainer.max_epochs", 1, *(("--trainer.limit_train_batches", 4) if processes else ()))
+    result = run("fit", "--config", "configs/digits.yaml", "--config", path, *short, process=processes)
     if path.name == "fp16.yaml" and not torch.cuda.is_available():
         assert result.code == 2
         assert "gpu" in result.err
@@ -241,5 +242,7 @@ def test_sweep_of_wandb(run: Callable, project: str, monkeypatch: pytest.MonkeyP
     assert result.code == 0, result.err
     with Path("runs/digits/sweep.csv").open() as file:
         (row,) = csv.DictReader(file)
-    assert int(row["batch_size"]) == definition["parameters"]["batch_sizes"]["values"][-1]
+    for column, key in (("batch_size", "batch_sizes"), ("factor", "rates"), ("seed", "seed_everything")):
+        assert float(row[column]) == definition["parameters"][key]["values"][-1]
+    assert definition["method"] == "grid"
     assert definition["metric"]["name"].removeprefix("sweep/") in row
