@@ -127,7 +127,7 @@ def test_names_and_links(page: str, project: str) -> None:
             continue
         assert (folder / name).exists(), link
         if anchor:
-            titles = re.findall(r"^#+ (.*)", (folder / name).read_text(), re.MULTILINE)
+            titles = re.findall(r"^#+ (.*)", (folder / name).read_text() if name else text, re.MULTILINE)
             assert anchor in [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles], link
     for name in re.findall(r"(?<![\w/])(?:configs|scripts|docs|src|tests)/[\w/]*\w+\.\w+", text):
         assert (ROOT / name).exists() or Path(name).stem in ("flowers", "price"), name
