@@ -1,4 +1,4 @@
-"""Your data: where the examples are, and how the network gets them."""
+"""Your data: where the examples are, and how the network gets them. Its arguments are the keys under `data`."""
 
 from dataclasses import replace
 from typing import Any
@@ -11,10 +11,10 @@ from batchwise.sources.digits import read_digits
 
 
 class Digits(DataModule):
-    """Handwritten digits: 1,797 grey images of 8 x 8 pixels, from the copy inside scikit-learn.
+    """Handwritten digits: 1,797 grey images of 8 x 8 pixels, which come with scikit-learn.
 
     Args:
-        val_fraction: share of the images for validation, of each digit alike.
+        val_fraction: share of the images for validation, the same of each digit.
         test_fraction: share of the images for the test.
         **kwargs: those of `DataModule`, such as `batch_size`. Pass them on, and the batch is taken care of.
     """
@@ -24,18 +24,18 @@ class Digits(DataModule):
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
 
     def load(self, split: str) -> tuple[Tensor, Tensor]:
-        """Return all examples of a split, "train", "val" or "test": inputs first, targets last.
+        """Return all examples of a split, which is "train", "val" or "test": inputs first, targets last.
 
-        Return tensors or NumPy arrays (memory maps too), or a map-style data set. Nothing is shuffled or batched here.
+        Return tensors or NumPy arrays (also memory-mapped), or a map-style data set. Do not shuffle or batch them.
         """
-        images, digits = read_digits()  # uint8 [1797, 1, 8, 8] with values 0 to 16, int64 [1797]: put yours here
+        images, digits = read_digits()  # uint8 [1797, 1, 8, 8] with values 0 to 16, int64 [1797]: read yours here
         index = split_examples(digits, self.val_fraction, self.test_fraction, seed=0)[split]
         return images[index], digits[index]
 
     def transform(self, batch: MicroBatch, training: bool) -> MicroBatch:
-        """Return a micro-batch as the network takes it. This runs on the device, so that small bytes travel there.
+        """Return a micro-batch as the network takes it: `batch.inputs` [N, 1, 8, 8] and `batch.targets` [N].
 
-        `batch.inputs` are [N, 1, 8, 8], `batch.targets` [N]. In training, `data.augment` is applied before it.
+        This runs on the device, so that the images travel there as bytes. In training, `data.augment` runs before it.
         """
-        mean, std = 4.88, 6.02  # of the training images
+        mean, std = 4.88, 6.02  # of the training images: the network learns best from numbers around 0
         return replace(batch, inputs=(batch.inputs - mean) / std)

@@ -6,10 +6,10 @@ from batchwise.models.dropout import Dropout
 
 
 class Network(nn.Module):
-    """A perceptron with one hidden layer.
+    """A perceptron with one hidden layer. Put your layers here.
 
     Args:
-        in_features: numbers per image.
+        in_features: numbers per image: 8 x 8 pixels.
         hidden_features: width of the hidden layer.
         num_classes: outputs per image.
         dropout: probability that a hidden value is zeroed in training.
@@ -24,7 +24,7 @@ class Network(nn.Module):
             nn.Linear(in_features, hidden_features, bias=False),  # the norm has a bias of its own
             nn.LayerNorm(hidden_features),  # batch norm would mix the examples: see README, "What it does not do"
             nn.ReLU(),
-            Dropout(dropout),  # drawn by step and example: the same on any number of devices
+            Dropout(dropout),  # unlike nn.Dropout, it draws the same on any number of devices
             nn.Linear(hidden_features, num_classes),
         )
 

@@ -15,24 +15,24 @@ class DigitTask(Task):
     """Say which digit an image shows.
 
     Args:
-        label_smoothing: share of the target that is spread over all digits.
-        **kwargs: those of `Task`: network, optimizer, schedule and so on. Pass them on.
+        label_smoothing: share of the target that is spread over all digits, so that the model is less sure of itself.
+        **kwargs: those of `Task`, such as `network`, `optimizer` and `schedule`. Pass them on.
     """
 
-    monitor: ClassVar[tuple[str, str]] = ("val/accuracy", "max")  # decides which checkpoint is best.ckpt
+    monitor: ClassVar[tuple[str, str]] = ("val/accuracy", "max")  # best.ckpt is where this was highest
 
     def __init__(self, label_smoothing: float = 0.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.label_smoothing = label_smoothing
 
     def losses(self, batch: MicroBatch) -> Tensor:
-        """Return one loss per example [N], never their mean: the mean is taken once, over the whole batch."""
+        """Return one loss per example [N], and not their mean: the engine takes the mean once, over the whole batch."""
         logits = self(batch.inputs)
         self.measure(logits, batch.targets)  # for the metrics below
         return F.cross_entropy(logits, batch.targets, reduction="none", label_smoothing=self.label_smoothing)
 
     def make_metrics(self, outputs: Tensor) -> MetricCollection:
-        """Return the metrics: they are logged as val/accuracy, test/f1 and so on."""
+        """Return the metrics, given the outputs for a few examples. The log has val/accuracy, test/f1 and so on."""
         classes = outputs.shape[1]
         accuracy = MulticlassAccuracy(classes, average="micro")
         return MetricCollection({"accuracy": accuracy, "f1": MulticlassF1Score(classes, average="macro")})

@@ -1,83 +1,207 @@
-"""Every configuration and every command in README and docs is run."""
+"""Every configuration in configs/, and every command and every piece of code in README and docs, is run."""
 
 import contextlib
+import csv
+import importlib
 import io
 import re
 import runpy
 import shlex
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import DIGITS, ROOT, Result, make_cifar10, run_here, run_process
 from PIL import Image
 
-from batchwise.batching.plan import BatchPlan
-
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-PAGES = README + "".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))
+DOCS = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+PAGES = {"README.md": README} | DOCS
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 OVERLAYS = sorted((ROOT / "configs" / "overlays").glob("*.yaml"))
-GPU = ("gpu.yaml", "fp16.yaml")
-PROCESSES = ("ddp.yaml", "fsdp.yaml", "model_parallel.yaml")
-FEW = {
-    "cifar10.yaml": ("--data.val_examples", 10),
-    "text.yaml": ("--trainer.limit_train_batches", 4, "--trainer.limit_val_batches", 2, "--model.sample_length", 20),
+PROCESSES = ("ddp.yaml", "fsdp.yaml", "two_cpus.yaml")
+"""Overlays that start processes."""
+SHORT = {
+    "text.yaml": ("--trainer.limit_train_batches", 4, "--trainer.limit_val_batches", 2, "--model.sample_length", 20)
 }
 """What makes a run as short as a test has to be."""
-COMMANDS = {
-    section.partition("\n")[0]: [
-        line
-        for block in re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
-        for line in block.splitlines()
-        if line.startswith(("python -m project", "python scripts/"))
-    ]
-    for section in re.split(r"^#+ ", PAGES, flags=re.MULTILINE)
+
+
+def blocks(language: str, text: str) -> list[str]:
+    """Return the blocks of code in a language."""
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def commands(language: str, text: str) -> list[str]:
+    """Return the commands in blocks of a language: those of the package, and those that make data."""
+    lines = [line for block in blocks(language, text) for line in block.splitlines()]
+    return [line for line in lines if line.startswith(("python -m ", "python scripts/make_"))]
+
+
+SECTIONS = {
+    f"{name}: {section.splitlines()[0].strip('# ')}": commands("bash", section)
+    for name, page in PAGES.items()
+    for section in re.split(r"^(?=#+ )", page, flags=re.MULTILINE)
+    if commands("bash", section)
 }
-COMMANDS = {section: commands for section, commands in COMMANDS.items() if commands}
-SCRIPTS = {"folder.yaml": "make_folder.py", "table.yaml": "make_table.py"}
-"""What makes the data of a configuration."""
+RUN = " ".join(command for section in SECTIONS.values() for command in section)
+
+
+def code_of(marker: str) -> str:
+    """Return README's Python code that has these words."""
+    (code,) = [block for block in blocks("python", README) if marker in block]
+    return code
+
+
+@pytest.fixture
+def own_files(project: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files that README lets a user write into src/<package>, and data such as docs/data.md speaks of."""
+    folder = Path("src", project).absolute()
+    folder.mkdir(parents=True)
+    for name, marker in (("flowers", "class Flowers"), ("price", "class Price")):
+        assert f"src/{project}/{name}.py" in README
+        (folder / f"{name}.py").write_text(code_of(marker))
+        monkeypatch.delitem(sys.modules, f"{project}.{name}", raising=False)
+    package = importlib.import_module(project)
+    monkeypatch.setattr(package, "__path__", [*package.__path__, str(folder)])
+    generator = np.random.default_rng(0)
+    for label, level in (("cat", 50), ("dog", 200)):
+        (Path("photos") / label).mkdir(parents=True)
+        for number in range(20):
+            pixels = generator.integers(level, level + 50, (40, 30 + number, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(f"photos/{label}/{number}.jpg")
+    rows = [f"{number},{number % 7},{'abc'[number % 3]},{('no', 'yes')[number % 2]}" for number in range(40)]
+    Path("houses.csv").write_text("\n".join(["area,rooms,town,sold", *rows]))
 
 
 def run_script(name: str) -> None:
+    """Run a script as it is started by hand."""
     with contextlib.redirect_stdout(io.StringIO()), pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [name])
         runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
-def test_configuration(path: Path) -> None:
-    make_cifar10(Path("data/cifar10"))  # tiny, and random
-    if path.name == "transfer.yaml":  # which begins with the weights of a run
-        assert run_here("fit", *DIGITS, "--name", "pretrain", "--trainer.max_epochs", 1).code == 0
-    if path.name in SCRIPTS:
-        run_script(SCRIPTS[path.name])
-    result = run_here("fit", "--config", path, "--trainer.max_epochs", 1, *FEW.get(path.name, ()))
+@pytest.mark.usefixtures("own_files")
+@pytest.mark.parametrize("section", SECTIONS)
+def test_commands(section: str, run: Callable, project: str, first_run: tuple) -> None:
+    """In the order of the section, in one folder, after README's first command: later ones use the runs of earlier."""
+    shutil.copytree(first_run[0] / "runs", "runs", symlinks=True)
+    for command in SECTIONS[section]:
+        words = shlex.split(command)
+        if words[1] == "-m":
+            assert words[2] == project
+            result = run(*words[3:], process="two_cpus" in command)
+            assert result.code == 0, f"{command}\n{result.err}"
+        else:
+            run_script(Path(words[1]).name)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_is_not_run_is_at_least_understood(page: str, run: Callable) -> None:
+    """Commands that take long or need more than one machine, flags, and pieces of YAML."""
+    Path("tuned.yaml").write_text("data: {init_args: {batch_size: 256}}")
+    digits = ["fit", "--config", "configs/digits.yaml"]
+    understood = [shlex.split(command)[3:] for command in commands("sh", PAGES[page]) if " -m " in command]
+    understood += [[*digits, *shlex.split(flags)] for flags in re.findall(r"`(--[a-z][^`]* [^`A-Z]+)`", PAGES[page])]
+    for number, text in enumerate(blocks("yaml", PAGES[page])):
+        Path(f"{number}.yaml").write_text(text)
+        understood.append([*digits, "--config", f"{number}.yaml"])
+    for arguments in understood:
+        result = run(*arguments, "--print_config")
+        assert result.code == 0, f"{arguments}\n{result.err}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_names_and_links(page: str, project: str) -> None:
+    """Whatever a page names is there: files, other pages, sections of them, modules and classes."""
+    text = PAGES[page]
+    folder = ROOT if page == "README.md" else ROOT / "docs"
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        name, _, anchor = link.partition("#")
+        if link.startswith("https:"):
+            continue
+        assert (folder / name).exists(), link
+        if anchor:
+            titles = re.findall(r"^#+ (.*)", (folder / name).read_text() if name else text, re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles], link
+    for name in re.findall(r"(?<![\w/])(?:configs|scripts|docs|src|tests)/[\w/]*\w+\.\w+", text):
+        assert (ROOT / name).exists() or Path(name).stem in ("flowers", "price"), name
+    for name in re.findall(rf"(?<![\w/.-])(?:batchwise|{project})(?:\.[A-Za-z_]\w*)+(?!\S*/)", text):
+        if name.split(".")[-2] not in ("flowers", "price") and not name.endswith((".py", ".yaml")):
+            assert is_there(name), name
+
+
+def is_there(name: str) -> bool:
+    """Return whether this is a module, or a name in one."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError:
+        return hasattr(importlib.import_module(module), attribute)
+    return True
+
+
+def test_the_first_commands_stand_where_continuous_integration_looks_for_them(project: str) -> None:
+    first, second = blocks("bash", README)[:2]
+    assert first.endswith(f"-m {project} fit --config configs/digits.yaml\n")
+    assert second == ".venv/bin/python -m pytest\n"
+
+
+def test_readme_shows_what_the_first_command_prints(first_run: tuple) -> None:
+    """The plan as it is, and the other lines but for their numbers."""
+    (shown,) = [text for text in blocks("text", README) if "steps_per_epoch" in text]
+    printed = first_run[1].out.splitlines()
+    plan = [line.split() for line in printed]
+    shapes = [re.sub(r"\d+", "0", line) for line in printed]
+    assert len(shown.splitlines()) >= 10
+    for line in shown.splitlines():
+        if re.fullmatch(r" +[a-z_]+ +[\d,]+", line):
+            assert line.split() in plan
+        elif re.search("[a-z]", line):
+            assert re.sub(r"\d+", "0", line) in shapes
+
+
+@pytest.mark.usefixtures("own_files")
+def test_readme_task_learns(run: Callable, project: str) -> None:
+    """The two classes of README together: the number of the kind of a flower, as a number."""
+    result = run(
+        "fit", "--data", f"{project}.flowers.Flowers", "--data.batch_size", 16, "--model", f"{project}.price.Price",
+        "--model.network", f"{project}.model.Network", "--model.network.in_features", 4,
+        "--model.network.num_classes", 1, "--model.optimizer.lr", 0.01, "--trainer.max_epochs", 10,
+        "--trainer.accelerator", "cpu", "--trainer.logger", "false",
+    )  # fmt: skip
     assert result.code == 0, result.err
-    assert "epoch 1  average loss " in result.out
+    losses = [float(loss) for loss in re.findall(r"val/loss ([\d.]+)", result.out)]
+    assert losses[-1] < 0.2 < losses[0]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
-def test_print_config_is_complete(path: Path) -> None:
-    printed = run_here("fit", "--config", path, "--print_config")
+def test_configuration(path: Path, run: Callable) -> None:
+    """What is printed is complete: it gives the same again. And it trains, here or in `test_commands`."""
+    printed = run("fit", "--config", path, "--print_config")
     assert printed.code == 0, printed.err
     Path("complete.yaml").write_text(printed.out)
-    again = run_here("fit", "--config", "complete.yaml", "--print_config")
+    again = run("fit", "--config", "complete.yaml", "--print_config")
     assert yaml.safe_load(again.out) == yaml.safe_load(printed.out)
+    if path.name not in RUN:
+        result = run("fit", "--config", path, "--trainer.max_epochs", 1, *SHORT.get(path.name, ()))
+        assert result.code == 0, result.err
+        assert "epoch 1  average loss " in result.out
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in OVERLAYS if path.name not in str(COMMANDS)], ids=lambda path: path.name
-)
-def test_overlay(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("path", [path for path in OVERLAYS if path.name not in RUN], ids=lambda path: path.name)
+def test_overlay(path: Path, run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(Path.cwd()))  # no W&B login of whoever runs the tests
-    run = run_process if path.name in PROCESSES else run_here
-    result = run("fit", *DIGITS, "--config", path, "--trainer.max_epochs", 1)
-    if path.name in GPU and not torch.cuda.is_available():
+    processes = path.name in PROCESSES
+    short = ("--trainer.max_epochs", 1, *(("--trainer.limit_train_batches", 4) if processes else ()))
+    result = run("fit", "--config", "configs/digits.yaml", "--config", path, *short, process=processes)
+    if path.name == "fp16.yaml" and not torch.cuda.is_available():
         assert result.code == 2
         assert "gpu" in result.err
         return
@@ -85,103 +209,40 @@ def test_overlay(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "epoch 1  average loss " in result.out
 
 
-def test_classic_prints_its_line() -> None:
-    result = run_here("fit", "--config", "configs/classic.yaml", "--trainer.max_epochs", 3)
+def test_classic_prints_its_line(run: Callable) -> None:
+    result = run("fit", "--config", "configs/classic.yaml", "--trainer.max_epochs", 3)
     lines = [line for line in result.out.splitlines() if line.startswith("epoch")]
     assert len(lines) == 3
     assert re.fullmatch(r"epoch 3  average loss \d\.\d{4}", lines[2])
     assert float(lines[2].split()[-1]) < float(lines[0].split()[-1])
 
 
-def test_there_are_commands() -> None:
-    assert sum(map(len, COMMANDS.values())) >= 20
-
-
-@pytest.mark.parametrize("section", COMMANDS)
-def test_readme_commands(section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the order of the section, in one folder, after README's first command: later ones use the runs of earlier."""
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    own_data()
-    first = run_here("fit", *DIGITS)
-    assert first.code == 0
-    for command in COMMANDS[section]:
-        if command.startswith("python scripts/"):
-            run_script(Path(command).name)
-            continue
-        arguments = shlex.split(command)[3:]
-        result: Result = run_process(*arguments, fresh=True) if "two_cpus" in command else run_here(*arguments)
-        assert result.code == 0, f"{command}\n{result.err}"
-
-
-def test_readme_plan() -> None:
-    plan = BatchPlan.derive(
-        examples=1259, batch_size=64, micro_batch_size=8, accumulate_grad_batches=None, devices=2
-    ).table(400)
-    (printed,) = re.findall(r"```\n( +examples.*?)```", README, re.DOTALL)
-    rows = dict(line.split() for line in printed.splitlines())
-    assert rows == {name: f"{value:,}" for name, value in plan.items()} | {"feeding": "resident"}
-
-
-def own_data() -> None:
-    """What the commands of "Your own data" speak of."""
-    generator = np.random.default_rng(0)
-    for label, level in (("cat", 50), ("dog", 200)):
-        folder = Path("photos", label)
-        folder.mkdir(parents=True)
-        for number in range(20):
-            pixels = generator.integers(level, level + 50, (40, 30 + number, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / f"{number}.jpg")
-    rows = [f"{number},{number % 7},{'abc'[number % 3]},{('no', 'yes')[number % 2]}" for number in range(40)]
-    Path("houses.csv").write_text("\n".join(["area,rooms,town,sold", *rows]))
-    Path("flowers").mkdir()
-    for split, examples in (("train", 90), ("val", 30), ("test", 30)):
-        sizes = generator.normal(50, 10, size=(examples, 4))
-        np.save(f"flowers/{split}.npy", np.column_stack([sizes, (sizes[:, 0] > 50) + (sizes[:, 1] > 50)]))
-    data, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(data.splitlines()) <= 25
-    Path("flowers.py").write_text(data)
-
-
-def test_readme_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The classes that README shows train as they stand there."""
-    _, task = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    own_data()
-    Path("readme_regression.py").write_text(
-        "import torch.nn.functional as F\nfrom batchwise.tasks.task import Task\n" + task
-    )
-    monkeypatch.syspath_prepend(str(tmp_path))
-    sys.modules.pop("flowers", None)
-    mlp = "{class_path: batchwise.models.mlp.MLP, init_args: {in_features: 4, num_classes: %d}}"
-    for kind, outputs in (("batchwise.tasks.classification.Classification", 3), ("readme_regression.Regression", 1)):
-        result = run_here(
-            "fit", "--data", "flowers.Flowers", "--data.batch_size", 16, "--model", kind,
-            "--model.network", mlp % outputs, "--model.optimizer", "torch.optim.AdamW", "--model.optimizer.lr", 0.01,
-            "--trainer.max_epochs", 20, "--trainer.accelerator", "cpu",
-        )  # fmt: skip
-        assert result.code == 0, result.err
-        losses = [float(loss) for loss in re.findall(r"val/loss ([\d.]+)", result.out)]
-        assert losses[-1] < 0.8 * losses[0]
-
-
-def test_table_of_numbers() -> None:
+def test_table_of_numbers(run: Callable) -> None:
     """What the comments of table.yaml say for a number in place of a class."""
     run_script("make_table.py")
     text = (ROOT / "configs" / "table.yaml").read_text()
     text, count = re.subn(r"^(\s+\w+: )\S+(\s+#.*number: (\S+))$", r"\1\3\2", text, flags=re.MULTILINE)
     assert count == 6
     Path("number.yaml").write_text(text)
-    result = run_here("fit", "--config", "number.yaml", "--trainer.max_epochs", 15)
+    result = run("fit", "--config", "number.yaml", "--trainer.max_epochs", 15)
     assert result.code == 0, result.err
     assert max(float(value) for value in re.findall(r"val/r2 (-?[\d.]+)", result.out)) > 0.35
 
 
-def test_help_does_not_wait_for_lightning() -> None:
-    import subprocess
-    import sys
-
-    code = "import sys; from batchwise.run.main import main; main(['--help']); assert 'torch' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    for flag in re.findall(r"--([\w.]+)", done.stdout):
-        if flag not in ("KEY", "help", "config", "model.optimizer.lr", "data.batch_size", "data.micro_batch_size"):
-            assert f"--{flag}" in run_here("fit", "--help").out
+def test_sweep_of_wandb(run: Callable, project: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its agent runs the command once for each point of the grid; here one of them is run, without an account."""
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(Path.cwd()))
+    definition = yaml.safe_load((ROOT / "configs" / "sweeps" / "wandb.yaml").read_text())
+    assert (ROOT / definition["program"]).exists()
+    point = [f"--{key}={values['values'][-1]}" for key, values in definition["parameters"].items()]
+    command = [part for word in definition["command"] for part in (point if word == "${args}" else [word])]
+    assert command[:4] == ["${env}", "python", "-m", project]
+    result = run(*command[4:], "--trainer.max_epochs=1", "--config", "configs/overlays/csv.yaml")
+    assert result.code == 0, result.err
+    with Path("runs/digits/sweep.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    for column, key in (("batch_size", "batch_sizes"), ("factor", "rates"), ("seed", "seed_everything")):
+        assert float(row[column]) == definition["parameters"][key]["values"][-1]
+    assert definition["method"] == "grid"
+    assert definition["metric"]["name"].removeprefix("sweep/") in row

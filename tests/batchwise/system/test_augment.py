@@ -86,9 +86,9 @@ def test_processes_micro_batches_and_resume() -> None:
         assert furthest(whole, result) < 1e-12
 
 
-def test_readme_yaml_and_inspect() -> None:
-    """The lines of README train, and `inspect` shows what they do."""
-    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def test_yaml_of_the_documents_and_inspect() -> None:
+    """The lines of docs/data.md train, and `inspect` shows what they do."""
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.DOTALL)
     (lines,) = (block for block in blocks if "augment:" in block)
     Path("readme.yaml").write_text(lines)
     fit = run_here("fit", *DIGITS, *CSV, "--config", "readme.yaml", "--trainer.max_epochs", 3)
