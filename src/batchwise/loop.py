@@ -30,7 +30,9 @@ class BatchOptimization(_AutomaticOptimization):
             return super().run(optimizer, batch_idx, kwargs)
         steps = self.optim_progress.optimizer.step  # which is `trainer.global_step`
         steps.increment_ready()
+        before, task._current_fx_name = task._current_fx_name, "training_step"  # so that `losses` may log
         loss = task._step.run(task, kwargs["batch"])
+        task._current_fx_name = before
         steps.increment_completed()
         return {"loss": loss}
 
@@ -93,9 +95,7 @@ class EpochLoop(_TrainingEpochLoop):
         for hook in self._at_start:
             hook(trainer, task, batch, batch_idx)
         progress.increment_started()
-        before, task._current_fx_name = task._current_fx_name, "training_step"
         outputs = self.automatic_optimization.run(trainer.optimizers[0], batch_idx, {"batch": batch})
-        task._current_fx_name = before
         progress.increment_processed()
         if trainer.lr_scheduler_configs:
             self.update_lr_schedulers("step", update_plateau_schedulers=False)

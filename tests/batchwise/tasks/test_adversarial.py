@@ -1,0 +1,193 @@
+"""A GAN: exact in any micro-batches, on any devices, after any resume; and its counters count batches."""
+
+import copy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small
+import torch
+import torch.nn.functional as F
+from helpers import CSV, DIGITS, TWO, furthest, run_here, run_process
+from torch import Tensor, nn
+
+from batchwise import MicroBatch
+from batchwise.batching.random import mix
+from batchwise.models import place
+from batchwise.tasks.adversarial import Adversarial
+
+GAN = '''
+"""A GAN on the digits."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from batchwise.batching.random import uniform, mix
+from batchwise.models import place
+from batchwise.models.dropout import Dropout
+from batchwise.tasks.adversarial import Adversarial
+
+
+class Networks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 64))
+        self.discriminator = nn.Sequential(nn.Linear(64, 32), nn.LeakyReLU(0.2), Dropout(0.2), nn.Linear(32, 1))
+
+    def forward(self, images):
+        return self.discriminator(images.flatten(1))
+
+
+class GAN(Adversarial):
+    players = ("discriminator", "generator")
+
+    def losses(self, batch, player=""):
+        real, counters = batch.inputs.flatten(1), torch.arange(8)
+        if place.current is None:
+            keys = batch.index
+        else:
+            keys = mix(place.current.key, torch.arange(batch.position, batch.position + len(batch)))
+        noise = (uniform(keys[:, None], counters) * 2 - 1).to(real)
+        fake = self.network.generator(noise)
+        if player == "generator":
+            return F.softplus(-self.network.discriminator(fake)).squeeze(1)
+        judged = F.softplus(-self.network.discriminator(real)) + F.softplus(self.network.discriminator(fake.detach()))
+        return judged.squeeze(1)
+'''
+
+
+@pytest.fixture
+def gan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[object, ...]:
+    (tmp_path / "own_gan.py").write_text(GAN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "own_gan", raising=False)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(small.__file__).parents[2] / 'src'}")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    adam = "{class_path: torch.optim.Adam, init_args: {lr: 0.002, betas: [0.5, 0.9]}}"
+    (tmp_path / "gan.yaml").write_text(
+        f"""
+model:
+  class_path: own_gan.GAN
+  init_args:
+    network: own_gan.Networks
+    optimizer:
+      discriminator: {adam}
+      generator: {adam}
+    steps: {{discriminator: 2}}
+    schedule: {{shape: linear}}
+"""
+    )
+    return (
+        "fit",
+        *DIGITS[:2],
+        *CSV,
+        "--config",
+        "gan.yaml",
+        "--trainer.precision",
+        "64-true",
+        "--data.batch_size",
+        100,
+    )
+
+
+def test_a_gan_is_exact_however_it_is_run(gan: tuple[object, ...]) -> None:
+    run = (*gan, "--trainer.max_epochs", 3)
+    whole = run_here(*run, "--name", "whole")
+    assert whole.code == 0, whole.err
+    assert whole.checkpoint()["global_step"] == 39  # three steps of two players on each of 13 batches in 3 epochs
+    parts = run_here(*run, "--name", "parts", "--data.micro_batch_size", 15)
+    two = run_process(*run, *TWO, "--name", "two", "--data.micro_batch_size", 26, timeout=90)
+    assert two.code == 0, two.err
+    first = run_here(*run, "--name", "on", "--trainer.max_steps", 17, "--model.schedule.shape", "constant")
+    assert first.code == 0, first.err
+    for name, other in {"7 micro-batches": parts, "2 processes": two}.items():
+        assert furthest(whole, other) < 1e-12, name
+        for column in ("train/loss", "val/loss", "gradient_norm"):
+            ours, theirs = whole.rows(column), other.rows(column)
+            assert ours.keys() == theirs.keys()
+            assert max(abs(ours[step] - theirs[step]) for step in ours) < 1e-12, (name, column)
+
+
+def test_a_gan_resumes_on_another_topology(gan: tuple[object, ...]) -> None:
+    run = (*gan, "--model.schedule.shape", "constant")
+    whole = run_here(*run, "--trainer.max_epochs", 3, "--name", "whole")
+    first = run_here(*run, "--trainer.max_steps", 17, "--data.micro_batch_size", 15)
+    assert whole.code == first.code == 0, first.err
+    on = run_process(*run, *TWO, "--trainer.max_epochs", 3, "--ckpt_path", "last", timeout=90)
+    assert on.code == 0, on.err
+    assert "resuming after step 17" in on.out
+    assert furthest(whole, on) < 1e-12
+
+
+# Against plain PyTorch
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.first, self.second = nn.Linear(5, 4).double(), nn.Linear(4, 1).double()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.second(self.first(inputs))
+
+
+class Game(Adversarial):
+    """The first makes the outcome large, the second makes it small."""
+
+    def losses(self, batch: MicroBatch, player: str = "") -> Tensor:
+        outcome = self(batch.inputs).squeeze(1)
+        return F.softplus(outcome) if player == "second" else F.softplus(-outcome)
+
+
+def made(rate: float, kind: Any = torch.optim.SGD) -> Any:
+    return lambda parameters: kind(parameters, lr=rate)
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 3])
+def test_turns_are_those_of_a_plain_loop(micro_batch_size: int | None) -> None:
+    optimizers = {"first": made(0.1), "second": made(0.01, torch.optim.Adam)}
+    pair = Pair()
+    reference = copy.deepcopy(pair)
+    data = small.Points(micro_batch_size=micro_batch_size)
+    task, trainer = small.fit(Game(pair, optimizer=optimizers, steps={"second": 2}), data)
+    assert trainer.global_step == 21
+    players = {name: make(getattr(reference, name).parameters()) for name, make in optimizers.items()}
+    assert data.plan is not None
+    for step in range(21):
+        index = data.order.indices(step // 7, *data.plan.bounds(step))
+        for player in ("first", "second", "second"):
+            reference.zero_grad()
+            outcome = reference(data.x[index]).squeeze(1)
+            (F.softplus(outcome) if player == "second" else F.softplus(-outcome)).mean().backward()
+            players[player].step()
+    assert small.furthest(task.network, reference) < 1e-14
+
+
+def test_each_turn_draws_anew() -> None:
+    keys = []
+
+    class Draws(Game):
+        def losses(self, batch: MicroBatch, player: str = "") -> Tensor:
+            if self.training and place.current is not None:
+                keys.append(place.current.key)
+            return super().losses(batch, player)
+
+    small.fit(Draws(Pair(), optimizer={"first": made(0.1), "second": made(0.1)}), max_epochs=1)
+    assert len(keys) == len(set(keys)) == 14
+    assert all(key < 2**63 for key in (*keys, mix(1)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"optimizer": {"first": made(0.1), "third": made(0.1)}}, "third must be in both"),
+        ({"optimizer": {"first": made(0.1)}, "steps": {"second": 1}}, "second must be in both"),
+        ({"optimizer": {"first": made(0.1)}, "steps": {"first": 0}}, "write whole numbers of at least 1"),
+    ],
+)
+def test_players_that_do_not_fit_are_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Game(Pair(), **settings)
