@@ -25,7 +25,9 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 DIGITS = ("--config", f"{Path(__file__).parent}/digits.yaml")
-CSV = ("--config", "configs/overlays/csv.yaml", "--trainer.log_every_n_steps", 1)
+CSV = ("--config", f"{Path(__file__).parent}/csv.yaml", "--trainer.log_every_n_steps", 1)
+TWO = ("--trainer.strategy", "ddp", "--trainer.devices", 2, "--trainer.accelerator", "cpu")
+BF16 = ("--trainer.precision", "bf16-mixed")
 
 
 @dataclass

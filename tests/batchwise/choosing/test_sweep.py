@@ -208,7 +208,7 @@ def test_the_sweep_for_wandb_is_one_of_ours(monkeypatch: pytest.MonkeyPatch) -> 
     command = [part for word in definition["command"] for part in (point if word == "${args}" else [word])]
     assert shlex.join(command[:4]) == "'${env}' python -m project"
     arguments = [argument.replace("=configs", f"={ROOT}/configs") for argument in command[4:]]
-    result = run_here(*arguments, "--trainer.max_epochs=1", "--config", ROOT / "configs/overlays/csv.yaml")
+    result = run_here(*arguments, "--trainer.max_epochs=1", *CSV[:2])
     assert result.code == 0, shlex.join(arguments) + result.err
     (only,) = trials.read(Path("runs/digits/sweep.csv"))
     grid = {key: values["values"] for key, values in definition["parameters"].items()}

@@ -16,7 +16,7 @@ from helpers import DIGITS, Started, run_here, wandb_records
 import batchwise.run.wandb
 from batchwise.run import resume
 
-ONLINE = (*DIGITS, "--config", "configs/overlays/wandb_online.yaml", "--trainer.max_epochs", 1)
+ONLINE = (*DIGITS, "--trainer.logger.offline", "false", "--trainer.max_epochs", 1)
 
 
 @pytest.fixture(autouse=True)
