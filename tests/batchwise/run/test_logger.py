@@ -1,4 +1,4 @@
-"""W&B never stops training, and a resumed training is one run in it."""
+"""W&B never stops training, and a resumed training is one run in W&B."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import wandb
 from helpers import DIGITS, Started, run_here, wandb_records
 
 import batchwise.run.wandb
-from batchwise.run import resume
+from batchwise.checkpoints import read_checkpoint
 
 ONLINE = (*DIGITS, "--trainer.logger.offline", "false", "--trainer.max_epochs", 1)
 
@@ -66,6 +66,15 @@ FIT = (
     *("--model.schedule", "{shape: constant, warmup_examples: 600}"),
 )
 RESUME = ("--ckpt_path", "last")
+LAST = "{class_path: batchwise.callbacks.checkpoint.Last, init_args: {every_n_steps: 12}}"
+FAILING = """
+from lightning.pytorch.callbacks import Callback
+
+class FailsAfter51(Callback):
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == 51:
+            raise RuntimeError("the cat has pulled the plug")
+"""
 CHART = ("train/loss", "val/loss", "learning_rate", "train/loss_epoch", "examples")
 
 
@@ -88,7 +97,11 @@ def history(folder: Path) -> tuple[set[str], list[list[dict[str, Any]]], dict[st
 
 
 def curves(rows: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    return {name: [(row["step"], row[name]) for row in rows if name in row] for name in CHART}
+    """The points of each curve. A step that stands twice has the same values twice, or this fails."""
+    points = {name: sorted({(row["step"], row[name]) for row in rows if name in row}) for name in CHART}
+    for name, curve in points.items():
+        assert len(curve) == len({step for step, _ in curve}), f"{name} has two values at one step"
+    return points
 
 
 @pytest.fixture(scope="module")
@@ -103,39 +116,43 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tu
     return whole
 
 
-def check(folder: Path, parts: int, uninterrupted: dict[str, list]) -> None:
-    """One id, no step twice, none left out, the values of a run that nobody interrupted."""
+def check(folder: Path, uninterrupted: dict[str, list]) -> int:
+    """Check that two files are one run, with the values of an uninterrupted one. Return how many steps stand twice."""
     ids, files, _ = history(folder)
-    rows = [row for file in files for row in file]
-    steps = [row["step"] for row in rows]
-    assert len(files) == parts
+    assert len(files) == 2
     assert ids == {f"digits-{folder.name}"}
-    assert all(a < b for a, b in pairwise(steps))
-    assert [row["trainer/global_step"] for row in rows] == steps
-    ours = curves(rows)
+    for rows in files:
+        steps = [row["step"] for row in rows]
+        assert all(a < b for a, b in pairwise(steps))
+        assert [row["trainer/global_step"] for row in rows] == steps
+    ours = curves([row for rows in files for row in rows])
     ours["train/loss_epoch"] = [row for row in ours["train/loss_epoch"] if row[0] % 20 == 0]  # not where a part ends
     assert ours == uninterrupted
+    before, after = ({row["step"] for row in rows} for rows in files)
+    return len(before & after)
 
 
-def test_a_killed_and_resumed_run_is_one(uninterrupted: dict[str, list]) -> None:
-    """What W&B had not written yet when it was killed is in the checkpoint."""
-    killed = Started(*FIT, OMP_NUM_THREADS="1", WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL="1000")
+@pytest.mark.parametrize(("seconds", "written"), [("1000", False), ("0.05", True)], ids=["nothing written", "written"])
+def test_a_killed_and_resumed_run_has_every_row(seconds: str, written: bool, uninterrupted: dict[str, list]) -> None:
+    """Rows that W&B had not written when it was killed are in the checkpoint; those that it had stand twice."""
+    killed = Started(*FIT, OMP_NUM_THREADS="1", WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL=seconds)
     deadline = time.monotonic() + 60
     while "epoch 3 " not in killed.out and time.monotonic() < deadline:
         time.sleep(0.001)
     killed.kill()
     killed.end(60)
     (folder,) = Path("runs/digits").iterdir()
-    assert 40 <= resume.read_checkpoint(folder / "checkpoints" / "last.ckpt")["global_step"] < 120
+    assert 40 <= read_checkpoint(folder / "checkpoints" / "last.ckpt")["global_step"] < 120
     _, (before,), _ = history(folder)
-    assert before == []
+    assert bool(before) == written
     resumed = run_here(*FIT, *RESUME)
     assert resumed.code == 0, resumed.err
-    check(folder, 2, uninterrupted)
+    assert bool(check(folder, uninterrupted)) == written
     assert f"upload it:  wandb sync {folder}/wandb/*run-*-digits-{folder.name}" in resumed.out
 
 
-def test_what_w_and_b_wrote_after_the_checkpoint_is_not_logged_again(uninterrupted: dict[str, list]) -> None:
+def test_after_a_run_that_ended_no_step_stands_twice(uninterrupted: dict[str, list]) -> None:
+    """Even where training goes on from a checkpoint before its end."""
     first = run_here(*FIT, "--trainer.max_steps", 51)
     checkpoints = first.folder / "checkpoints"
     (checkpoints / "previous.ckpt").replace(checkpoints / "last.ckpt")  # as a crash between two checkpoints leaves it
@@ -143,7 +160,21 @@ def test_what_w_and_b_wrote_after_the_checkpoint_is_not_logged_again(uninterrupt
     resumed = run_here(*FIT, *RESUME)
     assert resumed.code == 0, resumed.err
     assert "resuming after step 40" in resumed.out
-    check(first.folder, 2, uninterrupted)
+    assert check(first.folder, uninterrupted) == 0
+
+
+def test_after_an_error_no_step_stands_twice(uninterrupted: dict[str, list]) -> None:
+    Path("failing.py").write_text(FAILING)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path.cwd()))
+        with pytest.raises(RuntimeError, match="the cat has pulled the plug"):
+            run_here(*FIT, "--trainer.callbacks", f"[failing.FailsAfter51, {LAST}]")
+    wandb.teardown()
+    resumed = run_here(*FIT, *RESUME)
+    assert resumed.code == 0, resumed.err
+    (folder,) = Path("runs/digits").iterdir()
+    assert "resuming after step 48" in resumed.out
+    assert check(folder, uninterrupted) == 0
 
 
 def test_checkpoints_and_pictures_at_the_end() -> None:
