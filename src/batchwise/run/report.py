@@ -13,7 +13,7 @@ from batchwise.batching.fetch import DataError
 from batchwise.data.module import DataModule
 from batchwise.errors import Mistake, TrainingStopped, lost_connection
 from batchwise.run import program
-from batchwise.run.parser import explain
+from batchwise.run.explain import explain
 from batchwise.run.redact import hide
 from batchwise.run.wandb import WandbLogger
 from batchwise.tasks.task import Task
@@ -106,5 +106,5 @@ def failure(error: Exception) -> int | None:
         error = TrainingStopped(f"{reason}: the same command with --ckpt_path last goes on")
     elif not isinstance(error, DataError):
         return None
-    print(f"error: {hide(explain(str(error), []))}", file=sys.stderr)
+    print(f"error: {hide(explain(str(error)))}", file=sys.stderr)
     return code
