@@ -21,7 +21,7 @@ from batchwise.data.module import DataModule
 from batchwise.errors import Mistake, mistakes
 from batchwise.run import checks, folders, report, resume
 from batchwise.run.auto import choose_settings
-from batchwise.run.parser import Parser, check_files
+from batchwise.run.parser import Parser, check_files, plain
 from batchwise.run.record import RunRecord
 from batchwise.run.redact import redact
 from batchwise.run.verbs import CommandTrainer, recipe
@@ -152,7 +152,7 @@ class CLI(LightningCLI):
         elif settings.get("enable_progress_bar") is not False:
             callbacks.append(ProgressBar())
         settings["callbacks"] = [*callbacks, RunRecord(self.plain_config, str(self.subcommand))]
-        return super().instantiate_trainer(**kwargs)
+        return super().instantiate_trainer(**(plain(vars(settings)) | kwargs))
 
     def _usual_callbacks(self, given: list[Any], saving: bool) -> list[Any]:
         """Return what training needs and the user has not given; put the user's checkpoints into the run's folder."""

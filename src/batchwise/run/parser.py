@@ -19,6 +19,7 @@ class Parser(LightningArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # An abbreviated flag would change its meaning on the day another flag is added.
         super().__init__(*args, allow_abbrev=False, **kwargs)
+        self.add_instantiator(_instantiate, object, subclasses=True)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print one line and exit with 2."""
@@ -27,6 +28,26 @@ class Parser(LightningArgumentParser):
         lists = [action.dest for action in parser._actions if get_origin(getattr(action, "_typehint", None)) is list]
         print(f"error: {explain(message, known, lists, _outer_keys())}", file=sys.stderr)
         self.exit(2)
+
+
+def plain(value: Any) -> Any:
+    """Return a value with ordinary numbers in place of those of `jsonargparse.typing`.
+
+    A `PositiveInt` is checked when it is parsed. After that it must be an int, because a checkpoint that holds another
+    type cannot be loaded with `weights_only`.
+    """
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
+    for number in (int, float):
+        if isinstance(value, number) and type(value).__module__ == "jsonargparse.typing":
+            return number(value)
+    return value
+
+
+def _instantiate(kind: Any, *args: Any, **kwargs: Any) -> Any:
+    return kind(*plain(args), **plain(kwargs))
 
 
 def _outer_keys() -> str:

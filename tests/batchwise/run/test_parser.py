@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers import CSV, DIGITS, run_here
 from jsonargparse.typing import (
     ClosedUnitInterval,
     NonNegativeFloat,
@@ -20,7 +21,7 @@ from batchwise.run.parser import Parser
 
 class Layer:
     def __init__(self, width: PositiveInt, dropout: ClosedUnitInterval | None = None) -> None:
-        pass
+        self.values = width, dropout
 
 
 class Things:
@@ -117,3 +118,48 @@ def test_the_ends_of_ranges_are_in_them() -> None:
         ["--data.size=1", "--data.workers=0", "--data.share=1", "--data.decay=0", "--data.most=null"]
     )
     assert (ends.data.size, ends.data.share, ends.data.most) == (1, 1.0, None)
+
+
+class Kept:
+    def __init__(self, size: PositiveInt, rate: PositiveFloat, sizes: list[PositiveInt], inner: Layer) -> None:
+        self.values = size, rate, sizes[0], sizes[1]
+        self.inner = inner
+
+
+def test_a_class_gets_ordinary_numbers() -> None:
+    """Others could not be loaded from a checkpoint with `weights_only`."""
+    parser = Parser()
+    parser.add_subclass_arguments(Kept, "data")
+    settings = ("size=3", "rate=2", "sizes=[1, 2]", f"inner={__name__}.Layer", "inner.width=4", "inner.dropout=0")
+    config = parser.parse_args([f"--data={__name__}.Kept", *(f"--data.{setting}" for setting in settings)])
+    kept = parser.instantiate(config).data
+    assert kept.values == (3, 2.0, 1, 2)
+    assert [type(value) for value in (*kept.values, *kept.inner.values)] == [int, float, int, int, int, float]
+
+
+DATA = """
+from jsonargparse.typing import PositiveInt
+from batchwise.sources.digits import Digits
+
+class Own(Digits):
+    def __init__(self, most: PositiveInt, many: list[PositiveInt], **kwargs):
+        super().__init__(**kwargs)
+        self.kept = {"most": most, "many": many}
+
+    def state_dict(self):
+        return super().state_dict() | self.kept
+"""
+
+
+def test_a_run_with_such_numbers_in_its_checkpoint_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_numbers.py").write_text(DATA)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own = ("--data", "own_numbers.Own", "--data.batch_size", 64, "--data.most", 3, "--data.many", "[1, 2]")
+    first = run_here("fit", *DIGITS, *CSV, *own, "--trainer.max_steps", 2)
+    assert first.code == 0, first.err
+    assert first.checkpoint()["Own"]["many"] == [1, 2]
+    second = run_here("fit", *DIGITS, *CSV, *own, "--trainer.max_steps", 3, "--ckpt_path", "last")
+    assert second.code == 0, second.err
+    assert second.checkpoint()["global_step"] == 3
+    wrong = run_here("fit", *DIGITS, *CSV, *own, "--data.most", 0)
+    assert (wrong.code, wrong.err) == (2, "error: data.most is 0: write a whole number of at least 1\n")
