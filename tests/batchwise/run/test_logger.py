@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import wandb
+import yaml
 from helpers import DIGITS, Started, run_here, wandb_records
 
 import batchwise.run.wandb
@@ -57,6 +59,88 @@ def test_a_failure_in_training_is_said_once(monkeypatch: pytest.MonkeyPatch) -> 
     assert result.code == 0, result.err
     assert result.out.count("W&B failed (No space left on device): training goes on") == 1
     assert "epoch 2 " in result.out
+
+
+# Which logger, and which project
+
+SHORT = ("fit", *DIGITS, "--trainer.max_steps", 2, "--trainer.log_every_n_steps", 1)
+MAIN = """
+import sys
+from batchwise.run.main import main
+
+if __name__ == "__main__":
+    sys.exit(main(__package__))
+"""
+
+
+def project(folder: Path) -> str:
+    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    (name,) = {record.run.project for record in wandb_records(path) if record.HasField("run")}
+    return name
+
+
+def logs(folder: Path) -> list[str]:
+    """The folders of loggers in a run's folder."""
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name != "checkpoints")
+
+
+def test_the_project_is_the_package_that_is_started() -> None:
+    Path("shop").mkdir()
+    Path("shop/__init__.py").touch()
+    Path("shop/__main__.py").write_text(MAIN)
+    command = [sys.executable, "-m", "shop", *map(str, SHORT)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(Path.cwd())])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    (folder,) = Path("runs/digits").iterdir()
+    assert project(folder) == "shop"
+    assert "go on:      python -m shop fit --config " in done.stdout
+
+
+def test_the_project_may_be_named() -> None:
+    result = run_here(*SHORT, "--trainer.logger.project", "flowers")
+    assert result.code == 0, result.err
+    wandb.teardown()
+    assert project(result.folder) == "flowers"
+
+
+@pytest.mark.parametrize("text", ["", "trainer: {logger: {class_path: batchwise.run.wandb.WandbLogger}}"])
+def test_the_default_logger(text: str) -> None:
+    """It is the default, and also what a configuration without `init_args` names."""
+    Path("logger.yaml").write_text(text or "name: digits")
+    result = run_here(*SHORT, "--config", "logger.yaml")
+    assert result.code == 0, result.err
+    wandb.teardown()
+    assert logs(result.folder) == ["wandb"]
+    assert project(result.folder) == "batchwise"
+    _, (rows,), _ = history(result.folder)
+    assert [row["step"] for row in rows if "train/loss" in row] == [1, 2]
+    saved = yaml.safe_load((result.folder / "config.yaml").read_text())["trainer"]["logger"]
+    assert saved["class_path"] == "batchwise.run.wandb.WandbLogger"
+    assert (saved["init_args"]["project"], saved["init_args"]["save_dir"]) == (None, ".")
+
+
+def test_no_logger() -> None:
+    result = run_here(*SHORT, "--trainer.logger", "false")
+    assert result.code == 0, result.err
+    assert logs(result.folder) == []
+    assert "upload it" not in result.out
+
+
+def test_another_logger() -> None:
+    settings = ("--trainer.logger.save_dir", ".", "--trainer.logger.name", "log")
+    result = run_here(*SHORT, "--trainer.logger", "lightning.pytorch.loggers.CSVLogger", *settings)
+    assert result.code == 0, result.err
+    assert logs(result.folder) == ["log"]
+    assert list(result.rows("train/loss")) == [1, 2]
+
+
+def test_another_logger_without_what_it_needs() -> None:
+    Path("logger.yaml").write_text("trainer: {logger: {class_path: lightning.pytorch.loggers.CSVLogger}}")
+    result = run_here(*SHORT, "--config", "logger.yaml")
+    assert result.code == 2
+    (line,) = [line for line in result.err.splitlines() if not line.startswith("note:")]
+    assert line == "error: trainer.logger.save_dir is not set: write it"
 
 
 # One run, however often it is interrupted
