@@ -91,11 +91,11 @@ def _names(argument: str) -> bool:
 
 
 def _forget_settings(_: Any, old: Any, new: Any) -> None:
-    """Drop the settings of a class that another class takes the place of, and say so.
+    """Drop the settings of a class when another class takes its place, and say so.
 
-    jsonargparse keeps those that the new class takes too: SGD would get the learning rate that was chosen for AdamW,
-    and its weight decay, without a word. It has no setting for this, so its function is replaced; should the name
-    change one day, the test of it fails, and all else works.
+    jsonargparse keeps the settings that the new class takes too. SGD would get the learning rate and the weight decay
+    that were chosen for AdamW, without a word. jsonargparse has no option for this, so this function takes the place of
+    its own. Should the name change one day, the test of it fails, and all else works.
     """
     if not old or "init_args" not in old or old["class_path"] == new["class_path"]:
         return
