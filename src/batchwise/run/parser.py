@@ -46,7 +46,7 @@ def plain(value: Any) -> Any:
     return value
 
 
-def _instantiate(kind: Any, *args: Any, **kwargs: Any) -> Any:
+def _instantiate(kind: Any, /, *args: Any, **kwargs: Any) -> Any:
     return kind(*plain(args), **plain(kwargs))
 
 

@@ -19,7 +19,7 @@ def test_a_terminal_shows_steps_loss_and_examples_per_second(monkeypatch: pytest
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TERM", "xterm-256color")
     with contextlib.redirect_stdout(Terminal()) as terminal:
-        assert main(absolute(("fit", *DIGITS, *CSV, "--trainer.max_epochs", 2))) == 0
+        assert main("batchwise", absolute(("fit", *DIGITS, *CSV, "--trainer.max_epochs", 2))) == 0
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue())
     assert re.search(r"epoch 2 .*20/20", text)
     assert "train/loss:" in text

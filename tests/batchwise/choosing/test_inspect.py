@@ -194,7 +194,7 @@ def test_a_terminal_of_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TERM", "xterm-256color")
     with contextlib.redirect_stdout(Terminal()) as terminal:
-        assert main(absolute((*INSPECT, *DIGITS, *CSV))) == 0
+        assert main("batchwise", absolute((*INSPECT, *DIGITS, *CSV))) == 0
     lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue()).split("\n")
     rows = [line for line in lines if line.startswith(" ")]
     assert len(rows) >= 8

@@ -2,15 +2,12 @@
 
 import csv
 import math
-import re
-import shlex
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import CSV, DIGITS, ROOT, run_here, wandb_records
+from helpers import CSV, DIGITS, run_here
 
 from batchwise.choosing import short, sweep, trials
 from batchwise.choosing.figure import draw_sweep
@@ -139,26 +136,6 @@ def test_a_sweep_from_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     more = run_here(*common, "--model.network.hidden_features", "[32]", "--batch_sizes", "64", "--seeds", 1)
     assert more.code == 0, more.err
     assert trained[count] == (64, 0, 1)  # another training is not the same
-
-
-def test_the_command_of_readme_with_the_log_of_wandb() -> None:
-    """In a small form: the whole grid takes a minute."""
-    (line,) = re.findall(r"^python -m project (sweep .*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    result = run_here(*shlex.split(line), "--batch_sizes", 256, "--seeds", 1, "--rates", 1)
-    assert result.code == 0, result.err
-    assert "upload it:  wandb sync" in result.out
-    (only,) = trials.read(Path("runs/digits/sweep.csv"))
-    (log,) = result.folder.glob("wandb/offline-run-*/*.wandb")
-    logged: dict[str, str] = {}
-    for _ in range(100):  # wandb's own process writes it
-        items = [(item.nested_key or [item.key], item.value_json) for record in wandb_records(log)
-                 for item in record.history.item]  # fmt: skip
-        logged = {key[0]: value for key, value in items}
-        if "sweep/picture" in logged:
-            break
-        time.sleep(0.1)
-    assert float(logged["sweep/examples"]) == only.examples
-    assert "sweep/picture" in logged
 
 
 def test_picture(tmp_path: Path) -> None:

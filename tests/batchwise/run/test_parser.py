@@ -121,19 +121,30 @@ def test_the_ends_of_ranges_are_in_them() -> None:
 
 
 class Kept:
-    def __init__(self, size: PositiveInt, rate: PositiveFloat, sizes: list[PositiveInt], inner: Layer) -> None:
+    def __init__(
+        self, size: PositiveInt, rate: PositiveFloat, sizes: list[PositiveInt], inner: Layer, kind: str = "a"
+    ) -> None:
         self.values = size, rate, sizes[0], sizes[1]
-        self.inner = inner
+        self.inner, self.kind = inner, kind
 
 
 def test_a_class_gets_ordinary_numbers() -> None:
     """Others could not be loaded from a checkpoint with `weights_only`."""
     parser = Parser()
     parser.add_subclass_arguments(Kept, "data")
-    settings = ("size=3", "rate=2", "sizes=[1, 2]", f"inner={__name__}.Layer", "inner.width=4", "inner.dropout=0")
+    settings = (
+        "size=3",
+        "rate=2",
+        "sizes=[1, 2]",
+        f"inner={__name__}.Layer",
+        "inner.width=4",
+        "inner.dropout=0",
+        "kind=b",
+    )
     config = parser.parse_args([f"--data={__name__}.Kept", *(f"--data.{setting}" for setting in settings)])
     kept = parser.instantiate(config).data
     assert kept.values == (3, 2.0, 1, 2)
+    assert kept.kind == "b"
     assert [type(value) for value in (*kept.values, *kept.inner.values)] == [int, float, int, int, int, float]
 
 
