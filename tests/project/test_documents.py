@@ -180,7 +180,7 @@ def test_help_does_not_wait_for_lightning() -> None:
     import subprocess
     import sys
 
-    code = "import sys; from batchwise.run.main import main; main('project', ['--help']); assert 'torch' not in sys.modules"
+    code = "import sys; from batchwise.run.main import main; main('p', ['--help']); assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     for flag in re.findall(r"--([\w.]+)", done.stdout):
         if flag not in ("KEY", "help", "config", "model.optimizer.lr", "data.batch_size", "data.micro_batch_size"):
