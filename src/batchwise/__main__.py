@@ -1,4 +1,4 @@
-"""The engine's own command line, `python -m batchwise`: for its tests, and for whoever has no package beside it."""
+"""The engine's own command line, `python -m batchwise`, for its tests and for a user without a package of their own."""
 
 import sys
 

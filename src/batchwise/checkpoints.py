@@ -14,16 +14,16 @@ OF_LIGHTNING = "lightning.pytorch.cli.instantiate_module"
 
 
 class DurableIO(TorchCheckpointIO):
-    """Writes beside the target, flushes to the disk, then renames: a reader sees the old file or the new, whole.
+    """Writes beside the target, flushes to the disk, then renames. A reader sees the old file or the new one, whole.
 
-    Lightning writes through the temporary folder, from where a rename to another file system is a copy that can tear.
+    Lightning writes to the temporary folder first. From there a rename to another disk is a copy, which can tear.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Save `checkpoint` at `path`.
 
         Raises:
-            TrainingStopped: it cannot be written; whatever was at `path` before is untouched.
+            TrainingStopped: it cannot be written; the file that was at `path` before is untouched.
         """
         if "://" in str(path):  # an object store replaces whole objects anyway
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -55,11 +55,11 @@ def _flush_folder(folder: Path) -> None:
 
 
 def unreadable(path: Path) -> str | None:
-    """Return why a checkpoint cannot be read, or None if it can. Only plain types are ever loaded."""
+    """Return why a checkpoint cannot be read; None: it can. Only plain types are loaded."""
     try:
         read_checkpoint(path)
     except Exception as error:
-        if "weights_only" in str(error):  # PyTorch goes on to advise to load it all the same
+        if "weights_only" in str(error):  # PyTorch's own message advises to load it all the same
             return "it holds code, or objects other than tensors and plain types"
         return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return None
@@ -68,12 +68,16 @@ def unreadable(path: Path) -> str | None:
 def read_checkpoint(path: Path) -> dict:
     """Read a checkpoint without copying its tensors into memory.
 
-    The folder of a checkpoint's archive is written last, so a file that opens is whole.
+    A checkpoint is an archive whose table of contents is written last, so a file that opens is whole.
+
+    Raises:
+        ValueError: it is not a checkpoint of this project, or it names code to run. PyTorch raises other errors if the
+            file cannot be read.
     """
     checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError("it is not a checkpoint of this project")
     maker = (checkpoint.get("hyper_parameters") or {}).get("_instantiator", OF_LIGHTNING)
-    if maker != OF_LIGHTNING:  # which Lightning would import and call, where it makes a module from a checkpoint
+    if maker != OF_LIGHTNING:  # Lightning would import and call it to make a module from the checkpoint
         raise ValueError(f"it names code to run: {maker}")
     return checkpoint

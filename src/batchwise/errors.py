@@ -19,7 +19,7 @@ class TrainingStopped(RuntimeError):
     Args:
         message: one line.
         code: the exit code.
-        everywhere: all processes stop for the same reason, so that one of them is enough to say it.
+        everywhere: all processes stop for the same reason, so only the first of them says it.
     """
 
     def __init__(self, message: str, code: int = 1, everywhere: bool = False) -> None:
@@ -28,14 +28,14 @@ class TrainingStopped(RuntimeError):
 
 
 def lost_connection(error: RuntimeError) -> bool:
-    """Return whether an error says that another process of the same training does not answer any more."""
+    """Return whether an error says that another process of the same training no longer answers."""
     words = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "timed out waiting")
     return isinstance(error, torch.distributed.DistError) or any(word in str(error).lower() for word in words)
 
 
 @contextmanager
 def mistakes() -> Iterator[None]:
-    """While nothing has been trained, turn a wrong value or file into the user's mistake."""
+    """Turn a wrong value or file into the user's mistake. For use before training."""
     try:
         yield
     except (ValueError, OSError, MisconfigurationException) as error:
@@ -43,10 +43,10 @@ def mistakes() -> Iterator[None]:
 
 
 def optional(module: str, extra: str) -> Any:
-    """Import a module that comes with an extra of this package.
+    """Import and return a module that is installed with an extra of this package.
 
     Raises:
-        ValueError: it is not installed.
+        ValueError: the module is not installed.
     """
     try:
         return import_module(module)

@@ -158,6 +158,15 @@ def test_jsonargparse_keeps_settings_of_another_class_unless_told() -> None:
     assert parser.parse_args([f"--it={__name__}.Second"]).it.init_args.lr == 0.2
 
 
+def test_what_is_used_of_jsonargparse_to_name_a_key() -> None:
+    """`batchwise.run.parser` finds the keys around a nested class on the stack, and whether a value is a list."""
+    assert inspect.isfunction(_typehints.ActionTypeHint._check_type)
+    parser = ArgumentParser()
+    parser.add_argument("--it", type=list[int])
+    (action,) = [action for action in parser._actions if action.dest == "it"]
+    assert action._typehint == list[int]  # type: ignore[attr-defined]
+
+
 def test_fused_sgd_on_a_cpu_does_not_move_half_precision() -> None:
     """So the task does not ask for it there."""
     moved = {}

@@ -1,81 +1,79 @@
-"""A run's folder, `<root>/<name>/<time>`: its configuration, its checkpoints, its log."""
+"""A run's folder, `<root>/<name>/<time>`: which one it is, and how the other processes of a training learn of it."""
 
 import contextlib
 import os
 import time
 from pathlib import Path
+from typing import Any
 
+from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_only
 
+from batchwise.data.module import LIMIT_FILE
+
 FOLDER = "BATCHWISE_RUN_FOLDER"
-"""The environment variable that tells the processes of one training the folder that the first of them made."""
+"""The environment variable that tells the processes of a training the folder that the first of them made."""
 PATIENCE = 120.0  # seconds in which the first process must have made it
 
 
-def new_folder(root: Path, name: str) -> Path:
-    """Make a folder for a new run.
+def check_name(name: str, root: Path) -> None:
+    """Raise ValueError if the name of an experiment is not the name of a folder in `root`."""
+    if Path(name).is_absolute() or ".." in Path(name).parts or not name:
+        raise ValueError(f"name is {name!r}: write the name of a folder that is to lie in {root}")
+
+
+def choose_folder(root: Path, name: str, checkpoint: Path | None, restart: bool) -> Path:
+    """Return the folder of this run, and tell the other processes of this training.
+
+    It is the folder that another process of this training has made, or else the folder of the checkpoint, or else a
+    new one.
+
+    Args:
+        root: `trainer.default_root_dir`.
+        name: of the experiment.
+        checkpoint: the file that this run starts from.
+        restart: go on with the newest run. If it ran out of memory before its first checkpoint, its folder is taken,
+            because it holds the limit of the micro-batch.
 
     Raises:
-        ValueError: it cannot be written.
+        ValueError: the folder cannot be written, or the first process has made none.
     """
-    stem = root / name / time.strftime("%Y-%m-%d_%H-%M-%S")
-    for number in range(1, 1000):
-        folder = stem if number == 1 else stem.with_name(f"{stem.name}_{number}")
-        try:
-            (folder / "checkpoints").mkdir(parents=True)
-        except FileExistsError:
-            if not folder.is_dir():
-                break
-        except OSError as error:
-            raise ValueError(_unwritable(folder, error)) from error
-        else:
-            return folder
-    raise ValueError(_unwritable(stem, "a file is in the way"))
+    if FOLDER in os.environ:
+        return Path(os.environ[FOLDER])
+    theirs = wait_for_folder(root / name)
+    if theirs is not None:
+        return theirs
+    folder = _folder_of(checkpoint) if checkpoint else _out_of_memory(root / name) if restart else None
+    if folder is None:
+        folder = _new_folder(root, name)
+    else:
+        _check_writable(folder)
+    _share(folder)
+    return folder
+
+
+def place_loggers(loggers: Any, folder: Path) -> None:
+    """Let the `save_dir` of each configured logger lie in the run's folder, and name W&B's run after the folder."""
+    for logger in loggers if isinstance(loggers, list) else [loggers]:
+        arguments = logger.get("init_args") if isinstance(logger, Namespace) else None
+        if arguments is not None and "save_dir" in arguments:
+            arguments.save_dir = str((folder / (arguments.save_dir or ".")).absolute())
+            if "id" in arguments and arguments.id is None:
+                arguments.id = f"{folder.parent.name}-{folder.name}"
 
 
 def remove_if_empty(folder: Path) -> None:
     """Remove the folder of a run that did not begin."""
-    with contextlib.suppress(OSError):  # which a folder that holds something raises
+    with contextlib.suppress(OSError):  # raised by a folder that holds something
         (folder / "checkpoints").rmdir()
         folder.rmdir()
 
 
-def check_writable(folder: Path) -> None:
-    """Raise ValueError where the folder of an earlier run cannot be written."""
-    probe = folder / "checkpoints" / ".probe"
-    try:
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(_unwritable(folder, error)) from error
-
-
-def _unwritable(folder: Path, error: object) -> str:
-    return f"the run's folder {folder} cannot be written ({error}): write another trainer.default_root_dir"
-
-
-def folder_of(checkpoint: Path) -> Path | None:
-    """Return the run's folder that a checkpoint lies in, if it lies in one."""
-    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else None
-
-
-def share_folder(folder: Path) -> None:
-    """Tell the other processes of this training where the run's folder is: those that it will start, and those that
-    SLURM or torchrun has started besides.
-    """
-    os.environ[FOLDER] = str(folder)
-    note = _note(folder.parent)
-    if note:
-        part = note.with_suffix(".part")
-        part.write_text(folder.name)
-        part.replace(note)
-
-
 def wait_for_folder(parent: Path) -> Path | None:
-    """Return the folder that the first process of this training makes in `parent`; None: it is for this one to make.
+    """Return the folder that the first process of this training makes in `parent`; None: this process is to make it.
 
     Raises:
-        ValueError: it has not made one.
+        ValueError: the first process has not made one within `PATIENCE` seconds.
     """
     note = _note(parent)
     if note is None or rank_zero_only.rank == 0:
@@ -91,15 +89,64 @@ def wait_for_folder(parent: Path) -> Path | None:
 
 
 def all_have_met() -> None:
-    """Take the note for the other processes back: all are past it. A restart of the job leaves another."""
+    """Remove the note for the other processes, because all have read it. A restart of the job leaves another."""
     note = _note(Path(os.environ[FOLDER]).parent) if FOLDER in os.environ else None
     if note and rank_zero_only.rank == 0:
         note.unlink(missing_ok=True)
 
 
+def _share(folder: Path) -> None:
+    """Tell the folder to the processes that this one will start, and to those that SLURM or torchrun has started."""
+    os.environ[FOLDER] = str(folder)
+    note = _note(folder.parent)
+    if note:
+        part = note.with_suffix(".part")
+        part.write_text(folder.name)
+        part.replace(note)
+
+
 def _note(parent: Path) -> Path | None:
-    """Return where process 0 leaves a note for those that it has not started; None: there are none."""
+    """Return where process 0 leaves a note for the processes that it has not started; None: there are none."""
     for names in (("SLURM_JOB_ID", "SLURM_STEP_ID"), ("TORCHELASTIC_RUN_ID", "MASTER_PORT")):
         if all(name in os.environ for name in names):
             return parent / f".{'-'.join(os.environ[name] for name in names)}.folder"
     return None
+
+
+def _new_folder(root: Path, name: str) -> Path:
+    stem = root / name / time.strftime("%Y-%m-%d_%H-%M-%S")
+    for number in range(1, 1000):
+        folder = stem if number == 1 else stem.with_name(f"{stem.name}_{number}")
+        try:
+            (folder / "checkpoints").mkdir(parents=True)
+        except FileExistsError:
+            if not folder.is_dir():
+                break
+        except OSError as error:
+            raise ValueError(_unwritable(folder, error)) from error
+        else:
+            return folder
+    raise ValueError(_unwritable(stem, "a file is in the way"))
+
+
+def _folder_of(checkpoint: Path) -> Path | None:
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else None
+
+
+def _out_of_memory(parent: Path) -> Path | None:
+    """Return the newest run's folder, if that run has left a limit of the micro-batch."""
+    newest = max(parent.glob("*/config.yaml"), default=None)  # `inspect` leaves none
+    return newest.parent if newest and (newest.parent / LIMIT_FILE).exists() else None
+
+
+def _check_writable(folder: Path) -> None:
+    probe = folder / "checkpoints" / ".probe"
+    try:
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(_unwritable(folder, error)) from error
+
+
+def _unwritable(folder: Path, error: object) -> str:
+    return f"the run's folder {folder} cannot be written ({error}): write another trainer.default_root_dir"

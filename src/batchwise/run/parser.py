@@ -1,16 +1,16 @@
 """The argument parser: one line for a mistake, and a new class does not inherit the settings of the old one."""
 
-import difflib
 import inspect
-import re
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_origin
 
 import yaml
 from jsonargparse import Namespace, _typehints
 from jsonargparse._util import import_object
 from lightning.pytorch.cli import LightningArgumentParser
+
+from batchwise.run.explain import explain
 
 
 class Parser(LightningArgumentParser):
@@ -19,13 +19,50 @@ class Parser(LightningArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # An abbreviated flag would change its meaning on the day another flag is added.
         super().__init__(*args, allow_abbrev=False, **kwargs)
+        self.add_instantiator(_instantiate, object, subclasses=True)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print one line and exit with 2."""
         parser = getattr(ex, "subcommand_parser", None) or self
         known = [option[2:] for action in parser._actions for option in action.option_strings]
-        print(f"error: {explain(message, known)}", file=sys.stderr)
+        lists = [action.dest for action in parser._actions if get_origin(getattr(action, "_typehint", None)) is list]
+        print(f"error: {explain(message, known, lists, _outer_keys())}", file=sys.stderr)
         self.exit(2)
+
+
+def plain(value: Any) -> Any:
+    """Return a value with ordinary numbers in place of those of `jsonargparse.typing`.
+
+    A `PositiveInt` is checked when it is parsed. After that it must be an int, because a checkpoint that holds another
+    type cannot be loaded with `weights_only`.
+    """
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
+    for number in (int, float):
+        if isinstance(value, number) and type(value).__module__ == "jsonargparse.typing":
+            return number(value)
+    return value
+
+
+def _instantiate(kind: Any, /, *args: Any, **kwargs: Any) -> Any:
+    return kind(*plain(args), **plain(kwargs))
+
+
+def _outer_keys() -> str:
+    """Return the keys of the classes around a nested parser, such as `model.network.`.
+
+    Each class has a parser of its own, and jsonargparse does not tell it where it stands. But the outer parsers are
+    on the stack, each checking the value of a key. Should the name of that function change one day, the keys in
+    messages are short.
+    """
+    keys, frame = "", inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "_check_type":
+            keys = f"{frame.f_locals['self'].dest}.{keys}"
+        frame = frame.f_back
+    return keys
 
 
 def check_files(arguments: list[str]) -> None:
@@ -53,45 +90,12 @@ def _names(argument: str) -> bool:
     return argument in ("--config", "-c") or argument.startswith("--config=")
 
 
-def explain(message: str, known: list[str]) -> str:
-    """Return a message of jsonargparse as one line: what is wrong, and what was probably meant.
-
-    Args:
-        message: may have many lines, and the errors of every type that was tried.
-        known: the options that there are.
-    """
-    line = re.sub(r"\s+", " ", message).strip()
-    key = re.match(r'Parser key "([^"]+)"', line)
-    tried = re.search(r"Errors: - (.*?) Given value type: .*? Given value: (.*)", line)
-    if tried:
-        errors = [error for error in tried[1].split(" - ") if error != "Expected a <class 'NoneType'>"]
-        nested = ("Does not validate", "Import path")
-        general = ("Expected a ", "Not a valid subclass", "a class path (str)", "a dict with", *nested)
-        own = [error for error in errors if not error.startswith(general)]
-        if own:  # the message of a class that refused a value
-            return own[0] if key is None or key[1] in own[0] else f"{key[1]}: {own[0]}"
-        types = [re.sub(r"^Expected an? (?:<class '(.*)'>|typing\.Literal)?", r"\1", error) for error in errors]
-        return f"{key[1] if key else 'a value'} is {tried[2]}: write {' or '.join(types)}"
-    if key and " - Problem with given class_path" in line:
-        return f"{key[1]}: {line[line.rindex('Problem with') :]}"
-    unknown = re.search(r"[Uu]nrecognized arguments?: --([\w.]+)", line) or re.search(
-        r"(?:not accept|Option) (?:option )?'([\w.]+)'", line
-    )
-    meant = []
-    if unknown:
-        meant = [option for option in known if option.startswith(unknown[1])]
-        meant = sorted(meant, key=len)[:1] or difflib.get_close_matches(unknown[1], known, n=1)
-    if "arguments are required" in line:
-        line += "; write --config FILE, such as configs/digits.yaml"
-    return line + (f"; did you mean {meant[0]}?" if meant else "")
-
-
 def _forget_settings(_: Any, old: Any, new: Any) -> None:
-    """Drop the settings of a class that another class takes the place of, and say so.
+    """Drop the settings of a class when another class takes its place, and say so.
 
-    jsonargparse keeps those that the new class takes too: SGD would get the learning rate that was chosen for AdamW,
-    and its weight decay, without a word. It has no setting for this, so its function is replaced; should the name
-    change one day, the test of it fails, and all else works.
+    jsonargparse keeps the settings that the new class takes too. SGD would get the learning rate and the weight decay
+    that were chosen for AdamW, without a word. jsonargparse has no option for this, so this function takes the place of
+    its own. Should the name change one day, the test of it fails, and all else works.
     """
     if not old or "init_args" not in old or old["class_path"] == new["class_path"]:
         return

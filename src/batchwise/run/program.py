@@ -1,4 +1,4 @@
-"""What this process was started as."""
+"""The name of the package that this process was started as."""
 
 name = "batchwise"
-"""The package behind `python -m`: it stands in messages, and is the default project in W&B."""
+"""The package behind `python -m`. Messages name it, and it is the default project in W&B."""

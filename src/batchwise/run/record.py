@@ -1,4 +1,4 @@
-"""What a run leaves behind about itself: its full configuration and batch plan, in its folder, log and checkpoints."""
+"""The record of a run: its full configuration and batch plan, in its folder, its log and its checkpoints."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 import yaml
 from lightning.pytorch.callbacks import Callback
 
-from batchwise.run import folders as runs
+from batchwise.run import folders
 from batchwise.run.wandb import WandbLogger
 
 
@@ -16,7 +16,7 @@ class RunRecord(Callback):
 
     Args:
         config: the merged configuration, in plain types.
-        command: the subcommand; names the file, so that a test does not overwrite what the training was.
+        command: the subcommand. It names the file, so that `test` does not overwrite the configuration of `fit`.
     """
 
     def __init__(self, config: dict[str, Any], command: str) -> None:
@@ -27,7 +27,7 @@ class RunRecord(Callback):
         """Write and log the configuration."""
         if not trainer.is_global_zero:
             return
-        runs.all_have_met()
+        folders.all_have_met()
         path = Path(trainer.default_root_dir) / ("config.yaml" if self.command == "fit" else f"{self.command}.yaml")
         part = path.with_name(f".{path.name}.part")
         part.write_text(yaml.safe_dump(self.config, sort_keys=False))
@@ -38,12 +38,12 @@ class RunRecord(Callback):
                 logger.log_hyperparams({"config": self.config, "plan": plan})
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Keep the configuration of model and data, so that a resume can tell what has changed; and the log's end."""
+        """Keep the configuration of model and data, to compare on resume, and the last rows of the log."""
         checkpoint["config"] = {key: self.config[key] for key in ("model", "data")}
         checkpoint["log"] = next((logger.recent() for logger in trainer.loggers if isinstance(logger, WandbLogger)), [])
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Log what a crash may have lost."""
+        """Log the rows that a crash may have lost."""
         if self.command != "fit":
             return
         for step, row in checkpoint.get("log") or []:

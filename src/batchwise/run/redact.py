@@ -1,4 +1,4 @@
-"""Secrets stay out of what a run writes: its configuration, its checkpoints, its log."""
+"""Secrets stay out of all that a run writes: its configuration, its checkpoints and its log."""
 
 import re
 from typing import Any
@@ -13,7 +13,7 @@ _known: set[str] = set()
 
 
 def redact(config: Any, key: str = "") -> Any:
-    """Return a configuration of plain types in which the values of keys such as `password` or `api_key` are hidden."""
+    """Return a configuration of plain types, with the values of keys such as `password` or `api_key` hidden."""
     if isinstance(config, dict):
         return {name: redact(value, str(name)) for name, value in config.items()}
     if isinstance(config, list):

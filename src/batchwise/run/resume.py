@@ -1,8 +1,10 @@
-"""Finding a checkpoint, and telling whether training may go on from it."""
+"""Which checkpoint a run starts from, and whether it is of the same training."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_only
 
 from batchwise.checkpoints import unreadable
 
@@ -10,16 +12,49 @@ EXECUTION = (
     *("batch_size", "micro_batch_size", "micro_batch_tokens", "eval_batch_size"),
     *("num_workers", "max_unreadable", "resident_share"),
 )
-"""Settings of the data module that may change on resume: they do not decide which examples form a batch. (Of the batch
-size the fingerprint tells; it may be given in several ways.)"""
+"""Settings of the data module that may change on resume, because they do not decide which examples form a batch. The
+batch size may be written in several ways, so the fingerprint has it."""
 
 
-def find_checkpoint(root: Path, name: str, which: str) -> Path | None:
-    """Return the checkpoint `last` or `best` of the newest run of that name that has one which can be read.
+def choose_checkpoint(which: str | None, root: Path, name: str, command: str) -> Path | None:
+    """Return the checkpoint that a run starts from; None: it starts afresh.
 
-    Where `last` cannot be read, `previous` or else `best` of the same run takes its place.
+    Args:
+        which: `ckpt_path`: last, best, a file, or None.
+        root: the folder of all experiments.
+        name: of the experiment.
+        command: only `fit` can start afresh.
+
+    Raises:
+        ValueError: there is no such checkpoint, or it cannot be read.
     """
-    for folder in sorted((root / name).glob("*/checkpoints"), reverse=True):
+    if which is None:
+        if command != "fit":
+            raise ValueError(f"ckpt_path is not set: write --ckpt_path best, last or a file to {command}")
+        return None
+    if which not in ("last", "best"):
+        path = Path(which)
+        if not path.is_file():
+            raise ValueError(f"ckpt_path {which} does not exist: write last, best or a file")
+        problem = unreadable(path)
+        if problem:
+            raise ValueError(f"ckpt_path {which} cannot be read: {problem}")
+        return path
+    found = _newest(root / name, which)
+    if found is None:
+        if command != "fit" or which == "best":
+            raise ValueError(f"ckpt_path {which}: no run in {root / name} has such a checkpoint: fit first")
+        if rank_zero_only.rank == 0:
+            print(f"no checkpoint in {root / name}: training starts afresh", flush=True)
+    return found
+
+
+def _newest(runs: Path, which: str) -> Path | None:
+    """Return the checkpoint `last` or `best` of the newest run that has one which can be read.
+
+    If `last` cannot be read, `previous` or else `best` of the same run takes its place.
+    """
+    for folder in sorted(runs.glob("*/checkpoints"), reverse=True):
         wanted = folder / f"{which}.ckpt"
         if not wanted.exists() and not (which == "last" and (folder / "previous.ckpt").exists()):
             continue
@@ -40,17 +75,17 @@ def training_differences(
     fingerprint: dict[str, Any],
     half_life: float | None = None,
 ) -> list[str]:
-    """Return what differs between the training that made a checkpoint and this one, each as `key: old -> new`.
+    """Return the differences between the training that made a checkpoint and this one, each as `key: old -> new`.
 
     Args:
-        checkpoint: as read.
+        checkpoint: the content of the file.
         config: the merged configuration of this training.
         data_name: the name under which the checkpoint keeps the state of the data module.
-        fingerprint: what decides which examples form a batch, now.
-        half_life: of the average of weights, now; None: there is none.
+        fingerprint: all that decides which examples form a batch, of this training.
+        half_life: half-life of the average of weights, in examples, of this training; None: there is no average.
     """
     saved = checkpoint.get("config", {})
-    old, new = _what_counts(saved), _what_counts(config)
+    old, new = _decisive(saved), _decisive(config)
     batches = checkpoint.get(data_name, {}).get("fingerprint", {})
     average = checkpoint.get("callbacks", {}).get("EMA", {}).get("half_life_examples")
     pairs = [
@@ -61,8 +96,8 @@ def training_differences(
     return [f"{key}: {before!r} -> {after!r}" for key, before, after in pairs]
 
 
-def _what_counts(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that decide what is computed. (Where the first weights came from no longer does.)"""
+def _decisive(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that decide the result. `init_from` does not: the checkpoint has the weights."""
     return {
         "model": _without(config.get("model"), ("init_from",)),
         "data": _without(config.get("data"), EXECUTION),

@@ -1,4 +1,13 @@
-"""The trainer of the command line: what it does besides `fit`, `validate`, `test` and `predict`."""
+"""The verbs of the command line that Lightning does not have: `inspect`, `tune` and `sweep`."""
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
 
 from batchwise.choosing import batches
 from batchwise.choosing.sweep import Recipe, sweep
@@ -11,18 +20,18 @@ from batchwise.trainer import Trainer
 
 
 class CommandTrainer(Trainer):
-    """A trainer that also looks at batches and chooses their size; the command line has a verb for each method."""
+    """A trainer that also looks at batches and chooses their size. Each method is a verb of the command line."""
 
     recipe: Recipe | None = None
-    """What `sweep` needs to make a model anew; the command line sets it."""
+    """How `sweep` makes a model anew; the command line sets it."""
 
     def inspect(self, model: Task, datamodule: DataModule, seconds: float = 10.0) -> None:
         """Look at the batches without training: what is in them, what is wrong with them, a picture.
 
         Args:
-            model: tried on the data.
-            datamodule: has its plan.
-            seconds: most time for reading each split; of larger ones, a random part is looked at.
+            model: is tried on the data.
+            datamodule: the data, with its plan.
+            seconds: most time for reading each split. Of a larger split a random part is looked at.
         """
         if self.is_global_zero:  # one process sees the batches of all devices
             with mistakes():
@@ -32,10 +41,10 @@ class CommandTrainer(Trainer):
         """Choose the batch size: what fits, what is fast, what the gradient says, what follows from it.
 
         Args:
-            model: what is to be trained; it stays as it is.
-            datamodule: has its plan.
-            steps: most optimizer steps of the short run from which the gradient noise scale is taken.
-            memory_gib: what each device may use, in GiB; null: most of what is free.
+            model: the model that is to be trained; it is not changed.
+            datamodule: the data, with its plan.
+            steps: most optimizer steps of the short run that measures the gradient noise scale.
+            memory_gib: memory that each device may use, in GiB; null: most of the free memory.
         """
         with mistakes():
             tune(self, model, datamodule, steps, memory_gib)
@@ -51,17 +60,17 @@ class CommandTrainer(Trainer):
         val_share: float = 0.05,
         results: str | None = None,
     ) -> None:
-        """Train each batch size to a target, at the best learning rate of each; what is already known is not run again.
+        """Train each batch size to a target, at its best learning rate. A known result is not measured again.
 
         Args:
-            model: what is to be trained.
-            datamodule: has its plan.
-            batch_sizes: with commas between them, such as 16,64,256.
+            model: the model that is to be trained.
+            datamodule: the data, with its plan.
+            batch_sizes: batch sizes in examples, with commas between them, such as 16,64,256.
             target: a metric of validation and its value, such as val/accuracy>=0.97.
             seeds: trainings of each batch size at each rate.
-            rates: factors on the rate that the rule gives. The grid grows while the best one is at its end.
-            val_share: how much longer a training is from one validation to the next; its time does not count.
-            results: file that keeps all runs; null: sweep.csv beside the folders of the runs.
+            rates: factors on the rate that the rule gives. The grid grows while the best factor is at its end.
+            val_share: growth of the training's length from one validation to the next; its time does not count.
+            results: the file that keeps all runs; null: sweep.csv beside the folders of the runs.
         """
         with mistakes():
             runs = sweep(
@@ -75,3 +84,29 @@ class CommandTrainer(Trainer):
             if runs and isinstance(logger, WandbLogger):
                 logger.log_image("sweep/picture", [f"{self.default_root_dir}/sweep.png"])
             logger.finalize("success")
+
+
+def recipe(
+    instantiate: Callable[[Namespace], Any], settings: Namespace, model: Task, data: DataModule, config: dict[str, Any]
+) -> Recipe:
+    """Return how `sweep` makes a model anew, and a digest of all that makes its training differ from others.
+
+    Args:
+        instantiate: makes the objects of a configuration: `instantiate_classes` of the parser.
+        settings: the configuration of the model.
+        model: made from it.
+        data: the data, with its plan.
+        config: the configuration of the whole training, in plain types.
+    """
+    plain = copy.deepcopy(config)
+    size = plain["data"].get("init_args", {}).pop("batch_size", None)
+    reference = model._rates.reference or (data.plan and data.plan.batch_size) or size
+    keys = ("accelerator", "precision", "channels_last", "compile", "threads", "gradient_clip_val")
+    parts = [plain["model"], reference, plain["data"], {key: plain["trainer"].get(key) for key in keys}]
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
+
+    def make(seed: int) -> Task:
+        torch.manual_seed(seed)
+        return instantiate(Namespace(model=copy.deepcopy(settings)))["model"]
+
+    return Recipe(make, digest)

@@ -1,11 +1,11 @@
-"""W&B that never stops training, and in which a resumed training is one run: no gap, no step twice."""
+"""A logger for W&B that never stops training. A resumed training is one run in W&B, without a gap."""
 
 import os
 import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,30 +15,40 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from batchwise.run import program
 from batchwise.run.redact import hide
-from batchwise.run.wandb_file import last_step
 
 INIT_TIMEOUT = 20  # seconds; without a network W&B itself waits 90 and then ends the run
-FINISH_TIMEOUT = 60  # seconds for what is still to be uploaded at the end; W&B itself waits for ever
-RECENT = 60.0  # seconds; W&B writes its file every 15
-Row = tuple[float, int, dict[str, float]]
+FINISH_TIMEOUT = 60  # seconds for the rest of the upload at the end; W&B itself waits for ever
+RECENT = 60.0  # seconds of rows that a checkpoint holds; W&B writes its file every 15
 
 
 class WandbLogger(loggers.WandbLogger):
-    """Lightning's WandbLogger, which goes offline instead of failing, and goes on where it was.
+    """Lightning's WandbLogger. It goes offline instead of failing, and a resumed training continues the same run.
 
-    All metrics of a step are one row of W&B, whose step is the number of optimizer steps done, and which is handed over
-    when the next step has a row. After a crash, training goes on from a checkpoint, so that some rows come again, and
-    rows that W&B had not written yet are lost. So rows up to the last step that is in the files of this run are left
-    out, and each checkpoint holds the rows of the last minute.
+    All metrics of a step are one row in W&B. The step of the row is the number of optimizer steps done. A row is handed
+    over when the next step has one.
+
+    Training that is resumed repeats the steps since its checkpoint. A crash also loses rows that W&B has not written
+    yet. So each checkpoint holds the rows of the last minute, and a resumed training logs them again. Which of all
+    these rows W&B has already is decided by the step alone:
+
+    - After a run that ended (also by a signal or an error), a file beside its log holds the last step that was handed
+      over. Rows up to that step are not logged again.
+    - After a crash (`kill -9`, power) of a run that logs online, W&B's server tells its last step when the run is
+      resumed. W&B's client drops rows up to that step.
+    - After a crash of a run that logs offline, rows may stand twice: in the files of both parts, with the same step.
+      Their figures are equal, because resumed training is exact (times and speeds differ). `wandb sync` uploads the
+      files in order of time and each row as it stands; it does not look at the step.
+
+    No row is missing in any of these cases.
 
     Args:
         offline: log into the run's folder, without an account; `wandb sync` uploads it later.
         project: the W&B project; null: the name of your package.
-        save_dir: where its files go; a relative path lies in the run's folder.
-        name: of the run in W&B; null: W&B makes one.
-        id: of the run in W&B; null: the name and time of the run's folder, so that a resumed run continues its curves.
-        group: of the run in W&B, such as the name of a sweep.
-        tags: of the run in W&B.
+        save_dir: folder of its files; a relative path lies in the run's folder.
+        name: name of the run in W&B; null: W&B makes one.
+        id: id of the run in W&B; null: name and time of the run's folder. A resumed training has the same.
+        group: group of the run in W&B, such as the name of a sweep.
+        tags: tags of the run in W&B.
         log_model: when training is done, keep its best and its last checkpoint as versions of a W&B artifact, with the
             aliases `best` and `last`.
     """
@@ -68,9 +78,9 @@ class WandbLogger(loggers.WandbLogger):
         self._wandb_init.pop("anonymous", None)  # W&B warns that it has no effect
         self._upload_checkpoints = log_model
         self._broken = False
-        self._recent: deque[Row] = deque()
-        self._step, self._row = -1, {}  # not handed over yet
-        self._written = -1
+        self._recent: deque[tuple[float, int, dict[str, Any]]] = deque()  # time, step, metrics
+        self._step, self._row = -1, {}  # the row that is not handed over yet
+        self._ended_at = -1  # the last step that W&B had when an earlier part of this training ended
 
     @property
     @rank_zero_experiment
@@ -80,7 +90,6 @@ class WandbLogger(loggers.WandbLogger):
             return self._experiment
         import wandb
 
-        self._written = last_step(Path(str(self.save_dir)) / "wandb", str(self._id))
         # `wandb.init` is called here and not by Lightning, so that its settings are known and it can be tried again.
         modes: tuple[Literal["online", "offline", "disabled"], ...] = ("online", "offline", "disabled")
         for mode in modes[self._offline :]:
@@ -96,6 +105,8 @@ class WandbLogger(loggers.WandbLogger):
                 )
                 with _redacted_command_line():
                     self._experiment = wandb.init(**self._wandb_init, mode=mode, settings=settings)
+                with suppress(FileNotFoundError):
+                    self._ended_at = int(self._end_file().read_text())
                 self._experiment.define_metric("trainer/global_step")
                 self._experiment.define_metric("*", step_metric="trainer/global_step", step_sync=True)
                 break
@@ -117,7 +128,7 @@ class WandbLogger(loggers.WandbLogger):
         if step is None:
             self._hand_over()  # W&B takes no step after it that comes before
             run.log(metrics)
-        elif step <= self._written or all(name.startswith("summary/") for name in metrics):
+        elif step <= self._ended_at or all(name.startswith("summary/") for name in metrics):
             run.summary.update(metrics)  # no new point of a curve
         else:
             if step != self._step:
@@ -134,9 +145,12 @@ class WandbLogger(loggers.WandbLogger):
             self.experiment.log(self._row | {"trainer/global_step": self._step}, step=self._step)
         self._row = {}
 
+    def _end_file(self) -> Path:
+        return Path(self._experiment.dir).parents[1] / f"{self._experiment.id}.last-step"
+
     @rank_zero_only
     def recent(self) -> list[list[Any]]:
-        """Return what was logged lately, as plain numbers, for a checkpoint: lists of a step and its metrics."""
+        """Return what was logged lately, for a checkpoint: lists of a step and its metrics, of which the numbers."""
         rows = [[step, {k: v for k, v in row.items() if isinstance(v, int | float)}] for _, step, row in self._recent]
         return [row for row in rows if row[1]]
 
@@ -162,16 +176,22 @@ class WandbLogger(loggers.WandbLogger):
     def finalize(self, status: str) -> None:
         """Finish the W&B run, so that its file is whole when training ends.
 
-        Where training has failed, the row of the last step may lack what was to come: it is in the checkpoint.
+        If training has failed, the row of the last step is not handed over: metrics may be missing in it. The resumed
+        training has them, from the checkpoint.
         """
         if self._experiment is None:
             return
+        last = self._step
         if status == "success":
             self._safely(self._hand_over)
             if self._upload_checkpoints:
                 self._safely(self._log_checkpoints)
+        elif self._row:
+            last -= 1
         try:
             self._experiment.finish(0 if status == "success" else 1)
+            if not self._broken:
+                self._end_file().write_text(str(max(last, self._ended_at)))
         except Exception as error:
             self._offline = True
             print(f"W&B: {_first_line(error)}; upload later with: wandb sync", flush=True)
@@ -188,7 +208,7 @@ class WandbLogger(loggers.WandbLogger):
 
     @property
     def offline_folder(self) -> str | None:
-        """What `wandb sync` uploads, where the run is offline and has begun: its folder, or those of all its parts."""
+        """The folder that `wandb sync` uploads, or a pattern for those of all parts; None: there is none."""
         if not self._offline or self._broken or self._experiment is None:
             return None
         folder = Path(self._experiment.dir).parent

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import CSV, DIGITS, Result, furthest, run_here, run_process
+from helpers import BF16, CSV, DIGITS, TWO, Result, furthest, run_here, run_process
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
 from torch import Tensor
@@ -61,7 +61,6 @@ class Slope(Task):
         losses = self(batch.inputs)
         return losses, torch.full_like(losses, self.weight)
 """
-TWO = ("--config", "configs/overlays/two_cpus.yaml")
 NAMES = ("noise_scale", "noise_scale_low", "noise_scale_high")
 
 
@@ -230,7 +229,7 @@ def test_two_processes_with_several_micro_batches() -> None:
 FIT = ("fit", *DIGITS, *CSV, "--trainer.max_epochs", 3, "--data.batch_size", 60, "--data.micro_batch_size", 16)
 
 
-@pytest.mark.parametrize("more", [(), ("--config", "configs/overlays/bf16.yaml"), ("--trainer.gradient_clip_val", 0.1)])
+@pytest.mark.parametrize("more", [(), BF16, ("--trainer.gradient_clip_val", 0.1)])
 def test_training_is_the_same_to_the_bit(more: tuple[object, ...]) -> None:
     seen = run_here(*FIT, *more, *callback(every_n_steps=1))
     plain = run_here(*FIT, *more, "--name", "plain")
@@ -256,7 +255,7 @@ def test_clipping_and_precision_change_nothing(monkeypatch: pytest.MonkeyPatch) 
         original(self, "16-mixed", device, scaler)
 
     monkeypatch.setattr(MixedPrecision, "__init__", half)
-    (scaled,) = samples(run_here(*run, "scaled", "--config", "configs/overlays/bf16.yaml"))
+    (scaled,) = samples(run_here(*run, "scaled", *BF16))
     assert scaler.get_scale() == 2**16
     assert clipped == plain
     assert plain == pytest.approx(double, rel=1e-5)

@@ -12,12 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CSV, DIGITS, Result, Started, furthest, run_here
+from helpers import CSV, DIGITS, TWO, Result, Started, furthest, run_here
 
 from batchwise.checkpoints import DurableIO
 from batchwise.errors import TrainingStopped
 
-TWO = ("--config", "configs/overlays/two_cpus.yaml")
 # 20 steps per epoch. The rate does not depend on the length of training, so that parts of one can be run.
 FIT = (
     *("fit", *DIGITS, *CSV, "--model.network.hidden_features", "[32]"),

@@ -87,10 +87,11 @@ def test_mistakes_are_said() -> None:
 
 def test_test_of_best_measures_the_average() -> None:
     """The command that README gives, with and without the callback in the configuration."""
-    overlay = ("--config", "configs/overlays/ema.yaml")
-    fit = run_here("fit", *DIGITS, *CSV, *overlay, "--trainer.max_steps", 12, "--trainer.val_check_interval", 4)
+    average = "{class_path: batchwise.callbacks.ema.EMA, init_args: {half_life_examples: 2000}}"
+    averaged = ("--trainer.callbacks", f"[{average}]")
+    fit = run_here("fit", *DIGITS, *CSV, *averaged, "--trainer.max_steps", 12, "--trainer.val_check_interval", 4)
     assert fit.code == 0, fit.err
-    measured = [run_here("test", *DIGITS, *CSV, *more, "--ckpt_path", "best") for more in (overlay, ())]
+    measured = [run_here("test", *DIGITS, *CSV, *more, "--ckpt_path", "best") for more in (averaged, ())]
     assert measured[0].out == measured[1].out
     best = fit.checkpoint("best")
     raw = best.pop(RAW)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import CSV, DIGITS, Result, absolute, run_here, wandb_records
+from helpers import CSV, DIGITS, TWO, Result, absolute, run_here, wandb_records
 from torch import Tensor
 
 from batchwise.batching.fetch import InMemory, make_fetch
@@ -86,7 +86,7 @@ def table(result: Result) -> str:
 
 def test_digits() -> None:
     """In one process, though two devices are configured: the batches are whole, and the plan is that of two."""
-    result = run_here(*INSPECT, *DIGITS, "--config", "configs/overlays/two_cpus.yaml", *CSV)
+    result = run_here(*INSPECT, *DIGITS, *TWO, *CSV)
     assert found(result) == ["nothing wrong"]
     text = table(result)
     assert "examples train 1,259, val 269, test 269 looked at all" in text
@@ -194,7 +194,7 @@ def test_a_terminal_of_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TERM", "xterm-256color")
     with contextlib.redirect_stdout(Terminal()) as terminal:
-        assert main(absolute((*INSPECT, *DIGITS, *CSV))) == 0
+        assert main("batchwise", absolute((*INSPECT, *DIGITS, *CSV))) == 0
     lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue()).split("\n")
     rows = [line for line in lines if line.startswith(" ")]
     assert len(rows) >= 8

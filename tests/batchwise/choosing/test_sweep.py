@@ -2,15 +2,13 @@
 
 import csv
 import math
-import shlex
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
-from helpers import CSV, DIGITS, ROOT, run_here, wandb_records
+from helpers import CSV, DIGITS, run_here, wandb_records
 
 from batchwise.choosing import short, sweep, trials
 from batchwise.choosing.figure import draw_sweep
@@ -194,22 +192,3 @@ def test_a_file_of_something_else() -> None:
     result = run_here(*SMALL, *TARGET, "--batch_sizes", "16", "--results", "table.csv")
     assert result.code == 2
     assert "table.csv is not the file of a sweep" in result.err
-
-
-def test_the_sweep_for_wandb_is_one_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its agent runs the command once for each point of the grid; here one of them is run, without an account."""
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("HOME", str(Path.cwd()))
-    definition = yaml.safe_load((ROOT / "configs/sweeps/wandb.yaml").read_text())
-    assert definition["method"] == "grid"
-    point = [f"--{key}={values['values'][-1]}" for key, values in definition["parameters"].items()]
-    command = [part for word in definition["command"] for part in (point if word == "${args}" else [word])]
-    assert shlex.join(command[:4]) == "'${env}' python -m project"
-    arguments = [argument.replace("=configs", f"={ROOT}/configs") for argument in command[4:]]
-    result = run_here(*arguments, "--trainer.max_epochs=1", "--config", ROOT / "configs/overlays/csv.yaml")
-    assert result.code == 0, shlex.join(arguments) + result.err
-    (only,) = trials.read(Path("runs/digits/sweep.csv"))
-    grid = {key: values["values"] for key, values in definition["parameters"].items()}
-    assert (only.batch_size, only.factor) == (grid["batch_sizes"][-1], grid["rates"][-1])
-    assert only.seed == grid["seed_everything"][-1]
-    assert definition["metric"]["name"].removeprefix("sweep/") in Run.__dataclass_fields__

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import CSV, DIGITS, run_here, run_process
+from helpers import CSV, DIGITS, TWO, run_here, run_process
 
 from batchwise import trainer
 from batchwise.batching.noise import Estimate
@@ -160,7 +160,7 @@ def test_digits_from_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path:
 def test_two_devices_agree_and_nothing_is_changed(tmp_path: Path) -> None:
     """One of them runs out of memory."""
     (tmp_path / "watched.py").write_text(WATCHED)
-    two = ("--config", "configs/overlays/two_cpus.yaml", "--model", "watched.Small", "--model.network", MLP_16)
+    two = (*TWO, "--model", "watched.Small", "--model.network", MLP_16)
     result = run_process(
         "tune", *DIGITS, *CSV, *two, "--steps", 80, OMP_NUM_THREADS="1", PYTHONPATH=str(tmp_path), timeout=100
     )

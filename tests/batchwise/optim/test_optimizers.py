@@ -1,4 +1,4 @@
-"""Optimizers of a kept library, by overlay: LARS, LAMB, Muon."""
+"""Optimizers of a kept library: LARS, LAMB, Muon."""
 
 import pytest
 from helpers import CSV, DIGITS, furthest, run_here
@@ -8,10 +8,16 @@ from batchwise.models.mlp import MLP
 from batchwise.optim.muon import Muon
 from batchwise.optim.scaling import default_rule, scale
 
+OPTIMIZERS = {
+    "lars": "{class_path: pytorch_optimizer.LARS, init_args: {lr: 0.5, trust_coefficient: 0.02, weight_decay: 0.0001}}",
+    "lamb": "{class_path: pytorch_optimizer.Lamb, init_args: {lr: 0.02, weight_decay: 0.05}}",
+    "muon": "{class_path: batchwise.optim.muon.Muon, init_args: {lr: 0.02, adamw_lr: 0.003, weight_decay: 0.05}}",
+}
 
-@pytest.mark.parametrize("name", ["lars", "lamb", "muon"])
-def test_digits_are_learned_at_a_large_batch_and_a_resume_is_exact(name: str) -> None:
-    common = ("fit", *DIGITS, *CSV, "--config", f"configs/overlays/{name}.yaml", "--data.batch_size", 256)
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+def test_digits_are_learned_at_a_large_batch_and_a_resume_is_exact(optimizer: str) -> None:
+    common = ("fit", *DIGITS, *CSV, "--model.optimizer", optimizer, "--data.batch_size", 256)
     common = (*common, "--model.schedule", "{shape: constant, warmup_examples: 2000}")
     whole = run_here(*common, "--name", "whole", "--trainer.max_epochs", 10)
     assert whole.code == 0, whole.err

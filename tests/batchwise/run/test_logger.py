@@ -1,9 +1,10 @@
-"""W&B never stops training, and a resumed training is one run in it."""
+"""W&B never stops training, and a resumed training is one run in W&B."""
 
 import json
 import os
 import socket
 import subprocess
+import sys
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -11,12 +12,13 @@ from typing import Any
 
 import pytest
 import wandb
+import yaml
 from helpers import DIGITS, Started, run_here, wandb_records
 
 import batchwise.run.wandb
-from batchwise.run import resume
+from batchwise.checkpoints import read_checkpoint
 
-ONLINE = (*DIGITS, "--config", "configs/overlays/wandb_online.yaml", "--trainer.max_epochs", 1)
+ONLINE = (*DIGITS, "--trainer.logger.offline", "false", "--trainer.max_epochs", 1)
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +61,88 @@ def test_a_failure_in_training_is_said_once(monkeypatch: pytest.MonkeyPatch) -> 
     assert "epoch 2 " in result.out
 
 
+# Which logger, and which project
+
+SHORT = ("fit", *DIGITS, "--trainer.max_steps", 2, "--trainer.log_every_n_steps", 1)
+MAIN = """
+import sys
+from batchwise.run.main import main
+
+if __name__ == "__main__":
+    sys.exit(main(__package__))
+"""
+
+
+def project(folder: Path) -> str:
+    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    (name,) = {record.run.project for record in wandb_records(path) if record.HasField("run")}
+    return name
+
+
+def logs(folder: Path) -> list[str]:
+    """The folders of loggers in a run's folder."""
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name != "checkpoints")
+
+
+def test_the_project_is_the_package_that_is_started() -> None:
+    Path("shop").mkdir()
+    Path("shop/__init__.py").touch()
+    Path("shop/__main__.py").write_text(MAIN)
+    command = [sys.executable, "-m", "shop", *map(str, SHORT)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(Path.cwd())])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    (folder,) = Path("runs/digits").iterdir()
+    assert project(folder) == "shop"
+    assert "go on:      python -m shop fit --config " in done.stdout
+
+
+def test_the_project_may_be_named() -> None:
+    result = run_here(*SHORT, "--trainer.logger.project", "flowers")
+    assert result.code == 0, result.err
+    wandb.teardown()
+    assert project(result.folder) == "flowers"
+
+
+@pytest.mark.parametrize("text", ["", "trainer: {logger: {class_path: batchwise.run.wandb.WandbLogger}}"])
+def test_the_default_logger(text: str) -> None:
+    """It is the default, and also what a configuration without `init_args` names."""
+    Path("logger.yaml").write_text(text or "name: digits")
+    result = run_here(*SHORT, "--config", "logger.yaml")
+    assert result.code == 0, result.err
+    wandb.teardown()
+    assert logs(result.folder) == ["wandb"]
+    assert project(result.folder) == "batchwise"
+    _, (rows,), _ = history(result.folder)
+    assert [row["step"] for row in rows if "train/loss" in row] == [1, 2]
+    saved = yaml.safe_load((result.folder / "config.yaml").read_text())["trainer"]["logger"]
+    assert saved["class_path"] == "batchwise.run.wandb.WandbLogger"
+    assert (saved["init_args"]["project"], saved["init_args"]["save_dir"]) == (None, ".")
+
+
+def test_no_logger() -> None:
+    result = run_here(*SHORT, "--trainer.logger", "false")
+    assert result.code == 0, result.err
+    assert logs(result.folder) == []
+    assert "upload it" not in result.out
+
+
+def test_another_logger() -> None:
+    settings = ("--trainer.logger.save_dir", ".", "--trainer.logger.name", "log")
+    result = run_here(*SHORT, "--trainer.logger", "lightning.pytorch.loggers.CSVLogger", *settings)
+    assert result.code == 0, result.err
+    assert logs(result.folder) == ["log"]
+    assert list(result.rows("train/loss")) == [1, 2]
+
+
+def test_another_logger_without_what_it_needs() -> None:
+    Path("logger.yaml").write_text("trainer: {logger: {class_path: lightning.pytorch.loggers.CSVLogger}}")
+    result = run_here(*SHORT, "--config", "logger.yaml")
+    assert result.code == 2
+    (line,) = [line for line in result.err.splitlines() if not line.startswith("note:")]
+    assert line == "error: trainer.logger.save_dir is not set: write it"
+
+
 # One run, however often it is interrupted
 
 FIT = (
@@ -66,6 +150,15 @@ FIT = (
     *("--model.schedule", "{shape: constant, warmup_examples: 600}"),
 )
 RESUME = ("--ckpt_path", "last")
+LAST = "{class_path: batchwise.callbacks.checkpoint.Last, init_args: {every_n_steps: 12}}"
+FAILING = """
+from lightning.pytorch.callbacks import Callback
+
+class FailsAfter51(Callback):
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == 51:
+            raise RuntimeError("the cat has pulled the plug")
+"""
 CHART = ("train/loss", "val/loss", "learning_rate", "train/loss_epoch", "examples")
 
 
@@ -88,7 +181,11 @@ def history(folder: Path) -> tuple[set[str], list[list[dict[str, Any]]], dict[st
 
 
 def curves(rows: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    return {name: [(row["step"], row[name]) for row in rows if name in row] for name in CHART}
+    """The points of each curve. A step that stands twice has the same values twice, or this fails."""
+    points = {name: sorted({(row["step"], row[name]) for row in rows if name in row}) for name in CHART}
+    for name, curve in points.items():
+        assert len(curve) == len({step for step, _ in curve}), f"{name} has two values at one step"
+    return points
 
 
 @pytest.fixture(scope="module")
@@ -103,39 +200,43 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tu
     return whole
 
 
-def check(folder: Path, parts: int, uninterrupted: dict[str, list]) -> None:
-    """One id, no step twice, none left out, the values of a run that nobody interrupted."""
+def check(folder: Path, uninterrupted: dict[str, list]) -> int:
+    """Check that two files are one run, with the values of an uninterrupted one. Return how many steps stand twice."""
     ids, files, _ = history(folder)
-    rows = [row for file in files for row in file]
-    steps = [row["step"] for row in rows]
-    assert len(files) == parts
+    assert len(files) == 2
     assert ids == {f"digits-{folder.name}"}
-    assert all(a < b for a, b in pairwise(steps))
-    assert [row["trainer/global_step"] for row in rows] == steps
-    ours = curves(rows)
+    for rows in files:
+        steps = [row["step"] for row in rows]
+        assert all(a < b for a, b in pairwise(steps))
+        assert [row["trainer/global_step"] for row in rows] == steps
+    ours = curves([row for rows in files for row in rows])
     ours["train/loss_epoch"] = [row for row in ours["train/loss_epoch"] if row[0] % 20 == 0]  # not where a part ends
     assert ours == uninterrupted
+    before, after = ({row["step"] for row in rows} for rows in files)
+    return len(before & after)
 
 
-def test_a_killed_and_resumed_run_is_one(uninterrupted: dict[str, list]) -> None:
-    """What W&B had not written yet when it was killed is in the checkpoint."""
-    killed = Started(*FIT, OMP_NUM_THREADS="1", WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL="1000")
+@pytest.mark.parametrize(("seconds", "written"), [("1000", False), ("0.05", True)], ids=["nothing written", "written"])
+def test_a_killed_and_resumed_run_has_every_row(seconds: str, written: bool, uninterrupted: dict[str, list]) -> None:
+    """Rows that W&B had not written when it was killed are in the checkpoint; those that it had stand twice."""
+    killed = Started(*FIT, OMP_NUM_THREADS="1", WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL=seconds)
     deadline = time.monotonic() + 60
     while "epoch 3 " not in killed.out and time.monotonic() < deadline:
         time.sleep(0.001)
     killed.kill()
     killed.end(60)
     (folder,) = Path("runs/digits").iterdir()
-    assert 40 <= resume.read_checkpoint(folder / "checkpoints" / "last.ckpt")["global_step"] < 120
+    assert 40 <= read_checkpoint(folder / "checkpoints" / "last.ckpt")["global_step"] < 120
     _, (before,), _ = history(folder)
-    assert before == []
+    assert bool(before) == written
     resumed = run_here(*FIT, *RESUME)
     assert resumed.code == 0, resumed.err
-    check(folder, 2, uninterrupted)
+    assert bool(check(folder, uninterrupted)) == written
     assert f"upload it:  wandb sync {folder}/wandb/*run-*-digits-{folder.name}" in resumed.out
 
 
-def test_what_w_and_b_wrote_after_the_checkpoint_is_not_logged_again(uninterrupted: dict[str, list]) -> None:
+def test_after_a_run_that_ended_no_step_stands_twice(uninterrupted: dict[str, list]) -> None:
+    """Even where training goes on from a checkpoint before its end."""
     first = run_here(*FIT, "--trainer.max_steps", 51)
     checkpoints = first.folder / "checkpoints"
     (checkpoints / "previous.ckpt").replace(checkpoints / "last.ckpt")  # as a crash between two checkpoints leaves it
@@ -143,7 +244,21 @@ def test_what_w_and_b_wrote_after_the_checkpoint_is_not_logged_again(uninterrupt
     resumed = run_here(*FIT, *RESUME)
     assert resumed.code == 0, resumed.err
     assert "resuming after step 40" in resumed.out
-    check(first.folder, 2, uninterrupted)
+    assert check(first.folder, uninterrupted) == 0
+
+
+def test_after_an_error_no_step_stands_twice(uninterrupted: dict[str, list]) -> None:
+    Path("failing.py").write_text(FAILING)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path.cwd()))
+        with pytest.raises(RuntimeError, match="the cat has pulled the plug"):
+            run_here(*FIT, "--trainer.callbacks", f"[failing.FailsAfter51, {LAST}]")
+    wandb.teardown()
+    resumed = run_here(*FIT, *RESUME)
+    assert resumed.code == 0, resumed.err
+    (folder,) = Path("runs/digits").iterdir()
+    assert "resuming after step 48" in resumed.out
+    assert check(folder, uninterrupted) == 0
 
 
 def test_checkpoints_and_pictures_at_the_end() -> None:

@@ -1,7 +1,10 @@
-"""`python -m project` loads quickly, and leaves no trace of how."""
+"""A command loads quickly, and leaves no trace of how."""
 
+import resource
 import subprocess
 import sys
+
+import pytest
 
 CODE = """
 import gc, sys
@@ -32,3 +35,30 @@ def test_loading_leaves_no_trace() -> None:
 def test_what_stands_in_for_scipy_signal_gives_way_where_it_is_needed() -> None:
     done = subprocess.run([sys.executable, "-c", LATER], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("argument", ["--help", "--version"])
+def test_help_waits_for_no_import(argument: str) -> None:
+    code = f"""
+import sys
+from batchwise.run.main import main
+assert main("shop", ["{argument}"]) == 0
+assert sys.modules.keys().isdisjoint(["torch", "lightning", "numpy", "jsonargparse", "yaml"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert ("python -m shop fit --config" in done.stdout) == (argument == "--help")
+
+
+def test_help_takes_less_than_50_milliseconds_more_than_python() -> None:
+    """Processor time, and the shortest of ten rounds, because other processes may run at the same time."""
+
+    def seconds(*command: str) -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    rounds = [(seconds("-m", "batchwise", "--help"), seconds("-c", "pass")) for _ in range(10)]
+    ours, bare = (min(times) for times in zip(*rounds, strict=True))
+    assert ours - bare < 0.05

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CSV, DIGITS, ROOT, Result, furthest, run_here, run_process
+from helpers import CSV, DIGITS, ROOT, TWO, Result, furthest, run_here, run_process
 
 RECORDED = """
 import os
@@ -36,7 +36,6 @@ data:
       - {class_path: batchwise.data.mixing.MixUp, init_args: {num_classes: 10, p: 0.5}}
       - {class_path: batchwise.data.mixing.CutMix, init_args: {num_classes: 10, p: 0.5}}
 """
-TWO = ("--config", "configs/overlays/two_cpus.yaml")
 FIT = ("fit", *DIGITS, *CSV, "--data", "recorded.Recorded", "--config", "augment.yaml", "--data.batch_size", 200)
 FIT = (*FIT, "--trainer.precision", "64-true", "--trainer.max_epochs", 2, "--model.schedule.shape", "constant")
 

@@ -68,8 +68,8 @@ def file(name: str, text: str) -> str:
 COMMAND_LINE = {
     "batch size zero": (["--data.batch_size", "0"], ["data.batch_size is 0", "at least 1"]),
     "batch size negative": (["--data.batch_size", "-3"], ["data.batch_size is -3", "at least 1"]),
-    "batch size a word": (["--data.batch_size", "many"], ["batch_size is many", "int"]),
-    "batch size a fraction": (["--data.batch_size", "2.5"], ["batch_size is 2.5", "int"]),
+    "batch size a word": (["--data.batch_size", "many"], ["data.batch_size is many", "write a whole number"]),
+    "batch size a fraction": (["--data.batch_size", "2.5"], ["data.batch_size is 2.5", "write a whole number"]),
     "batch size null": (["--data.batch_size", "null"], ["data.batch_size is not set", "examples per optimizer step"]),
     "batch larger than the data, dropped": (
         ["--data.batch_size", "5000", "--data.drop_last", "true"],
@@ -84,12 +84,18 @@ COMMAND_LINE = {
         ["batch_size 64", "65 micro-batches", "write accumulate_grad_batches 64"],
     ),
     "accumulation zero": (["--trainer.accumulate_grad_batches", "0"], ["accumulate_grad_batches is 0"]),
-    "misspelt flag": (["--data.batchsize", "3"], ["batchsize", "did you mean batch_size?"]),
+    "misspelt flag": (["--data.batchsize", "3"], ["data.batchsize", "did you mean data.batch_size?"]),
     "misspelt trainer flag": (["--trainer.max_epoch", "3"], ["trainer.max_epoch", "did you mean trainer.max_epochs?"]),
     "abbreviated flag": (["--trainer.max_ep", "3"], ["trainer.max_ep", "did you mean trainer.max_epochs?"]),
     "unknown precision": (["--trainer.precision", "bf17"], ["trainer.precision is bf17", "bf16-mixed"]),
-    "unknown network": (["--model.network", "nosuch.Net"], ["network", "nosuch.Net", "No module named"]),
-    "unknown class in a module": (["--model.network", "torch.nn.Nosuch"], ["network", "torch.nn.Nosuch"]),
+    "unknown network": (["--model.network", "nosuch.Net"], ["model.network", "nosuch.Net", "No module named"]),
+    "unknown class in a module": (["--model.network", "torch.nn.Nosuch"], ["model.network", "torch.nn.Nosuch"]),
+    "width a word": (["--model.network.in_features", "x"], ["model.network.in_features is x: write a whole number"]),
+    "rate a word": (["--model.optimizer.lr", "x"], ["model.optimizer.lr is x: write a number"]),
+    "a misspelt setting of a network": (
+        ["--model.network.in_featurs", "3"],
+        ["model.network.in_featurs", "did you mean model.network.in_features?"],
+    ),
     "unknown data": (["--data", "nosuch.Data"], ["data", "nosuch"]),
     "unknown norm": (["--model.network.norm", "foo"], ["norm is 'foo'", "none, layer, batch"]),
     "missing config": (["--config", "nosuch.yaml"], ["--config nosuch.yaml", "No such file"]),
@@ -119,7 +125,7 @@ def test_command_line(arguments: list[str], words: list[str]) -> None:
 
 FILES = {
     "misspelt key": ("trainer: {max_epoch: 3}", ["max_epoch", "did you mean trainer.max_epochs?"]),
-    "misspelt key of data": ("data: {init_args: {batchsize: 3}}", ["batchsize", "did you mean batch_size?"]),
+    "misspelt key of data": ("data: {init_args: {batchsize: 3}}", ["data.batchsize", "did you mean data.batch_size?"]),
     "misspelt section": ("trainr: {max_epochs: 3}", ["trainr", "did you mean trainer.max_epochs?"]),
     "malformed": ("trainer: {max_epochs: 3", ["over.yaml", "line 1"]),
     "a list": ("[1, 2]", ["over.yaml"]),

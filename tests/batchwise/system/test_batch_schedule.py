@@ -3,11 +3,15 @@
 import re
 import shutil
 
-from helpers import CSV, DIGITS, furthest, run_here, run_process
+from helpers import CSV, DIGITS, TWO, furthest, run_here, run_process
 
-TWO = ("--config", "configs/overlays/two_cpus.yaml")
+GROWING = (
+    *("--data.batch_size", 64, "--data.batch_size_schedule", "batchwise.batching.schedule.Milestones"),
+    *("--data.batch_size_schedule.shares", "[0.5]", "--data.batch_size_schedule.sizes", "[256]"),
+    *("--model.schedule.shape", "constant"),
+)
 RUN = (
-    *("fit", *DIGITS, *CSV, "--config", "configs/overlays/growing_batch.yaml", "--trainer.precision", "64-true"),
+    *("fit", *DIGITS, *CSV, *GROWING, "--trainer.precision", "64-true"),
     *("--trainer.max_epochs", 3, "--model.reference_batch_size", 64, "--model.schedule.warmup_examples", 200),
 )
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CSV, DIGITS, Result, furthest, run_here, run_process
+from helpers import CSV, DIGITS, TWO, Result, furthest, run_here, run_process
 
 NOISY = """
 from dataclasses import replace
@@ -35,7 +35,7 @@ FIT = ("fit", *DIGITS, *CSV, *BATCHES, *GHOSTS, "--trainer.max_epochs", 4, "--mo
 
 
 def processes(number: int) -> tuple[object, ...]:
-    return "--config", "configs/overlays/two_cpus.yaml", "--trainer.devices", number
+    return *TWO, "--trainer.devices", number
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import CSV, DIGITS, Result, furthest, run_here, wandb_records
+from helpers import BF16, CSV, DIGITS, Result, furthest, run_here, wandb_records
 
 from batchwise.sources.digits import Digits
 
@@ -146,7 +146,7 @@ def test_checkpoints_hold_plain_types(trained: Result) -> None:
 
 
 def test_bf16_trains_on_a_cpu() -> None:
-    result = run_here("fit", *DIGITS, *CSV, "--config", "configs/overlays/bf16.yaml", "--trainer.max_epochs", 5)
+    result = run_here("fit", *DIGITS, *CSV, *BF16, "--trainer.max_epochs", 5)
     assert result.code == 0, result.err
     accuracy = result.rows("val/accuracy")
     assert accuracy[max(accuracy)] > 0.93

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import CSV, Result, furthest, run_here, run_process
+from helpers import CSV, DIGITS, TWO, Result, furthest, run_here, run_process
 
 OWN = """
 import torch
@@ -42,7 +42,6 @@ class Next(Task):
         logits = self(batch.inputs).transpose(1, 2)
         return F.cross_entropy(logits, targets.clamp(min=0), reduction="none"), weights
 """
-TWO = ("--config", "configs/overlays/two_cpus.yaml")
 FIT = (
     *("fit", *CSV, "--data", "own_words.Words", "--model", "own_words.Next", "--model.network", "own_words.Net"),
     *("--model.optimizer", "torch.optim.AdamW", "--model.optimizer.lr", 0.01, "--data.batch_tokens", 2400),
@@ -60,7 +59,7 @@ def own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fit(*arguments: object) -> Result:
-    run = run_process if TWO[1] in arguments else run_here
+    run = run_process if "ddp" in arguments else run_here
     result = run(*FIT, *arguments)
     assert result.code == 0, result.err
     return result
@@ -106,6 +105,6 @@ def test_what_cannot_be_is_said_before_training() -> None:
         refused = run_here(*FIT, *arguments)
         assert refused.code == 2
         assert re.search(message, refused.err), refused.err
-    refused = run_here("fit", "--config", "configs/digits.yaml", "--data.micro_batch_tokens", 100)
+    refused = run_here("fit", *DIGITS, "--data.micro_batch_tokens", 100)
     assert refused.code == 2
     assert "the training split has no lengths: write data.batch_size" in refused.err

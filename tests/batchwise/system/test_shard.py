@@ -10,7 +10,9 @@ FIT = (
     *("fit", *DIGITS, *CSV, "--data.batch_size", 100, "--data.micro_batch_size", 15),
     *("--model.schedule", "{shape: constant, warmup_examples: 600}", "--trainer.gradient_clip_val", 1.0),
 )
-FSDP = ("--config", "configs/overlays/fsdp.yaml")
+CUT_IN_TWO = "init_args: {data_parallel_size: 2, tensor_parallel_size: 1, save_distributed_checkpoint: false}"
+STRATEGY = f"{{class_path: lightning.pytorch.strategies.ModelParallelStrategy, {CUT_IN_TWO}}}"
+FSDP = ("--trainer.devices", 2, "--trainer.strategy", STRATEGY)
 CUT = ("--config", "configs/overlays/model_parallel.yaml")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CSV, DIGITS, Result, furthest, run_here, run_process
+from helpers import CSV, DIGITS, TWO, Result, furthest, run_here, run_process
 from torch import Tensor
 
 from batchwise.batching.random import mix, permute
@@ -101,7 +101,7 @@ def steps(runs: tuple[Result, list[Step]]) -> list[Step]:
 
 @pytest.fixture(scope="module")
 def two(whole: Result, spy: Path) -> Result:
-    arguments = ("--config", "configs/overlays/two_cpus.yaml", "--trainer.default_root_dir", spy, "--name", "two")
+    arguments = (*TWO, "--trainer.default_root_dir", spy, "--name", "two")
     return fit(STEPS, *arguments, run=run_process, PYTHONPATH=str(spy), OMP_NUM_THREADS="1")
 
 

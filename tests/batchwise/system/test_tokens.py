@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import CSV, Result, furthest, run_here, run_process
+from helpers import CSV, TWO, Result, furthest, run_here, run_process
 
-TWO = ("--config", "configs/overlays/two_cpus.yaml")
 TINY = (
     "{class_path: batchwise.models.transformer.Transformer, init_args: {width: 16, depth: 2, heads: 2, dropout: 0.1}}"
 )
@@ -43,7 +42,7 @@ def fit(home: Path, *arguments: object) -> Result:
         "--model.sample_length", 0, "--trainer.max_epochs", 2, "--trainer.accelerator", "cpu",
         "--trainer.precision", "64-true", *arguments,
     )  # fmt: skip
-    several = run_process(*command, OMP_NUM_THREADS="1", PYTHONPATH=str(home)) if TWO[1] in command else None
+    several = run_process(*command, OMP_NUM_THREADS="1", PYTHONPATH=str(home)) if "ddp" in command else None
     result = several or run_here(*command)
     assert result.code == 0, result.err
     return result

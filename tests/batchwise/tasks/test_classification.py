@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from helpers import CSV, DIGITS, run_here
+from helpers import CSV, DIGITS, TWO, run_here
 from torch import nn
 
 from batchwise.batching.gradients import weighted_sum
@@ -62,7 +62,7 @@ def test_wrong_weights_are_one_line() -> None:
 
 
 def test_synchronised_batch_norm_needs_gpus() -> None:
-    two = ("--config", "configs/overlays/two_cpus.yaml", "--model.network.norm", "batch")
+    two = (*TWO, "--model.network.norm", "batch")
     result = run_here("fit", *DIGITS, *CSV, *two, "--trainer.sync_batchnorm", "true")
     assert result.code == 2
     assert "PyTorch synchronises batch norm on GPUs alone: leave it out, and write model.ghost_batch_size" in result.err

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CSV, DIGITS, Result, furthest, run_here, run_process
+from helpers import CSV, DIGITS, TWO, Result, furthest, run_here, run_process
 from torch import nn
 
 from batchwise.batching.loader import Batch, MicroBatch
@@ -75,7 +75,6 @@ class Spoilt(Digits):
             batch.inputs[wrong] = torch.nan
         return batch
 """
-TWO = ("--config", "configs/overlays/two_cpus.yaml")
 FIT = ("fit", *DIGITS, *CSV, "--trainer.precision", "64-true", "--trainer.max_epochs", 2, "--data.batch_size", 100)
 
 

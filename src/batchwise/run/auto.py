@@ -1,0 +1,47 @@
+"""`--speed auto` and `data.micro_batch_size: auto`: measure before training, and train with the choice."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from batchwise.choosing import automatic
+from batchwise.data.module import DataModule
+from batchwise.tasks.task import Task
+
+
+def choose_settings(
+    model: Task, data: DataModule, trainer: Any, config: dict[str, Any], folder: Path, everything: bool
+) -> None:
+    """Measure the settings that the user has left open, and set the fastest of each.
+
+    Args:
+        model: the model that is to be trained.
+        data: its data.
+        trainer: the settings of the trainer; changed.
+        config: the configuration that the run's folder keeps; changed, so that it gives the same run.
+        folder: the run's folder, which keeps the choice.
+        everything: choose all open settings (`--speed auto`), or the micro-batch alone.
+    """
+    path = folder / automatic.FILE
+    data.prepare_data()
+    model.prepare(data, "train")
+    gpu = trainer.get("accelerator") in (None, "auto", "gpu", "cuda") and torch.cuda.is_available()
+    devices = trainer.get("devices")
+    if isinstance(devices, list):
+        processes = len(devices)
+    elif str(devices).isdecimal():
+        processes = int(devices)
+    else:
+        processes = torch.cuda.device_count() if gpu else 1
+    device = torch.device("cuda" if gpu else "cpu")
+    automatic.measure(model, data, trainer, path, device, processes, everything)
+    chosen = yaml.safe_load(path.read_text())
+    for key, value in chosen["trainer"].items():
+        if trainer.get(key) is None:  # a value that was set since wins
+            trainer[key] = config["trainer"][key] = value
+    if "data" in chosen and data.micro_batch_size is None and trainer.get("accumulate_grad_batches") is None:
+        size = data.micro_batch_size = chosen["data"]["micro_batch_size"]
+        config["data"].setdefault("init_args", {})["micro_batch_size"] = size
+    config["speed"] = None

@@ -1,0 +1,88 @@
+"""What is checked before anything is trained, so that a mistake costs seconds and one line."""
+
+from pathlib import Path
+from typing import Any
+
+from batchwise.callbacks.ema import EMA
+from batchwise.checkpoints import read_checkpoint
+from batchwise.data.module import SPLITS, DataModule
+from batchwise.errors import mistakes
+from batchwise.models.weights import weight_differences
+from batchwise.run.resume import training_differences
+from batchwise.tasks.task import Task
+from batchwise.trainer import Trainer
+
+
+def load(trainer: Trainer, model: Task, data: DataModule, stage: str) -> bool:
+    """Load the data and make the plan in the first process of each machine; return whether this process is one.
+
+    Raises:
+        Mistake: the data cannot be read, or no plan can be made of it.
+    """
+    data.trainer, data.unit = trainer, model._step.unit
+    if trainer.local_rank != 0:
+        return False
+    with mistakes():
+        data.prepare_data()
+        data.setup(stage)
+    return True
+
+
+def check(
+    trainer: Trainer, model: Task, data: DataModule, stage: str, checkpoint: Path | None, config: dict | None
+) -> int:
+    """Load the data, try the network on it, and compare the checkpoint and the monitors with them.
+
+    The first process of each machine does, and says a mistake for all.
+
+    Args:
+        trainer: has the callbacks whose monitors are checked.
+        model: tried on the first examples.
+        data: where they come from.
+        stage: fit, validate, test or predict.
+        checkpoint: the file that the run starts from; None: it starts afresh.
+        config: the configuration of this training, if the checkpoint must be of the same one.
+
+    Returns:
+        The optimizer steps that the checkpoint has done.
+
+    Raises:
+        Mistake: something is wrong.
+    """
+    if not load(trainer, model, data, stage):
+        return 0
+    done = 0
+    with mistakes():
+        model.prepare(data, SPLITS[stage][0])
+        if checkpoint is not None:
+            done = _check_checkpoint(checkpoint, trainer, model, data, config)
+        if stage == "fit" and data.split("val") is not None:
+            _check_monitors(trainer, model)
+    return done
+
+
+def _check_monitors(trainer: Any, model: Task) -> None:
+    known = model.metric_names()
+    for callback in trainer.callbacks:
+        monitor = getattr(callback, "monitor", None)
+        if monitor is not None and monitor not in known:
+            raise ValueError(
+                f"{type(callback).__name__} monitors '{monitor}', which is not measured: write one of "
+                f"{', '.join(known)}"
+            )
+
+
+def _check_checkpoint(path: Path, trainer: Any, model: Task, data: DataModule, config: dict | None) -> int:
+    checkpoint = read_checkpoint(path)
+    differences = weight_differences(checkpoint["state_dict"], model.state_dict())
+    if differences:
+        raise ValueError(f"ckpt_path {path} is of another model: {differences}")
+    if config is not None:
+        half_life = next((callback.half_life for callback in trainer.callbacks if isinstance(callback, EMA)), None)
+        changes = training_differences(checkpoint, config, type(data).__qualname__, data.fingerprint(), half_life)
+        if changes:
+            raise ValueError(
+                f"ckpt_path {path} is of a training that differs ({'; '.join(changes)}): write the old values, or "
+                "--force true to go on with the new"
+            )
+    return checkpoint["global_step"]

@@ -1,0 +1,91 @@
+"""Messages of jsonargparse as one line: key, value, and what to write instead."""
+
+import difflib
+import re
+from collections.abc import Collection
+
+KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a text",
+    "list": "a list",
+    "PositiveInt": "a whole number of at least 1",
+    "NonNegativeInt": "a whole number of at least 0",
+    "PositiveFloat": "a number above 0",
+    "NonNegativeFloat": "a number of at least 0",
+    "ClosedUnitInterval": "a number from 0 to 1",
+    "OpenUnitInterval": "a number above 0 and below 1",
+}
+"""What to write for Python's types and for those of `jsonargparse.typing`."""
+
+
+def explain(message: str, known: Collection[str] = (), lists: Collection[str] = (), outer: str = "") -> str:
+    """Return a message of jsonargparse as one line: what is wrong, and what to write instead.
+
+    Args:
+        message: may have many lines, and the errors of every type that was tried.
+        known: the options of the parser.
+        lists: the keys whose values are lists.
+        outer: the keys of the classes around it, such as `model.network.`.
+    """
+    line = re.sub(r"\s+", " ", message).strip()
+    found = re.match(r'Parser key "([^"]+)": (.*)', line)
+    name, problem = found.groups() if found else ("", line)
+    tried = re.search(r"Errors: - (.*?) Given value type: .*? Given value: (.*)", problem)
+    if not found and not tried:
+        return _not_of_a_key(line, known, outer)
+    key = outer + name
+    value = tried[2] if tried else _value(problem)
+    errors = tried[1].split(" - ") if tried else [problem]
+    errors = [error for error in errors if error != "Expected a <class 'NoneType'>" and not error.startswith(GENERAL)]
+    own = [error for error in errors if _wanted(error) is None]
+    if own and tried:  # the message of a class that refused a value
+        return own[0] if key in own[0] else f"{key}: {own[0]}"  # which may name a key itself
+    wanted = " or ".join(dict.fromkeys(filter(None, map(_wanted, errors))))
+    if wanted and value is not None:
+        each = "Not of type" in problem and (name in lists or value.startswith("["))
+        verb = "holds" if each and not value.startswith("[") else "is"
+        return f"{key} {verb} {value}: write {wanted}{' for each' if each else ''}"
+    if " - Problem with given class_path" in problem:
+        problem = problem[problem.rindex("Problem with") :]
+    return f"{key}: {problem}"
+
+
+GENERAL = (
+    *("Not a valid subclass", "a class path (str)", "a dict with", "Does not validate", "Import path"),
+    "Expected a dot import path",
+)
+"""Errors of jsonargparse that say less than the ones beside them."""
+
+
+def _wanted(error: str) -> str | None:
+    """Return what to write instead, from the error of one type; None: it is the message of a class."""
+    restricted = re.match(r"Not of type (\w+): ", error)
+    if restricted:
+        return KINDS.get(restricted[1], restricted[1])
+    expected = re.match(r"Expected an? (?!path but)(?:<class '(.*?)'>|typing\.Literal\[(.*?)\]|([^.]*))", error)
+    return expected and (KINDS.get(expected[1], expected[1]) or (expected[2] or expected[3]).replace("'", ""))
+
+
+def _value(problem: str) -> str | None:
+    """Return the value that the error of a single type speaks of."""
+    if "not 'NoneType'" in problem:
+        return "null"
+    found = re.search(r": (.*) does not conform|(?:base 10|to float): '(.*)'|Got value: (.*)", problem)
+    return found and next(filter(None, found.groups()), None)
+
+
+def _not_of_a_key(line: str, known: Collection[str], outer: str) -> str:
+    missing = re.search(r"arguments are required: (.*)", line)
+    if missing:
+        return f"{outer}{missing[1]} is not set: write it" if outer else f"{line}; write --config FILE"
+    unknown = re.search(r"[Uu]nrecognized arguments?: --([\w.]+)", line) or re.search(
+        r"(?:not accept|Option) (?:option )?'([\w.]+)'", line
+    )
+    if unknown is None:
+        return line
+    meant = sorted((option for option in known if option.startswith(unknown[1])), key=len)[:1]
+    meant = meant or difflib.get_close_matches(unknown[1], known, n=1)
+    line = line.replace(unknown[1], outer + unknown[1], 1)
+    return line + (f"; did you mean {outer}{meant[0]}?" if meant else "")

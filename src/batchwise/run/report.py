@@ -1,0 +1,110 @@
+"""What the command line says: the plan before training, the results after it, and one line for a failure."""
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only
+
+from batchwise.batching.fetch import DataError
+from batchwise.data.module import DataModule
+from batchwise.errors import Mistake, TrainingStopped, lost_connection
+from batchwise.run import program
+from batchwise.run.explain import explain
+from batchwise.run.redact import hide
+from batchwise.run.wandb import WandbLogger
+from batchwise.tasks.task import Task
+
+
+def plan(model: Task, data: DataModule, done: int, checkpoint: Path | None) -> None:
+    """Print the batch plan as a table, and where a resumed training goes on. Only the process that made the plan does.
+
+    Args:
+        model: its parameters are counted.
+        data: has the plan.
+        done: the optimizer steps that the checkpoint has done.
+        checkpoint: its file.
+    """
+    if data.plan is None:
+        return
+    total = data.total_steps()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    for name, value in {"parameters": parameters, **data.plan.table(total)}.items():
+        print(f"{name:>24}  {value:,}")
+    print(f"{'feeding':>24}  {data.feed('train')}")
+    if done:
+        print(f"resuming after step {done:,} from {checkpoint}")
+    if done and done >= total:
+        print(f"already trained for {done:,} of {total:,} steps: write a larger trainer.max_epochs to go on")
+
+
+def metrics(trainer: Any) -> None:
+    """Print what was measured."""
+    if trainer.is_global_zero:
+        for name, value in trainer.callback_metrics.items():
+            print(f"{name} {value:.4f}")
+
+
+def training(trainer: Any, folder: Path, configs: list[Any] | None) -> None:
+    """Print the best metric, the run's folder, and the commands that test the run and continue it.
+
+    Args:
+        trainer: has trained.
+        folder: the run's folder.
+        configs: the configuration files of the command line.
+    """
+    if not trainer.is_global_zero:
+        return
+    for callback in trainer.callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.best_model_score is not None:
+            print(f"best {callback.monitor} {callback.best_model_score:.4f}: {callback.best_model_path}")
+    saved = folder / "config.yaml"
+    print(f"run folder: {folder}")
+    if (folder / "checkpoints" / "best.ckpt").exists():
+        given = " ".join(f"--config {path}" for path in configs or [saved])
+        print(f"test it:    python -m {program.name} test {given} --ckpt_path best")
+    epochs = trainer.max_epochs
+    if epochs and epochs > 0 and (folder / "checkpoints" / "last.ckpt").exists():
+        longer = f"--trainer.max_epochs {2 * epochs}"
+        print(f"go on:      python -m {program.name} fit --config {saved} --ckpt_path last {longer}")
+    _upload(trainer)
+
+
+def findings(trainer: Any, folder: Path, picture: str | None) -> None:
+    """Print where the findings of `inspect`, `tune` or `sweep` are: the run's folder, and a picture in it."""
+    if trainer.is_global_zero:
+        print(f"run folder: {folder}")
+        if picture:
+            print(f"look at it: {folder / picture}")
+        _upload(trainer)
+
+
+def _upload(trainer: Any) -> None:
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger) and logger.offline_folder:
+            print(f"upload it:  wandb sync {os.path.relpath(logger.offline_folder)}")
+
+
+def failure(error: Exception) -> int | None:
+    """Print one line about an error that is the user's to mend, and return the exit code; None: it is a fault of code.
+
+    If all processes have failed in the same way, the first of them says it.
+    """
+    code = 1
+    if isinstance(error, Mistake):
+        code = 2
+    elif isinstance(error, TrainingStopped):
+        code = error.code
+        if error.everywhere and rank_zero_only.rank != 0:
+            return code
+    elif isinstance(error, RuntimeError) and not isinstance(error, DataError) and lost_connection(error):
+        detail = re.sub(r"^\[/.*?\] ", "", str(error).splitlines()[0]).partition(". This ")[0]
+        reason = f"another process has died, or its machine cannot be reached ({detail})"
+        error = TrainingStopped(f"{reason}: the same command with --ckpt_path last goes on")
+    elif not isinstance(error, DataError):
+        return None
+    print(f"error: {hide(explain(str(error)))}", file=sys.stderr)
+    return code

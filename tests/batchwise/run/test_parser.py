@@ -1,0 +1,176 @@
+"""A value out of range is one line that names key, value and what to write, however deep the class stands."""
+
+import contextlib
+import io
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers import CSV, DIGITS, run_here
+from jsonargparse.typing import (
+    ClosedUnitInterval,
+    NonNegativeFloat,
+    NonNegativeInt,
+    OpenUnitInterval,
+    PositiveFloat,
+    PositiveInt,
+)
+
+from batchwise.run.parser import Parser
+
+
+class Layer:
+    def __init__(self, width: PositiveInt, dropout: ClosedUnitInterval | None = None) -> None:
+        self.values = width, dropout
+
+
+class Things:
+    def __init__(
+        self,
+        size: PositiveInt,
+        workers: NonNegativeInt = 0,
+        share: ClosedUnitInterval = 0.5,
+        inside: OpenUnitInterval = 0.5,
+        rate: PositiveFloat = 1.0,
+        decay: NonNegativeFloat = 0.0,
+        most: PositiveInt | None = None,
+        shares: list[OpenUnitInterval] | None = None,
+        widths: list[PositiveInt] = [1],  # noqa: B006
+        count: int = 1,
+        layer: Layer | None = None,
+        layers: list[Layer] | None = None,
+    ) -> None:
+        pass
+
+
+def said(*arguments: str, subclass: bool = True) -> str:
+    """The one line that the parser writes, without its first word."""
+    parser = Parser()
+    parser.add_argument("--config", action="config")
+    if subclass:
+        parser.add_subclass_arguments(Things, "data")
+    else:
+        parser.add_class_arguments(Things, "data")
+    own = [f"--data={__name__}.Things"] if subclass else []
+    error = io.StringIO()
+    with contextlib.redirect_stderr(error), pytest.raises(SystemExit) as stop:
+        parser.parse_args([*own, "--data.size=1", *arguments])
+    assert stop.value.code == 2
+    (line,) = error.getvalue().splitlines()
+    return line.removeprefix("error: ")
+
+
+RANGES = {
+    "--data.size=0": "data.size is 0: write a whole number of at least 1",
+    "--data.size=-3": "data.size is -3: write a whole number of at least 1",
+    "--data.size=2.5": "data.size is 2.5: write a whole number of at least 1",
+    "--data.size=many": "data.size is many: write a whole number of at least 1",
+    "--data.workers=-1": "data.workers is -1: write a whole number of at least 0",
+    "--data.share=1.5": "data.share is 1.5: write a number from 0 to 1",
+    "--data.share=half": "data.share is half: write a number from 0 to 1",
+    "--data.inside=1": "data.inside is 1: write a number above 0 and below 1",
+    "--data.rate=0": "data.rate is 0: write a number above 0",
+    "--data.decay=-1e-3": "data.decay is -1e-3: write a number of at least 0",
+    "--data.most=0": "data.most is 0: write a whole number of at least 1",
+    "--data.shares=[0.5, 1]": "data.shares is [0.5, 1]: write a number above 0 and below 1 for each",
+    "--data.widths=[4, 0]": "data.widths holds 0: write a whole number of at least 1 for each",
+    "--data.widths=3": "data.widths is 3: write a list",
+    "--data.count=x": "data.count is x: write a whole number",
+    "--data.layer={class_path: LAYER, init_args: {width: 0}}": (
+        "data.layer.width is 0: write a whole number of at least 1"
+    ),
+    "--data.layer={class_path: LAYER, init_args: {width: 1, dropout: 2}}": (
+        "data.layer.dropout is 2: write a number from 0 to 1"
+    ),
+    "--data.layers=[{class_path: LAYER, init_args: {width: 0}}]": (
+        "data.layers.width is 0: write a whole number of at least 1"
+    ),
+    "--data.layer={class_path: LAYER, init_args: {widht: 2}}": (
+        "Option 'data.layer.widht' is not accepted; did you mean data.layer.width?"
+    ),
+    "--data.layer={class_path: LAYER, init_args: {dropout: 0}}": "data.layer.width is not set: write it",
+}
+
+
+@pytest.mark.parametrize("subclass", [True, False], ids=["a class of the user's choice", "a fixed class"])
+@pytest.mark.parametrize(("argument", "line"), RANGES.items(), ids=RANGES.keys())
+def test_out_of_range(argument: str, line: str, subclass: bool) -> None:
+    assert said(argument.replace("LAYER", f"{__name__}.Layer"), subclass=subclass) == line
+
+
+def test_out_of_range_in_a_file() -> None:
+    layer = {"class_path": f"{__name__}.Layer", "init_args": {"width": 0}}
+    Path("c.yaml").write_text(
+        yaml.safe_dump({"data": {"class_path": f"{__name__}.Things", "init_args": {"layer": layer}}})
+    )
+    assert said("--config=c.yaml") == "data.layer.width is 0: write a whole number of at least 1"
+
+
+def test_null_where_a_number_must_be() -> None:
+    assert said("--data.size=null", subclass=False) == "data.size is null: write a whole number of at least 1"
+    assert said("--data.size=null") == "data.size is not set: write it"
+
+
+def test_the_ends_of_ranges_are_in_them() -> None:
+    parser = Parser()
+    parser.add_class_arguments(Things, "data")
+    ends = parser.parse_args(
+        ["--data.size=1", "--data.workers=0", "--data.share=1", "--data.decay=0", "--data.most=null"]
+    )
+    assert (ends.data.size, ends.data.share, ends.data.most) == (1, 1.0, None)
+
+
+class Kept:
+    def __init__(
+        self, size: PositiveInt, rate: PositiveFloat, sizes: list[PositiveInt], inner: Layer, kind: str = "a"
+    ) -> None:
+        self.values = size, rate, sizes[0], sizes[1]
+        self.inner, self.kind = inner, kind
+
+
+def test_a_class_gets_ordinary_numbers() -> None:
+    """Others could not be loaded from a checkpoint with `weights_only`."""
+    parser = Parser()
+    parser.add_subclass_arguments(Kept, "data")
+    settings = (
+        "size=3",
+        "rate=2",
+        "sizes=[1, 2]",
+        f"inner={__name__}.Layer",
+        "inner.width=4",
+        "inner.dropout=0",
+        "kind=b",
+    )
+    config = parser.parse_args([f"--data={__name__}.Kept", *(f"--data.{setting}" for setting in settings)])
+    kept = parser.instantiate(config).data
+    assert kept.values == (3, 2.0, 1, 2)
+    assert kept.kind == "b"
+    assert [type(value) for value in (*kept.values, *kept.inner.values)] == [int, float, int, int, int, float]
+
+
+DATA = """
+from jsonargparse.typing import PositiveInt
+from batchwise.sources.digits import Digits
+
+class Own(Digits):
+    def __init__(self, most: PositiveInt, many: list[PositiveInt], **kwargs):
+        super().__init__(**kwargs)
+        self.kept = {"most": most, "many": many}
+
+    def state_dict(self):
+        return super().state_dict() | self.kept
+"""
+
+
+def test_a_run_with_such_numbers_in_its_checkpoint_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_numbers.py").write_text(DATA)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own = ("--data", "own_numbers.Own", "--data.batch_size", 64, "--data.most", 3, "--data.many", "[1, 2]")
+    first = run_here("fit", *DIGITS, *CSV, *own, "--trainer.max_steps", 2)
+    assert first.code == 0, first.err
+    assert first.checkpoint()["Own"]["many"] == [1, 2]
+    second = run_here("fit", *DIGITS, *CSV, *own, "--trainer.max_steps", 3, "--ckpt_path", "last")
+    assert second.code == 0, second.err
+    assert second.checkpoint()["global_step"] == 3
+    wrong = run_here("fit", *DIGITS, *CSV, *own, "--data.most", 0)
+    assert (wrong.code, wrong.err) == (2, "error: data.most is 0: write a whole number of at least 1\n")
