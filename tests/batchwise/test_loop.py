@@ -26,35 +26,35 @@ class Listener(Callback):
         pass
 
 
-def lengths(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Note which way each step goes."""
-    ways: list[str] = []
+@pytest.fixture
+def ways(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A note of each step that takes the long way."""
+    taken: list[str] = []
     parent = loop._TrainingEpochLoop.advance
 
     def long(self: Any, data_fetcher: Any) -> None:
-        ways.append("long")
+        taken.append("long")
         parent(self, data_fetcher)
 
     monkeypatch.setattr(loop._TrainingEpochLoop, "advance", long)
-    return ways
+    return taken
 
 
 @pytest.mark.parametrize("way", ["listener", "version", "profiler"])
-def test_both_ways_are_equal_bit_for_bit(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_ways_are_equal_bit_for_bit(way: str, ways: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     found = {}
     for name in ("short", way):
-        ways = lengths(monkeypatch)
+        ways.clear()
         usual = [Last(), EMA(100), ModelCheckpoint(Path(name), monitor="val/loss")]
         callbacks = [*usual, Listener()] if name == "listener" else usual
         if name == "version":
             monkeypatch.setattr(loop, "KNOWN", ())
         more = {"profiler": "simple"} if name == "profiler" else {}
         task, trainer = small.fit(
-            data=small.Points(micro_batch_size=3), callbacks=callbacks, logger=CSVLogger(name, "log"), log_every_n_steps=5,
-            val_check_interval=3, **SETTINGS, **more,
+            data=small.Points(micro_batch_size=3), callbacks=callbacks, logger=CSVLogger(name, "log"),
+            log_every_n_steps=5, val_check_interval=3, **SETTINGS, **more,
         )  # fmt: skip
         assert ways == (["long"] * STEPS if name != "short" else [])
-        monkeypatch.undo()
         rows = (Path(name) / "log" / "version_0" / "metrics.csv").read_text().splitlines()
         timed = [number for number, column in enumerate(rows[0].split(",")) if not _is_clock(column)]
         rows = [[row.split(",")[number] for number in timed] for row in rows]
@@ -85,8 +85,7 @@ class LogsLater(small.Classify):
         return losses
 
 
-def test_who_begins_to_log_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
-    ways = lengths(monkeypatch)
+def test_who_begins_to_log_is_heard(ways: list[str]) -> None:
     task = LogsLater(small.network(), optimizer=small.adamw)
     small.fit(task, logger=CSVLogger(".", "log"), log_every_n_steps=1, max_epochs=3)
     assert len(ways) == 21 - 10  # after the first row, each step takes the long way
