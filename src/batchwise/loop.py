@@ -1,6 +1,5 @@
 """Lightning's loop over an epoch, whose step is ours; where nobody listens to it, it costs next to nothing."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import lightning
@@ -13,7 +12,7 @@ from torch.optim import Optimizer
 
 from batchwise.callbacks.checkpoint import Last
 from batchwise.data.module import DataModule
-from batchwise.tasks.hooks import STEP_HOOKS, listeners, listens
+from batchwise.tasks.hooks import STEP_HOOKS, is_ours, listeners, listens
 from batchwise.tasks.task import Task
 
 KNOWN = ("2.6.6",)
@@ -51,7 +50,7 @@ class EpochLoop(_TrainingEpochLoop):
         """Find out, at the start of each epoch, who listens."""
         super().on_run_start(data_fetcher)
         self._is_short = self._may_be_short(data_fetcher)
-        own = [callback for callback in self.trainer.callbacks if _is_ours(callback)]  # type: ignore[attr-defined]
+        own = [callback for callback in self.trainer.callbacks if is_ours(callback)]  # type: ignore[attr-defined]
         self._at_start = [c.on_train_batch_start for c in own if listens(c, "on_train_batch_start")]
         self._at_end = [c.on_train_batch_end for c in own if listens(c, "on_train_batch_end")]
 
@@ -69,7 +68,7 @@ class EpochLoop(_TrainingEpochLoop):
             and type(trainer.strategy).on_train_batch_start is Strategy.on_train_batch_start
             # Lightning tells all processes of a SIGTERM at each step; `Last` does so with the sums of the step.
             and (trainer.world_size == 1 or any(isinstance(callback, Last) for callback in trainer.callbacks))
-            and _all_ours(listeners(trainer, STEP_HOOKS))
+            and all(map(is_ours, listeners(trainer, STEP_HOOKS)))
             and all(result.meta.fx == "on_train_epoch_end" for result in self._results.values())  # nobody logs steps
         )
 
@@ -124,11 +123,3 @@ class EpochLoop(_TrainingEpochLoop):
             for callback in trainer.callbacks:
                 if isinstance(callback, Last):
                     callback.save_within_epoch(trainer)
-
-
-def _is_ours(thing: Any) -> bool:
-    return type(thing).__module__.startswith("batchwise.")
-
-
-def _all_ours(things: Iterable[Any]) -> bool:
-    return all(_is_ours(thing) for thing in things)

@@ -62,7 +62,7 @@ class Last(Checkpoint):
         step = trainer.global_step
         stop = pl_module._step.stop_agreed(pl_module)
         every = self.every_n_steps
-        due = step % every == 0 if every else pl_module.data.plan.begins_epoch(step)
+        due = step % every == 0 if every else step == pl_module.data.plan.first_step(batch.epoch)
         if step != self._saved_at and (stop or due):
             self.save(trainer)
         if stop:

@@ -35,6 +35,11 @@ def listeners(trainer: Any, hooks: Iterable[str]) -> list[Any]:
     return [thing for thing in things if any(listens(thing, hook) for hook in names)]
 
 
+def is_ours(thing: Any) -> bool:
+    """Return whether a callback or task is the engine's own, which needs none of what Lightning does around a hook."""
+    return type(thing).__module__.startswith("batchwise.")
+
+
 def call_hook(trainer: Any, hook: str, *arguments: Any) -> None:
     """Call a hook of all callbacks, then of the module, as Lightning does: so that they may log in it."""
     call._call_callback_hooks(trainer, hook, *arguments)

@@ -16,7 +16,7 @@ from batchwise.models import place
 from batchwise.models.dropout import Dropout
 from batchwise.models.norm import GhostBatchNorm
 from batchwise.tasks.finite import Finite
-from batchwise.tasks.hooks import call_hook, listeners, listens
+from batchwise.tasks.hooks import call_hook, is_ours, listeners, listens
 from batchwise.tasks.memory import halve, is_out_of_memory, stop_if_another_ran_out
 from batchwise.tasks.players import add_gradients
 
@@ -80,13 +80,16 @@ class Step:
         self.stop_requested = False
         self._hears_zero = bool(listeners(trainer, ["on_before_zero_grad"]))
         self._own_zero, self._own_step = listens(task, "optimizer_zero_grad"), listens(task, "optimizer_step")
-        # PyTorch's own backward pass, where nobody would notice the difference to Lightning's.
-        plain = isinstance(trainer.strategy, SingleDeviceStrategy) and not listens(task, "backward")
+        # PyTorch's own backward pass and step, where nobody would notice the difference to Lightning's.
+        plain = isinstance(trainer.strategy, SingleDeviceStrategy)
         plain &= getattr(trainer.precision_plugin, "scaler", None) is None
-        plain &= not listeners(trainer, ["on_before_backward", "on_after_backward"])
+        quiet = not listens(task, "backward") and not listeners(trainer, ["on_before_backward", "on_after_backward"])
         self._backward: Callable[[Tensor], Any] = (
-            Tensor.backward if plain else lambda loss: trainer.strategy.backward(loss, None)
+            Tensor.backward if plain and quiet else lambda loss: trainer.strategy.backward(loss, None)
         )
+        self._hear_step = listeners(trainer, ["on_before_optimizer_step"])
+        plain &= all(map(is_ours, self._hear_step)) and not listens(task, "configure_gradient_clipping")
+        self._plain_step = plain and not listens(task, "on_before_optimizer_step")
 
     def run(self, task: "Task", batch: Batch) -> Tensor:
         """Train on this device's share of one global batch; return the exact loss of the whole batch, a scalar.
@@ -120,8 +123,14 @@ class Step:
         if self._own_step and player is None:
             wrapped = task.optimizers()
             task.optimizer_step(trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_idx, wrapped, lambda: loss)  # type: ignore[arg-type]
-        else:
+        elif not self._plain_step:
             trainer.strategy.optimizer_step(optimizer, lambda: loss)
+        else:
+            for callback in self._hear_step:
+                callback.on_before_optimizer_step(trainer, task, optimizer)
+            if trainer.gradient_clip_val:
+                task.clip_gradients(optimizer, trainer.gradient_clip_val, trainer.gradient_clip_algorithm)
+            optimizer.step()
 
     # The gradient
 
