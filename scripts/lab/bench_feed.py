@@ -3,7 +3,7 @@
 60,000 x 784 bytes, batches of 64 and of 256, whole epochs, nothing else done with the batch. The bare loop of
 `index_select` is the practical limit; the copy is the physical one.
 
-    python scripts/bench_feed.py
+    python scripts/lab/bench_feed.py
 """
 
 import tempfile

@@ -4,7 +4,7 @@ Examples: what the training loader feeds per second, and when the first batch is
 second, against a plain PyTorch loop that runs each batch whole; ours in micro-batches of at most 64. Processes: a whole
 `fit` on the digits, from its own log.
 
-    python scripts/bench_scale.py
+    python scripts/lab/bench_scale.py
 """
 
 import csv
@@ -26,8 +26,6 @@ from batchwise.batching.loader import TrainLoader
 from batchwise.batching.order import Shuffled
 from batchwise.batching.plan import BatchPlan
 from batchwise.models.convnet import ConvNet
-
-ROOT = Path(__file__).parents[1]
 
 
 def loader(examples: int) -> TrainLoader:
@@ -67,17 +65,7 @@ def fit(*arguments: str, epochs: int) -> Callable[[], float]:
 
     def run() -> float:
         with tempfile.TemporaryDirectory() as folder:
-            configs = ("--config", f"{ROOT}/configs/digits.yaml", "--config", f"{ROOT}/configs/overlays/csv.yaml")
-            command = [
-                sys.executable,
-                "-m",
-                "project",
-                "fit",
-                *configs,
-                "--trainer.max_epochs",
-                str(epochs),
-                *arguments,
-            ]
+            command = [sys.executable, *bench.FIT, *bench.CSV, "--trainer.max_epochs", str(epochs), *arguments]
             subprocess.run(command, cwd=folder, check=True, capture_output=True)
             (path,) = Path(folder).glob("runs/digits/*/log/version_0/metrics.csv")
             with path.open() as file:

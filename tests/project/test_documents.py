@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import DIGITS, ROOT, Result, make_cifar10, run_here, run_process
+from helpers import DIGITS, ROOT, Result, run_here, run_process
 from PIL import Image
 
 from batchwise.batching.plan import BatchPlan
@@ -24,7 +24,6 @@ OVERLAYS = sorted((ROOT / "configs" / "overlays").glob("*.yaml"))
 GPU = ("gpu.yaml", "fp16.yaml")
 PROCESSES = ("ddp.yaml", "fsdp.yaml", "model_parallel.yaml")
 FEW = {
-    "cifar10.yaml": ("--data.val_examples", 10),
     "text.yaml": ("--trainer.limit_train_batches", 4, "--trainer.limit_val_batches", 2, "--model.sample_length", 20),
 }
 """What makes a run as short as a test has to be."""
@@ -50,7 +49,6 @@ def run_script(name: str) -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_configuration(path: Path) -> None:
-    make_cifar10(Path("data/cifar10"))  # tiny, and random
     if path.name == "transfer.yaml":  # which begins with the weights of a run
         assert run_here("fit", *DIGITS, "--name", "pretrain", "--trainer.max_epochs", 1).code == 0
     if path.name in SCRIPTS:
