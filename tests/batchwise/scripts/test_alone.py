@@ -3,10 +3,7 @@
 import shutil
 from typing import Any
 
-QUICK = (
-    *("optim/test_groups.py", "callbacks/test_progress.py", "test_house.py::test_public_names"),
-    "system/test_main_job.py::test_last_without_a_run_starts_afresh",
-)
+QUICK = "test_scaling or test_predictions or test_public_names"
 
 
 def test_without_examples(copy: Any) -> None:
@@ -15,8 +12,6 @@ def test_without_examples(copy: Any) -> None:
             path.unlink()
     for folder in (f"tests/{copy.package}", "configs"):
         shutil.rmtree(copy.root / folder, ignore_errors=True)
-    found = copy.pytest("--collect-only", "tests/batchwise")
-    assert " error" not in found
-    copy.pytest(*(f"tests/batchwise/{test}" for test in QUICK))
+    copy.pytest("tests/batchwise", "-k", QUICK)  # collects all tests, and fails if one cannot be imported
     fit = ("fit", "--config", "tests/batchwise/digits.yaml", "--trainer.max_epochs", 1, "--trainer.logger", "false")
     assert "epoch 1  average loss " in copy.python("-m", copy.package, *fit)
