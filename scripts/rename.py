@@ -22,6 +22,7 @@ PLACES = ("src/{}", "tests/{}", "configs", "docs", "README.md", "CONTRIBUTING.md
 
 def named(name: str) -> re.Pattern[str]:
     """Return a pattern that finds the package's name, and not the same word in a sentence."""
+    published = name.replace("_", "[_-]")  # the name that pip knows may be my-net, where the folder is my_net
     return re.compile(
         rf"""(?<=-m\ ){name}\b                          # python -m name
         | (?<=from\ ){name}(?=[. ]) | (?<=import\ ){name}\b
@@ -29,8 +30,8 @@ def named(name: str) -> re.Pattern[str]:
         | (?<=\bsrc/){name}\b | (?<=\btests/){name}\b
         | (?<![\w./-]){name}(?=/)                       # name/data.py, and a tree of folders
         | (?<=`){name}(?=`)
-        | (?<=["']){name}(?=\[)                         # "name[extra]"
-        | (?<=^name\ =\ "){name}(?="$)                  # in pyproject.toml
+        | (?<=["']){published}(?=\[)                    # "name[extra]"
+        | (?<=^name\ =\ "){published}(?="$)             # in pyproject.toml
         | (?<=-\ "){name}(?="$)                         # an argument in a sweep's YAML
         """,
         re.VERBOSE | re.MULTILINE,
@@ -43,8 +44,8 @@ def rename(text: str, old: str, new: str) -> str:
 
 
 def package(root: Path) -> str:
-    """Return the name of a project's package."""
-    return tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["name"]
+    """Return the name of a project's package, which is that of its folder in src."""
+    return tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["project"]["name"].replace("-", "_")
 
 
 def problem(name: str) -> str | None:

@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
@@ -36,10 +35,10 @@ def stop(text: str) -> NoReturn:
     sys.exit(2)
 
 
-def git(*arguments: str | Path, folder: Path = ROOT, accept: Iterable[int] = (0,)) -> bytes | None:
+def git(*arguments: str | Path, folder: Path = ROOT, succeeds: int = 0) -> bytes | None:
     """Run git; return its output, or None if it fails."""
     done = subprocess.run(["git", "-C", folder, *arguments], capture_output=True)
-    return done.stdout if done.returncode in accept else None
+    return done.stdout if done.returncode == succeeds else None
 
 
 def export(repository: Path, ref: str, folder: Path) -> Path | None:
@@ -47,8 +46,7 @@ def export(repository: Path, ref: str, folder: Path) -> Path | None:
     for name in (ref, f"origin/{ref}"):
         archive = git("archive", "--format=tar", f"{name}^{{commit}}", folder=repository)
         if archive is not None:
-            with tarfile.open(fileobj=io.BytesIO(archive)) as files:
-                files.extractall(folder, filter="data")
+            tarfile.open(fileobj=io.BytesIO(archive)).extractall(folder, filter="data")
             return folder
     return None
 
@@ -58,7 +56,7 @@ def take(source: str, ref: str | None, work: Path) -> tuple[Path, Path | None]:
     repository = Path(source)
     if not (repository / "src").is_dir():
         repository, ref = work / "clone", ref or "HEAD"
-        if git("clone", "--quiet", "--no-checkout", "--", source, repository) is None:
+        if git("clone", "--quiet", "--no-checkout", "--", source, repository, folder=Path()) is None:
             stop(f"{source} is neither a folder with src/ nor a git repository that can be cloned: write another")
     known = repository if (repository / ".git").exists() else None
     new = repository if ref is None else export(known, ref, work / "new") if known else None
@@ -113,7 +111,7 @@ def keep_changes(old: dict[str, bytes], mine: dict[str, bytes], names: list[str]
             if letter == "a":
                 git("hash-object", "-w", "--no-filters", work / letter / name)  # `git apply --3way` looks it up
     options = ("--no-index", "--no-prefix", "--binary", "--full-index", "--no-renames", "--no-ext-diff", "--no-color")
-    patch.write_bytes(git("diff", *options, "a", "b", folder=work, accept=(1,)) or stop("git diff failed"))
+    patch.write_bytes(git("diff", *options, "a", "b", folder=work, succeeds=1) or stop("git diff failed"))
 
 
 def replace(mine: dict[str, bytes], old: dict[str, bytes], new: dict[str, bytes]) -> str:
@@ -133,9 +131,10 @@ def replace(mine: dict[str, bytes], old: dict[str, bytes], new: dict[str, bytes]
     return f"{len(brought) - added} files changed, {added} added, {len(gone)} removed"
 
 
-def news(changelog: bytes, old: str, new: str) -> str:
+def news(changelog: Path, old: str, new: str) -> str:
     """Return the sections of a changelog from after the old version to the new one."""
-    sections = re.split(r"^(?=## )", changelog.decode(), flags=re.MULTILINE)[1:]
+    text = changelog.read_text("utf-8") if changelog.is_file() else ""
+    sections = re.split(r"^(?=## )", text, flags=re.MULTILINE)[1:]
     heads = [section.partition("\n")[0].partition(" - ")[0] for section in sections]
     chosen = [number(old) < number(head) <= number(new) for head in heads]
     return "".join(section for section, wanted in zip(sections, chosen, strict=True) if wanted).strip()
@@ -163,10 +162,12 @@ def upgrade(given: argparse.Namespace, work: Path) -> None:
         return
     changed = [path for path in sorted({*old, *new}) if mine.get(path) not in (old.get(path), new.get(path))]
     patch = ROOT / f"batchwise-{before}.patch"
+    if changed and patch.exists():
+        stop(f"{patch.name} is there already: move it elsewhere, and commit that")
     if changed:
         keep_changes(old, mine, changed, patch, work)
     print(f"batchwise {before} -> {after}: {replace(mine, old, new)}")
-    if text := news((source / "CHANGELOG.md").read_bytes(), before, after):
+    if text := news(source / "CHANGELOG.md", before, after):
         print(f"\n{text}")
     if changed:
         print("\nYou had changed files of the engine:", *changed, sep="\n  ")
@@ -174,13 +175,12 @@ def upgrade(given: argparse.Namespace, work: Path) -> None:
         print(f"  git apply --3way {patch.name}")
     if lines := settings(origin, source, name):
         print("\npyproject.toml is yours and stays. The new version has other lines in it, which you may need:")
-        print(*lines, sep="\n")
-        print("then: pip install -e '.[dev]'")
+        print(*lines, "then: pip install -e '.[dev]'", sep="\n")
     tests = " tests/batchwise" if (ROOT / "tests" / "batchwise").exists() else ""
     print(f"\ntest it:  python -m pytest{tests}\nundo it:  git stash --include-untracked")
 
 
-def main() -> int:
+def main() -> None:
     """Read the command line, check that git can undo all of it, upgrade."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="folder, or address of a git repository")
@@ -194,8 +194,7 @@ def main() -> int:
         stop(f"the tree has changes ({status.decode().splitlines()[0].strip()}): commit or undo them first")
     with tempfile.TemporaryDirectory() as folder:
         upgrade(given, Path(folder))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
