@@ -46,7 +46,8 @@ def export(repository: Path, ref: str, folder: Path) -> Path | None:
     for name in (ref, f"origin/{ref}"):
         archive = git("archive", "--format=tar", f"{name}^{{commit}}", folder=repository)
         if archive is not None:
-            tarfile.open(fileobj=io.BytesIO(archive)).extractall(folder, filter="data")
+            with tarfile.open(fileobj=io.BytesIO(archive)) as files:
+                files.extractall(folder, filter="data")
             return folder
     return None
 
@@ -117,7 +118,7 @@ def keep_changes(old: dict[str, bytes], mine: dict[str, bytes], names: list[str]
 def replace(mine: dict[str, bytes], old: dict[str, bytes], new: dict[str, bytes]) -> str:
     """Bring the files of the new version, and remove those that it no longer has; return how many these are."""
     gone = [name for name in mine if name in old and name not in new]
-    brought = [name for name in new if mine.get(name) != new[name]]
+    brought = {name for name in new if mine.get(name) != new[name]}
     for name in brought:
         (ROOT / name).parent.mkdir(parents=True, exist_ok=True)
         (ROOT / name).write_bytes(new[name])
@@ -127,17 +128,14 @@ def replace(mine: dict[str, bytes], old: dict[str, bytes], new: dict[str, bytes]
             if any(folder.iterdir()):
                 break
             folder.rmdir()
-    added = sum(name not in mine for name in brought)
-    return f"{len(brought) - added} files changed, {added} added, {len(gone)} removed"
+    return f"{len(brought & mine.keys())} files changed, {len(brought - mine.keys())} added, {len(gone)} removed"
 
 
 def news(changelog: Path, old: str, new: str) -> str:
     """Return the sections of a changelog from after the old version to the new one."""
     text = changelog.read_text("utf-8") if changelog.is_file() else ""
-    sections = re.split(r"^(?=## )", text, flags=re.MULTILINE)[1:]
-    heads = [section.partition("\n")[0].partition(" - ")[0] for section in sections]
-    chosen = [number(old) < number(head) <= number(new) for head in heads]
-    return "".join(section for section, wanted in zip(sections, chosen, strict=True) if wanted).strip()
+    sections = re.split(r"^## ", text, flags=re.MULTILINE)[1:]
+    return "".join(f"## {each}" for each in sections if number(old) < number(each.split()[0]) <= number(new)).strip()
 
 
 def settings(old: Path, new: Path, name: str) -> list[str]:
