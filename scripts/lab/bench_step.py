@@ -3,7 +3,7 @@
 All have the same network, optimizer (fused AdamW), batch and data. Ours logs loss and accuracy to a CSV file, draws a
 progress bar, keeps checkpoints, checks for finite numbers and prints a line per epoch. Lightning logs, draws and saves
 by its own means. The plain loop gathers its batches from tensors in memory and does nothing else: it is the lower
-limit. Then the same with ten times the batch, in 8 micro-batches.
+limit. Then the same with ten times the batch, in 8 micro-batches. Time is that of the thread.
 
     python scripts/lab/bench_step.py
 """
@@ -55,13 +55,13 @@ def plain(make: Made, inputs: Tensor, targets: Tensor, batch_size: int, steps: i
     order = torch.randperm(len(inputs)).repeat(1 + (steps + not_timed) * batch_size // len(inputs)).split(batch_size)
     for step, index in enumerate(order[: steps + not_timed]):
         if step == not_timed:
-            start = time.perf_counter()
+            start = time.thread_time()
         optimizer.zero_grad()
         for part in index.chunk(parts):
             batch = inputs.index_select(0, part).float().mul_(1 / 255)
             (F.cross_entropy(network(batch), targets.index_select(0, part)) / parts).backward()
         optimizer.step()
-    return (time.perf_counter() - start) / steps * 1e6
+    return (time.thread_time() - start) / steps * 1e6
 
 
 def plain_epoch(network: nn.Module, inputs: Tensor, targets: Tensor, batch_size: int) -> float:
@@ -77,47 +77,56 @@ def plain_epoch(network: nn.Module, inputs: Tensor, targets: Tensor, batch_size:
     return time.perf_counter() - start
 
 
-class Clock(pl.Callback):
-    """Times the steps after the warm-up, and everything between them."""
+class Clock:
+    """Times the steps after the warm-up, and everything between them, by the time of the thread.
+
+    It is called where a step gets its batch. It is no callback, because a callback that listens to steps slows them.
+    """
 
     seconds = 0.0
 
     def __init__(self, not_timed: int) -> None:
-        self.not_timed = not_timed
+        self.not_timed, self.step, self.start = not_timed, -1, 0.0
 
-    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-        """Start the clock after the warm-up, and read it at each later step."""
-        if trainer.global_step == self.not_timed:
-            self.start = time.perf_counter()
-        self.seconds = time.perf_counter() - getattr(self, "start", 0)
+    def begin(self) -> None:
+        """Note that a step begins."""
+        self.step += 1
+        now = time.thread_time()
+        if self.step == self.not_timed:
+            self.start = now
+        self.seconds = now - self.start
 
 
 class Memory(DataModule):
     """The tensors of the benchmark."""
 
-    def __init__(self, inputs: Tensor, targets: Tensor, **kwargs: Any) -> None:
+    def __init__(self, inputs: Tensor, targets: Tensor, clock: Clock | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.tensors = inputs, targets
+        self.tensors, self.clock = (inputs, targets), clock
 
     def load(self, split: str) -> Any:
         """Return the training split alone."""
         return self.tensors if split == "train" else None
 
     def transform(self, batch: MicroBatch, training: bool) -> MicroBatch:
-        """Convert bytes to floats from 0 to 1."""
+        """Convert bytes to floats from 0 to 1, and tell the clock."""
+        if self.clock and batch.position == 0:
+            self.clock.begin()
         return replace(batch, inputs=batch.inputs.float().mul_(1 / 255))
 
 
-def ours(make: Made, inputs: Tensor, targets: Tensor, batch_size: int, steps: int, parts: int = 1) -> float:
+def ours(
+    make: Made, inputs: Tensor, targets: Tensor, batch_size: int, steps: int, parts: int = 1, callbacks: Any = ()
+) -> float:
     """Return microseconds per step of ours."""
-    data = Memory(inputs, targets, batch_size=batch_size, micro_batch_size=-(-batch_size // parts))
     clock = Clock(warm_up(steps))
+    data = Memory(inputs, targets, clock, batch_size=batch_size, micro_batch_size=-(-batch_size // parts))
     with tempfile.TemporaryDirectory() as folder, quiet():
         trainer = Trainer(
             max_steps=steps + clock.not_timed + 1,
             accelerator="cpu",
             logger=CSVLogger(folder),
-            callbacks=[clock, Last(), EpochLine(), ProgressBar()],
+            callbacks=[*callbacks, Last(), EpochLine(), ProgressBar()],
             log_every_n_steps=50,
             default_root_dir=folder,
         )
@@ -134,15 +143,23 @@ def quiet() -> Iterator[None]:
     del os.environ["FORCE_COLOR"]
 
 
+class Listener(pl.Callback):
+    """Listens to the end of each step, so that Lightning's own loop runs."""
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Do nothing."""
+
+
 class Documented(pl.LightningModule):
     """A module as in Lightning's documentation."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, clock: Clock) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.clock = network, clock
 
     def training_step(self, batch: Any, _: int) -> Tensor:
         """Return the mean loss and log it."""
+        self.clock.begin()
         logits = self.network(batch[0].float().mul_(1 / 255))
         loss = F.cross_entropy(logits, batch[1])
         self.log("train/loss", loss, prog_bar=True)
@@ -162,11 +179,10 @@ def documented(make: Made, inputs: Tensor, targets: Tensor, batch_size: int, ste
             max_steps=steps + clock.not_timed + 1,
             accelerator="cpu",
             logger=CSVLogger(folder),
-            callbacks=[clock],
             enable_model_summary=False,
             default_root_dir=folder,
         )
-        trainer.fit(Documented(make()), DataLoader(TensorDataset(inputs, targets), batch_size, shuffle=True))
+        trainer.fit(Documented(make(), clock), DataLoader(TensorDataset(inputs, targets), batch_size, shuffle=True))
     return clock.seconds / steps * 1e6
 
 
@@ -181,17 +197,21 @@ def main() -> None:
     pixels = torch.randint(0, 256, (10_000, 784), dtype=torch.uint8)
     targets = torch.randint(0, 10, (10_000,))
     work = {
+        "MLP 784-256-10, batch 1": (mlp, pixels, targets, 1, 600),
         "MLP 784-256-10, batch 64": (mlp, pixels, targets, 64, 600),
         "ConvNet 28 x 28, batch 128": (ConvNet, pixels.view(-1, 1, 28, 28), targets, 128, 12),
     }
     figures = {}
     for title, (make, inputs, labels, batch_size, steps) in work.items():
-        batch_size = max(16, int(batch_size * min(1.0, 10 * given.scale)))
+        batch_size = max(min(16, batch_size), int(batch_size * min(1.0, 10 * given.scale)))
         settings = (make, inputs, labels, batch_size, max(3, int(steps * given.scale)))
         alternatives = {"plain PyTorch loop": plain, "ours": ours, "Lightning as documented": documented}
+        alternatives["ours, with a callback that listens"] = partial(ours, callbacks=[Listener()])
         in_parts = {"plain PyTorch loop": plain, "ours": ours}
         measured = bench.interleave({name: partial(run, *settings) for name, run in alternatives.items()}, given.pairs)
         figures[title] = bench.report(title, "microseconds per step", measured, "plain PyTorch loop")
+        if batch_size == 1:
+            continue
         title = f"{title}0 in 8 micro-batches"
         settings = (*settings[:3], 10 * batch_size, max(2, settings[4] // 10), 8)
         measured = bench.interleave({name: partial(run, *settings) for name, run in in_parts.items()}, given.pairs)
