@@ -3,7 +3,7 @@
 import shutil
 from typing import Any
 
-QUICK = "test_scaling or test_predictions or test_public_names"
+QUICK = "test_scaling.py or test_predictions.py or test_public_names"
 
 
 def test_without_examples(copy: Any) -> None:
