@@ -1,9 +1,10 @@
-"""Give the package your name: in imports, configurations, tests, documents and pyproject.toml.
+"""Give your package another name: its folder, and the lines that name it in your files and in the documents.
 
     python scripts/rename.py petals
 
-Works on a clean git tree only, so that `git diff` shows what it did and `git checkout .` undoes it. A rename to
-the old name is the way back. Needs nothing but Python and git, so it can be run before anything is installed.
+It needs a git tree without changes, so that `git diff HEAD` shows the result and `git reset --hard` undoes it. A rename
+back to the old name restores every file. It needs Python and git alone, so it works before anything is installed. The
+engine, `batchwise`, keeps its name and does not know yours.
 """
 
 import importlib.util
@@ -15,33 +16,44 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+PLACES = ("src/{}", "tests/{}", "configs", "docs", "README.md", "CONTRIBUTING.md", "pyproject.toml", "scripts/*.sh")
+"""Where the package is named. The workflows do not name it: a workflow's token must not change workflows."""
 
 
-def places(name: str) -> re.Pattern[str]:
-    """Return what finds a package's name where it means the package, and not the word."""
+def named(name: str) -> re.Pattern[str]:
+    """Return a pattern that finds the package's name, and not the same word in a sentence."""
+    published = name.replace("_", "[_-]")  # the name that pip knows may be my-net, where the folder is my_net
     return re.compile(
-        rf"""(?<=\bfrom\ ){name}(?=[. ])      # from name.module import
-        | (?<=\bimport\ ){name}\b             # import name
-        | (?<![\w./-]){name}(?=\.[A-Za-z_])   # name.module, in configurations, strings and text
-        | (?<=-m\ ){name}\b                   # python -m name
-        | (?<=\bsrc/){name}\b
-        | (?<=["']){name}(?=\[|::|\ \{{__)    # 'name[extra]', "name::operator", f"name {{__version__}}"
-        | (?<!\[)(?<="){name}(?=")(?!"\])     # "name", but not the table ["project"] of pyproject.toml
-        | \b{name.upper()}_(?=[A-Z])          # environment variables
+        rf"""(?<=-m\ ){name}\b                          # python -m name
+        | (?<=from\ ){name}(?=[. ]) | (?<=import\ ){name}\b
+        | (?<!^\[)(?<![\w./-]){name}(?=\.[A-Za-z_])     # name.data.Digits, but not the table [project.scripts]
+        | (?<=\bsrc/){name}\b | (?<=\btests/){name}\b
+        | (?<![\w./-]){name}(?=/)                       # name/data.py, and a tree of folders
+        | (?<=`){name}(?=`)
+        | (?<=["']){published}(?=\[)                    # "name[extra]"
+        | (?<=^name\ =\ "){published}(?="$)             # in pyproject.toml
+        | (?<=-\ "){name}(?="$)                         # an argument in a sweep's YAML
         """,
-        re.VERBOSE,
+        re.VERBOSE | re.MULTILINE,
     )
 
 
 def rename(text: str, old: str, new: str) -> str:
     """Return the text with the package's name replaced."""
-    return places(old).sub(lambda found: found[0].replace(old, new).replace(old.upper(), new.upper()), text)
+    return named(old).sub(new, text)
+
+
+def package(root: Path) -> str:
+    """Return the name of a project's package, which is that of its folder in src."""
+    return tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["project"]["name"].replace("-", "_")
 
 
 def problem(name: str) -> str | None:
-    """Return why a package should not have this name, or None."""
+    """Return why a package cannot have this name, or None."""
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         return "is not a name for a package: write small letters, digits and _, a letter first"
+    if name == "batchwise":
+        return "is the engine: write another name"
     if keyword.iskeyword(name) or keyword.issoftkeyword(name):
         return "is a word of Python: write another name"
     if name in sys.stdlib_module_names:
@@ -52,46 +64,48 @@ def problem(name: str) -> str | None:
 
 
 def git(*arguments: str) -> str:
-    """Run git in the repository; return what it says."""
+    """Run git in the repository; return its output."""
     return subprocess.run(["git", "-C", str(ROOT), *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def texts() -> dict[Path, str]:
-    """Return the text files that git keeps."""
+def texts(name: str) -> dict[Path, str]:
+    """Return the text files that may name the package."""
     found = {}
-    for name in git("ls-files", "-z").split("\0")[:-1]:
+    for path in git("ls-files", "-z", "--", *(place.format(name) for place in PLACES)).split("\0")[:-1]:
         try:
-            found[ROOT / name] = (ROOT / name).read_bytes().decode()
+            found[ROOT / path] = (ROOT / path).read_bytes().decode()
         except UnicodeDecodeError:
             continue  # a picture
     return found
 
 
 def main() -> int:
-    """Check, rename, say what is next."""
+    """Check the name, rename, and say what is next."""
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         print(__doc__)
         return 2
-    new = sys.argv[1]
-    old = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["name"]
-    wrong = problem(new)
-    if wrong:
-        print(f"error: {new} {wrong}", file=sys.stderr)
-        return 2
+    old, new = package(ROOT), sys.argv[1]
+    before = texts(old)
+    used = next((path.relative_to(ROOT) for path, text in before.items() if named(new).search(text)), None)
+    taken = next((folder for folder in (f"src/{new}", f"tests/{new}") if (ROOT / folder).exists()), used)
     changed = git("status", "--porcelain").splitlines()
-    if changed:
-        print(f"error: the tree has changes ({changed[0].strip()}): commit or undo them first", file=sys.stderr)
-        return 2
-    before = texts()
-    used = next((path for path, text in before.items() if places(new).search(text)), None)
-    if used:
-        print(f"error: {new} is already used in {used.relative_to(ROOT)}: write another name", file=sys.stderr)
+    if wrong := problem(new):
+        wrong = f"{new} {wrong}"
+    elif changed:
+        wrong = f"the tree has changes ({changed[0].strip()}): commit or undo them first"
+    elif taken:
+        wrong = f"{new} is already used in {taken}: write another name"
+    elif not (ROOT / "src" / old).is_dir():
+        wrong = f"pyproject.toml has the name {old}, but there is no src/{old}: give both the same name first"
+    if wrong:
+        print(f"error: {wrong}", file=sys.stderr)
         return 2
     after = {path: rename(text, old, new) for path, text in before.items()}
     for path, text in after.items():
-        if text != before[path]:
-            path.write_bytes(text.encode())
-    git("mv", f"src/{old}", f"src/{new}")
+        path.write_bytes(text.encode())
+    for folder in ("src", "tests"):
+        if (ROOT / folder / old).is_dir():
+            git("mv", f"{folder}/{old}", f"{folder}/{new}")
     print(f"src/{old} is src/{new}, and {sum(after[path] != before[path] for path in after)} files say so. Now:")
     print("  pip install -e '.[dev]' && ruff check --fix && ruff format && python -m pytest")
     return 0

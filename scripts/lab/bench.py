@@ -1,4 +1,4 @@
-"""What the benchmarks share: alternatives in turn, in one process, on the same data; medians, ratios, the machine."""
+"""Shared by all benchmarks: alternatives take turns in one process, on the same data; medians and ratios come out."""
 
 import argparse
 import json
@@ -12,21 +12,23 @@ from pathlib import Path
 
 import torch
 
+LAB = Path(__file__).parent
+FIT = ("-m", "batchwise", "fit", "--config", f"{LAB}/digits.yaml")
+CSV = ("--config", f"{LAB}/csv.yaml")
+
 
 def arguments(description: str | None, pairs: int = 5) -> argparse.Namespace:
     """Return the command line that all benchmarks take."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument(
-        "--pairs", type=int, default=pairs, help="rounds of turns, after one that does not count; 0: it counts"
-    )
-    parser.add_argument("--scale", type=float, default=1.0, help="share of the work of one turn; the tests take little")
-    parser.add_argument("--threads", type=int, default=1, help="of PyTorch")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--pairs", type=int, default=pairs, help="rounds after the warm-up; 0: the warm-up counts")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the work per turn; tests take a small one")
+    parser.add_argument("--threads", type=int, default=1, help="PyTorch threads")
+    parser.add_argument("--json", type=Path, help="file for the figures")
     return prepare(parser)
 
 
 def prepare(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Return what the command line says, with so many threads, and Lightning quiet."""
+    """Parse the command line, set the number of threads and silence Lightning."""
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -36,7 +38,7 @@ def prepare(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def interleave(alternatives: dict[str, Callable[[], float]], pairs: int) -> dict[str, list[float]]:
-    """Run each alternative once per round, after one round that warms up; return what they measured."""
+    """Run each alternative once per round, after a warm-up round; return the measurements of each."""
     measured: dict[str, list[float]] = {name: [] for name in alternatives}
     for number in range(pairs + 1):
         for name, run in alternatives.items():
@@ -47,7 +49,7 @@ def interleave(alternatives: dict[str, Callable[[], float]], pairs: int) -> dict
 
 
 def report(title: str, unit: str, measured: dict[str, list[float]], base: str) -> dict[str, dict[str, float]]:
-    """Print and return the median of each alternative, and the median over the rounds of its ratio to `base`."""
+    """Print and return each alternative's median, and the median over the rounds of its ratio to `base`."""
     print(f"\n{title}  (median of {len(measured[base])} rounds, {unit}; ratio to: {base})")
     figures = {}
     for name, values in measured.items():
@@ -59,7 +61,7 @@ def report(title: str, unit: str, measured: dict[str, list[float]], base: str) -
 
 
 def machine() -> dict[str, str | int]:
-    """Return what the figures were measured on."""
+    """Return a description of this machine."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return {
         "device": device,
@@ -71,7 +73,7 @@ def machine() -> dict[str, str | int]:
 
 
 def save(path: Path | None, figures: dict) -> None:
-    """Write the figures with the machine they are from."""
+    """Print the machine; write it and the figures to a file, if there is a path."""
     print(f"\n{machine()}")
     if path is not None:
         path.write_text(json.dumps({"machine": machine(), **figures}, indent=2) + "\n")

@@ -1,11 +1,12 @@
-"""What a whole epoch over 60,000 images costs, with everything that reads, transforms and trains.
+"""The cost of an epoch over 60,000 images: reading, transforming and training.
 
-28 x 28 bytes (the real digits, scaled up and shifted), the same networks and batch. Alternatives: the loop of a careful
-user, whose data is one tensor and whose optimizer is fused; and Lightning as documented: a data set that makes one
-example at a time, as torchvision's MNIST with ToTensor and Normalize does, a DataLoader, an optimizer with its
-defaults, `self.log`. Ours also with what `speed: auto` chooses, once with the precision left open.
+The images have 28 x 28 bytes: scikit-learn's digits, scaled up and shifted. All have the same networks and batch. The
+plain loop is that of a careful user: its data is one tensor, its optimizer is fused. Lightning is as documented: a data
+set that makes one example at a time (as torchvision's MNIST with ToTensor and Normalize does), a DataLoader, an
+optimizer with its defaults, `self.log`. Ours also runs with the choice of `speed: auto`, in float32 and in any
+precision.
 
-    python scripts/bench_epoch.py
+    python scripts/lab/bench_epoch.py
 """
 
 import contextlib
@@ -32,14 +33,14 @@ from batchwise.callbacks.epoch_line import EpochLine
 from batchwise.choosing import speed
 from batchwise.choosing.speed import Stopwatch, Way, candidates, choose
 from batchwise.models.convnet import ConvNet
-from batchwise.sources.digits import Digits
+from batchwise.sources.digits import read_digits
 from batchwise.tasks.classification import Classification
 from batchwise.trainer import Trainer
 
 
 def images(count: int) -> tuple[Tensor, Tensor]:
-    """Return `count` images uint8 [count, 1, 28, 28], digits scaled up three times and shifted, and their classes."""
-    small, digits = Digits()._all
+    """Return images uint8 [count, 1, 28, 28], which are digits scaled up three times and shifted, and their classes."""
+    small, digits = read_digits()
     generator = torch.Generator().manual_seed(0)
     chosen = torch.randint(len(small), (count,), generator=generator)
     large = (small * 15).repeat_interleave(3, 2).repeat_interleave(3, 3)
@@ -53,7 +54,7 @@ def images(count: int) -> tuple[Tensor, Tensor]:
 
 
 class OneByOne(Dataset):
-    """One example at a time, with the operations of torchvision's MNIST, ToTensor and Normalize."""
+    """Makes one example at a time, with the operations of torchvision's MNIST, ToTensor and Normalize."""
 
     def __init__(self, inputs: Tensor, targets: Tensor) -> None:
         self.inputs, self.targets = inputs, targets
@@ -73,18 +74,18 @@ def to_tensor(image: Image.Image) -> Tensor:
     return tensor.permute((2, 0, 1)).contiguous().to(dtype=torch.get_default_dtype()).div(255)
 
 
-def normalize(tensor: Tensor, mean: tuple[float, ...], deviation: tuple[float, ...]) -> Tensor:
-    """Return (tensor - mean) / deviation."""
+def normalize(tensor: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """Return (tensor - mean) / std."""
     tensor = tensor.clone()
     means = torch.as_tensor(mean, dtype=tensor.dtype, device=tensor.device)
-    deviations = torch.as_tensor(deviation, dtype=tensor.dtype, device=tensor.device)
-    if (deviations == 0).any():
-        raise ValueError("a deviation is zero")
-    return tensor.sub_(means.view(-1, 1, 1)).div_(deviations.view(-1, 1, 1))
+    stds = torch.as_tensor(std, dtype=tensor.dtype, device=tensor.device)
+    if (stds == 0).any():
+        raise ValueError("a std is zero")
+    return tensor.sub_(means.view(-1, 1, 1)).div_(stds.view(-1, 1, 1))
 
 
 class Flat(torch.nn.Module):
-    """A network that takes images as rows."""
+    """Flattens images for a network that takes rows."""
 
     def __init__(self, network: torch.nn.Module) -> None:
         super().__init__()
@@ -96,7 +97,7 @@ class Flat(torch.nn.Module):
 
 
 class DocumentedEpoch(Documented):
-    """The module of Lightning's documentation, with the optimizer's defaults; the data set makes the floats."""
+    """The module of Lightning's documentation, with the optimizer's defaults. The data set makes the floats."""
 
     def training_step(self, batch: Any, _: int) -> Tensor:
         """Return the mean loss and log it."""
@@ -127,7 +128,7 @@ def documented(network: torch.nn.Module, inputs: Tensor, targets: Tensor, batch_
 
 
 def ours(network: torch.nn.Module, inputs: Tensor, targets: Tensor, batch_size: int, way: Way | None = None) -> float:
-    """Return the seconds of one epoch of this project, run in some way."""
+    """Return the seconds of one epoch of ours, run in the given way."""
     way = way or Way(batch_size, threads=torch.get_num_threads())
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
@@ -142,20 +143,18 @@ def ours(network: torch.nn.Module, inputs: Tensor, targets: Tensor, batch_size: 
             precision=way.precision,  # type: ignore[arg-type]
             channels_last=way.channels_last,
             threads=way.threads,
-            keep_memory=way.keep_memory,
         )
         data = Memory(inputs, targets, batch_size=batch_size, micro_batch_size=way.size)
         start = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()):
             trainer.fit(Classification(network, optimizer=adamw), datamodule=data)
         seconds = time.perf_counter() - start
-    host.keep_memory(False)
     host.set_threads(threads)
     return seconds
 
 
 def chosen(make: Made, inputs: Tensor, targets: Tensor, batch_size: int, settings: dict[str, Any], rounds: int) -> Way:
-    """Return what `speed: auto` chooses."""
+    """Return the choice of `speed: auto`."""
     data, task = Memory(inputs, targets, batch_size=batch_size), Classification(make(), optimizer=adamw)
     tried = candidates(task, data, settings, torch.device("cpu"), 1)
     size = max((size for size in tried["size"] if size <= 256), default=batch_size)
@@ -169,7 +168,7 @@ def chosen(make: Made, inputs: Tensor, targets: Tensor, batch_size: int, setting
 def main() -> None:
     """Measure and report."""
     given = bench.arguments(__doc__)
-    speed._TURN = min(speed._TURN, given.scale)  # a tiny form need not measure well
+    speed._TURN = min(speed._TURN, given.scale)  # the tiny form of the tests need not measure well
     inputs, targets = images(int(60_000 * given.scale))
     figures = {}
     for title, make, batch_size, share in (

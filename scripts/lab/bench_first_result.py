@@ -1,9 +1,9 @@
-"""How long a first result takes, from the shell prompt to the exit: 20 epochs on the digits, whole processes.
+"""The time to a first result, from the shell prompt to the exit: 20 epochs on the digits, in whole processes.
 
-The same network, batch, optimizer and schedule-free training in a plain PyTorch script as a careful user writes it,
-scikit-learn's MLPClassifier and Keras on PyTorch (where it is installed); ours validates, logs and keeps checkpoints.
+Against a careful user's plain PyTorch script with the same network, batch and optimizer, scikit-learn's MLPClassifier,
+and Keras on PyTorch (where it is installed). Ours also validates, logs and keeps checkpoints.
 
-    python scripts/bench_first_result.py
+    python scripts/lab/bench_first_result.py
 """
 
 import os
@@ -13,11 +13,9 @@ import tempfile
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 
 import bench
 
-ROOT = Path(__file__).parents[1]
 PLAIN = """
 import torch
 from sklearn.datasets import load_digits
@@ -67,7 +65,7 @@ network.fit(
 
 
 def process(*command: str) -> Callable[[], float]:
-    """Return a run of a whole process, in a folder of its own, that gives its seconds."""
+    """Return a function that runs a process in a folder of its own and returns its seconds."""
 
     def run() -> float:
         with tempfile.TemporaryDirectory() as folder:
@@ -83,11 +81,11 @@ def main() -> None:
     """Measure and report."""
     given = bench.arguments(__doc__)
     epochs = max(1, int(20 * given.scale))
-    fit = ("-m", "project", "fit", "--config", f"{ROOT}/configs/digits.yaml", "--trainer.max_epochs", str(epochs))
+    fit = (*bench.FIT, "--trainer.max_epochs", str(epochs))
     alternatives = {
         "plain PyTorch script": process("-c", PLAIN.format(epochs=epochs)),
         "import lightning.pytorch, and nothing else": process("-c", "import lightning.pytorch"),
-        "ours, CSV log": process(*fit, "--config", f"{ROOT}/configs/overlays/csv.yaml"),
+        "ours, CSV log": process(*fit, *bench.CSV),
         "ours, W&B offline (the default)": process(*fit),
         "scikit-learn's MLPClassifier": process("-c", SKLEARN.format(epochs=epochs)),
     }

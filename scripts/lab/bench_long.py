@@ -1,10 +1,10 @@
-"""Whether a long training stays as it began: memory, and the time of each step, over 100,000 steps.
+"""Memory and the time of each step over 100,000 steps: does a long training stay as it began?
 
-A small network, so that what is around it weighs most; loss logged, checkpoints kept. Steps in which a checkpoint is
-written are left out of the slowest. Time is also taken on the clock of the thread, which stands still while another
-process has the core.
+The network is small, so that the cost around it weighs most. Loss is logged and checkpoints are kept. "Slowest" leaves
+out the steps that write a checkpoint. Time is also taken on the thread's own clock, which stops while another process
+has the core.
 
-    python scripts/bench_long.py
+    python scripts/lab/bench_long.py
 """
 
 import gc
@@ -34,15 +34,16 @@ MARKS = 10
 
 
 class Watch(pl.Callback):
-    """Keeps the time of each step, and the memory at ten places."""
+    """Keeps the time of each step, and the memory at ten steps."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
-        self.wall, self.own = array("d", bytes(8 * steps)), array("d", bytes(8 * steps))  # which do not grow
+        # Both have their full size from the start, so that they do not add to the growth that is measured.
+        self.wall, self.own = array("d", bytes(8 * steps)), array("d", bytes(8 * steps))
         self.memory: list[float] = []
 
     def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-        """Look."""
+        """Take the time, and at ten steps the memory."""
         self.wall[trainer.global_step] = time.perf_counter()
         self.own[trainer.global_step] = time.thread_time()
         if trainer.global_step % (self.steps // MARKS) == 0:
@@ -56,7 +57,7 @@ def main() -> None:
     steps = int(100_000 * given.scale)
     inputs, targets = torch.randint(0, 256, (16_000, 64), dtype=torch.uint8), torch.randint(0, 10, (16_000,))
     watch = Watch(steps)
-    gc.freeze()  # as `python -m project` does
+    gc.freeze()  # as `python -m batchwise` does
     with tempfile.TemporaryDirectory() as folder, quiet():
         trainer = Trainer(
             max_steps=steps,

@@ -27,8 +27,6 @@ from batchwise.batching.order import Shuffled
 from batchwise.batching.plan import BatchPlan
 from batchwise.models.convnet import ConvNet
 
-ROOT = Path(__file__).parents[2]
-
 
 def loader(examples: int) -> TrainLoader:
     """Return a training loader over rows of 16 bytes, in batches of 256."""
@@ -67,17 +65,7 @@ def fit(*arguments: str, epochs: int) -> Callable[[], float]:
 
     def run() -> float:
         with tempfile.TemporaryDirectory() as folder:
-            configs = ("--config", f"{ROOT}/configs/digits.yaml", "--config", f"{ROOT}/configs/overlays/csv.yaml")
-            command = [
-                sys.executable,
-                "-m",
-                "project",
-                "fit",
-                *configs,
-                "--trainer.max_epochs",
-                str(epochs),
-                *arguments,
-            ]
+            command = [sys.executable, *bench.FIT, *bench.CSV, "--trainer.max_epochs", str(epochs), *arguments]
             subprocess.run(command, cwd=folder, check=True, capture_output=True)
             (path,) = Path(folder).glob("runs/digits/*/log/version_0/metrics.csv")
             with path.open() as file:

@@ -1,12 +1,12 @@
-"""How much of the work on sequences is padding, and how fast the tokens that count go by, in several kinds of batch.
+"""The share of padding, and the useful tokens per second, for several kinds of batches of sequences.
 
-Log-normal lengths (median 60, at most 512), 256 examples per optimizer step, or as many tokens as they are on average;
-one small causal transformer with AdamW, trained by a plain loop over the training loader, so that nothing but the
-batches differs. Time is that of the processor, to which other work on the machine adds little. All but "bucketed" have
-batches that are random samples; "packed" has whole sequences in blocks of 512 tokens, as many blocks per optimizer step
-as take the same tokens.
+Lengths are log-normal (median 60, at most 512). A batch has 256 examples, or as many tokens as these have on average. A
+plain loop over the training loader trains one small causal transformer with AdamW, so that only the batches differ.
+Time is processor time, because other work on the machine adds little to it. All batches but those of "bucketed" are
+random samples. "packed" has complete sequences in blocks of 512 tokens, and as many blocks per batch as give the same
+tokens.
 
-    python scripts/bench_sequences.py
+    python scripts/lab/bench_sequences.py
 """
 
 import time
@@ -31,7 +31,7 @@ EXAMPLES, LONGEST, BATCH, MICRO_BATCH, MICRO_BATCH_TOKENS, WIDTH = 1024, 512, 25
 
 
 class Transformer(nn.Module):
-    """One causal layer over bytes."""
+    """A transformer over bytes with one causal layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Transformer(nn.Module):
 
 
 def epochs(plan: BatchPlan, order: Order, fetch: Fetch) -> tuple[Callable[[], float], Callable[[], float]]:
-    """Return what runs over an epoch and gives useful tokens per second, and what gives the share of padding in it."""
+    """Return two functions: one trains an epoch and returns useful tokens per second, one returns the padding share."""
     torch.manual_seed(0)
     network, epoch, padding = Transformer(), count(), []
     optimizer = torch.optim.AdamW(network.parameters(), fused=True)

@@ -1,10 +1,11 @@
-"""What a training step costs: ours with everything on, a plain PyTorch loop, and Lightning as its documentation has it.
+"""The cost of a training step: ours with everything on, a plain PyTorch loop, and Lightning as documented.
 
-The same network, optimizer (fused AdamW), batch and data; ours with loss and accuracy logged to a CSV file, progress
-bar, checkpoints, the check for finite numbers, and a line per epoch; Lightning with the same of its own. The plain loop
-gathers its batches from tensors in memory and does nothing else: it is the limit. Last, each batch in 8 micro-batches.
+All have the same network, optimizer (fused AdamW), batch and data. Ours logs loss and accuracy to a CSV file, draws a
+progress bar, keeps checkpoints, checks for finite numbers and prints a line per epoch. Lightning logs, draws and saves
+by its own means. The plain loop gathers its batches from tensors in memory and does nothing else: it is the lower
+limit. Then the same with ten times the batch, in 8 micro-batches. Time is that of the thread.
 
-    python scripts/bench_step.py
+    python scripts/lab/bench_step.py
 """
 
 import contextlib
@@ -48,7 +49,7 @@ def warm_up(steps: int) -> int:
 
 
 def plain(make: Made, inputs: Tensor, targets: Tensor, batch_size: int, steps: int, parts: int = 1) -> float:
-    """Return microseconds per step of the loop that a careful user writes."""
+    """Return microseconds per step of a careful user's loop."""
     network, not_timed = make(), warm_up(steps)
     optimizer = adamw(network.parameters())
     order = torch.randperm(len(inputs)).repeat(1 + (steps + not_timed) * batch_size // len(inputs)).split(batch_size)
@@ -77,9 +78,9 @@ def plain_epoch(network: nn.Module, inputs: Tensor, targets: Tensor, batch_size:
 
 
 class Clock:
-    """Times the steps after the warm-up, with all that happens between them, by the time of the thread.
+    """Times the steps after the warm-up, and everything between them, by the time of the thread.
 
-    It is asked where a step gets its batch, and is no callback: one that listens to steps has a price of its own.
+    It is called where a step gets its batch. It is no callback, because a callback that listens to steps slows them.
     """
 
     seconds = 0.0
@@ -108,7 +109,7 @@ class Memory(DataModule):
         return self.tensors if split == "train" else None
 
     def transform(self, batch: MicroBatch, training: bool) -> MicroBatch:
-        """Make floats of bytes."""
+        """Convert bytes to floats from 0 to 1, and tell the clock."""
         if self.clock and batch.position == 0:
             self.clock.begin()
         return replace(batch, inputs=batch.inputs.float().mul_(1 / 255))
@@ -117,7 +118,7 @@ class Memory(DataModule):
 def ours(
     make: Made, inputs: Tensor, targets: Tensor, batch_size: int, steps: int, parts: int = 1, callbacks: Any = ()
 ) -> float:
-    """Return microseconds per step of this project."""
+    """Return microseconds per step of ours."""
     clock = Clock(warm_up(steps))
     data = Memory(inputs, targets, clock, batch_size=batch_size, micro_batch_size=-(-batch_size // parts))
     with tempfile.TemporaryDirectory() as folder, quiet():
@@ -135,7 +136,7 @@ def ours(
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Let progress bars draw, as on a terminal, where nobody sees it."""
+    """Send all output to nowhere, but let progress bars draw as on a terminal."""
     os.environ["FORCE_COLOR"] = "1"
     with open(os.devnull, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         yield
@@ -143,14 +144,14 @@ def quiet() -> Iterator[None]:
 
 
 class Listener(pl.Callback):
-    """Listens to the end of each step, so that Lightning's own loop is run."""
+    """Listens to the end of each step, so that Lightning's own loop runs."""
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Do nothing."""
 
 
 class Documented(pl.LightningModule):
-    """A module as Lightning's documentation writes it."""
+    """A module as in Lightning's documentation."""
 
     def __init__(self, network: nn.Module, clock: Clock | None = None) -> None:
         super().__init__()

@@ -1,4 +1,7 @@
-"""CIFAR-10: 60,000 colour images of 32 x 32 pixels in 10 classes, from a local archive or by an explicit download."""
+"""CIFAR-10: 60,000 colour images of 32 x 32 pixels in 10 classes, from a local archive or a download.
+
+PYTHONPATH=scripts/lab python -m batchwise fit --config scripts/lab/cifar10.yaml --data.download true
+"""
 
 import codecs
 import hashlib
@@ -22,8 +25,8 @@ from batchwise.data.module import DataModule
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
 ARCHIVES = ("cifar-10-python.tar.gz", "cifar-10-binary.tar.gz")
-MEAN, DEVIATION = (125.31, 122.95, 113.87), (62.99, 62.09, 66.70)
-"""Of the training images' red, green and blue, from 0 to 255."""
+MEAN, STD = (125.31, 122.95, 113.87), (62.99, 62.09, 66.70)
+"""Mean and std of red, green and blue over the training images, in values from 0 to 255."""
 
 
 class CIFAR10(DataModule):
@@ -32,10 +35,10 @@ class CIFAR10(DataModule):
     Inputs are [N, 3, 32, 32], normalised; targets are class numbers [N]. All images are in memory, as bytes (180 MB).
 
     Args:
-        folder: has cifar-10-python.tar.gz or cifar-10-binary.tar.gz, which are read as they are, without unpacking.
-        download: fetch the former (170 MB) into the folder, where it has neither, and check it.
-        val_examples: random training images that are kept for validation; 0: train on all of them.
-        split_seed: which images these are.
+        folder: contains cifar-10-python.tar.gz or cifar-10-binary.tar.gz, which is read without unpacking.
+        download: download the former (170 MB) into the folder, if it contains neither, and check its SHA-256.
+        val_examples: number of random training images that are kept for validation; 0: train on all images.
+        split_seed: draws these images.
         **kwargs: those of `DataModule`.
     """
 
@@ -52,7 +55,7 @@ class CIFAR10(DataModule):
         self.val_examples, self.split_seed = val_examples, split_seed
 
     def prepare_data(self) -> None:
-        """Download the archive, if asked to. One process of a machine does."""
+        """Download the archive, if asked to. One process per machine does this."""
         if self.download and not any((self.folder / name).exists() for name in ARCHIVES):
             fetch(URL, SHA256, self.folder / ARCHIVES[0])
 
@@ -70,10 +73,10 @@ class CIFAR10(DataModule):
         return (images[index], labels[index]) if len(index) else None
 
     def transform(self, batch: MicroBatch, training: bool) -> MicroBatch:
-        """Normalise on the device: bytes travel, floats do not."""
+        """Normalise on the device, so that bytes and not floats travel there."""
         images = batch.inputs if batch.inputs.is_floating_point() else batch.inputs.to(torch.get_default_dtype())
-        mean, deviation = (images.new_tensor(numbers).view(3, 1, 1) for numbers in (MEAN, DEVIATION))
-        return replace(batch, inputs=(images - mean).div_(deviation))
+        mean, std = (images.new_tensor(numbers).view(3, 1, 1) for numbers in (MEAN, STD))
+        return replace(batch, inputs=(images - mean).div_(std))
 
     @cached_property
     def _all(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -112,7 +115,7 @@ def _joined(parts: list[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
 
 
 def _from_binary(content: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """Read records of one byte of label and 3,072 of pixels."""
+    """Read records of one label byte and 3,072 pixel bytes."""
     records = np.frombuffer(content, np.uint8).reshape(-1, 3073)
     return records[:, 1:], records[:, 0]
 
@@ -123,7 +126,7 @@ def _from_pickle(content: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 
 class _Arrays(pickle.Unpickler):
-    """Reads arrays; whatever else a pickle may name, and so run, is refused."""
+    """Reads arrays alone. A pickle can name, and so run, any function: all others are refused."""
 
     known: dict[str, Any] = {  # noqa: RUF012
         "_reconstruct": np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
@@ -139,10 +142,10 @@ class _Arrays(pickle.Unpickler):
 
 
 def fetch(url: str, sha256: str, path: Path) -> None:
-    """Download a file, whole and unaltered or not at all.
+    """Download a file. Nothing is kept unless all of it has arrived unaltered.
 
     Raises:
-        ValueError: it is another file.
+        ValueError: the file has another SHA-256.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part, digest = path.with_name(f"{path.name}.part"), hashlib.sha256()

@@ -1,19 +1,19 @@
 """Kill training with SIGKILL at random moments, resume it on other processes, and show that nothing was lost.
 
-    python scripts/kill.py              # until 50 runs with 2 processes were killed: about 10 minutes on 2 cores
-    python scripts/kill.py --kills 6
+    python scripts/lab/kill.py              # kills 50 runs with 2 processes: about 10 minutes on 2 cores
+    python scripts/lab/kill.py --kills 6
 
-Chains of runs on the digits, in float64, with dropout and a ragged last batch. Each run but the last of a chain is
-killed (all its processes) in a step, while a checkpoint is written, or in validation; then the same command goes on
-with another number of processes, micro-batch size and number of workers. In every third chain processes and micro-batch
-size stay. Against a run that nobody interrupted it is checked that
+A chain is a sequence of runs on the digits, in float64, with dropout and a short last batch. All processes of a run are
+killed in a step, while a checkpoint is written, or in validation. The same command then goes on, with another number of
+processes, micro-batch size and number of workers. Only the last run of a chain ends by itself. In every third chain the
+number of processes and the micro-batch size stay the same. Each chain is compared with an uninterrupted run:
 
-- each step trains on the same examples in the same order, also where it is trained again, and follows the one before;
+- each step trains on the same examples in the same order, also when it is repeated, and no step is left out;
 - each validation takes place, and measures the same loss;
-- last and best weights are equal bit for bit on the same processes and micro-batches, and to 1e-10 on others;
+- last and best weights are equal: bit for bit with the same processes and micro-batches, to 1e-10 with others;
 - after each kill every checkpoint can be read, and training goes on from the step of `last.ckpt`.
 
-Exits with 1 if any of this is not so; then the folder of the runs is kept.
+Exits with 1 if any of this fails, and then keeps the folder of the runs.
 """
 
 import argparse
@@ -48,8 +48,8 @@ from kill_trace import (
     what_was_hit,
 )
 
-SCRIPTS = Path(__file__).resolve().parent
-CONFIGS = (SCRIPTS.parent / "configs" / "digits.yaml", SCRIPTS.parent / "configs" / "overlays" / "csv.yaml")
+LAB = Path(__file__).resolve().parent
+CONFIGS = (LAB / "digits.yaml", LAB / "csv.yaml")
 EPOCHS, SAVE_EVERY, VALIDATE_EVERY = 4, 3, 5
 TIMEOUT = 120.0  # seconds
 HALT = threading.Event()
@@ -57,7 +57,7 @@ HALT = threading.Event()
 
 @dataclass(frozen=True)
 class Run:
-    """A run of a chain; unless it ends by itself, it is killed after `steps` steps, `delay` (0 to 1) into `phase`."""
+    """A run of a chain. With a `phase`, it is killed after `steps` steps, at the share `delay` of that phase."""
 
     processes: int = 2
     micro_batch_size: int | None = 17
@@ -68,7 +68,7 @@ class Run:
 
 
 def make_chain(choice: random.Random, kills: int, processes: list[int], same: bool) -> list[Run]:
-    """Draw `kills` runs to kill, at least every second with two processes, and one that ends by itself."""
+    """Draw `kills` runs to kill, at least every second with two processes, and a last one that ends by itself."""
     runs = [Run()]
     while len(runs) <= kills:
         run = replace(runs[-1], num_workers=choice.choice((0, 0, 1, 2)))
@@ -84,7 +84,7 @@ def make_chain(choice: random.Random, kills: int, processes: list[int], same: bo
 
 
 def start(run: Run, folder: Path, trace: str, popen: Any) -> Any:
-    """Start `python -m project fit ... --ckpt_path last` as a process group of its own."""
+    """Start `python -m batchwise fit ... --ckpt_path last` as a process group of its own."""
     last = {"class_path": "batchwise.callbacks.checkpoint.Last", "init_args": {"every_n_steps": SAVE_EVERY}}
     trainer = {
         "default_root_dir": str(folder / "runs"),
@@ -100,16 +100,17 @@ def start(run: Run, folder: Path, trace: str, popen: Any) -> Any:
     overlay.write_text(
         json.dumps({"trainer": trainer, "data": {"class_path": "kill_trace.Source", "init_args": sizes}})
     )
-    command = [sys.executable, "-m", "project", "fit", "--ckpt_path", "last"]
+    command = [sys.executable, "-m", "batchwise", "fit", "--ckpt_path", "last"]
     command += [word for file in (*CONFIGS, overlay) for word in ("--config", str(file))]
-    environment = os.environ | {"PYTHONPATH": str(SCRIPTS), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(filter(None, [str(LAB), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     with open(f"{trace}.log", "wb") as log:
         output = {"stdout": log.fileno(), "stderr": log.fileno()}
         return popen(command, **output, env=environment, cwd=folder, process_group=0)
 
 
 def wait(process: Any, condition: Callable[[], bool] = lambda: False) -> bool:
-    """Wait until the condition holds, or the process has ended, or it took too long; return whether it holds."""
+    """Wait until the condition holds, the process has ended or the time is over; return whether the condition holds."""
     deadline = time.monotonic() + TIMEOUT
     while not (met := condition()) and process.poll() is None and time.monotonic() < deadline and not HALT.is_set():
         time.sleep(0.0005)
@@ -117,7 +118,7 @@ def wait(process: Any, condition: Callable[[], bool] = lambda: False) -> bool:
 
 
 def wait_for_moment(run: Run, process: Any, trace: str) -> int:
-    """Wait until the run is to be killed; return when it had done its steps, in nanoseconds."""
+    """Wait until the run is to be killed; return the time at which its steps were done, in nanoseconds since 1970."""
     file = Path(f"{trace}.0")
 
     def count(event: str) -> int:
@@ -135,7 +136,7 @@ def wait_for_moment(run: Run, process: Any, trace: str) -> int:
 
 
 def run_chain(runs: list[Run], folder: Path, popen: Any) -> Report:
-    """Run a chain in a new folder; report what it did, and what went wrong in itself."""
+    """Run a chain in a new folder; return its report, which has not been compared with the uninterrupted run yet."""
     folder.mkdir()
     report, trace = Report(), ""
     for number, run in enumerate(runs):
@@ -166,10 +167,10 @@ def torture(chains: list[list[Run]], folder: Path, jobs: int = 2, popen: Any = s
     """Run the uninterrupted run and the chains, `jobs` at a time; return their reports.
 
     Args:
-        chains: what to run.
-        folder: where.
+        chains: the runs of each chain.
+        folder: an existing folder, for a sub-folder per chain.
         jobs: chains at a time.
-        popen: what starts a process; the tests have one that is quicker than `subprocess.Popen`.
+        popen: starts a process; the tests have a quicker one than `subprocess.Popen`.
     """
     HALT.clear()
     with ThreadPoolExecutor(jobs) as pool:
@@ -178,7 +179,7 @@ def torture(chains: list[list[Run]], folder: Path, jobs: int = 2, popen: Any = s
             running = [pool.submit(run_chain, runs, folder / f"chain_{i}", popen) for i, runs in enumerate(chains)]
             reports = [reference.result(), *(chain.result() for chain in running)]
         except BaseException:
-            HALT.set()  # the chains kill what they have started, and end
+            HALT.set()  # the chains then kill their processes and end
             raise
     check_passes(reports[0])
     for report, runs in zip(reports[1:], chains, strict=True):
@@ -187,11 +188,18 @@ def torture(chains: list[list[Run]], folder: Path, jobs: int = 2, popen: Any = s
 
 
 def main() -> int:
-    """Draw chains until enough runs of two processes are killed; print a table."""
+    """Draw chains until enough runs with two processes are killed; print a table."""
     parser = argparse.ArgumentParser(description="Kill training, resume it, and show that nothing was lost.")
-    parser.add_argument("--kills", type=int, default=50, help="of runs with 2 processes; others are killed besides")
+    parser.add_argument(
+        "--kills",
+        type=int,
+        default=50,
+        help="kills of runs with 2 processes; runs with other numbers are killed besides",
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 3], help="to go on with after a kill")
+    parser.add_argument(
+        "--processes", type=int, nargs="+", default=[1, 2, 3], help="numbers of processes to go on with after a kill"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="chains at a time")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))

@@ -1,4 +1,4 @@
-"""What the runs of `kill.py` train on, the callback that writes it down, and whether it is right."""
+"""The data of the runs of `kill.py`, the callback that records their steps, and the checks of these records."""
 
 import contextlib
 import json
@@ -18,24 +18,24 @@ from batchwise.sources.digits import Digits
 
 EXAMPLES, BATCH_SIZE = 1259, 100
 TOLERANCE = 1e-10
-PHASES = {"step": 0.06, "write": 0.003, "validation": 0.03}  # what a kill may hit, and about how many seconds it takes
+PHASES = {"step": 0.06, "write": 0.003, "validation": 0.03}  # what a kill may hit, and its duration in seconds, about
 
 
 class Source(Digits):
-    """The digits: from memory without workers; with workers, one by one."""
+    """The digits: tensors without workers, a map-style data set with workers."""
 
     def load(self, split: str) -> Any:
-        """Return tensors, or the same as a map-style data set."""
+        """Return tensors, or a map-style data set of the same examples."""
         fields = super().load(split)
         return TensorDataset(*fields) if self.num_workers else fields
 
 
 class Trace(pl.Callback):
-    """Writes down what is trained on and measured, a file per process, and slows training down a little.
+    """Records the examples of each step and the loss of each validation, in a file per process.
 
     Args:
-        path: of the files, to which the rank is added.
-        pause: seconds at each step and validation.
+        path: path of the files, without the rank, which is appended.
+        pause: seconds to wait at each step and validation, so that a kill can hit them.
     """
 
     def __init__(self, path: str, pause: float = 0.02) -> None:
@@ -46,28 +46,28 @@ class Trace(pl.Callback):
             file.write(json.dumps(event).encode() + b"\n")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Write where the run is."""
+        """Record the run's folder."""
         self._write(trainer, folder=trainer.default_root_dir)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Write the examples that the step trained on here, each with its place in the global batch."""
+        """Record this process's examples of the step, each with its position in the global batch."""
         counted = [part for part in batch.micro_batches if part.counts]
         examples = [pair for part in counted for pair in enumerate(part.index.tolist(), part.position)]
         self._write(trainer, step=batch.step, examples=examples)
         time.sleep(self.pause)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Write that it begins."""
+        """Record that validation begins."""
         self._write(trainer, validating=trainer.global_step)
         time.sleep(self.pause)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Write what was measured."""
+        """Record the loss."""
         self._write(trainer, validated=trainer.global_step, loss=trainer.callback_metrics["val/loss"].item())
 
 
 def read_trace(trace: str, rank: int) -> list[dict[str, Any]]:
-    """Return the events of a process; a line that was cut short is left out."""
+    """Return the events of a process, without a last line that was cut short."""
     file = Path(f"{trace}.{rank}")
     return [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]] if file.exists() else []
 
@@ -78,14 +78,14 @@ def checkpoints(trace: str) -> Path:
 
 
 def is_writing(trace: str, since: int) -> bool:
-    """Return whether a checkpoint is being written, or was when the run was killed."""
+    """Return whether a checkpoint is being written, or was being written when the run was killed."""
     with contextlib.suppress(FileNotFoundError):
         return any(part.stat().st_mtime_ns > since for part in checkpoints(trace).glob(".*.part"))
     return False
 
 
 def what_was_hit(trace: str, since: int) -> str:
-    """Return what a run was doing when it was killed."""
+    """Return the phase in which a run was killed."""
     return "write" if is_writing(trace, since) else "validation" if "validating" in read_trace(trace, 0)[-1] else "step"
 
 
@@ -100,9 +100,9 @@ def read_weights(trace: str) -> dict[str, Tensor]:
 
 @dataclass
 class Report:
-    """What became of a chain."""
+    """The record of a chain, and what is wrong with it."""
 
-    kills: Counter[tuple[str, int]] = field(default_factory=Counter)  # by what they hit, and number of processes
+    kills: Counter[tuple[str, int]] = field(default_factory=Counter)  # by phase and number of processes
     afresh: int = 0  # kills before there was a checkpoint
     again: int = 0  # steps that were trained again
     torn: int = 0
@@ -115,20 +115,20 @@ class Report:
 
 
 def look_at_checkpoints(folder: Path, report: Report) -> int:
-    """Read every checkpoint of a chain; return the step of `last.ckpt`, 0 where there is none."""
+    """Read every checkpoint of a chain; return the step of `last.ckpt`, or 0 if there is none."""
     first = 0
     for path in folder.glob("runs/*/*/checkpoints/*.ckpt"):
         try:
             step = torch.load(path, weights_only=True)["global_step"]
             first = max(first, step) if path.name == "last.ckpt" else first
-        except Exception as error:  # whatever is wrong with it
+        except Exception as error:  # any error means that it is torn
             report.torn += 1
             report.violations.append(f"{path} is torn: {error}")
     return first
 
 
 def follow(report: Report, trace: str, processes: int, first: int, killed: bool) -> None:
-    """Add to the report what a run of `processes` trained on and measured, from the step `first`."""
+    """Add the steps and losses of a run, which began at the step `first`, to the report."""
     events = [event for rank in range(processes) for event in read_trace(trace, rank)]
     done = [event for event in events if "step" in event]
     known, steps = {step for step, *_ in report.batches}, sorted({event["step"] for event in done})
@@ -136,16 +136,16 @@ def follow(report: Report, trace: str, processes: int, first: int, killed: bool)
         report.violations.append(f"{trace}: trained the steps {steps} after {first} steps")
     for step in steps:
         shares = [event["examples"] for event in done if event["step"] == step]
-        whole = len(shares) == processes
-        if not whole and not (killed and step == steps[-1]):
+        complete = len(shares) == processes
+        if not complete and not (killed and step == steps[-1]):
             report.violations.append(f"{trace}: {len(shares)} of {processes} processes trained step {step}")
-        report.batches.append((step, whole, [pair for share in shares for pair in share]))
+        report.batches.append((step, complete, [pair for share in shares for pair in share]))
     report.again += len(known.intersection(steps))
     report.losses += [(event["validated"], event["loss"]) for event in events if "validated" in event]
 
 
 def check_passes(report: Report) -> None:
-    """Check that each epoch of the uninterrupted run has each example once, in batches of `BATCH_SIZE`."""
+    """Check that each epoch of the uninterrupted run trains on each example once, in batches of `BATCH_SIZE`."""
     steps = -(-EXAMPLES // BATCH_SIZE)
     for epoch in range(len(report.batches) // steps):
         pairs = [pair for step, _, examples in report.batches if step // steps == epoch for pair in examples]
@@ -155,13 +155,13 @@ def check_passes(report: Report) -> None:
 
 
 def check(report: Report, reference: Report, same: bool) -> None:
-    """Compare a chain with the uninterrupted run, bit for bit where it was executed the same."""
+    """Compare a chain with the uninterrupted run: bit for bit if it had the `same` processes and micro-batches."""
     report.same = same
     order = {step: examples for step, _, examples in reference.batches}
-    for step, whole, examples in report.batches:
-        if examples != order[step] and (whole or not all(pair in order[step] for pair in examples)):
+    for step, complete, examples in report.batches:
+        if examples != order[step] and (complete or not all(pair in order[step] for pair in examples)):
             report.violations.append(f"step {step} trained on {examples}, not on {order[step]}")
-    if {step for step, whole, _ in report.batches if whole} != order.keys():
+    if {step for step, complete, _ in report.batches if complete} != order.keys():
         report.violations.append("not every step was trained")
     losses, measured = dict(reference.losses), {step for step, _ in report.losses}
     if measured != losses.keys():
@@ -177,7 +177,7 @@ def check(report: Report, reference: Report, same: bool) -> None:
 
 
 def table(reports: list[Report], seconds: float) -> str:
-    """Return the figures of all chains together."""
+    """Return the figures of all chains together, a line each."""
     kills = sum((report.kills for report in reports), Counter())
     differences = [(report.same, report.difference) for report in reports[1:]]
     processes = sorted({number for _, number in kills})

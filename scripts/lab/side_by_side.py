@@ -1,10 +1,9 @@
-"""Many small networks trained in one training, side by side: one per learning rate and seed, which share nothing.
+"""Many small networks trained side by side in one training, one per learning rate and seed.
 
-A step of one small network costs more in Python than in arithmetic; so the networks of all seeds are stacked, and those
-of all rates run in turn within a step. Each has its own first weights, its own split of the data, its own labels,
-dropout and statistics of batch norm, its own rate; its gradient is that of its own loss. They have the number of steps
-in common, and the positions that make up a batch (where other images stand in each split).
-"""
+A step of one small network costs more in Python than in arithmetic. So the networks of all seeds are stacked, and those
+of all rates run one after another within a step. Each network has its own initial weights, split of the data, labels,
+dropout, batch norm statistics and rate, and its gradient is that of its own loss. The networks share the number of
+steps and the positions that make up a batch; each split has other images at these positions."""
 
 import argparse
 import tempfile
@@ -28,7 +27,7 @@ from batchwise.tasks.task import Task
 
 
 class Linears(nn.Module):
-    """Linear layers: [S, N, in] to [S, N, out]."""
+    """Stacked linear layers: [S, N, in] to [S, N, out]."""
 
     def __init__(self, layers: Sequence[Any]) -> None:
         super().__init__()
@@ -42,7 +41,7 @@ class Linears(nn.Module):
 
 
 class Norms(nn.Module):
-    """Batch norms, or layer norms."""
+    """Stacked batch norms or layer norms."""
 
     def __init__(self, layers: Sequence[Any]) -> None:
         super().__init__()
@@ -91,20 +90,20 @@ class Splits(DataModule):
         return torch.stack(images, 1).flatten(2), torch.stack(digits, 1)
 
     def transform(self, batch: MicroBatch, training: bool) -> MicroBatch:
-        """Normalise, each split with its own statistics."""
-        mean, deviation = (
+        """Normalise each split with its own statistics."""
+        mean, std = (
             torch.tensor(each)[:, None] for each in zip(*(part.statistics for part in self.parts), strict=True)
         )
-        return replace(batch, inputs=(batch.inputs.float() - mean) / deviation)
+        return replace(batch, inputs=(batch.inputs.float() - mean) / std)
 
     def labels(self) -> Tensor | None:
-        """Return the training labels where they are the same in all splits, position by position."""
+        """Return the training labels, if they are the same in all splits at each position."""
         digits = self.load("train")[1]
         return digits[:, 0].contiguous() if bool((digits == digits[:, :1]).all()) else None
 
 
 class SideBySide(Task):
-    """Classify each example with each network; the loss of an example is the sum of theirs."""
+    """Classify each example with each network. The loss of an example is the sum over the networks."""
 
     def __init__(self, rates: Sequence[float], **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -117,7 +116,7 @@ class SideBySide(Task):
         return torch.cat([networks(inputs.transpose(0, 1)) for networks in own]).transpose(0, 1)
 
     def losses(self, batch: MicroBatch) -> Tensor:
-        """One sum of cross-entropies per example [N]."""
+        """Return one sum of cross-entropies per example [N]."""
         logits, targets = self(batch.inputs), batch.targets.repeat(1, len(self.rates_of_networks))
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
         if self.training:
@@ -136,13 +135,13 @@ class SideBySide(Task):
 
 
 class Curves(Callback):
-    """Notes how training goes, after each epoch that is validated."""
+    """Adds accuracy and loss to each run after each validation."""
 
     def __init__(self, runs: list[Run], setting: Setting) -> None:
         self.runs, self.setting, self.epochs = runs, setting, 0
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Note it."""
+        """Add a point to each curve; stop when all have reached the target."""
         (record,) = (callback for callback in trainer.callbacks if isinstance(callback, Record))
         seconds, epoch, plan = record.totals(pl_module).seconds, trainer.current_epoch + 1, pl_module.data.plan
         images = len(pl_module.data.split("val"))
@@ -172,7 +171,7 @@ def train(setting: Setting, rates: Sequence[float], seeds: Sequence[int], scale:
         optimizer=partial(setting.optimizer, lr=rates[0]),
         schedule=setting.schedule,
         reference_batch_size=setting.reference_batch_size,
-        max_skipped_steps=0,  # one that diverges must not stop the others
+        max_skipped_steps=0,  # one diverged network must not stop the others
     )
     parts = [setting.data(split_seed=seed) for seed in seeds]
     data = Splits(parts, batch_size=setting.batch_size, order=setting.order(), seed=0)
@@ -190,7 +189,7 @@ def train(setting: Setting, rates: Sequence[float], seeds: Sequence[int], scale:
 
 
 def train_all(given: argparse.Namespace, settings: dict[Key, Setting]) -> dict[Key, list[Run]]:
-    """Train each setting once per seed; those that differ in their rate alone, side by side. Return the runs."""
+    """Train each setting once per seed, those that differ only in their rate side by side; return the runs."""
     runs: dict[Key, list[Run]] = {}
     for key, setting in settings.items():
         if key not in runs:

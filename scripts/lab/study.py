@@ -1,8 +1,8 @@
-"""What the studies of docs/batching.md share: many small trainings on the digits, in one process, over several seeds.
+"""Shared by the studies of docs/batching.md: many small trainings on the digits, in one process, over several seeds.
 
-Each is an ordinary training by this project's Trainer, task and data module, without log and checkpoints. A seed also
-draws its own split into training, validation and test, so that the deviation over the seeds is not that of one lucky
-split. What is chosen (a learning rate) is chosen by validation; what is reported as accuracy is of the test split.
+Each is an ordinary training by the engine's Trainer, task and data module, without log and checkpoints. Each seed also
+draws its own split into training, validation and test, so that the spread over the seeds includes that of the split.
+Choices (of a learning rate) are made by validation accuracy. Reported accuracies are those of the test split.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,11 +39,11 @@ EXAMPLES = 899
 
 
 class FewDigits(Digits):
-    """The digits made harder: half of them for training, and some of the training labels wrong.
+    """The digits made harder: only half of them for training, and some of the training labels wrong.
 
     Args:
-        wrong: share of the training images whose label is another digit, drawn once per split.
-        choose: which training images there are, and how they are stored: given their labels, their numbers.
+        wrong: share of the training images with a wrong label, drawn once per split.
+        choose: maps the training labels to the indices of the training images to use, in their stored order.
         **kwargs: those of `Digits`.
     """
 
@@ -51,10 +51,11 @@ class FewDigits(Digits):
         super().__init__(val_fraction=0.2, test_fraction=0.3, **kwargs)
         self.wrong, self.choose = wrong, choose
 
-    @property
+    @cached_property
     def statistics(self) -> tuple[float, float]:
-        """Mean and deviation of the training images."""
-        return self._statistics
+        """Mean and std of the training images, chosen or not."""
+        images = super().load("train")[0].double()
+        return images.mean().item(), images.std().item()
 
     def load(self, split: str) -> tuple[Tensor, Tensor]:
         """Return images and digits."""
@@ -70,7 +71,7 @@ class FewDigits(Digits):
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to train: the batch, and what follows it."""
+    """One way to train."""
 
     batch_size: int = 32
     lr: float = 0.1
@@ -82,50 +83,50 @@ class Setting:
     order: Callable[[], Order] = Shuffled
     data: Callable[..., FewDigits] = FewDigits
     every: int = 1
-    """Epochs between two looks at the validation split."""
+    """Epochs between two validations."""
     target: float = math.inf
-    """Training ends when the accuracy on the validation split has reached this, in per cent, and `least` epochs."""
+    """Validation accuracy in percent at which training ends, but not before `least` epochs."""
     least: int = 0
 
 
 @dataclass
 class Run:
-    """What came out, with accuracies in per cent."""
+    """The results of a training. Accuracies are in percent."""
 
     test: float = math.nan
     epochs: list[int] = field(default_factory=list)
     accuracy: list[float] = field(default_factory=list)
     """On the validation split."""
     loss: list[float] = field(default_factory=list)
-    """On the training split, the mean over the epoch."""
+    """Mean training loss since the last validation."""
     seconds: list[float] = field(default_factory=list)
-    """Of training alone, so far."""
+    """Seconds of training so far, without validation."""
     steps: list[int] = field(default_factory=list)
 
     @property
     def val(self) -> float:
-        """The accuracy on the validation split at the end."""
+        """The last validation accuracy."""
         return self.accuracy[-1]
 
     def reached(self, target: float) -> int | None:
-        """Return the place in the lists at which the validation accuracy first is at least `target`."""
+        """Return the index at which the validation accuracy is first at least `target`, or None."""
         return next((place for place, value in enumerate(self.accuracy) if value >= target), None)
 
 
 class Speed(Callback):
-    """Notes the seconds of training alone, after each epoch."""
+    """Keeps the seconds of training, without validation, after each epoch."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Note it."""
+        """Keep the seconds."""
         (record,) = (callback for callback in trainer.callbacks if isinstance(callback, Record))
         self.seconds.append(record.totals(pl_module).seconds)
 
 
 def trainer(folder: str, setting: Setting, scale: float, callbacks: Sequence[Callback], **kwargs: Any) -> Trainer:
-    """Return a Trainer without log and checkpoints; in a tiny form, for a few steps per epoch."""
+    """Return a Trainer without log and checkpoints. In the tiny form (a small `scale`) an epoch has a few steps."""
     epochs = max(1, round(setting.epochs * scale))
     settings: dict[str, Any] = {"max_epochs": epochs, "check_val_every_n_epoch": min(setting.every, epochs)}
     few_steps: dict[str, Any] = {"limit_train_batches": 4} if scale < 0.1 else {}
@@ -145,10 +146,10 @@ def train(setting: Setting, seed: int, scale: float = 1.0, callbacks: Sequence[C
     """Train one network.
 
     Args:
-        setting: how.
-        seed: of the split, the first weights, the order and dropout.
+        setting: the way to train.
+        seed: seed of the split, the initial weights, the order and dropout.
         scale: share of the epochs.
-        callbacks: which see what is to be seen.
+        callbacks: observers of the training.
         **kwargs: more arguments for the Trainer.
     """
     torch.manual_seed(seed)
@@ -160,7 +161,7 @@ def train(setting: Setting, seed: int, scale: float = 1.0, callbacks: Sequence[C
 
 @contextlib.contextmanager
 def silence() -> Any:
-    """Let nothing be printed: what a study has to say comes at its end."""
+    """Print nothing meanwhile: a study prints its tables at the end."""
     with open(os.devnull, "w") as file, contextlib.redirect_stdout(file):
         yield
 
@@ -169,10 +170,10 @@ def arguments(description: str | None, seeds: int = 5) -> argparse.Namespace:
     """Return the command line that all studies take."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--seeds", type=int, default=seeds, help="trainings of each setting")
-    parser.add_argument("--scale", type=float, default=1.0, help="share of the epochs; the tests take little")
-    parser.add_argument("--threads", type=int, default=1, help="of PyTorch")
-    parser.add_argument("--json", type=Path, help="also write the table to this file")
-    parser.add_argument("--png", type=Path, help="also draw this picture")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the epochs; tests take a small one")
+    parser.add_argument("--threads", type=int, default=1, help="PyTorch threads")
+    parser.add_argument("--json", type=Path, help="file for the tables")
+    parser.add_argument("--png", type=Path, help="file for the picture")
     given = bench.prepare(parser)
     if given.scale < 0.1:
         given.seeds = min(given.seeds, 2)
@@ -180,16 +181,16 @@ def arguments(description: str | None, seeds: int = 5) -> argparse.Namespace:
 
 
 def few(given: argparse.Namespace, values: Iterable[Key]) -> list[Key]:
-    """Return the values; in a tiny form, the first and the last alone."""
+    """Return the values; in the tiny form only the first and the last."""
     values = list(values)
     return values if given.scale >= 0.1 else [values[0], values[-1]]
 
 
 def spread(values: Iterable[float], digits: int = 1) -> str:
-    """Return mean and deviation over the seeds."""
+    """Return mean ± std over the seeds."""
     values = list(values)
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}"
+    std = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{std}"
 
 
 def mean(values: Iterable[float]) -> float:
@@ -198,7 +199,7 @@ def mean(values: Iterable[float]) -> float:
 
 
 def table(title: str, head: Sequence[str], rows: Sequence[Sequence[object]]) -> dict[str, dict[str, str]]:
-    """Print a table as Markdown; return it: by the first column, then by the others."""
+    """Print a table as Markdown; return it as {first column: {head: cell}}."""
     rows = [[str(value) for value in row] for row in rows]
     print(f"\n{title}\n")
     for line in ([*head], ["---", *["--:"] * (len(head) - 1)], *rows):
@@ -207,13 +208,13 @@ def table(title: str, head: Sequence[str], rows: Sequence[Sequence[object]]) -> 
 
 
 def panels(number: int) -> tuple[Figure, list[Any]]:
-    """Return a picture with so many panels in a row."""
+    """Return a figure with `number` panels in a row."""
     figure = Figure(figsize=(4.6 * number, 3.7), dpi=100, layout="constrained")
     return figure, list(figure.subplots(1, number, squeeze=False)[0])
 
 
 def finish(given: argparse.Namespace, figure: Figure | None, **tables: dict[str, dict[str, str]]) -> None:
-    """Leave the picture and the tables where they were asked for."""
+    """Write the picture and the tables to the files that were asked for."""
     if given.png is not None and figure is not None:
         figure.savefig(given.png)
     if given.json is not None:

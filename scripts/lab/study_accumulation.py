@@ -1,11 +1,11 @@
-"""Does accumulation equal the large batch? Ours, and Lightning's own, each against the whole batch at once.
+"""Does accumulation equal the large batch? Ours and Lightning's, each against the batch in one piece.
 
-In float64, plain SGD, batches of 96 of 899 images, so that the last batch has 35. First the gradients of one epoch,
-with a learning rate of zero, so that all are taken at the same weights; then the weights after three epochs of
-training. "Lightning" is its Trainer with `accumulate_grad_batches`, a mean loss and a DataLoader, over the same images
-in the same order.
+In float64, with plain SGD and batches of 96 out of 899 images, so that the last batch has 35. First the gradients of
+one epoch are compared, with a learning rate of zero, so that all are taken at the same weights. Then the weights after
+three epochs of training. "Lightning" is its Trainer with `accumulate_grad_batches`, a mean loss and a DataLoader, over
+the same images in the same order.
 
-    python scripts/study_accumulation.py
+    python scripts/lab/study_accumulation.py
 """
 
 import argparse
@@ -42,12 +42,12 @@ class Gradients(Callback):
         self.seen: list[Tensor] = []
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        """Take this one."""
+        """Keep this one."""
         self.seen.append(torch.cat([gradient.flatten() for gradient in gradients_of(optimizer)]).clone())
 
 
 class SameOrder:
-    """A sampler that gives the images of each epoch as our loader does."""
+    """A sampler that gives the images of each epoch in the order of our loader."""
 
     def __init__(self, examples: int, seed: int) -> None:
         self.order, self.epoch = Shuffled().prepare(examples, BATCH, seed), 0
@@ -61,7 +61,7 @@ class SameOrder:
 
 
 class Documented(pl.LightningModule):
-    """A module as Lightning's documentation writes it."""
+    """A module as in Lightning's documentation."""
 
     def __init__(self, network: nn.Module, rate: float, data: DataModule) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class Documented(pl.LightningModule):
 
 
 def fit(how: str, micro_batch: int, make: Any, ghost: int | None, rate: float, epochs: int, seed: int) -> list[Tensor]:
-    """Return the gradient of each step and, last, the weights."""
+    """Return the gradient of each step, and after them the weights."""
     torch.manual_seed(seed)
     network, seen = make(), Gradients()
     settings: dict[str, Any] = {
@@ -100,11 +100,11 @@ def fit(how: str, micro_batch: int, make: Any, ghost: int | None, rate: float, e
 
 
 def row(given: argparse.Namespace, name: str, how: str, micro_batch: int, make: Any, ghost: int | None) -> list[str]:
-    """Return how far the gradients and the weights are from those of the whole batch, the worst over the seeds."""
+    """Return the largest errors of gradients and weights against the batch in one piece, over all seeds."""
     full = last = weights = 0.0
     for seed in range(given.seeds):
-        whole, parts = (fit("ours", BATCH, make, ghost, 0.0, 1, seed), fit(how, micro_batch, make, ghost, 0.0, 1, seed))
-        errors = [((a - b).norm() / a.norm()).item() for a, b in zip(whole[:-1], parts[:-1], strict=True)]
+        once, parts = (fit("ours", BATCH, make, ghost, 0.0, 1, seed), fit(how, micro_batch, make, ghost, 0.0, 1, seed))
+        errors = [((a - b).norm() / a.norm()).item() for a, b in zip(once[:-1], parts[:-1], strict=True)]
         full, last = max(full, *errors[:-1]), max(last, errors[-1])
         epochs = 3 if given.scale >= 0.1 else 1
         ways = (("ours", BATCH), (how, micro_batch))
@@ -114,7 +114,7 @@ def row(given: argparse.Namespace, name: str, how: str, micro_batch: int, make: 
 
 
 def main() -> None:
-    """Train and tell."""
+    """Train and print."""
     given = study.arguments(__doc__)
     alternatives = [
         ("ours", "ours", 48, PLAIN, None),
@@ -132,7 +132,7 @@ def main() -> None:
     with study.silence():
         rows = [row(given, *each) for each in study.few(given, alternatives)]
     head = ["", "gradient, full batches", "gradient, last batch", "weights after 3 epochs"]
-    title = "Relative error of the gradient, and largest difference of a weight, against the whole batch"
+    title = "Relative error of the gradient, and largest difference of a weight, against the batch in one piece"
     figures = study.table(title, head, rows)
     study.finish(given, None, accumulation=figures)
 

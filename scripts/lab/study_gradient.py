@@ -1,11 +1,11 @@
-"""The variance of a batch's gradient against the batch size: is it S / B, with S that of single examples?
+"""The variance of a batch's gradient against the batch size: is it S / B, where S is that of single examples?
 
-Training with a learning rate of zero leaves the weights where they are, so that each step shows the gradient of another
-batch at the same place: at the first weights, and after five epochs. The variance is the mean squared distance of a
-batch's gradient from that of all N examples; S is the same of single examples; beside it, S as
-`batchwise.batching.noise` has it from the micro-batches of the same steps. In float64.
+Training with a learning rate of zero leaves the weights unchanged, so that each step gives the gradient of another
+batch at the same weights: at the initial ones, and after five epochs. The variance is the mean squared distance of a
+batch's gradient from the gradient of all N examples. S is the same for single examples. The table also has the estimate
+of S by `batchwise.batching.noise`, from the micro-batches of the same steps. In float64.
 
-    python scripts/study_gradient.py --png docs/study_gradient.png
+    python scripts/lab/study_gradient.py --png docs/study_gradient.png
 """
 
 import copy
@@ -35,16 +35,20 @@ DRAWN: dict[str, Callable[[], Order]] = {
 
 
 class Gradients(Callback):
-    """Keeps the squared distances of the gradients of whole batches from a given one, and their sum."""
+    """Keeps the squared distance of each full batch's gradient from a given one, and the sum of the gradients."""
 
     def __init__(self, size: int, centre: Tensor | float = 0.0) -> None:
         self.size, self.centre = size, centre
         self.squares: list[float] = []
         self.total: Tensor | float = 0.0
 
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Keep the size of the batch."""
+        self.now = batch.size
+
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        """Take this one."""
-        if pl_module.share.size == self.size:
+        """Keep the gradient's distance, unless the batch is the short last one."""
+        if self.now == self.size:
             gradient = torch.cat([each.flatten() for each in gradients_of(optimizer)])
             self.squares.append((gradient - self.centre).square().sum().item())
             self.total = self.total + gradient
@@ -57,30 +61,30 @@ class S(NoiseScale):
         super().__init__(every_n_steps=1, window=10**6)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Take the mean over the batches, each weighted by its examples."""
+        """Average over the batches, each weighted by its number of examples."""
         self.estimate()
         examples = sum(each.examples for each in self.samples)
         self.mean = sum(each.examples * each.noise for each in self.samples) / examples
 
 
 def look(network: nn.Module, setting: Setting, seed: int, steps: int, *callbacks: Callback) -> None:
-    """Let callbacks see the gradients of some batches at one place."""
+    """Show callbacks the gradients of some batches at the same weights."""
     here = replace(setting, lr=0.0, network=lambda: copy.deepcopy(network), every=10**9)
     study.train(here, seed, 1.0, callbacks, precision="64-true", max_epochs=-1, max_steps=steps)
 
 
 def measure(network: nn.Module, seed: int, sizes: Sequence[int], steps: int) -> dict[tuple[int, str], float]:
-    """Return the variance by batch size and way to draw, and S by noise.py, each against what it should be."""
-    whole = Gradients(EXAMPLES)
-    look(network, Setting(EXAMPLES), seed, 1, whole)
-    single = Gradients(1, whole.total)
+    """Return the variance by batch size and kind of draw, and S by noise.py, each divided by its expected value."""
+    everything = Gradients(EXAMPLES)
+    look(network, Setting(EXAMPLES), seed, 1, everything)
+    single = Gradients(1, everything.total)
     look(network, Setting(1), seed, min(EXAMPLES, 20 * steps), single)
     s = study.mean(single.squares)
     found = {}
     for size in sizes:
         setting = Setting(size, data=partial(FewDigits, micro_batch_size=max(1, size // 4)))
         for name, order in DRAWN.items():
-            seen, noise = Gradients(size, whole.total), S()
+            seen, noise = Gradients(size, everything.total), S()
             look(network, replace(setting, order=order), seed, steps, seen, noise)
             found[size, name] = study.mean(seen.squares) / (s / size)
             if order is not Shuffled:
@@ -89,7 +93,7 @@ def measure(network: nn.Module, seed: int, sizes: Sequence[int], steps: int) -> 
 
 
 def main() -> None:
-    """Train, tell, draw."""
+    """Train, print, draw."""
     given = study.arguments(__doc__)
     sizes, steps = study.few(given, SIZES), max(2, round(STEPS * given.scale))
     tables = {}
@@ -115,7 +119,7 @@ def main() -> None:
         ]
         head = ["batch B", "with replacement / (S/B)", "S by noise.py / S", "without replacement / (S/B)"]
         head += ["(N-B)/(N-1)"]
-        where = f"after {epochs} epochs" if epochs else "at the first weights"
+        where = f"after {epochs} epochs" if epochs else "at the initial weights"
         tables[where] = study.table(f"Variance of the gradient {where}", head, rows)
         for name, style in zip(DRAWN, ("o", "s"), strict=True):
             means = [study.mean(each[size, name] for each in found) / size for size in sizes]

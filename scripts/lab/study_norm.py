@@ -1,9 +1,9 @@
 """Batch norm, dropout, neither, both: how accurate, at which learning rates, and how steadily?
 
-A network with four hidden layers, SGD with momentum and a constant rate, batches of 64, few training images and one in
-ten of their labels wrong, so that there is something to regularise.
+A network with four hidden layers, SGD with momentum and a constant rate, batches of 64. There are few training images,
+and one in ten of their labels is wrong, so that regularisation can help.
 
-    python scripts/study_norm.py --png docs/study_norm.png
+    python scripts/lab/study_norm.py --png docs/study_norm.png
 """
 
 import statistics
@@ -33,13 +33,13 @@ def network(norm: str, dropout: float) -> MLP:
 
 
 def unsteady(run: Run) -> float:
-    """Return how much the training loss rises from epoch to epoch, all rises added up, against its first value."""
+    """Return the sum of all rises of the training loss from epoch to epoch, divided by its first value."""
     rises = [max(0.0, b - a) for a, b in zip(run.loss, run.loss[1:], strict=False)]
     return sum(rises) / run.loss[0] if run.loss else float("nan")
 
 
 def main() -> None:
-    """Train, tell, draw."""
+    """Train, print, draw."""
     given = study.arguments(__doc__, seeds=5)
     rates = study.few(given, RATES)
     data = partial(FewDigits, wrong=0.1)

@@ -1,9 +1,9 @@
 """Representative batches against skewed ones: the order of the examples, from sorted by class to stratified.
 
-Plain SGD with a constant rate, 10 epochs; for each order the better of two rates (by validation). Then data in which
-five of the ten digits are rare: what shuffled, stratified and balanced batches make of it.
+Plain SGD with a constant rate, 10 epochs, and for each order the better of two rates (by validation). Then the same
+with data in which five of the ten digits are rare, for shuffled, stratified and balanced batches.
 
-    python scripts/study_order.py --png docs/study_order.png
+    python scripts/lab/study_order.py --png docs/study_order.png
 """
 
 from collections.abc import Callable
@@ -21,33 +21,33 @@ from batchwise.batching.sampling import Balanced, Stratified, Weighted
 from batchwise.models.mlp import MLP
 
 RATES = {16: (0.05, 0.2), 128: (0.2, 0.8)}
-IMAGES = 896  # whole batches of either size: a last batch of three images would have the last word
+IMAGES = 896  # full batches of either size: a last batch of three images would have an undue effect
 RARE = 6
 
 
 class OneClass(Order):
-    """Batches of one class (but where two classes meet): the examples lie sorted, the batches are shuffled."""
+    """Batches of one class, except where two classes meet: the examples are sorted, and the batches are shuffled."""
 
     def indices(self, epoch: int, start: int, stop: int) -> Tensor:
-        """Batch b of the epoch is a batch of the sorted data; the short last one stays the last."""
-        whole = len(self) // self.batch_size
-        batches = mix(self._key(epoch), torch.arange(whole)).argsort() * self.batch_size
+        """Return the examples of these positions. Each batch is one of the sorted data; the short one stays last."""
+        full = len(self) // self.batch_size
+        batches = mix(self._key(epoch), torch.arange(full)).argsort() * self.batch_size
         positions = (batches[:, None] + torch.arange(self.batch_size)).flatten()
         return torch.cat([positions, torch.arange(len(positions), len(self))])[start:stop]
 
 
 def alike(digits: Tensor) -> Tensor:
-    """Return the numbers of the images so that digit follows digit in the same way in the split of each seed."""
+    """Return the indices of the images in an order that has the same digit at each position in all splits."""
     return by_digit(digits)[torch.randperm(IMAGES, generator=torch.Generator().manual_seed(0))]
 
 
 def by_digit(digits: Tensor) -> Tensor:
-    """Return the numbers of the images, sorted by digit."""
+    """Return the indices of the images, sorted by digit."""
     return digits.argsort(stable=True)[:IMAGES]
 
 
 def rare(digits: Tensor) -> Tensor:
-    """Return the numbers of 80 images of each of the digits 0 to 4, and of a few of each other."""
+    """Return the indices of 80 images of each of the digits 0 to 4, and of `RARE` images of each other digit."""
     return torch.cat([(digits == digit).nonzero().squeeze(1)[: 80 if digit < 5 else RARE] for digit in range(10)])
 
 
@@ -74,7 +74,7 @@ def better(runs: dict, *key: object) -> list[Run]:
 
 
 def main() -> None:
-    """Train, tell, draw."""
+    """Train, print, draw."""
     given = study.arguments(__doc__)
     settings = {}
     for order in study.few(given, ORDERS):

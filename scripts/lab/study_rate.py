@@ -1,11 +1,11 @@
-"""How the learning rate follows the batch, and whether large batches generalise worse.
+"""How the learning rate should follow the batch, and whether large batches generalise worse.
 
-A grid of batch sizes and learning rates, for SGD and for AdamW, each with a cosine schedule, for equally many epochs
-(20); one in five training labels is wrong, so that there is something to overfit. From it: the best rate of each batch
-size (linear or square root?), and the accuracy of a batch size with the same rate as another, with the rate scaled by
-rule, and with its own best rate. Then the batch of 256 again, with as many steps as that of 16.
+A grid of batch sizes and learning rates, for SGD and for AdamW, with a cosine schedule over 20 epochs. One in five
+training labels is wrong, so that a network can overfit. The grid gives the best rate of each batch size (linear or
+square root?), and the accuracy of a batch size at another size's rate, at a scaled rate, and at its own best rate. Then
+batch 256 is trained for as many steps as batch 16.
 
-    python scripts/study_rate.py --png docs/study_rate.png
+    python scripts/lab/study_rate.py --png docs/study_rate.png
 """
 
 import math
@@ -29,19 +29,19 @@ OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], str, list[floa
 
 
 def best(runs: dict[float, list[Run]]) -> float:
-    """Return the rate with the best mean accuracy on the validation split."""
+    """Return the rate with the best mean validation accuracy."""
     return max(runs, key=lambda rate: study.mean(run.val for run in runs[rate]))
 
 
 def slope(sizes: Sequence[int], rates: list[float]) -> float:
-    """Return the exponent p of rate ~ batch^p that fits best, by least squares."""
+    """Return the exponent p of rate ~ batch^p, fitted by least squares."""
     x, y = [math.log(size) for size in sizes], [math.log(rate) for rate in rates]
     mx, my = study.mean(x), study.mean(y)
     return sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True)) / sum((a - mx) ** 2 for a in x)
 
 
 def main() -> None:
-    """Train, tell, draw."""
+    """Train, print, draw."""
     given = study.arguments(__doc__)
     data, sizes = partial(FewDigits, wrong=0.2), study.few(given, SIZES)
     reference = REFERENCE if REFERENCE in sizes else sizes[0]
@@ -57,15 +57,15 @@ def main() -> None:
         power = 1.0 if rule == "linear" else 0.5
 
         def near(rate: float, rates: list[float] = rates) -> float:
-            """Return the rate of the grid that is nearest."""
+            """Return the nearest rate of the grid."""
             return min(rates, key=lambda other: abs(math.log(other / rate)))
 
         def scaled(power: float, size: int, start: float = found[reference], near: Callable = near) -> float:
-            """Return the reference's best rate, scaled."""
+            """Return the best rate of the reference batch size, scaled."""
             return near(start * (size / reference) ** power)
 
         def accuracy(size: int, rate: float, by_size: dict = by_size) -> str:
-            """Return what is in the table."""
+            """Return the table's cell."""
             return study.spread(run.test for run in by_size[size][rate])
 
         smallest, large = sizes[0], sizes[-2]

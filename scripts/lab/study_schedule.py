@@ -1,10 +1,10 @@
-"""To raise the batch size instead of lowering the learning rate (Smith et al. 2017, arXiv 1711.00489).
+"""Raising the batch size instead of lowering the learning rate (Smith et al. 2017, arXiv 1711.00489).
 
-Plain SGD from batches of 16 and a rate of 0.3, 20 epochs; after half of them the rate is divided by four, or the batch
-multiplied by four, and after three quarters again. One in ten training labels is wrong, so that a rate that stays high
-costs something.
+Plain SGD for 20 epochs, from batches of 16 and a rate of 0.3. After half of the epochs, and again after three quarters,
+the rate is divided by four or the batch is multiplied by four. One in ten training labels is wrong, so that a rate that
+stays high costs accuracy.
 
-    python scripts/study_schedule.py --png docs/study_schedule.png
+    python scripts/lab/study_schedule.py --png docs/study_schedule.png
 """
 
 from dataclasses import dataclass, replace
@@ -26,7 +26,7 @@ class Steps(Schedule):
 
     @property
     def needs_end(self) -> bool:
-        """It does."""
+        """The milestones are shares of the training, so its end must be known."""
         return True
 
     def factor(self, before: int, after: int, total: float) -> float:
@@ -35,7 +35,7 @@ class Steps(Schedule):
 
 
 def main() -> None:
-    """Train, tell, draw."""
+    """Train, print, draw."""
     given = study.arguments(__doc__, seeds=10)
     base = Setting(16, 0.3, 20, data=partial(FewDigits, wrong=0.1))
     grown = Milestones([base.batch_size * FACTOR, base.batch_size * FACTOR**2], shares=SHARES)

@@ -1,10 +1,10 @@
-"""One example at a time, mini-batches, the full batch: which learns faster, in epochs, steps and time?
+"""Single examples, mini-batches, the full batch: which learns fastest, in epochs, steps and time?
 
-For each batch size the learning rate is tuned for the fewest epochs to 95% on the validation split (plain SGD with a
-constant rate). Then how many examples per second this project trains at that size, one network at a time, as a user
-would; and the time to the target: its steps, at that speed.
+For each batch size the learning rate is tuned for the fewest epochs to 95% validation accuracy (plain SGD with a
+constant rate). Then the examples per second at that size are measured, with one network at a time. Both give the time
+to the target.
 
-    python scripts/study_size.py --png docs/study_size.png
+    python scripts/lab/study_size.py --png docs/study_size.png
 """
 
 import math
@@ -34,13 +34,13 @@ RATES = {
 
 
 def epochs(run: Run, target: float) -> float:
-    """Return the epochs to the target; 300 where it was not reached."""
+    """Return the epochs to the target, or 300 if it was not reached."""
     place = run.reached(target)
     return 300 if place is None else run.epochs[place]
 
 
 def speed(size: int, make: Callable[[], nn.Module], seed: int, scale: float) -> float:
-    """Return the examples per second of one network, after an epoch that does not count."""
+    """Return the examples per second of one network, after a warm-up epoch."""
     steps, watch = min(max(2, round(30 * scale)), -(-EXAMPLES // size)), study.Speed()
     setting = Setting(size, 0.01, epochs=3, network=make)
     study.train(setting, seed, 1.0, [watch], limit_train_batches=steps)
@@ -48,7 +48,7 @@ def speed(size: int, make: Callable[[], nn.Module], seed: int, scale: float) -> 
 
 
 def main() -> None:
-    """Train, tell, draw."""
+    """Train, print, draw."""
     given = study.arguments(__doc__)
     sizes, target = study.few(given, RATES), 95 if given.scale >= 0.1 else 5
     base = 32 if 32 in sizes else sizes[-1]

@@ -1,9 +1,9 @@
-"""Whether `tune` recommends a batch size that is fast: held against a sweep of all of them, on two data sets.
+"""Does `tune` recommend a fast batch size? Its choice against a sweep of all sizes, on two data sets.
 
-Time is taken on the clock of the thread, which stands still while another process has the core. The seconds of a step
-are the median over all runs of its batch size, times the median steps to the target.
+Time is taken on the thread's own clock, which stops while another process has the core. The time of a batch size is the
+median time of a step over all its runs, times the median steps to the target.
 
-    python scripts/study_tune.py --folder study
+    python scripts/lab/study_tune.py --folder study
 """
 
 import argparse
@@ -34,13 +34,13 @@ from batchwise.trainer import Trainer
 
 
 class Characters(DataModule):
-    """The next character of Python's own documentation (`pydoc_data.topics`), given the eight before it.
+    """Predict the next character of Python's own documentation (`pydoc_data.topics`) from the eight before it.
 
-    Inputs are character codes uint8 [N, 8], of 128, which become one-hot vectors; targets are codes [N].
+    Inputs are character codes uint8 [N, 8] from 0 to 127, which become one-hot vectors. Targets are codes [N].
     """
 
     def load(self, split: str) -> tuple[Tensor, Tensor]:
-        """Return every 16th place of the first nine tenths of the text, or of the last one."""
+        """Return every 16th position of the first nine tenths of the text ("train"), or of the last tenth."""
         text = torch.tensor(list("".join(pydoc_data.topics.topics.values()).encode("ascii", "replace")))
         windows = text.unfold(0, 9, 16)
         border = len(windows) * 9 // 10
@@ -48,12 +48,12 @@ class Characters(DataModule):
         return part[:, :8].byte().contiguous(), part[:, 8].long()
 
     def transform(self, batch: MicroBatch, training: bool) -> MicroBatch:
-        """Make one-hot vectors [N, 1024]."""
+        """Convert codes to one-hot vectors [N, 1024]."""
         return replace(batch, inputs=torch.nn.functional.one_hot(batch.inputs.long(), 128).flatten(1).float())
 
 
 class Problem(NamedTuple):
-    """What is trained, and to which target."""
+    """A data set, a network and a target."""
 
     data: type[DataModule]
     network: Any
@@ -69,7 +69,7 @@ PROBLEMS = {
 
 
 def study(name: str, folder: Path, sizes: list[int], seeds: int, rates: str, steps: int) -> dict[str, Any]:
-    """Tune, then sweep; print the table and return it."""
+    """Tune, then sweep; print and return the table."""
     problem = PROBLEMS[name]
 
     def model(seed: int) -> Classification:
@@ -130,9 +130,9 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", type=int, default=[16, 32, 64, 128, 256, 512, 1024])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rates", default="0.5,1,2")
-    parser.add_argument("--steps", type=int, default=400, help="of the short run from which tune takes the noise scale")
-    parser.add_argument("--folder", type=Path, default=Path("study"), help="keeps the runs: a second run continues")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--steps", type=int, default=400, help="steps in which tune measures the noise scale")
+    parser.add_argument("--folder", type=Path, default=Path("study"), help="for the runs; the same command goes on")
+    parser.add_argument("--json", type=Path, help="file for the figures")
     given = parser.parse_args()
     torch.set_num_threads(1)
     for module in (speed, tune, sweep):

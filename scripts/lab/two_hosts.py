@@ -1,17 +1,18 @@
-"""Train on two "hosts", pull the cable, kill a host, and show that nothing was lost. Needs root, on Linux.
+"""Train on two "hosts", pull the cable, kill a host, and show that nothing was lost. Needs Linux and root.
 
-    sudo python scripts/two_hosts.py
+    sudo python scripts/lab/two_hosts.py
 
-A host is a network namespace, with one process under `torchrun`; a veth pair is the cable. All traffic stays inside.
-The digits, in float64, with dropout and a ragged last batch, against one process on one host:
+A host is a network namespace with one process under `torchrun`. A veth pair is the cable. All traffic stays inside the
+machine. The runs train on the digits, in float64, with dropout and a short last batch, and are compared with one
+process on one host:
 
-- both hosts train: the loss curves are equal to 1e-12;
-- the cable is pulled in mid-run: both stop within the timeout, with a line that says why; every checkpoint is whole;
-- the same command goes on from there, and ends where the undisturbed training does;
-- a worker dies: `torchrun --max-restarts` starts all again, which ends there too;
-- a host dies (all of its processes, with SIGKILL): the other stops, and the same command goes on.
+- both hosts train: loss curve and weights are equal to 1e-12;
+- the cable is pulled in mid-run: both hosts stop within the timeout and say why; no checkpoint is torn;
+- the same command goes on from there, and ends with the same weights;
+- a worker is killed: `torchrun --max-restarts` starts all workers again, with the same end;
+- a host is killed (all its processes, with SIGKILL): the other stops, and the same command goes on.
 
-Exits with 1 if any of this is not so, and with 77 where it cannot be tried.
+Exits with 1 if any of this fails, and with 77 where it cannot be tried.
 """
 
 import argparse
@@ -28,8 +29,8 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-TIMEOUT = 15  # seconds that a process waits for another
+LAB = Path(__file__).resolve().parent
+TIMEOUT = 15  # seconds that a process waits for the other
 HOSTS = ("batchwise-a", "batchwise-b")
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
 PORT = 29513
@@ -61,7 +62,7 @@ def disconnect() -> None:
 def settings(folder: Path, epochs: int) -> list[str]:
     """Return the arguments of `fit` that all runs share."""
     last = "{class_path: batchwise.callbacks.checkpoint.Last, init_args: {every_n_steps: 5}}"
-    configs = [ROOT / "configs" / "digits.yaml", ROOT / "configs" / "overlays" / "csv.yaml"]
+    configs = [LAB / "digits.yaml", LAB / "csv.yaml"]
     values = {
         "trainer.default_root_dir": folder,
         "trainer.precision": "64-true",
@@ -82,7 +83,7 @@ def settings(folder: Path, epochs: int) -> list[str]:
 
 def alone(folder: Path, epochs: int) -> None:
     """Train in one process."""
-    command = [sys.executable, "-m", "project", "fit", *settings(folder, epochs)]
+    command = [sys.executable, "-m", "batchwise", "fit", *settings(folder, epochs)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment())
 
 
@@ -100,7 +101,7 @@ def start(folder: Path, epochs: int, restarts: int = 0) -> list[subprocess.Popen
         torchrun = (
             *("-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", f"--node-rank={rank}"),
             *(f"--max-restarts={restarts}", f"--master-addr={ADDRESSES[0]}", f"--master-port={PORT}"),
-            *("-m", "project", "fit"),
+            *("-m", "batchwise", "fit"),
         )
         command = ["ip", "netns", "exec", host, sys.executable, *torchrun, *settings(folder, epochs), *many]
         with (folder / f"{host}.log").open("a") as log:
@@ -111,7 +112,7 @@ def start(folder: Path, epochs: int, restarts: int = 0) -> list[subprocess.Popen
 
 
 def wait_for_steps(folder: Path, steps: int, limit: float = 180) -> None:
-    """Wait until `last.ckpt` is of that step or later."""
+    """Wait until `last.ckpt` is of the step `steps` or later."""
     deadline = time.monotonic() + limit
     while time.monotonic() < deadline:
         found = list(folder.glob("digits/*/checkpoints/last.ckpt"))
@@ -122,7 +123,7 @@ def wait_for_steps(folder: Path, steps: int, limit: float = 180) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read a checkpoint; an error says that it is torn."""
+    """Read a checkpoint; an error means that it is torn."""
     return torch.load(path, weights_only=True)
 
 
@@ -132,19 +133,19 @@ def end(processes: list[subprocess.Popen[str]], limit: float = 240) -> list[int]
 
 
 def kill(process: subprocess.Popen[str]) -> None:
-    """Kill a host: torchrun and what it has started."""
+    """Kill a host: torchrun and its workers."""
     for child in children(process.pid):
         os.kill(child, signal.SIGKILL)
     process.kill()
 
 
 def children(pid: int) -> list[int]:
-    """Return the processes that a process has started."""
+    """Return the ids of the child processes."""
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def losses(folder: Path) -> dict[int, float]:
-    """Return the loss of each step; where it was trained twice, the later one."""
+    """Return the loss of each step; the later one, if a step was trained twice."""
     values = {}
     for path in sorted(folder.glob("digits/*/log/version_*/metrics.csv"), key=lambda path: path.stat().st_mtime):
         with path.open() as file:
@@ -153,7 +154,7 @@ def losses(folder: Path) -> dict[int, float]:
 
 
 def difference(folder: Path, other: Path) -> tuple[float, float]:
-    """Return the largest differences of losses, of the steps that both logs have, and of the last weights."""
+    """Return the largest difference of the losses, over the steps in both logs, and that of the last weights."""
     ours, theirs = losses(folder), losses(other)
     curve = max(abs(ours[step] - theirs[step]) for step in ours.keys() & theirs.keys())
     (a,), (b,) = (list(root.glob("digits/*/checkpoints/last.ckpt")) for root in (folder, other))
@@ -164,13 +165,13 @@ def difference(folder: Path, other: Path) -> tuple[float, float]:
 
 
 def said(folder: Path) -> list[str]:
-    """Return the last line of an error of each host."""
+    """Return each host's last error line."""
     found = [re.findall(r"^error: .*", (folder / f"{host}.log").read_text(), re.MULTILINE) for host in HOSTS]
     return [lines[-1] if lines else "(nothing)" for lines in found]
 
 
 def torn(folder: Path) -> int:
-    """Return how many checkpoints cannot be read."""
+    """Return the number of checkpoints that cannot be read."""
     count = 0
     for path in folder.glob("digits/*/checkpoints/*.ckpt"):
         try:
@@ -181,7 +182,7 @@ def torn(folder: Path) -> int:
 
 
 def main() -> int:
-    """Do all of it, and print what came of it."""
+    """Run all cases and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=6)
     epochs = parser.parse_args().epochs
@@ -248,7 +249,7 @@ def main() -> int:
             report("host killed, gone on", folders["host"])
         finally:
             disconnect()
-    print(f"not as it should be: {', '.join(wrong)}" if wrong else "all is as it should be")
+    print(f"failed: {', '.join(wrong)}" if wrong else "all cases passed")
     return 1 if wrong else 0
 
 

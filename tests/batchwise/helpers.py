@@ -6,13 +6,11 @@ import functools
 import gc
 import io
 import os
-import pickle
 import re
 import signal
 import struct
 import subprocess
 import sys
-import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import forks
-import numpy as np
 import torch
 
 ROOT = Path(__file__).parents[2]
@@ -144,31 +141,6 @@ class Started:
 def run_process(*arguments: object, fresh: bool = False, timeout: float = 120, **environment: str) -> Result:
     """Run a command of the project as a process of its own; a `fresh` one is started as a user does."""
     return Started(*arguments, fresh=fresh, **environment).end(timeout)
-
-
-def make_cifar10(
-    folder: Path, form: str = "python", examples: int = 10
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Write an archive in a form of CIFAR-10 with random images, `examples` in each of its six files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    draw, parts = np.random.default_rng(0), {}
-    with tarfile.open(folder / f"cifar-10-{form}.tar.gz", "w:gz") as archive:
-        for name in ["batches.meta", *(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]:
-            images = draw.integers(256, size=(10, 3072), dtype=np.uint8)
-            labels = draw.integers(10, size=10)
-            if form == "python":
-                batch = {b"data": images, b"labels": labels.tolist(), b"batch_label": b"training batch"}
-                content, folder_name = pickle.dumps(batch, protocol=2), "cifar-10-batches-py"
-            else:
-                content = np.column_stack([labels.astype(np.uint8), images]).tobytes()
-                name, folder_name = f"{name}.bin", "cifar-10-batches-bin"
-            member = tarfile.TarInfo(f"{folder_name}/{name}")
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-            parts[name.removesuffix(".bin")] = torch.from_numpy(images).view(-1, 3, 32, 32), torch.from_numpy(labels)
-    train = [parts[f"data_batch_{number}"] for number in range(1, 6)]
-    joined = tuple(torch.cat(fields) for fields in zip(*train, strict=True))
-    return {"train": joined, "test": parts["test_batch"]}  # type: ignore[dict-item]
 
 
 def furthest(first: Result, second: Result) -> float:

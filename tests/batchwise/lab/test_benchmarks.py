@@ -19,17 +19,27 @@ ALTERNATIVES = {
     "bench_long.py": set(),
     "bench_sequences.py": {"random", "sorted within the batch", "batches and micro-batches in tokens", "packed"},
 }
-"""What is in each table of a benchmark, among others."""
+"""Alternatives that each table of a benchmark has, among others."""
+WEEKLY = [name for name in ALTERNATIVES if name != "bench_step.py"]
 
 
 def test_all_benchmarks_are_here() -> None:
-    assert {path.name for path in (ROOT / "scripts").glob("bench_*.py")} == ALTERNATIVES.keys()
+    assert {path.name for path in (ROOT / "scripts" / "lab").glob("bench_*.py")} == ALTERNATIVES.keys()
 
 
-@pytest.mark.parametrize("name", ALTERNATIVES)
+@pytest.mark.parametrize("name", ["bench_step.py", *(pytest.param(name, marks=pytest.mark.weekly) for name in WEEKLY)])
 def test_benchmark(name: str) -> None:
-    command = [sys.executable, ROOT / "scripts" / name, "--pairs", "0", "--scale", "0.01", "--json", "figures.json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    command = [
+        sys.executable,
+        ROOT / "scripts" / "lab" / name,
+        "--pairs",
+        "0",
+        "--scale",
+        "0.01",
+        "--json",
+        "figures.json",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     figures = json.loads(Path("figures.json").read_text())
     assert figures.pop("machine")["cores"] > 0

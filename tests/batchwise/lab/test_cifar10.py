@@ -8,14 +8,38 @@ import re
 import tarfile
 from pathlib import Path
 
+import cifar10
+import numpy as np
 import pytest
 import torch
-from batchwise.data.cifar10 import CIFAR10, read
-from helpers import make_cifar10, run_here
+from cifar10 import CIFAR10, read
+from helpers import ROOT, run_here
 
-from batchwise.data import cifar10
+pytestmark = pytest.mark.weekly
+FIT = ("fit", "--config", ROOT / "scripts" / "lab" / "cifar10.yaml", "--trainer.max_epochs", 1)
 
-FIT = ("fit", "--config", "configs/cifar10.yaml", "--trainer.max_epochs", 1)
+
+def make_cifar10(folder: Path, form: str = "python") -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Write an archive in a form of CIFAR-10, with ten random images in each of its six files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw, parts = np.random.default_rng(0), {}
+    with tarfile.open(folder / f"cifar-10-{form}.tar.gz", "w:gz") as archive:
+        for name in ["batches.meta", *(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]:
+            images = draw.integers(256, size=(10, 3072), dtype=np.uint8)
+            labels = draw.integers(10, size=10)
+            if form == "python":
+                batch = {b"data": images, b"labels": labels.tolist(), b"batch_label": b"training batch"}
+                content, folder_name = pickle.dumps(batch, protocol=2), "cifar-10-batches-py"
+            else:
+                content = np.column_stack([labels.astype(np.uint8), images]).tobytes()
+                name, folder_name = f"{name}.bin", "cifar-10-batches-bin"
+            member = tarfile.TarInfo(f"{folder_name}/{name}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+            parts[name.removesuffix(".bin")] = torch.from_numpy(images).view(-1, 3, 32, 32), torch.from_numpy(labels)
+    train = [parts[f"data_batch_{number}"] for number in range(1, 6)]
+    joined = tuple(torch.cat(fields) for fields in zip(*train, strict=True))
+    return {"train": joined, "test": parts["test_batch"]}  # type: ignore[dict-item]
 
 
 @pytest.mark.parametrize("form", ["python", "binary"])
@@ -42,8 +66,15 @@ def test_splits_are_apart_and_fixed() -> None:
     with pytest.raises(ValueError, match=r"val_examples is 50, but there are 50 training images: write fewer"):
         CIFAR10(val_examples=50).load("train")
     batch = data.to_device(data.examples("train", 5), torch.device("cpu"), training=False)
-    mean, deviation = (torch.tensor(numbers).view(3, 1, 1) for numbers in (cifar10.MEAN, cifar10.DEVIATION))
-    assert torch.allclose(batch.inputs * deviation + mean, parts[0][0][:5].float(), atol=1e-3)
+    mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (cifar10.MEAN, cifar10.STD))
+    assert torch.allclose(batch.inputs * std + mean, parts[0][0][:5].float(), atol=1e-3)
+
+
+def test_the_configuration_trains() -> None:
+    make_cifar10(Path("data/cifar10"))
+    result = run_here(*FIT, "--data.val_examples", 10)
+    assert result.code == 0, result.err
+    assert "epoch 1  average loss " in result.out
 
 
 def test_without_data_one_line_says_what_to_do() -> None:

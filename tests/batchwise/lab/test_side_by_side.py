@@ -1,20 +1,18 @@
-"""Networks that are trained side by side are those that would be trained alone."""
+"""Networks that are trained side by side are equal to those trained alone."""
 
 import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT
+from side_by_side import Networks
 
 from batchwise.models.mlp import MLP
 
 
+@pytest.mark.weekly
 @pytest.mark.parametrize("norm", ["none", "batch", "layer"])
-def test_each_network_is_trained_as_if_alone(norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    from side_by_side import Networks
-
+def test_each_network_is_trained_as_if_alone(norm: str) -> None:
     torch.manual_seed(0)
     alone = [MLP(6, 3, [5, 4], norm=norm) for _ in range(3)]
     together = Networks([copy.deepcopy(network) for network in alone])

@@ -5,20 +5,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import study_tune
 import torch
-from helpers import ROOT
 
 from batchwise.choosing import speed, sweep, tune
 
-
-@pytest.fixture(autouse=True)
-def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+pytestmark = pytest.mark.weekly
 
 
 def test_the_study_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    import study_tune
-
     for module in (speed, sweep, tune):
         monkeypatch.setattr(module, "perf_counter", module.perf_counter)  # the study sets another clock
     monkeypatch.setattr(speed, "_TURN", 0.0)
@@ -35,8 +30,6 @@ def test_the_study_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 
 def test_characters() -> None:
-    import study_tune
-
     data = study_tune.Characters(batch_size=4)
     examples = data.transform(data.examples("train", 4), training=True)
     assert examples.inputs.shape == (4, 1024)

@@ -1,94 +1,64 @@
 """The package under another name: it works, and another rename brings the old one back."""
 
-import os
-import shutil
-import subprocess
+import re
 import sys
-from pathlib import Path
+from typing import Any
 
-import pytest
 from helpers import ROOT
 
-OLD = "project"
-NEW = f"my_{OLD}"
-FAST = (
-    *("tests/batching/test_plan.py", "tests/models/test_dropout.py"),
-    "tests/system/test_main_job.py::test_last_without_a_run_starts_afresh",
-)
+NEW = "my_very_own_project"
+ENGINE = r"src/batchwise/|tests/batchwise/|scripts/(lab/|\w+\.py)|CHANGELOG\.md"
+HOUSE = "tests/batchwise/test_house.py::test_the_engine_imports_no_package_beside_it"
 
 
-def call(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    words = [str(word) for word in command]
-    return subprocess.run(words, cwd="copy", env=os.environ | environment, capture_output=True, text=True)
-
-
-def git(*arguments: str) -> str:
-    done = call("git", "-c", "user.name=test", "-c", "user.email=test@localhost", *arguments)
+def test_there_and_back(copy: Any) -> None:
+    old, before = copy.package, copy.contents()
+    done = copy.script("rename", NEW)
     assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def rename(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Without installed packages (-S, -E), for whoever runs the tests has the old name installed."""
-    return call(sys.executable, "-S", "-E", "scripts/rename.py", *arguments)
-
-
-@pytest.fixture
-def copy() -> Path:
-    shutil.copytree(ROOT, "copy", ignore=shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__"))
-    git("init", "--quiet")
-    git("add", "--all")
-    git("commit", "--quiet", "--message", "as it was")
-    return Path("copy")
-
-
-def test_there_and_back(copy: Path) -> None:
-    done = rename(NEW)
-    assert done.returncode == 0, done.stderr
-    assert (copy / "src" / NEW).is_dir()
-    assert not (copy / "src" / OLD).exists()
-    left = call(
-        "git", "grep", "-nE", rf"(from|import|-m) {OLD}|src/{OLD}|(^|[^._a-z]){OLD}\.[a-z]|\"{OLD}(\[|::|\")"
-    ).stdout
-    # What is left is the table of pyproject.toml.
-    assert [line for line in left.splitlines() if '["project"]' not in line and "pyproject.toml" not in line] == []
-    tests = call(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *FAST, PYTHONPATH="src")
-    assert tests.returncode == 0, tests.stdout + tests.stderr
-    git("commit", "--quiet", "--all", "--message", "renamed")
-    back = rename(OLD)
+    assert (copy.root / "src" / NEW / "__main__.py").exists()
+    assert not any((copy.root / folder / old).exists() for folder in ("src", "tests"))
+    copy.commit("renamed")
+    names = rf"(from|import|-m) {old}\b|(src|tests)/{old}\b|(^|[^[._a-z/-]){old}(\.[a-z]|/|\[)|[\"'`]{old}[\"'`]"
+    left = copy.call("git", "grep", "-nE", names).stdout.splitlines()
+    assert [line for line in left if not re.match(ENGINE, line) and '["project"]' not in line] == []
+    now = copy.contents()
+    assert all(now[name] == content for name, content in before.items() if re.match(ENGINE, name))
+    assert f"usage: python -m {NEW} " in copy.python("-m", NEW, "--help")
+    copy.pytest("tests/batchwise/optim/test_groups.py", HOUSE)
+    back = copy.script("rename", old)
     assert back.returncode == 0, back.stderr
-    git("commit", "--quiet", "--all", "--message", "and back")
-    assert git("diff", "HEAD~2") == ""
+    copy.commit("and back")
+    assert copy.contents() == before
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("My-Net", "is not a name for a package"),
-        ("2nd", "is not a name for a package"),
-        ("class", "is a word of Python"),
-        ("match", "is a word of Python"),
-        ("json", "is a module of Python's standard library"),
-        ("digits", "is already used in "),
-    ],
-)
-def test_a_bad_name_is_refused(copy: Path, name: str, words: str) -> None:
-    done = rename(name)
+def test_bad_names_are_refused(copy: Any) -> None:
+    (copy.root / "configs").mkdir(exist_ok=True)
+    (copy.root / "configs" / "mine.yaml").write_text("data: petals.data.Petals\n")
+    (copy.root / "src" / "leaves").mkdir()
+    (copy.root / "src" / "leaves" / "__init__.py").touch()
+    copy.commit("a package besides")
+    for name, words in {
+        "My-Net": "is not a name for a package: write small letters, digits and _, a letter first",
+        "2nd": "is not a name for a package: write small letters, digits and _, a letter first",
+        "class": "is a word of Python: write another name",
+        "match": "is a word of Python: write another name",
+        "json": "is a module of Python's standard library: write another name",
+        "batchwise": "is the engine: write another name",
+        "petals": "is already used in configs/mine.yaml: write another name",
+        "leaves": "is already used in src/leaves: write another name",
+    }.items():
+        done = copy.script("rename", name)
+        assert (done.returncode, done.stderr) == (2, f"error: {name} {words}\n")
+        assert copy.git("status", "--porcelain") == ""
+
+
+def test_an_installed_package_is_refused(copy: Any) -> None:
+    done = copy.call(sys.executable, "scripts/rename.py", "torch")
+    assert (done.returncode, done.stderr) == (2, "error: torch is an installed package: write another name\n")
+
+
+def test_a_tree_with_changes_is_refused(copy: Any) -> None:
+    (copy.root / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text() + "# mine\n")
+    done = copy.script("rename", NEW)
     assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
-    assert line.startswith(f"error: {name} {words}")
-    assert line.endswith("write another name") or "write small letters" in line
-    assert git("status", "--porcelain") == ""
-
-
-def test_an_installed_package_is_refused(copy: Path) -> None:
-    done = call(sys.executable, "scripts/rename.py", "torch")
-    assert done.returncode == 2
-    assert done.stderr == "error: torch is an installed package: write another name\n"
-
-
-def test_a_tree_with_changes_is_refused(copy: Path) -> None:
-    (copy / "README.md").write_text("mine")
-    done = rename(NEW)
-    assert done.returncode == 2
-    assert done.stderr == "error: the tree has changes (M README.md): commit or undo them first\n"
+    assert done.stderr == "error: the tree has changes (M pyproject.toml): commit or undo them first\n"

@@ -1,13 +1,9 @@
-"""SIGKILL at random moments costs nothing but time: the short form of `scripts/kill.py`."""
+"""SIGKILL at random moments loses nothing: the short form of `scripts/lab/kill.py`."""
 
 import random
-import sys
 from pathlib import Path
 
 import forks
-from helpers import ROOT
-
-sys.path.insert(0, str(ROOT / "scripts"))
 from kill import PHASES, make_chain, torture
 
 
