@@ -142,14 +142,12 @@ def ours(network: torch.nn.Module, inputs: Tensor, targets: Tensor, batch_size: 
             precision=way.precision,  # type: ignore[arg-type]
             channels_last=way.channels_last,
             threads=way.threads,
-            keep_memory=way.keep_memory,
         )
         data = Memory(inputs, targets, batch_size=batch_size, micro_batch_size=way.size)
         start = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()):
             trainer.fit(Classification(network, optimizer=adamw), datamodule=data)
         seconds = time.perf_counter() - start
-    host.keep_memory(False)
     host.set_threads(threads)
     return seconds
 

@@ -22,7 +22,7 @@ PAGES = README + "".join(path.read_text() for path in sorted((ROOT / "docs").glo
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 OVERLAYS = sorted((ROOT / "configs" / "overlays").glob("*.yaml"))
 GPU = ("gpu.yaml", "fp16.yaml")
-PROCESSES = ("ddp.yaml", "fsdp.yaml", "model_parallel.yaml")
+PROCESSES = ("ddp.yaml", "fsdp.yaml")
 FEW = {
     "cifar10.yaml": ("--data.val_examples", 10),
     "text.yaml": ("--trainer.limit_train_batches", 4, "--trainer.limit_val_batches", 2, "--model.sample_length", 20),

@@ -57,7 +57,7 @@ def measure(
         tried.pop("size", None)
     share = -(-data.batch_size // processes)
     sizes = tried.get("size", [data.micro_batch_size or (min(share, 256) if data.finds_micro_batch else share)])
-    given = {key: trainer.get(key) for key in ("precision", "channels_last", "keep_memory", "threads", "compile")}
+    given = {key: trainer.get(key) for key in ("precision", "channels_last", "threads", "compile")}
     start = Way(
         max((size for size in sizes if size <= 256), default=sizes[0]),
         **{

@@ -12,10 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchwise import host
 from batchwise.batching.loader import MicroBatch
 from batchwise.data.module import DataModule
-from batchwise.host import keep_memory
 from batchwise.models.compiled import compile_network
 from batchwise.models.norm import has_batchnorm
 from batchwise.tasks.step import is_out_of_memory
@@ -35,12 +33,11 @@ class Way:
     size: int
     precision: str = "32-true"
     channels_last: bool = False
-    keep_memory: bool = False
     threads: int = 1
     compile: bool = False
 
     def __str__(self) -> str:
-        flags = [name for name in ("channels_last", "keep_memory", "compile") if getattr(self, name)]
+        flags = [name for name in ("channels_last", "compile") if getattr(self, name)]
         return ", ".join([f"micro-batches of {self.size}", self.precision, f"{self.threads} thread(s)", *flags])
 
 
@@ -73,7 +70,6 @@ class Stopwatch:
         micro_batch = self.examples.take(torch.arange(way.size) % len(self.examples))
         with _as_before():
             torch.set_num_threads(way.threads)
-            keep_memory(way.keep_memory)
             task = self.task(way)
             start, runs = perf_counter(), 0
             try:
@@ -107,13 +103,12 @@ class Stopwatch:
 
 @contextmanager
 def _as_before() -> Iterator[None]:
-    threads, generator, kept = torch.get_num_threads(), torch.get_rng_state(), host.keeps_memory
+    threads, generator = torch.get_num_threads(), torch.get_rng_state()
     try:
         yield
     finally:
         torch.set_num_threads(threads)
         torch.set_rng_state(generator)
-        keep_memory(kept)
 
 
 def candidates(task: Task, data: DataModule, trainer: Any, device: torch.device, processes: int) -> dict[str, list]:
@@ -143,8 +138,6 @@ def candidates(task: Task, data: DataModule, trainer: Any, device: torch.device,
         powers = [2**power // unit * unit for power in range(5, 13)]
         # A larger share than any of them is not tried whole: on a CPU, to run out of memory is to be killed.
         found["size"] = [*(size for size in powers if 0 < size < share), *([share] if share <= powers[-1] else [])]
-    if device.type == "cpu" and trainer.get("keep_memory") is None:
-        found["keep_memory"] = [False, True]
     if trainer.get("compile") is None:
         found["compile"] = [False, True]
     return found

@@ -139,12 +139,13 @@ class DataModule(pl.LightningDataModule, ABC):
 
     @property
     def replicas(self) -> tuple[int, int]:
-        """How many parts each batch has, and which is this process's. Processes that share layers share one."""
+        """The number of devices, which is the number of shares of a batch; and which of them this process is."""
         if self.trainer is None:
             return 1, 0
-        layers = getattr(getattr(self.trainer, "strategy", None), "_tensor_parallel_size", 1)
-        layers = self.trainer.num_devices if layers == "auto" else layers
-        return self.trainer.world_size // layers, self.trainer.global_rank // layers
+        size = getattr(self.trainer.strategy, "_tensor_parallel_size", 1)
+        if size != 1:
+            raise ValueError(f"trainer.strategy.tensor_parallel_size is {size}: write 1, because layers are not cut")
+        return self.trainer.world_size, self.trainer.global_rank
 
     def split(self, name: str) -> Fetch | None:
         """Return the examples of a split, loaded once."""

@@ -1,4 +1,4 @@
-"""Dropout and stochastic depth that do not depend on how the batch is executed."""
+"""Dropout that does not depend on how the batch is executed."""
 
 import torch
 import torch.nn.functional as F
@@ -37,22 +37,6 @@ class Dropout(nn.Module):
     def extra_repr(self) -> str:
         """Show the probability."""
         return f"p={self.p}"
-
-
-class StochasticDepth(Dropout):
-    """Zeroes the whole residual branch of an example with probability `p`, and scales the others by 1 / (1 - p).
-
-    Huang et al. 2016, "Deep Networks with Stochastic Depth" (arXiv 1603.09382), scaled in training, as "drop path" is.
-    Write `inputs + self.depth(self.branch(inputs))`. The draw is keyed as that of `Dropout`.
-    """
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Map [N, ...] to [N, ...]."""
-        if not self.training or self.p == 0:
-            return inputs
-        one_each = inputs.detach().flatten(1)[:, :1].contiguous()
-        draw = _opaque_mask if torch.compiler.is_compiling() else mask
-        return inputs * draw(one_each, self.p, self.number).view(-1, *[1] * (inputs.ndim - 1))
 
 
 def mask(inputs: Tensor, p: float, number: int) -> Tensor:

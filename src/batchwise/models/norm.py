@@ -1,7 +1,6 @@
 """Batch norm that does not depend on how the batch is executed, in training and in evaluation."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -113,60 +112,3 @@ def batchnorms(network: nn.Module) -> Iterator[tuple[str, _BatchNorm | GhostBatc
     for name, layer in network.named_modules():
         if isinstance(layer, _BatchNorm | GhostBatchNorm) and layer.running_mean is not None:
             yield name, layer
-
-
-class _Reached(Exception):
-    """The rest of a forward pass is not needed."""
-
-
-@torch.no_grad()
-def set_precise_statistics(
-    layers: list[_BatchNorm | GhostBatchNorm],
-    forwards: Callable[[], Iterator[Callable]],
-    reduce: Callable[[Tensor], Tensor],
-) -> None:
-    """Set the running statistics of batch norms to the mean and variance of what each of them gets in evaluation.
-
-    The population statistics of Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm" (arXiv 2105.07576), section 3,
-    layer by layer: those of a layer are taken when all layers before it use their final ones. (The paper's cheaper form
-    normalises by mini-batch, and so depends on the mini-batches.) Each value counts once, whatever runs together, on
-    whatever device. The network runs once per layer, up to that layer; of one that is applied twice, the first counts.
-
-    Args:
-        layers: of a network in evaluation mode.
-        forwards: gives functions that each apply the network to some of this device's examples.
-        reduce: gives the sum over all devices.
-    """
-    waiting = list(layers)
-    while waiting:
-        reached = []
-        sums = None
-
-        def see(layer: Any, arguments: tuple[Tensor, ...], reached: list = reached) -> None:
-            reached.append(layer)
-            inputs = arguments[0]
-            dtype = torch.float32 if inputs.device.type == "mps" else torch.float64
-            over = [0, *range(2, inputs.ndim)]
-            var, mean = torch.var_mean(inputs.to(dtype), over, correction=0)
-            mean = mean - layer.running_mean  # a mean far from zero would leave no digits for the variance
-            count = torch.full_like(mean, inputs.numel() // inputs.shape[1])
-            raise _Reached(torch.stack([mean * count, (var + mean * mean) * count, count]))
-
-        handles = [layer.register_forward_pre_hook(see) for layer in waiting]
-        try:
-            for forward in forwards():
-                try:
-                    forward()
-                except _Reached as stop:
-                    sums = stop.args[0] if sums is None else sums + stop.args[0]
-        finally:
-            for handle in handles:
-                handle.remove()
-        if sums is None:
-            return  # nothing reaches those that are left
-        total, squares, count = reduce(sums)
-        mean = total / count
-        (layer,) = set(reached)
-        waiting.remove(layer)
-        layer.running_mean.add_(mean)
-        layer.running_var.copy_((squares / count - mean * mean) * (count / (count - 1).clamp(min=1)))
