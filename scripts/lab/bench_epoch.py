@@ -32,14 +32,14 @@ from batchwise.callbacks.epoch_line import EpochLine
 from batchwise.choosing import speed
 from batchwise.choosing.speed import Stopwatch, Way, candidates, choose
 from batchwise.models.convnet import ConvNet
-from batchwise.sources.digits import Digits
+from batchwise.sources.digits import read_digits
 from batchwise.tasks.classification import Classification
 from batchwise.trainer import Trainer
 
 
 def images(count: int) -> tuple[Tensor, Tensor]:
     """Return `count` images uint8 [count, 1, 28, 28], digits scaled up three times and shifted, and their classes."""
-    small, digits = Digits()._all
+    small, digits = read_digits()
     generator = torch.Generator().manual_seed(0)
     chosen = torch.randint(len(small), (count,), generator=generator)
     large = (small * 15).repeat_interleave(3, 2).repeat_interleave(3, 3)

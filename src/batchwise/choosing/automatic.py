@@ -73,7 +73,7 @@ def measure(
     watch = Stopwatch(task, data, max(sizes), device)
     way, lines = speed.choose(watch, start, tried, examples)
     if data.finds_micro_batch:
-        unit, budget = data.together(task.unit), fits.free_memory(device, processes)
+        unit, budget = data.unit_for(task.unit), fits.free_memory(device, processes)
         fitting = sorted(fits.what_fits(watch, way, max(1, share // unit) * unit, budget, unit))
         if not fitting:
             raise ValueError(f"not even a micro-batch of {unit} fits: write a smaller model")

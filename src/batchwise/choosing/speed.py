@@ -133,7 +133,7 @@ def candidates(task: Task, data: DataModule, trainer: Any, device: torch.device,
         found["channels_last"] = [False, True]
     fixed = data.micro_batch_size is not None or trainer.get("accumulate_grad_batches") is not None
     share = -(-data.batch_size // processes)
-    unit = data.together(task.unit)
+    unit = data.unit_for(task.unit)
     if not fixed and share >= unit and not has_batchnorm(task.network):  # which depends on what runs together
         powers = [2**power // unit * unit for power in range(5, 13)]
         # A larger share than any of them is not tried whole: on a CPU, to run out of memory is to be killed.

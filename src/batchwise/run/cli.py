@@ -28,7 +28,8 @@ from batchwise.callbacks.summary import Summary
 from batchwise.checkpoints import read_checkpoint, unreadable
 from batchwise.choosing import automatic
 from batchwise.choosing.sweep import Recipe
-from batchwise.data.module import LIMIT_FILE, SPLITS, DataModule
+from batchwise.data.examples import SPLITS
+from batchwise.data.module import LIMIT_FILE, DataModule
 from batchwise.errors import Mistake, TrainingStopped, lost_connection, mistakes
 from batchwise.models.weights import weight_differences
 from batchwise.run import folders as runs
@@ -265,7 +266,7 @@ class CLI(LightningCLI):
 
     def _load(self, stage: str) -> None:
         """Load the data and make the plan; the first process of a machine does."""
-        self.datamodule.trainer, self.datamodule.unit = self.trainer, self.model.unit
+        self.datamodule.attach(self.trainer, self.model.unit)
         if self.trainer.local_rank == 0:
             with mistakes():
                 self.datamodule.prepare_data()

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from batchwise.batching.loader import MicroBatch
 from batchwise.batching.ragged import PADDING, Ragged
-from batchwise.data.module import DataModule, Source
+from batchwise.data.examples import Source
+from batchwise.data.module import DataModule
 from batchwise.sources.documents import find_files
 from batchwise.sources.tokens import Tokens
 from batchwise.sources.vocabulary import Vocabulary, make_vocabulary

@@ -13,7 +13,8 @@ from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
 from torchmetrics import MetricCollection
 
 from batchwise.batching.loader import Batch, MicroBatch
-from batchwise.data.module import SPLITS, DataModule
+from batchwise.data.examples import SPLITS
+from batchwise.data.module import DataModule
 from batchwise.models import place
 from batchwise.models.compiled import compile_network
 from batchwise.models.flops import count_flops

@@ -142,7 +142,7 @@ def test_with_repeated_examples_partners_are_other_examples() -> None:
 
 def test_mixing_and_ghost_batches_together() -> None:
     data = Colours(batch_size=60, augment=[MixUp(10)])
-    assert [data.together(unit) for unit in (1, 2, 5, 8)] == [2, 2, 10, 8]
+    assert [data.unit_for(unit) for unit in (1, 2, 5, 8)] == [2, 2, 10, 8]
 
 
 def test_evaluation_is_not_augmented() -> None:
@@ -357,4 +357,4 @@ def test_pairs_need_micro_batches_of_two() -> None:
     result = run_here("fit", *DIGITS, *CSV, *settings)
     assert result.code == 2
     assert "micro_batch_size is 1, but 2 examples must stay together: write at least 2" in result.err
-    assert Digits(batch_size=3).together(1) == 1
+    assert Digits(batch_size=3).unit_for(1) == 1
