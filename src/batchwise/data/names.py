@@ -19,9 +19,8 @@ class Reserved:
         """
         super().__init_subclass__(**kwargs)
         for name in vars(cls):
-            owner = next((base for base in cls.__mro__[1:] if _is_final(vars(base).get(name))), None)
-            if owner is not None:
-                raise TypeError(f"{cls.__name__}.{name} replaces a method of {owner.__name__}: choose another name")
+            if any(_is_final(vars(base).get(name)) for base in cls.__mro__[1:]):
+                raise TypeError(f"{cls.__name__}.{name} replaces what its base class uses: choose another name")
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute, but not in the place of a method.
@@ -31,7 +30,7 @@ class Reserved:
         """
         member = getattr(type(self), name, None)
         if isfunction(member) or (isinstance(member, property) and member.fset is None):
-            raise ValueError(f"{type(self).__name__} sets self.{name}, which is a method: choose another name")
+            raise ValueError(f"{type(self).__name__} sets self.{name}, which its base class uses: choose another name")
         super().__setattr__(name, value)
 
 

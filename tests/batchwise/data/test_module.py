@@ -16,29 +16,12 @@ from batchwise.models.mlp import MLP
 from batchwise.tasks.classification import Classification
 from batchwise.trainer import Trainer
 
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_checkpointing": False,
-}
+QUIET: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+QUIET |= {"enable_checkpointing": False}
 ORDINARY = (
-    *(
-        "unit",
-        "share",
-        "frozen",
-        "sums",
-        "limit",
-        "loader",
-        "rank",
-        "size",
-        "splits",
-        "batch",
-        "data",
-        "steps",
-        "epoch",
-    ),
-    *("_plan", "_unit", "_loader", "_splits", "_loaded", "_fed", "_trainer", "_limit", "_batching"),
+    *("unit", "share", "frozen", "sums", "limit", "loader", "rank", "size", "splits", "batch", "data"),
+    *("steps", "epoch", "loss", "device", "index", "network", "_plan", "_unit", "_loader", "_splits"),
+    *("_loaded", "_fed", "_trainer", "_limit", "_batching", "_finds_micro_batch"),
 )
 """Names that a user may well take."""
 
@@ -102,14 +85,14 @@ def test_an_attribute_in_the_place_of_a_method_is_refused(name: str) -> None:
 
     for kind in (Early, Late):
         with pytest.raises(
-            ValueError, match=f"{kind.__name__} sets self.{name}, which is a method: choose another name"
+            ValueError, match=f"{kind.__name__} sets self.{name}, which its base class uses: choose another name"
         ):
             kind()
 
 
 def test_a_method_that_training_calls_is_not_overridden() -> None:
     for name, value in (("split", lambda self: 1), ("plan", None), ("examples", property(lambda self: 1))):
-        with pytest.raises(TypeError, match=f"Mine.{name} replaces a method of "):
+        with pytest.raises(TypeError, match=f"Mine.{name} replaces what its base class uses"):
             type("Mine", (Points,), {name: value})
     changed = type("Mine", (Points,), {"labels": lambda self: None, "transform": lambda self, batch, training: batch})
     fit(changed(batch_size=32))
