@@ -23,7 +23,7 @@ SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "pre
 
 
 class Examples(Reserved, pl.LightningDataModule, ABC):
-    """The part of a data module that knows the examples. The arguments are those of `DataModule`."""
+    """The part of a data module that knows the examples. The arguments are some of those of `DataModule`."""
 
     def __init__(
         self,
@@ -59,18 +59,18 @@ class Examples(Reserved, pl.LightningDataModule, ABC):
         """
 
     def transform(self, batch: MicroBatch, training: bool) -> MicroBatch:
-        """Return the batch as the network takes it. Runs on the device, so small types (uint8) can travel there."""
+        """Return the batch as the network takes it. This runs on the device, so that small types travel there."""
         return batch
 
     class_names: list[str] | None = None
-    """Names of the classes, in the order of their numbers, where they have any: `predict` writes them."""
+    """Names of the classes, in the order of their numbers, if they have names: `predict` writes them."""
 
     def describe(self, index: Tensor) -> dict[str, list]:
-        """Return what `predict` writes of examples of its split besides their numbers: columns [N] by name."""
+        """Return more columns for `predict` to write, by name, with a value for each of the given examples [N]."""
         return {}
 
     def check(self, network: nn.Module) -> None:
-        """Raise ValueError where the network does not suit the data; before it is tried on it."""
+        """Raise ValueError if the network does not suit the data. This runs before the network does."""
 
     # What is inherited
 
@@ -99,7 +99,7 @@ class Examples(Reserved, pl.LightningDataModule, ABC):
         return self.__loaded[name]
 
     _knows_predict = False
-    """Set to True where `load` has a "predict" split of its own."""
+    """Set to True if `load` has a "predict" split."""
 
     @final
     def loaded(self) -> list[tuple[str, Fetch]]:
@@ -114,7 +114,7 @@ class Examples(Reserved, pl.LightningDataModule, ABC):
 
     @final
     def feed(self, name: str) -> Fetch:
-        """Return the way in which the examples of a split reach the device."""
+        """Return a split as it is read for the device: from a copy there, if the copy is small enough."""
         fetch, trainer = self.split(name), self.trainer
         assert fetch is not None
         if trainer is None or not isinstance(fetch, InMemory):
@@ -126,7 +126,7 @@ class Examples(Reserved, pl.LightningDataModule, ABC):
 
     @final
     def examples(self, name: str, count: int) -> MicroBatch:
-        """Return the first examples of a split as a batch on the host, as they are before `transform`."""
+        """Return the first examples of a split as a batch on the host, before `transform`."""
         fetch = self.split(name)
         assert fetch is not None
         index = torch.arange(min(count, len(fetch)))
@@ -134,20 +134,20 @@ class Examples(Reserved, pl.LightningDataModule, ABC):
         return make_batch(fields, index)
 
     def labels(self) -> Tensor | None:
-        """Return the training targets [examples] where they are whole numbers in memory (some orders need them)."""
+        """Return the training targets [examples] if they are whole numbers in memory. Some orders need them."""
         fields = getattr(self.split("train"), "fields", ())
         target = fields[-1] if len(fields) > 1 else None
         return target if target is not None and target.ndim == 1 and not target.is_floating_point() else None
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Leave batches on the host: the task takes each with `to_device`, inside the precision's context."""
+        """Leave batches on the host. The task moves each micro-batch with `to_device`."""
         return batch
 
     def to_device(self, batch: MicroBatch, device: torch.device, training: bool) -> MicroBatch:
-        """Return one micro-batch on the device, in the trainer's precision, transformed; in training, augmented."""
+        """Return a micro-batch on the device, in the trainer's precision, transformed and, in training, augmented."""
         convert = self.trainer.precision_plugin.convert_input if self.trainer else None
         if getattr(convert, "__func__", None) is Precision.convert_input:
-            convert = None  # it would do nothing, to each tensor
+            convert = None  # it does nothing
         batch = batch.to(device, convert)
         if not training or not self.augment:
             return self.transform(batch, training)

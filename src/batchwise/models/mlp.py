@@ -13,7 +13,7 @@ class MLP(nn.Module):
     Args:
         in_features: numbers per example, after flattening.
         num_classes: outputs per example.
-        hidden_features: width of each hidden layer; none gives a linear model (softmax regression).
+        hidden_features: width of each hidden layer; without any, the model is linear (softmax regression).
         norm: "none", "layer" or "batch".
         dropout: probability that a hidden value is zeroed in training.
     """
@@ -30,7 +30,7 @@ class MLP(nn.Module):
         layers: list[nn.Module] = [nn.Flatten()]
         width = in_features
         for hidden in hidden_features:
-            # No bias before a norm: the norm takes it out again.
+            # No bias before a norm, because the norm removes it.
             linear = nn.Linear(width, hidden, bias=norm == "none")
             layers += [linear, make_norm(norm, hidden), nn.ReLU(), Dropout(dropout)]
             width = hidden

@@ -170,7 +170,7 @@ def test_alternating_flip_shows_each_side_once_in_two_epochs() -> None:
     assert torch.equal(epochs[0] + epochs[1], torch.ones(4000))
     assert torch.equal(epochs[0], epochs[2])
     assert torch.equal(epochs[1], epochs[3])
-    assert abs(epochs[0].mean().item() - 0.5) < 0.032  # four deviations
+    assert abs(epochs[0].mean().item() - 0.5) < 0.032  # four standard deviations
 
 
 def test_shifts_are_uniform_and_reflect() -> None:
