@@ -19,7 +19,7 @@ from batchwise.batching.schedule import Adaptive, BatchSizes
 from batchwise.batching.tokens import SequencePlan
 from batchwise.data.augment import Augmentation, unit_of
 from batchwise.data.examples import Examples
-from batchwise.data.planning import LimitedLoader, Limits, adapted, make_plan, noise_meter
+from batchwise.data.planning import LimitedLoader, adapted, make_plan, noise_meter
 
 LIMIT_FILE = "micro_batch_limit"
 
@@ -94,8 +94,6 @@ class DataModule(Examples):
         """How each batch is cut into shares and micro-batches; None before `setup("fit")`."""
         return self.__plan
 
-    # How large a micro-batch may be
-
     @property
     @final
     def finds_micro_batch(self) -> bool:
@@ -125,8 +123,6 @@ class DataModule(Examples):
     def ran_out_of_memory(self) -> bool:
         """Return whether a process of this run has left a limit, and not one of an earlier run."""
         return self.__read_limit() != self.__left_limit
-
-    # The plan
 
     @final
     def attach(self, trainer: pl.Trainer | None, unit: int = 1) -> None:
@@ -173,7 +169,8 @@ class DataModule(Examples):
         self.__plan = self.__first_plan = plan = make_plan(
             self.order,
             schedule,
-            Limits.of(trainer),
+            max_epochs=trainer and trainer.max_epochs,
+            limit=trainer and trainer.limit_train_batches,
             seed=self.seed,
             examples=len(train),
             labels=self.labels(),
@@ -226,7 +223,7 @@ class DataModule(Examples):
         if isinstance(schedule, Adaptive):
             plan = self.__plan = adapted(plan, schedule, self.position(), self.trainer)
         loader = LimitedLoader(plan, self.order, self.feed("train"), self.replicas[1], self.position)
-        loader.share, loader.waited = Limits.of(self.trainer).batches, self.waited
+        loader.limit, loader.waited = self.trainer and self.trainer.limit_train_batches, self.waited
         self.__loader = loader
         return loader
 
@@ -289,12 +286,15 @@ class DataModule(Examples):
     @final
     def total_steps(self) -> float:
         """Return the optimizer steps that the trainer's limits allow (inf: no limit), as known before training."""
-        assert self.__first_plan is not None
-        return Limits.of(self.trainer).total_steps(self.__first_plan)
+        plan, trainer = self.__first_plan, self.trainer
+        assert plan is not None
+        assert trainer is not None
+        epochs, steps = trainer.max_epochs, trainer.max_steps
+        by_epochs = math.inf if epochs in (None, -1) else plan.first_step(epochs)
+        return min(by_epochs, math.inf if steps == -1 else steps)
 
     @final
     def total_examples(self) -> float:
         """Return the examples that the trainer's limits allow (inf: no limit), as known before training."""
-        assert self.__first_plan is not None
-        steps = self.total_steps()
-        return steps if steps == math.inf else self.__first_plan.examples_at(int(steps))
+        steps, plan = self.total_steps(), self.__first_plan
+        return steps if steps == math.inf or plan is None else plan.examples_at(int(steps))

@@ -1,7 +1,7 @@
 """The making of a batch plan: from configured sizes, the limits of a trainer, and the examples."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -16,39 +16,12 @@ from batchwise.batching.schedule import Adaptive, BatchSizes
 from batchwise.batching.tokens import SequencePlan
 
 
-@dataclass(frozen=True)
-class Limits:
-    """How long a trainer trains at most. None: there is no such limit.
-
-    Args:
-        epochs: the most epochs.
-        steps: the most optimizer steps.
-        batches: the most batches of an epoch; a float is a share of them.
-    """
-
-    epochs: int | None = None
-    steps: int | None = None
-    batches: int | float | None = None
-
-    @classmethod
-    def of(cls, trainer: pl.Trainer | None) -> "Limits":
-        """Return the limits of a trainer; without a trainer there are none."""
-        if trainer is None:
-            return cls()
-        epochs, steps = (None if most == -1 else most for most in (trainer.max_epochs, trainer.max_steps))
-        return cls(epochs, steps, trainer.limit_train_batches)
-
-    def total_steps(self, plan: BatchPlan) -> float:
-        """Return the most optimizer steps of a training (inf: no limit)."""
-        by_epochs = math.inf if self.epochs is None else plan.first_step(self.epochs)
-        return min(by_epochs, math.inf if self.steps is None else self.steps)
-
-
 def make_plan(
     order: Order,
     schedule: BatchSizes,
-    limits: Limits,
     *,
+    max_epochs: int | None,
+    limit: int | float | None,
     seed: int,
     examples: int,
     labels: Tensor | None,
@@ -63,7 +36,8 @@ def make_plan(
     Args:
         order: is prepared in place.
         schedule: decides how the batch size changes.
-        limits: of the trainer.
+        max_epochs: of the trainer; None: no limit.
+        limit: the trainer's `limit_train_batches`; None: no limit.
         seed: of the order.
         examples: how many there are.
         labels: class of each, integers [examples]; None: not known.
@@ -95,10 +69,8 @@ def make_plan(
     plan = BatchPlan.derive(examples=len(order), drop_last=drop_last, **sizes)
     if lengths is not None:
         plan = SequencePlan.of(plan, lengths, order, batch_tokens=batch_tokens, micro_batch_tokens=micro_batch_tokens)
-    most = limits.batches
-    most = max(1, int(plan.steps_per_epoch * most)) if isinstance(most, float) else most
-    plan = replace(plan, limit=most)
-    total = math.inf if limits.epochs is None else limits.epochs * plan.examples_per_epoch
+    plan = replace(plan, limit=max(1, int(plan.steps_per_epoch * limit)) if isinstance(limit, float) else limit)
+    total = math.inf if max_epochs in (None, -1) else max_epochs * plan.examples_per_epoch
     return replace(plan, changes=schedule.changes(total))
 
 
@@ -123,10 +95,10 @@ def adapted(plan: BatchPlan, schedule: Adaptive, step: int, trainer: pl.Trainer 
 class LimitedLoader(TrainLoader):
     """A loader whose length becomes that of the epoch when Lightning takes its share, `limit_train_batches`, of it."""
 
-    share: int | float | None = None
+    limit: int | float | None = None
 
     def __len__(self) -> int:
-        steps, share = super().__len__(), self.share
+        steps, share = super().__len__(), self.limit
         if not isinstance(share, float) or not 0 < share < 1:
             return steps
         return next(length for length in count(int(steps / share)) if int(length * share) >= steps)

@@ -127,9 +127,9 @@ def test_a_share_of_epochs_of_unequal_length() -> None:
 
 def test_any_share_of_any_length_is_that_of_the_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     loader = LimitedLoader.__new__(LimitedLoader)
-    for steps, loader.share in product([1, 2, 3, 7, 29, 57, 58, 1000, 10**6 + 1], [1e-6, 0.01, 0.1, 0.3, 0.58, 0.9999]):
+    for steps, loader.limit in product([1, 2, 3, 7, 29, 57, 58, 1000, 10**6 + 1], [1e-6, 0.01, 0.1, 0.3, 0.58, 0.9999]):
         monkeypatch.setattr(LimitedLoader.__base__, "__len__", lambda self, steps=steps: steps)
-        assert int(len(loader) * loader.share) == steps
+        assert int(len(loader) * loader.limit) == steps
 
 
 def test_a_new_trainer_begins_anew() -> None:
