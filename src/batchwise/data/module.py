@@ -126,7 +126,7 @@ class DataModule(Examples):
 
     @final
     def attach(self, trainer: pl.Trainer | None, unit: int = 1) -> None:
-        """Begin anew, for a trainer. Lightning does so too; the command line does it before, to check the plan.
+        """Begin anew, for a trainer. `setup` does so for a new trainer; the command line does it before any setup.
 
         Args:
             trainer: has the devices and the limits.
@@ -135,7 +135,7 @@ class DataModule(Examples):
         self.trainer = self.__trainer = trainer
         self.__unit = unit
         self.__plan: BatchPlan | None = None
-        self.__first_plan: BatchPlan | None = None  # without changes of batch size that are decided on the way
+        self.__first_plan: BatchPlan | None = None  # without changes that are decided in training
         self.__loader: TrainLoader | None = None
         self.__restored_step = 0
         self.__limit: int | None = None
