@@ -1,7 +1,6 @@
 """Names that a base class keeps for itself: a subclass that takes one hears of it at once."""
 
 from inspect import isfunction
-from typing import Any
 
 
 class Reserved:
@@ -11,7 +10,7 @@ class Reserved:
     What a class keeps in attributes of its own begins with two underscores, so that it cannot collide with a subclass.
     """
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, **kwargs: object) -> None:
         """Check the names of a subclass.
 
         Raises:
@@ -22,7 +21,7 @@ class Reserved:
             if any(_is_final(vars(base).get(name)) for base in cls.__mro__[1:]):
                 raise TypeError(f"{cls.__name__}.{name} replaces what its base class uses: choose another name")
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         """Set an attribute, but not in the place of a method.
 
         Raises:
@@ -34,5 +33,5 @@ class Reserved:
         super().__setattr__(name, value)
 
 
-def _is_final(member: Any) -> bool:
+def _is_final(member: object) -> bool:
     return getattr(member.fget if isinstance(member, property) else member, "__final__", False)
