@@ -1,7 +1,6 @@
-"""What a process takes of its machine: cores and memory."""
+"""The cores and the memory that a process uses."""
 
 import contextlib
-import ctypes
 import os
 import re
 import resource
@@ -10,32 +9,11 @@ from pathlib import Path
 
 import torch
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
-
-keeps_memory = False
-"""What `keep_memory` was last told."""
-
 
 def set_threads(count: int) -> None:
     """Let PyTorch compute with `count` threads, in this process and in those that it starts."""
     torch.set_num_threads(count)
     os.environ["OMP_NUM_THREADS"] = str(count)  # else Lightning shares the cores out among the processes it starts
-
-
-def keep_memory(keep: bool) -> bool:
-    """Let freed memory stay with this process, or not; return whether the C library can (glibc can).
-
-    By default blocks of more than 32 MiB go back to the system when they are freed, and each page of the next one is
-    a fault again: a step with large activations spends more time on that than on arithmetic.
-    """
-    global keeps_memory
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None or keep == keeps_memory:
-        return mallopt is not None
-    keeps_memory = keep
-    # Once told anything, glibc no longer raises its thresholds by itself; these are what it raises them to.
-    mallopt(_MMAP_THRESHOLD, 2**25)
-    return bool(mallopt(_MMAP_MAX, 0 if keep else 65536) and mallopt(_TRIM_THRESHOLD, -1 if keep else 2**26))
 
 
 def available_memory() -> int:

@@ -50,7 +50,6 @@ class Trainer(pl.Trainer):
         matmul_precision: of products of float32 matrices: highest; high (TF32, faster on recent GPUs) or medium
             (bfloat16); null: as PyTorch has it.
         threads: of PyTorch on the CPU, per process; null: the processes of a machine share its cores.
-        keep_memory: on a CPU, keep freed memory for the next step: faster where a micro-batch needs much.
         **kwargs: those of Lightning's Trainer.
     """
 
@@ -69,7 +68,6 @@ class Trainer(pl.Trainer):
         compile: bool | None = None,
         matmul_precision: Literal["highest", "high", "medium"] | None = None,
         threads: int | None = None,
-        keep_memory: bool | None = None,
         **kwargs: Any,
     ) -> None:
         if use_distributed_sampler:
@@ -86,8 +84,6 @@ class Trainer(pl.Trainer):
             torch.set_float32_matmul_precision(matmul_precision)
         if threads is not None:
             host.set_threads(threads)
-        if keep_memory and not host.keep_memory(True):
-            print("trainer.keep_memory is true, but this C library cannot: training goes on without", flush=True)
         plugins = [] if plugins is None else list(plugins) if isinstance(plugins, list | tuple) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(DurableIO())

@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch.nn.parallel import DistributedDataParallel
 
-from batchwise.data.module import SPLITS
+from batchwise.data.examples import SPLITS
 from batchwise.tasks.making import refuse, start_momenta, take_states
 from batchwise.tasks.task import Task
 

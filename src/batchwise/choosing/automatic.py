@@ -1,4 +1,4 @@
-"""What is measured before a training: `speed: auto` and `micro_batch_size: auto`."""
+"""`speed: auto` and `micro_batch_size: auto`: what is measured before a training."""
 
 import math
 import os
@@ -11,33 +11,33 @@ import torch
 import yaml
 
 from batchwise.choosing import fits, speed
-from batchwise.choosing.speed import Stopwatch, Way
+from batchwise.choosing.speed import Settings, Stopwatch, Way
 from batchwise.data.module import DataModule
 from batchwise.host import reset_peak_memory
 from batchwise.tasks.task import Task
 
 FILE = "speed.yaml"
-"""What was chosen, in the run's folder: a configuration that lies over others."""
+"""The file with the choice, in the run's folder: a configuration to put over others."""
 
 
 def measure(
-    task: Task, data: DataModule, trainer: Any, path: Path, device: torch.device, processes: int, everything: bool
+    task: Task, data: DataModule, trainer: Settings, path: Path, device: torch.device, processes: int, everything: bool
 ) -> None:
-    """Choose the way for this machine, say what was measured, and leave the choice as a configuration at `path`.
+    """Choose the way to run a batch on this machine, print the measurements, and write the choice to `path`.
 
     Args:
-        task: what is trained.
-        data: what it is trained on.
+        task: the task to be trained.
+        data: has the examples.
         trainer: the settings of the trainer.
-        path: what is there already stays.
-        device: what it is trained on.
-        processes: of this machine, which share its cores.
-        everything: that is open (`speed: auto`), and not the micro-batch alone.
+        path: file of the choice; if it exists, it stays.
+        device: where the task is to be trained.
+        processes: processes on this machine, which share its cores.
+        everything: choose all that is not set (`speed: auto`), and not the micro-batch alone.
 
     Raises:
         ValueError: this cannot be measured.
     """
-    if path.exists():  # of the process that started this one, or of the run that is resumed
+    if path.exists():  # from the process that started this one, or from the run that is resumed
         return
     key = "speed" if everything else "data.micro_batch_size"
     if max(int(os.environ.get(name) or 1) for name in ("WORLD_SIZE", "SLURM_NTASKS")) > 1:
@@ -57,7 +57,7 @@ def measure(
         tried.pop("size", None)
     share = -(-data.batch_size // processes)
     sizes = tried.get("size", [data.micro_batch_size or (min(share, 256) if data.finds_micro_batch else share)])
-    given = {key: trainer.get(key) for key in ("precision", "channels_last", "keep_memory", "threads", "compile")}
+    given = {key: trainer.get(key) for key in ("precision", "channels_last", "threads", "compile")}
     start = Way(
         max((size for size in sizes if size <= 256), default=sizes[0]),
         **{
@@ -73,7 +73,7 @@ def measure(
     watch = Stopwatch(task, data, max(sizes), device)
     way, lines = speed.choose(watch, start, tried, examples)
     if data.finds_micro_batch:
-        unit, budget = data.together(task._step.unit), fits.free_memory(device, processes)
+        unit, budget = data.unit_for(task._step.unit), fits.free_memory(device, processes)
         fitting = sorted(fits.what_fits(watch, way, max(1, share // unit) * unit, budget, unit))
         if not fitting:
             raise ValueError(f"not even a micro-batch of {unit} fits: write a smaller model")

@@ -1,16 +1,19 @@
 """The pictures of `tune` and of `sweep`."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from batchwise.choosing.findings import Findings
+from batchwise.choosing.trials import Result
 
 
-def draw(path: Path, findings: Any) -> None:
-    """Draw four panels as a PNG; those that nothing is known for stay empty.
+def draw(path: Path, findings: Findings) -> None:
+    """Draw four panels as a PNG. A panel stays empty if nothing is known for it.
 
     Args:
-        path: of the file.
-        findings: of `tune`.
+        path: path of the file.
+        findings: the findings of `tune`.
     """
     from matplotlib.figure import Figure
 
@@ -60,14 +63,14 @@ def draw(path: Path, findings: Any) -> None:
     figure.savefig(path)
 
 
-def draw_sweep(path: Path, found: list[Any], curve: tuple[float, float] | None, target: str) -> None:
+def draw_sweep(path: Path, found: list[Result], curve: tuple[float, float] | None, target: str) -> None:
     """Draw steps, examples and seconds to the target against the batch size as a PNG.
 
     Args:
-        path: of the file.
+        path: path of the file.
         found: a result for each batch size.
         curve: (S, E) of the prediction, steps = S + E / batch size.
-        target: for the title.
+        target: the target, for the title.
     """
     from matplotlib.figure import Figure
 
@@ -88,7 +91,7 @@ def draw_sweep(path: Path, found: list[Any], curve: tuple[float, float] | None, 
         panel.plot(sizes, [getattr(each, name) for each in reached], "o-", label="median")
         if curve:
             steps = [curve[0] + curve[1] / size for size in sizes]
-            cost = {"steps": [1] * len(sizes), "examples": sizes}
+            cost: dict[str, Sequence[float]] = {"steps": [1] * len(sizes), "examples": sizes}
             cost["seconds"] = [each.seconds / each.steps for each in reached]
             predicted = [a * b for a, b in zip(steps, cost[name], strict=True)]
             label = f"fit: S (1 + N / B), N = {curve[1] / curve[0]:,.0f}" if curve[0] else "fit: E / B"

@@ -1,4 +1,4 @@
-"""What `tune` has found out, and what follows from it."""
+"""The findings of `tune`, and what follows from them."""
 
 import math
 from dataclasses import dataclass, field
@@ -11,11 +11,11 @@ from batchwise.choosing.fits import Size
 from batchwise.choosing.range_test import RangeTest
 
 NEAR = 1.05
-"""Times the least predicted time that is as good."""
+"""A predicted time counts as good as the least if it is at most so many times as long."""
 
 
 class Choice(NamedTuple):
-    """A batch size and what it costs to reach a target, against the cheapest of each."""
+    """A batch size and its costs to reach a target, relative to the least of each."""
 
     batch_size: int
     steps: float
@@ -25,10 +25,10 @@ class Choice(NamedTuple):
 
 @dataclass
 class Findings:
-    """What is known so far."""
+    """What is known so far of a task on a machine."""
 
     batch_size: int
-    """The one that was configured."""
+    """The configured batch size."""
     largest: int
     """The largest batch size to look at."""
     devices: int = 1
@@ -39,7 +39,7 @@ class Findings:
     """Examples seen, and the noise scale of the batches before."""
     all_fit: bool = False
     overhead: float = 0.0
-    """Seconds of an optimizer step besides forward and backward passes."""
+    """Seconds of an optimizer step without forward and backward passes."""
     rates: RangeTest | None = None
 
     def knee(self) -> Size:
@@ -57,11 +57,10 @@ class Findings:
         return share / max((size.speed for size in self.sizes if size.examples <= most), default=self.sizes[0].speed)
 
     def noise_scale(self) -> float | None:
-        """Return the noise scale of the run as a whole; a lost signal counts with its lower bound.
+        """Return the noise scale of the whole run. A lost signal counts with its lower bound.
 
-        A step at batch size B gets 1 / (1 + noise / B) as far as one without noise would (McCandlish et al. 2018,
-        section 2.2); how noisy it is counts as much as that, so that the noisy end of a training, in which little
-        happens, does not decide.
+        A step at batch size B gets 1 / (1 + noise / B) as far as a step without noise (McCandlish et al. 2018, section
+        2.2). The mean is weighted by this. So the noisy end of a training, in which little happens, does not decide.
         """
         values = [each.low if each.lost else each.scale for _, each in self.noise]
         values = [value for value in values if 0 < value < math.inf]
@@ -69,7 +68,7 @@ class Findings:
         return sum(map(mul, values, weights)) / sum(weights) if values else None
 
     def choices(self) -> list[Choice]:
-        """Return what each batch size costs: steps ~ 1 + noise / B (McCandlish et al. 2018, equation 2.11)."""
+        """Return the costs of each batch size: steps ~ 1 + noise / B (McCandlish et al. 2018, equation 2.11)."""
         noise = self.noise_scale()
         if noise is None:
             return []

@@ -1,4 +1,4 @@
-"""What fits, what is fast: micro-batches that were run, by all devices, which agree on each."""
+"""Which micro-batches fit and are fast. Each is run, by all devices, which agree on the result."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ from batchwise.choosing.speed import Stopwatch, Way
 from batchwise.host import available_memory, peak_memory, reset_peak_memory
 
 KNEE = 0.95
-"""Share of the best speed that is good enough: the smallest micro-batch that has it is the knee."""
+"""The knee is the smallest micro-batch that has this share of the best speed."""
 
 
 class Size(NamedTuple):
@@ -29,11 +29,11 @@ def knee(sizes: list[Size]) -> Size:
 
 
 def free_memory(device: torch.device, processes: int) -> float:
-    """Return the bytes that a process may use at its peak: on a CPU, of what is free, as others will want some.
+    """Return the bytes that a process may use at its peak: on a CPU, most of the free memory.
 
     Args:
-        device: where it trains. Others than a CPU say themselves when they are full.
-        processes: of this machine, which share its memory.
+        device: where the process trains. Devices other than a CPU raise an error when they are full.
+        processes: processes on this machine, which share its memory.
     """
     return 0.8 * available_memory() / processes + peak_memory(device) if device.type == "cpu" else math.inf
 
@@ -48,17 +48,17 @@ def what_fits(
 ) -> Iterator[Size]:
     """Yield micro-batches by doubling, then the largest that fits by bisection (to one part in 16). Each was run.
 
-    On a CPU, a size is not run whose memory, extended from the two before it in proportion, is over the budget: there,
-    to run out of memory is to be killed.
+    On a CPU, a process that runs out of memory is killed. So there a size is not run if its memory would be over the
+    budget, by a straight line through the two sizes before it.
 
     Args:
-        watch: runs them.
-        way: how; but for the size.
-        most: examples.
-        budget: bytes at the peak; the same on all devices.
+        watch: runs the micro-batches.
+        way: how to run them, in any size.
+        most: the most examples.
+        budget: the most bytes at the peak; the same on all devices.
         unit: examples that must stay together.
-        largest: returns the largest of what each device gives. No device waits for another within a micro-batch, so
-            that one that runs out of memory keeps none waiting; and all go on with the slowest and the fullest.
+        largest: returns the largest of the values of all devices, so that the slowest and the fullest device decide. No
+            device waits for another within a micro-batch, so a device that runs out of memory keeps none waiting.
     """
     size, fits, fails = unit, 0, most + 1
     seen: list[Size] = []
@@ -67,7 +67,7 @@ def what_fits(
             fails = size
         else:
             reset_peak_memory(watch.device)
-            seconds = largest(min(watch.seconds(replace(way, size=size)) for _ in range(3)))  # the first one warms up
+            seconds = largest(min(watch.seconds(replace(way, size=size)) for _ in range(3)))  # the first warms up
             peak = int(largest(peak_memory(watch.device)))
             if math.isinf(seconds) or (fits and peak > budget):
                 fails = size

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import compress
 from time import perf_counter
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ BLOCK = 64  # examples read at a time
 EXAMPLES = 1_000_000  # most examples of a split that are looked at
 
 
-def tensors(inputs: Any) -> list[Tensor]:
+def tensors(inputs: object) -> list[Tensor]:
     """Return the tensors in inputs, which may be several, in tuples, lists or dictionaries.
 
     Raises:
@@ -32,26 +31,27 @@ def tensors(inputs: Any) -> list[Tensor]:
     return [inputs]
 
 
-def is_table(inputs: Any) -> bool:
-    """Return whether inputs are rows of columns, [N, F]."""
+def is_table(inputs: object) -> bool:
+    """Return whether inputs are the rows of a table, [N, F]."""
     return isinstance(inputs, Tensor) and inputs.ndim == 2
 
 
-def hashes(inputs: Any) -> list[int]:
-    """Return a hash of the exact content of each example: 64 bits, so that chance makes no two of them equal."""
+def hashes(inputs: object) -> list[int]:
+    """Return a hash of the exact content of each example. With 64 bits, no two are equal by chance."""
     leaves = [leaf.reshape(len(leaf), -1).contiguous().view(torch.uint8) for leaf in tensors(inputs)]
-    # Of tokens, padding (all bits set) is left out: a sequence is the same, whatever stood beside it.
+    # Padding of tokens (all bits set) is left out, because it depends on the other sequences of the micro-batch.
     return [hash(row.tobytes().rstrip(b"\xff")) for row in torch.cat(leaves, 1).cpu().numpy()]
 
 
-def classes(targets: Any) -> list[int]:
+def classes_of(targets: object) -> list[int]:
     """Return the class of each example, or nothing where targets are not whole numbers [N]."""
-    whole = isinstance(targets, Tensor) and targets.ndim == 1 and not targets.is_floating_point()
-    return targets.tolist() if whole else []
+    if not isinstance(targets, Tensor) or targets.ndim != 1 or targets.is_floating_point():
+        return []
+    return targets.tolist()
 
 
 class Values:
-    """What the finite values are: in each column of a table, [F], and else over all of them, [].
+    """Range, mean and std of the finite values: of each column of a table, [F], or else of all together, [].
 
     Args:
         text: the values are tokens, and no table.
@@ -62,8 +62,8 @@ class Values:
         self.low, self.high = torch.tensor(torch.inf), torch.tensor(-torch.inf)
         self.sum = self.squares = self.count = torch.tensor(0.0, dtype=torch.float64)
 
-    def add(self, inputs: Any) -> tuple[Tensor, Tensor]:
-        """Take a batch; return which examples hold a value that is not finite, and which one value throughout, [N]."""
+    def add(self, inputs: object) -> tuple[Tensor, Tensor]:
+        """Take a batch. Return which examples hold a value that is not finite, and which hold one value only, [N]."""
         rows = torch.cat([leaf.detach().reshape(len(leaf), -1) for leaf in tensors(inputs)], 1).cpu()
         # A column may hold large numbers that differ by little; images have many numbers.
         table = is_table(inputs) and not self.text
@@ -84,13 +84,13 @@ class Values:
 
     def __str__(self) -> str:
         mean = self.sum.sum() / self.count.sum()
-        deviation = (self.squares.sum() / self.count.sum() - mean**2).clamp_min(0).sqrt()
-        return f"{self.low.min():.4g} to {self.high.max():.4g}, mean {mean:.3g}, deviation {deviation:.3g}"
+        std = (self.squares.sum() / self.count.sum() - mean**2).clamp_min(0).sqrt()
+        return f"{self.low.min():.4g} to {self.high.max():.4g}, mean {mean:.3g}, std {std:.3g}"
 
 
 @dataclass
 class Look:
-    """What was seen of a split: lists over the examples that were looked at.
+    """What was seen of a split. The lists are over the examples that were looked at.
 
     Args:
         split: its name.
@@ -116,15 +116,15 @@ class Look:
         """Look for so many seconds, in random order, because data is often stored sorted."""
         order = Shuffled().prepare(self.total, BLOCK, seed=0)
         end = perf_counter() + seconds
-        for share in TrainLoader(BatchPlan(self.total, BLOCK, limit=EXAMPLES // BLOCK), order, fetch, 0, lambda: 0):
-            (batch,) = share.micro_batches
-            # Where an example cannot be read, another stands in for it, which is no copy.
+        for item in TrainLoader(BatchPlan(self.total, BLOCK, limit=EXAMPLES // BLOCK), order, fetch, 0, lambda: 0):
+            (batch,) = item.micro_batches
+            # Another example stands in for one that cannot be read; it is no copy.
             there = [True] * len(batch) if batch.weights is None else batch.weights.bool().tolist()
             not_finite, uniform = (mask.tolist() for mask in self.values.add(batch.inputs))
             numbers = batch.index.tolist()
             self.examples += compress(numbers, there)
             self.hashes += compress(hashes(batch.inputs), there)
-            self.classes += compress(classes(batch.targets), there)
+            self.classes += compress(classes_of(batch.targets), there)
             self.not_finite += compress(numbers, not_finite)
             self.uniform += compress(numbers, uniform)
             self.table = is_table(batch.inputs) and not self.text
@@ -138,7 +138,7 @@ class Look:
         return np.array(self.examples)[order], np.array(self.hashes)[order]
 
     def copies(self) -> list[tuple[int, int]]:
-        """Return the examples whose inputs came before, each with the first that has them."""
+        """Return the examples with the inputs of an earlier one, each with the first that has them."""
         numbers, keys = self.sorted()
         _, first, which = np.unique(keys, return_index=True, return_inverse=True)
         firsts = numbers[first[which]]

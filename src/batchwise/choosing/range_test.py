@@ -1,12 +1,14 @@
-"""The learning-rate range test (Smith 2017, arXiv 1506.01186): the rate rises; where does the loss fall fastest?"""
+"""The learning-rate range test (Smith 2017, arXiv 1506.01186): at which rate does the loss fall fastest?"""
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 from lightning.pytorch.callbacks import Callback
+
+from batchwise.batching.loader import Batch
+from batchwise.tasks.task import Task
 
 STEPS = 140
 LOWEST, HIGHEST = 1e-4, 1e3  # times the rate that was configured
@@ -28,7 +30,7 @@ class RangeTest(Callback):
         self.rates: list[float] = []
         self.losses: list[float] = []
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Task, batch: Batch, batch_idx: int) -> None:
         """Set the rate of the step."""
         rates = pl_module._rates
         if not self.rates:
@@ -37,18 +39,20 @@ class RangeTest(Callback):
         rates.base = [rate * factor for rate in self._first]
         self.rates.append(rates.base[0])
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Note the loss; stop where it is far above the first ones."""
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Task, outputs: object, batch: Batch, batch_idx: int
+    ) -> None:
+        """Note the loss. Stop when it is far above the first ones."""
         self.losses.append(pl_module._step.sums.mean())
         self.progress(trainer.global_step)
         if not self.losses[-1] <= _DIVERGED * max(self.losses[:_WINDOW]):
             trainer.should_stop = True
 
     def steepest(self) -> float | None:
-        """Return the rate about which the loss falls fastest, against the logarithm of the rate; None: it never falls.
+        """Return the rate at which the loss falls fastest, against the logarithm of the rate; None: it never falls.
 
-        The slope is that of a straight line through the losses while the rate grows tenfold, so that the noise of
-        single batches cancels.
+        The slope is that of a straight line through the losses while the rate grows tenfold. So the noise of single
+        batches cancels.
         """
         losses = np.array(self.losses)[np.isfinite(self.losses)]
         logs = np.log(self.rates[: len(losses)])
@@ -59,7 +63,7 @@ class RangeTest(Callback):
         return float(np.exp(logs[windows[int(np.argmin(slopes))]].mean()))
 
     def __str__(self) -> str:
-        """Return what was found as one reads it."""
+        """Return the findings as a sentence."""
         steepest, last = self.steepest(), self.rates[-1] if self.rates else 0.0
         falls = f"the loss falls fastest at about {steepest:.2g}" if steepest else "the loss does not fall"
         end = f"it diverges at {last:.2g}" if len(self.rates) < STEPS else f"{last:.2g} does not make it diverge"

@@ -1,7 +1,7 @@
 """Sequences of tokens, as `inspect` shows them: how long they are, how much is padding, and what they say."""
 
 from statistics import median
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 from rich.markup import escape
 from rich.table import Table
@@ -13,8 +13,17 @@ from batchwise.choosing.look import tensors
 EXAMPLES, CHARACTERS = 4, 240  # most that are shown
 
 
+@runtime_checkable
+class Decodes(Protocol):
+    """A data module whose inputs are tokens."""
+
+    def decode(self, tokens: Tensor) -> str:
+        """Return the text of tokens [T]."""
+        ...
+
+
 class Sequences:
-    """The lengths of sequences, and the places that micro-batches have for them."""
+    """The lengths of sequences, and the places that micro-batches have for them, padding included."""
 
     def __init__(self) -> None:
         self.lengths: list[int] = []
@@ -26,7 +35,7 @@ class Sequences:
         self.places += tokens.numel()
 
     def figures(self) -> dict[str, str]:
-        """Return what there is to say, by name."""
+        """Return the figures by name, as text."""
         low, high, mean = min(self.lengths), max(self.lengths), sum(self.lengths) / len(self.lengths)
         return {
             "tokens per sequence": f"{low:,} to {high:,}, mean {mean:,.1f}, median {median(self.lengths):,.0f}",
@@ -34,11 +43,11 @@ class Sequences:
         }
 
 
-def texts(data: Any, batch: MicroBatch) -> Table:
-    """Return the first examples of a batch as a reader sees them.
+def texts(data: Decodes, batch: MicroBatch) -> Table:
+    """Return the first examples of a batch as text.
 
     Args:
-        data: has `decode`, from tokens [T] to text.
+        data: decodes.
         batch: as the network sees it.
     """
     table = Table("example", "as the network sees it", box=None, title="text")

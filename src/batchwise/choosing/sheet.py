@@ -2,23 +2,28 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
 
+from batchwise.choosing.classes import Classes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 IMAGES, PANELS, ACROSS = 32, 12, 8
 
 
-def draw(path: Path, inputs: Tensor, targets: Tensor | None, mix: Any, lengths: Sequence[int] = ()) -> None:
+def draw(path: Path, inputs: Tensor, targets: Tensor | None, classes: Classes | None, lengths: Sequence[int]) -> None:
     """Draw a PNG.
 
     Args:
-        path: of the file.
-        inputs: examples after `transform`; [N, F] a table, [N, C, H, W] or [N, H, W] images, else only their values.
-        targets: written over the images where they are one number each, [N].
-        lengths: of sequences, where the inputs are tokens.
-        mix: `names` of the classes, their shares in the `data` set and in each of the `batches`; None: no classes.
+        path: path of the file.
+        inputs: examples after `transform`: a table [N, F] or images [N, C, H, W] or [N, H, W]; of others, the values.
+        targets: written over the images if they are one number each, [N].
+        classes: of the data set and of the batches; None: there are none.
+        lengths: of sequences; empty if the inputs are not tokens.
     """
     from matplotlib.figure import Figure
 
@@ -29,15 +34,14 @@ def draw(path: Path, inputs: Tensor, targets: Tensor | None, mix: Any, lengths: 
     rows = -(-count // across)
     heights = [(1.2 if images else 1.9) * rows, 2.6]
     figure = Figure(figsize=(9, sum(heights) + 0.3), dpi=120, layout="constrained")
-    panels: Any = figure.subfigures(2, 1, height_ratios=[max(heights[0], 0.01), heights[1]])
-    top, bottom = panels
+    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=[max(heights[0], 0.01), heights[1]]).flat
     if count:
         axes = list(top.subplots(rows, across, squeeze=False).flat)
         (_pictures if images else _columns)(axes, inputs[: IMAGES if images else None], targets)
         for axis in axes[count:]:
             axis.axis("off")
     left, right = bottom.subplots(1, 2)
-    _classes(left, mix)
+    _classes(left, classes)
     if lengths:
         right.hist(lengths, bins=50, color="tab:blue")
         right.set(xlabel="tokens of a sequence", ylabel="sequences")
@@ -48,7 +52,7 @@ def draw(path: Path, inputs: Tensor, targets: Tensor | None, mix: Any, lengths: 
     figure.savefig(path)
 
 
-def _pictures(axes: list[Any], images: Tensor, targets: Tensor | None) -> None:
+def _pictures(axes: "list[Axes]", images: Tensor, targets: Tensor | None) -> None:
     images = images[:, None] if images.ndim == 3 else images
     images = images if images.shape[1] == 3 else images[:, :1]
     finite = images[images.isfinite()].double()  # one scale for all, so that a blank image looks blank
@@ -61,7 +65,7 @@ def _pictures(axes: list[Any], images: Tensor, targets: Tensor | None) -> None:
         axis.axis("off")
 
 
-def _columns(axes: list[Any], table: Tensor, targets: Tensor | None) -> None:
+def _columns(axes: "list[Axes]", table: Tensor, targets: Tensor | None) -> None:
     for number, (axis, column) in enumerate(zip(axes, table.double().T, strict=False)):
         axis.hist(column[column.isfinite()].numpy(), bins=30, color="tab:blue")
         axis.set_title(f"column {number}", fontsize=9, pad=2)
@@ -69,16 +73,18 @@ def _columns(axes: list[Any], table: Tensor, targets: Tensor | None) -> None:
         axis.tick_params(labelsize=7)
 
 
-def _classes(axis: Any, mix: Any) -> None:
-    if mix is None:
+def _classes(axis: "Axes", classes: Classes | None) -> None:
+    if classes is None:
         axis.axis("off")
         axis.text(0.5, 0.5, "targets are not classes", ha="center")
         return
-    places, mean = np.arange(len(mix.names)), mix.batches.mean(0)
-    spread = [mean - mix.batches.min(0), mix.batches.max(0) - mean]
-    axis.stairs(mix.data, np.arange(len(mix.names) + 1) - 0.5, fill=True, color="lightgray", label="data set")
+    places, mean = np.arange(len(classes.names)), classes.batches.mean(0)
+    spread = [mean - classes.batches.min(0), classes.batches.max(0) - mean]
+    axis.stairs(classes.data, np.arange(len(classes.names) + 1) - 0.5, fill=True, color="lightgray", label="data set")
     axis.errorbar(places, mean, spread, fmt=".", capsize=3, color="tab:blue", label="batches: mean, lowest, highest")
-    axis.set(xlabel="class", ylabel="share of examples", ylim=(0, 1.25 * max(mix.data.max(), mix.batches.max())))
-    if len(mix.names) <= 20:
-        axis.set_xticks(places, [str(name) for name in mix.names])
+    axis.set(
+        xlabel="class", ylabel="share of examples", ylim=(0, 1.25 * max(classes.data.max(), classes.batches.max()))
+    )
+    if len(classes.names) <= 20:
+        axis.set_xticks(places, [str(name) for name in classes.names])
     axis.legend(loc="upper right", ncols=2, fontsize=8, frameon=False)

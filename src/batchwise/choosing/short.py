@@ -1,4 +1,4 @@
-"""A short training of a copy, in this process: what is tuned or swept stays as it was."""
+"""A short training of a copy, in this process, so that what is tuned or swept stays as it was."""
 
 import contextlib
 import io
@@ -14,15 +14,15 @@ from batchwise.tasks.task import Task
 def train(
     trainer: pl.Trainer, task: Task, data: DataModule, steps: int, callbacks: list[Callback], validate: bool = False
 ) -> None:
-    """Train for some steps, on the devices and in the precision and memory format of a trainer; print nothing.
+    """Train for some steps like a trainer, on its devices and in its precision and memory format; print nothing.
 
     Args:
         trainer: stays as it is.
-        task: is trained: give a copy.
-        data: where to train from; see `DataModule.resized`.
-        steps: optimizer steps, at most.
-        callbacks: are all that is done besides.
-        validate: after a step for which a callback sets the trainer's `val_check_batch` to 1.
+        task: is trained, so give a copy.
+        data: has the examples; see `DataModule.resized`.
+        steps: the most optimizer steps.
+        callbacks: all callbacks of the training.
+        validate: validate after each step for which a callback sets the trainer's `val_check_batch` to 1.
     """
     gpu = trainer.strategy.root_device.type == "cuda"
     with TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
@@ -49,4 +49,4 @@ def train(
         short.fit(task, datamodule=data)
 
 
-NEVER = 2**62  # steps between two validations
+NEVER = 2**62  # a number of steps that no training has

@@ -1,4 +1,4 @@
-"""The fastest way to run the batch here, found by measuring; the result stays, up to rounding."""
+"""The fastest way to run the batch on this machine, found by measuring. The result stays, up to rounding."""
 
 import copy
 import os
@@ -10,49 +10,51 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from jsonargparse import Namespace
 from torch import Tensor, nn
 
-from batchwise import host
 from batchwise.batching.loader import MicroBatch
 from batchwise.data.module import DataModule
-from batchwise.host import keep_memory
 from batchwise.models.compiled import compile_network
 from batchwise.models.norm import has_batchnorm
 from batchwise.tasks.memory import is_out_of_memory
 from batchwise.tasks.task import Task
 
-_GAIN = 1.05  # a way must be so many times as fast as the one before to take its place
-_TURN = 0.1  # seconds of measuring at a time, at least
-_EXAMPLES = 256  # are read; larger micro-batches repeat them
-_LONG = 1200.0  # seconds of training, from which on compiling may pay
-_OVERHEAD = 2e-4  # seconds that each micro-batch costs besides, in Python
+_GAIN = 1.05  # a way replaces another if it is at least so many times as fast
+_TURN = 0.1  # the least seconds of measuring at a time
+_EXAMPLES = 256  # the most examples that are read; larger micro-batches repeat them
+_LONG = 1200.0  # seconds of training from which compiling may pay
+_OVERHEAD = 2e-4  # seconds that Python takes per micro-batch
+
+
+Settings = Namespace | dict[str, Any]
+"""The settings of the trainer, by their keys."""
 
 
 @dataclass(frozen=True)
 class Way:
-    """How micro-batches of `size` examples are run; the rest as the trainer's keys of these names."""
+    """How micro-batches of `size` examples are run. The other names are keys of the trainer."""
 
     size: int
     precision: str = "32-true"
     channels_last: bool = False
-    keep_memory: bool = False
     threads: int = 1
     compile: bool = False
 
     def __str__(self) -> str:
-        flags = [name for name in ("channels_last", "keep_memory", "compile") if getattr(self, name)]
+        flags = [name for name in ("channels_last", "compile") if getattr(self, name)]
         return ", ".join([f"micro-batches of {self.size}", self.precision, f"{self.threads} thread(s)", *flags])
 
 
 class Stopwatch:
-    """Measures how fast a task's micro-batches run, on a copy of it.
+    """Measures how fast the micro-batches of a task run. It runs a copy of the task.
 
     Args:
-        task: what is trained.
-        data: what it is trained on.
-        size: of the largest micro-batch.
+        task: the task to be trained.
+        data: has the examples.
+        size: size of the largest micro-batch.
         device: where to measure.
-        rounds: in which each way has its turn.
+        rounds: number of rounds, in each of which each way has its turn.
     """
 
     def __init__(self, task: Task, data: DataModule, size: int, device: torch.device, rounds: int = 5) -> None:
@@ -61,7 +63,7 @@ class Stopwatch:
         self.examples = data.examples("train", min(size, _EXAMPLES))
 
     def task(self, way: Way) -> Task:
-        """Return a copy of the task, laid out and compiled."""
+        """Return a copy of the task, with the memory format of a way, and compiled if the way says so."""
         if way.compile not in self.tasks:
             self.tasks[True] = copy.deepcopy(self.tasks[False])
             compile_network(self.tasks[True].network, self.device)
@@ -69,11 +71,10 @@ class Stopwatch:
         return self.tasks[way.compile]
 
     def seconds(self, way: Way) -> float:
-        """Return the seconds per example of forward and backward pass (inf: out of memory)."""
+        """Return the seconds per example of a forward and backward pass (inf: out of memory)."""
         micro_batch = self.examples.take(torch.arange(way.size) % len(self.examples))
         with _as_before():
             torch.set_num_threads(way.threads)
-            keep_memory(way.keep_memory)
             task = self.task(way)
             start, runs = perf_counter(), 0
             try:
@@ -107,24 +108,25 @@ class Stopwatch:
 
 @contextmanager
 def _as_before() -> Iterator[None]:
-    threads, generator, kept = torch.get_num_threads(), torch.get_rng_state(), host.keeps_memory
+    threads, generator = torch.get_num_threads(), torch.get_rng_state()
     try:
         yield
     finally:
         torch.set_num_threads(threads)
         torch.set_rng_state(generator)
-        keep_memory(kept)
 
 
-def candidates(task: Task, data: DataModule, trainer: Any, device: torch.device, processes: int) -> dict[str, list]:
-    """Return what to try, for each property of a way that the configuration leaves open.
+def candidates(
+    task: Task, data: DataModule, trainer: Settings, device: torch.device, processes: int
+) -> dict[str, list]:
+    """Return the values to try, for each property of a way that the configuration does not set.
 
     Args:
-        task: what is trained.
-        data: what it is trained on; its `batch_size` is set.
+        task: the task to be trained.
+        data: has the examples, and a `batch_size`.
         trainer: the settings of the trainer.
-        device: what it is trained on.
-        processes: of this machine, which share its cores.
+        device: where the task is to be trained.
+        processes: processes on this machine, which share its cores.
     """
     found: dict[str, list] = {}
     assert data.batch_size is not None
@@ -138,26 +140,25 @@ def candidates(task: Task, data: DataModule, trainer: Any, device: torch.device,
         found["channels_last"] = [False, True]
     fixed = data.micro_batch_size is not None or trainer.get("accumulate_grad_batches") is not None
     share = -(-data.batch_size // processes)
-    unit = data.together(task._step.unit)
-    if not fixed and share >= unit and not has_batchnorm(task.network):  # which depends on what runs together
+    unit = data.unit_for(task._step.unit)
+    if not fixed and share >= unit and not has_batchnorm(task.network):  # its result depends on the micro-batch
         powers = [2**power // unit * unit for power in range(5, 13)]
-        # A larger share than any of them is not tried whole: on a CPU, to run out of memory is to be killed.
+        # A larger share is not tried whole: on a CPU, a process that runs out of memory is killed.
         found["size"] = [*(size for size in powers if 0 < size < share), *([share] if share <= powers[-1] else [])]
-    if device.type == "cpu" and trainer.get("keep_memory") is None:
-        found["keep_memory"] = [False, True]
     if trainer.get("compile") is None:
         found["compile"] = [False, True]
     return found
 
 
 def choose(watch: Stopwatch, way: Way, tried: dict[str, list], examples: float) -> tuple[Way, list[str]]:
-    """Return the fastest way found, one property after the other, and a table of what was measured, as lines.
+    """Return the fastest way, found one property after the other, and the measurements as the lines of a table.
 
     Args:
         watch: measures.
-        way: where to start.
+        way: the first way.
         tried: see `candidates`.
-        examples: that training will see: a compiler, which takes minutes, is tried where training takes far longer.
+        examples: number of examples that training will see. A compiler takes minutes, so it is tried only if training
+            takes far longer.
     """
     lines = ["    examples/s  ratio"]
     for key, values in tried.items():

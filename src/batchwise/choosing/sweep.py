@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from batchwise.batching.loader import Batch
 from batchwise.choosing import short, trials
 from batchwise.choosing.figure import draw_sweep
 from batchwise.choosing.trials import Run
@@ -24,14 +25,16 @@ from batchwise.data.module import DataModule
 from batchwise.errors import TrainingStopped
 from batchwise.tasks.task import Task
 
+Number = TypeVar("Number", int, float)
+
 
 class Recipe(NamedTuple):
-    """What the command line knows of a training, besides its objects."""
+    """How the command line makes a model, and what identifies its training."""
 
     model: Callable[[int], Task]
-    """Makes the task anew, with the initial weights of a seed."""
+    """Makes a new task, with the initial weights of a seed."""
     digest: str
-    """Tells trainings apart that differ in more than batch size, rate, seed and length."""
+    """A hash of all settings except batch size, rate, seed and length."""
 
 
 class Target(NamedTuple):
@@ -46,7 +49,7 @@ class Target(NamedTuple):
         """Read a target.
 
         Raises:
-            ValueError: it is none, or its metric is not one of those known.
+            ValueError: the text is no target, or its metric is not known.
         """
         match = re.fullmatch(r"\s*([^<>=\s]+)\s*(>=|<=)\s*([-+]?[\d.]+(?:[eE][-+]?\d+)?)\s*", text)
         if match is None or match[1] not in known:
@@ -54,14 +57,14 @@ class Target(NamedTuple):
         return cls(match[1], match[2], float(match[3]))
 
     def reached(self, value: float) -> bool:
-        """Return whether the metric is there (what is not a number is not)."""
+        """Return whether a value of the metric reaches the target. NaN does not."""
         return value >= self.value if self.sign == ">=" else value <= self.value
 
 
 class Race(Callback):
-    """Validates whenever training is some share further, stops at the target, and times the steps alone.
+    """Validates whenever the number of steps has grown by a share, stops at the target, and times the steps alone.
 
-    At any batch size, the steps to the target are then known to the same share.
+    So the steps to the target are known up to the same share, at any batch size.
     """
 
     def __init__(self, target: Target, factor: float, share: float, steps: int) -> None:
@@ -69,14 +72,16 @@ class Race(Callback):
         self.reached, self.steps, self.learning_rate = False, 0, 0.0
         self._next, self._seconds, self._lap = 1, 0.0, 0.0
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Task, batch: Batch, batch_idx: int) -> None:
         """Set the rate, before the first step."""
         if batch.step == 0:
             rates = pl_module._rates
             rates.base = [rate * self.factor for rate in rates.base]
             self.learning_rate = rates.base[0]
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Task, outputs: object, batch: Batch, batch_idx: int
+    ) -> None:
         """Take the time, and validate if it is due."""
         self.steps = trainer.global_step
         due = self.steps >= min(self._next, self.last)
@@ -89,7 +94,7 @@ class Race(Callback):
         if due:
             self._next = max(self.steps + 1, math.ceil(self.steps * (1 + self.share)))
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Task) -> None:
         """Stop at the target."""
         self.reached = self.target.reached(float(trainer.callback_metrics[self.target.metric]))
         trainer.should_stop = self.reached
@@ -97,7 +102,7 @@ class Race(Callback):
 
     @property
     def seconds(self) -> float:
-        """Seconds of all steps. The first one pays for what is made once; it counts as much as another."""
+        """Seconds of all steps. The first step has costs that come once, so it counts as the mean of the others."""
         return self._seconds * self.steps / max(1, self.steps - 1)
 
 
@@ -114,23 +119,23 @@ def sweep(
     rates: str,
     val_share: float,
 ) -> list[Run]:
-    """Run what is due, print the table, draw `sweep.png` in the run's folder; return all runs that were asked for.
+    """Do the runs that are due, print the table, draw `sweep.png` in the run's folder, and return all wanted runs.
 
     Args:
-        trainer: has the run's folder, device and precision, and how long a training may be.
-        task: what is to be trained; it stays as it is. Its rate stays constant after the warm-up in examples, so that
-            the steps to the target do not depend on the length of a training. Callbacks take no part.
+        trainer: has the run's folder, device and precision, and the length of a training.
+        task: the task to be trained; it stays as it is. The rate is constant after the warm-up in examples, so that the
+            steps to the target do not depend on the length of a training. Callbacks take no part.
         data: has its plan.
-        recipe: None: all seeds have the weights of `task`.
+        recipe: makes the tasks; None: all seeds have the weights of `task`.
         results: the file of all runs; None: `sweep.csv` beside the folders of the runs.
-        batch_sizes: with commas between them.
+        batch_sizes: numbers with commas between them.
         target: see `Target`.
-        seeds: trainings of each batch size at each rate.
+        seeds: number of trainings of each batch size at each rate.
         rates: the grid, as factors on the rate that the rule gives, with commas between them.
-        val_share: how much longer a training is from one validation to the next.
+        val_share: growth of the number of steps from one validation to the next.
 
     Raises:
-        ValueError: what was asked for makes no sense.
+        ValueError: an argument makes no sense.
     """
     sizes, factors = sorted(_numbers("batch_sizes", batch_sizes, int)), sorted(_numbers("rates", rates, float))
     goal = Target.parse(target, [name for name in task.metric_names() if name.startswith("val/")])
@@ -186,7 +191,7 @@ def sweep(
                 examples = feed.plan.examples_at(race.steps) if race.reached else budget
                 done = (race.reached, race.steps if race.reached else most, examples, round(race.seconds, 6))
                 trials.append(path, Run(config, size, seed, factor, race.learning_rate, *done))
-        except (KeyboardInterrupt, SystemExit):  # the latter is what Lightning makes of the former
+        except (KeyboardInterrupt, SystemExit):  # Lightning turns the former into the latter
             console.print("interrupted: the same command goes on from here")
     runs = known()
     if runs:
@@ -198,7 +203,7 @@ def sweep(
     return runs
 
 
-def _numbers(key: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
+def _numbers(key: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
     try:
         found = [kind(part) for part in text.strip("[] ").split(",")]
     except ValueError:

@@ -1,4 +1,4 @@
-"""The runs of a sweep: which are due, the file that keeps them, and what they say together."""
+"""The runs of a sweep: which are due, the file that has them, and what follows from them."""
 
 import csv
 import math
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 GROWN = 2
-"""Rates that may be added at each end of the grid, while the best one is at that end."""
+"""The most rates that are added at each end of the grid."""
 
 
 @dataclass(frozen=True)
@@ -19,25 +19,25 @@ class Run:
     """One training to the target; a row of the file."""
 
     config: str = ""
-    """A digest of what makes its training different from others."""
+    """A hash of its other settings, and the target."""
     batch_size: int = 0
     seed: int = 0
     factor: float = 1.0
-    """On the learning rate that the rule gives."""
+    """Factor on the learning rate that the rule gives."""
     learning_rate: float = 0.0
     reached: bool = False
     steps: int = 0
-    """Optimizer steps to the target; where it was not reached, those that were allowed."""
+    """Optimizer steps to the target; if it was not reached, the steps that were allowed."""
     examples: int = 0
     seconds: float = 0.0
-    """Of the steps alone."""
+    """Seconds of the steps alone."""
 
 
 def due(runs: list[Run], sizes: list[int], seeds: list[int], factors: list[float]) -> Iterator[tuple[int, int, float]]:
-    """Yield (seed, batch size, factor) of what is to be run next, given the runs so far.
+    """Yield (seed, batch size, factor) of the next runs, given the runs so far.
 
-    Each size gets the whole grid. Then, while its best rate is at an end of the grid (or none has reached the target),
-    another one beyond that end, at the same distance; at most `GROWN`.
+    Each size gets the whole grid. While its best rate is at an end of the grid, or no rate has reached the target,
+    another rate is added beyond that end, at the same distance, but at most `GROWN`.
     """
     done = {(run.seed, run.batch_size, run.factor) for run in runs}
     wanted = [(seed, size, factor) for seed in seeds for size in sizes for factor in factors]
@@ -60,7 +60,7 @@ def _median(runs: Iterable[Run], name: str = "steps") -> float:
 
 
 def choose(runs: Iterable[Run]) -> float | None:
-    """Return the factor of the fewest steps, by the median over the seeds; None, where most never reach the target."""
+    """Return the factor with the fewest steps, by the median over the seeds; None: most never reach the target."""
     by_factor: dict[float, list[Run]] = {}
     for run in runs:
         by_factor.setdefault(run.factor, []).append(run)
@@ -69,18 +69,18 @@ def choose(runs: Iterable[Run]) -> float | None:
 
 
 class Result(NamedTuple):
-    """A batch size at its best rate; medians over the seeds, infinite where most did not reach the target."""
+    """A batch size at its best rate: medians over the seeds, infinite if most did not reach the target."""
 
     batch_size: int
     runs: list[Run]
-    """At the best rate; where there is none, all that were tried."""
+    """The runs at the best rate; all runs, if there is no best rate."""
     steps: float
     examples: float
     seconds: float
 
 
 def results(runs: list[Run]) -> list[Result]:
-    """Return what is known of each batch size, in order."""
+    """Return the result of each batch size, in rising order."""
     found = []
     for size in sorted({run.batch_size for run in runs}):
         own = [run for run in runs if run.batch_size == size]
@@ -94,8 +94,8 @@ def results(runs: list[Run]) -> list[Result]:
 def fit(found: list[Result]) -> tuple[float, float] | None:
     """Return (S, E) of steps = S + E / B, by least squares of the relative errors.
 
-    S is the least number of steps, E that of examples: McCandlish et al. 2018, equation 2.11, S (1 + B_noise / B), with
-    B_noise = E / S. None where fewer than three batch sizes reached the target.
+    S is the least number of steps, and E the least number of examples: McCandlish et al. 2018, equation 2.11, S (1 +
+    B_noise / B), with B_noise = E / S. None: fewer than three batch sizes reached the target.
     """
     known = [each for each in found if math.isfinite(each.steps)]
     if len(known) < 3:
@@ -108,10 +108,10 @@ def fit(found: list[Result]) -> tuple[float, float] | None:
 
 
 def read(path: Path) -> list[Run]:
-    """Return the runs in a file; none, if there is no file.
+    """Return the runs in a file, or no runs if there is no file.
 
     Raises:
-        ValueError: it holds something else.
+        ValueError: the file holds something else.
     """
     if not path.exists():
         return []
@@ -130,7 +130,7 @@ def read(path: Path) -> list[Run]:
 
 
 def append(path: Path, run: Run) -> None:
-    """Write a run to the end of a file."""
+    """Append a run to a file."""
     new = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, asdict(run))

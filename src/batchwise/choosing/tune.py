@@ -1,11 +1,10 @@
-"""`tune`: which batch size to train with: what fits, what is fast, what the gradient says, and what follows from it."""
+"""`tune`: which batch size to train with, from what fits, what is fast and how noisy the gradient is."""
 
 import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from batchwise.batching.loader import Batch
 from batchwise.batching.noise import FEWEST
 from batchwise.callbacks.noise_scale import NoiseScale
 from batchwise.choosing import fits, range_test, short
@@ -27,24 +27,27 @@ from batchwise.data.module import DataModule
 from batchwise.optim.schedule import Schedule
 from batchwise.tasks.task import Task
 
-PARTS = 4  # micro-batches, of whose gradients the noise scale is taken
+PARTS = 4  # micro-batches of a batch; the noise scale comes from their gradients
 
 
 class Pace(Callback):
-    """Notes the noise scale as training goes on, or how long a step takes."""
+    """Notes the noise scale in the course of a training, or the time of a step."""
 
     def __init__(self, findings: Findings, noise: NoiseScale | None, progress: Callable[[int], None]) -> None:
         self.findings, self.noise, self.progress = findings, noise, progress
         self.started = self.seconds = 0.0
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Take the samples of the last `FEWEST` batches, and forget them."""
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Task, outputs: object, batch: Batch, batch_idx: int
+    ) -> None:
+        """Take an estimate from the samples since the last one, if there are enough."""
         step = trainer.global_step
         self.progress(step)
         if self.noise is None:
             self.started = perf_counter() if step == _WARM_UP else self.started
             self.seconds = (perf_counter() - self.started) / max(1, step - _WARM_UP)
         elif estimate := self.noise.estimate():
+            assert pl_module.data.plan is not None
             self.findings.noise.append((pl_module.data.plan.examples_at(step), estimate))
             self.noise.samples.clear()
 
@@ -53,20 +56,20 @@ _WARM_UP, _TIMED = 5, 25  # steps
 
 
 def tune(trainer: pl.Trainer, task: Task, data: DataModule, steps: int, memory_gib: float | None) -> None:
-    """Find out, print tables, draw `tune.png`, and leave `tuned.yaml` in the run's folder.
+    """Find the batch size, print tables, draw `tune.png`, and write `tuned.yaml` in the run's folder.
 
-    All devices take part, as in `fit`: in the first phase each for itself, agreeing on each micro-batch; after it in
-    short trainings.
+    All devices take part, as in `fit`. In the first phase each device runs micro-batches by itself, and all agree on
+    the result of each. Then come short trainings.
 
     Args:
         trainer: has the run's folder, devices and precision.
-        task: what is to be trained; it stays as it is.
-        data: where to train from.
-        steps: most optimizer steps of the short run.
-        memory_gib: what each device may use, in GiB; None: most of what is free.
+        task: the task to be trained; it stays as it is.
+        data: has the examples.
+        steps: the most optimizer steps of the short run.
+        memory_gib: memory that each device may use, in GiB; None: most of what is free.
 
     Raises:
-        ValueError: what was asked for makes no sense.
+        ValueError: an argument makes no sense.
     """
     if steps < FEWEST:
         raise ValueError(f"steps is {steps}: the noise scale needs at least {FEWEST}")
@@ -79,7 +82,7 @@ def tune(trainer: pl.Trainer, task: Task, data: DataModule, steps: int, memory_g
         launcher.launch(_tune, trainer, task, data, steps, memory_gib, trainer=trainer)
 
 
-@isolate_rng()  # the generators are as before afterwards
+@isolate_rng()  # restores the generators
 def _tune(trainer: pl.Trainer, task: Task, data: DataModule, steps: int, memory_gib: float | None) -> None:
     trainer.strategy.setup_environment()
     trainer.strategy.barrier()  # the first process has prepared the data
@@ -93,8 +96,8 @@ def _tune(trainer: pl.Trainer, task: Task, data: DataModule, steps: int, memory_
         values = torch.tensor(value, dtype=torch.float64, device=device)
         return float(trainer.strategy.reduce(values, reduce_op="max"))  # type: ignore[arg-type]
 
-    together = largest if trainer.world_size > 1 else fits.alone
-    budget = -together(-(memory_gib * 2**30 if memory_gib else fits.free_memory(device, trainer.num_devices)))
+    agreed = largest if trainer.world_size > 1 else fits.alone
+    budget = -agreed(-(memory_gib * 2**30 if memory_gib else fits.free_memory(device, trainer.num_devices)))
     most = min(len(train), 2**14) // unit * unit
     if most == 0:
         raise ValueError(f"there are {len(train)} training examples, of which {unit} must stay together: give it more")
@@ -117,7 +120,7 @@ def _tune(trainer: pl.Trainer, task: Task, data: DataModule, steps: int, memory_
 
         try:
             progress = bar("what fits, what is fast", math.log2(most))
-            for size in fits.what_fits(Stopwatch(task, data, most, device), way, most, budget, unit, together):
+            for size in fits.what_fits(Stopwatch(task, data, most, device), way, most, budget, unit, agreed):
                 findings.sizes.append(size)
                 progress(math.log2(size.examples))
             if not findings.sizes:
@@ -127,7 +130,7 @@ def _tune(trainer: pl.Trainer, task: Task, data: DataModule, steps: int, memory_
             knee = findings.knee().examples
             pace = Pace(findings, None, lambda step: None)
             train_copy(batch_size, knee, _WARM_UP + _TIMED, [pace])
-            findings.overhead = together(max(0.0, pace.seconds - findings.seconds(batch_size)))
+            findings.overhead = agreed(max(0.0, pace.seconds - findings.seconds(batch_size)))
             total = int(min(steps, data.total_steps()))
             noise, part = NoiseScale(every_n_steps=1), max(unit, batch_size // PARTS // unit * unit)
             train_copy(batch_size, part, total, [noise, Pace(findings, noise, bar("what the gradient says", total))])
@@ -135,7 +138,7 @@ def _tune(trainer: pl.Trainer, task: Task, data: DataModule, steps: int, memory_
             findings.rates = RangeTest(bar("what the rate does", range_test.STEPS))
             size = best.batch_size if best else batch_size
             train_copy(size, knee, range_test.STEPS, [findings.rates], whatever_comes=True)
-        except (KeyboardInterrupt, SystemExit):  # the latter is what Lightning makes of the former
+        except (KeyboardInterrupt, SystemExit):  # Lightning turns the former into the latter
             interrupted = True
     if findings.sizes and trainer.is_global_zero:
         report(console, findings, interrupted)
@@ -143,7 +146,7 @@ def _tune(trainer: pl.Trainer, task: Task, data: DataModule, steps: int, memory_
 
 
 def report(console: Console, findings: Findings, interrupted: bool) -> None:
-    """Print what was found."""
+    """Print the findings."""
     knee, best, noise = findings.knee(), findings.best(), findings.noise_scale()
     table = Table("micro-batch", "examples/s", "peak MiB", "", title="what fits, what is fast", box=None)
     for size in findings.sizes:
@@ -179,7 +182,7 @@ def _leave(folder: Path, findings: Findings, task: Task, data: DataModule) -> No
         micro_batch = max(findings.unit, min(findings.share(best.batch_size), findings.knee().examples))
         sizes: dict[str, int | None] = {"batch_size": best.batch_size, "micro_batch_size": micro_batch}
         if data.batch_tokens is not None:
-            sizes["batch_tokens"] = None  # which takes the place of `batch_size`
+            sizes["batch_tokens"] = None  # or it would contradict `batch_size`
         overlay = {
             "trainer": {"accumulate_grad_batches": None},
             "data": sizes,

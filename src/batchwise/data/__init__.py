@@ -1,1 +1,1 @@
-"""Data modules: they own the batching."""
+"""Data modules: they own the batch."""

@@ -1,11 +1,11 @@
-"""Augmentation of whole micro-batches on the device; what is drawn for an example depends on seed, epoch and example.
+"""Augmentation of whole micro-batches, on the device. The random numbers depend on seed, epoch and example alone.
 
-So an example is augmented in the same way on any device, in any micro-batch and after any resume. Name them in the
-configuration, under `data.augment`; they are applied in training, in this order:
+So an example is augmented in the same way on any device, in any micro-batch and after any resume. The augmentations are
+listed in the configuration, under `data.augment`. In training they are applied in this order:
 
-1. those that take images as they are stored, mostly bytes, which is the cheapest;
+1. those that take images as they are stored, mostly bytes, because that is cheapest;
 2. the data module's `transform`, which normalises;
-3. those with `after_transform`, which need what the network sees: zero is the mean, and images can be mixed.
+3. those with `after_transform`, because they need normalised values: zero is the mean, and images can be mixed.
 """
 
 from abc import ABC, abstractmethod
@@ -22,20 +22,20 @@ from batchwise.batching.order import Order
 from batchwise.batching.random import mix, uniform
 from batchwise.data import pixels
 
-_STREAM = int.from_bytes(b"augment", "big")  # keeps these random numbers apart from others keyed by the same seed
+_STREAM = int.from_bytes(b"augment", "big")  # separates these random numbers from others with the same seed
 
 
 @dataclass(frozen=True)
 class Draws:
-    """The random numbers of one augmentation for the examples of a micro-batch: no generator, no state.
+    """The random numbers of one augmentation for the examples of a micro-batch. There is no generator and no state.
 
     Args:
-        key: names the augmentation, by seed and place in the list.
+        key: made from the seed and the place of the augmentation in the list.
         epoch: from 0.
         index: numbers of the examples, int64 [N], on the host.
-        places: their positions in the global batch, where an order may give an example several times in an epoch, which
-            must come out different; else 0: then even the batch size does not matter.
-        copies: so many positions side by side hold one example.
+        places: positions of the examples in the global batch, if the order may repeat an example in an epoch, because
+            its copies must differ; else 0, so that not even the batch size matters.
+        copies: number of neighbouring positions that hold the same example.
     """
 
     key: int
@@ -49,18 +49,18 @@ class Draws:
         return uniform(mix(self.key, self.epoch, self.index, self.places), torch.arange(count)[:, None])
 
     def partners(self) -> Tensor:
-        """Return the place in the micro-batch of each example's partner, int64 [N]: see `mixing.Mixing`."""
+        """Return where in the micro-batch each example's partner is, int64 [N]: see `mixing.Mixing`."""
         own = torch.arange(len(self.index))
         partner = (own // self.copies ^ 1) * self.copies + own % self.copies
         return torch.where(partner < len(own), partner, own)
 
 
 class Augmentation(ABC):
-    """Changes each example of a micro-batch by random numbers of its own."""
+    """Changes each example of a micro-batch, by random numbers that belong to the example."""
 
     after_transform: ClassVar[bool] = False
     for_images: ClassVar[bool] = True
-    """It takes inputs [N, C, H, W] and no others."""
+    """The inputs must be [N, C, H, W]."""
     in_pairs: ClassVar[bool] = False
     """It needs `Draws.partners`."""
 
@@ -74,8 +74,8 @@ class Flip(Augmentation):
 
     Args:
         p: probability.
-        alternate: instead, flip a random half of the examples in the first epoch, the others in the next, and so on: in
-            any two epochs the network sees each example both ways (Jordan 2024, arXiv 2404.00498).
+        alternate: instead, flip a random half of the examples in the first epoch, the other half in the next, and so
+            on. In any two epochs the network sees each example both ways (Jordan 2024, arXiv 2404.00498).
     """
 
     def __init__(self, p: float = 0.5, alternate: bool = False) -> None:
@@ -89,10 +89,10 @@ class Flip(Augmentation):
 
 
 class ShiftCrop(Augmentation):
-    """Shift by up to so many pixels in each direction, and fill in by reflection: padding and a random crop.
+    """Shift by a few pixels in each direction, and fill in by reflection. It is known as padding and a random crop.
 
     Args:
-        pixels: each shift from -pixels to pixels is equally likely.
+        pixels: the largest shift. All shifts from -pixels to pixels are equally likely.
     """
 
     def __init__(self, pixels: int = 4) -> None:
@@ -111,10 +111,10 @@ class ShiftCrop(Augmentation):
 class CutOut(Augmentation):
     """Set a square to zero, which after normalisation is the mean (DeVries and Taylor 2017, arXiv 1708.04552).
 
-    Its centre is anywhere in the image, so a part of it may be outside.
+    Its centre is anywhere in the image, so part of the square may be outside.
 
     Args:
-        size: of the square's side, in pixels.
+        size: side of the square, in pixels.
     """
 
     after_transform = True
@@ -137,7 +137,9 @@ class ColourJitter(Augmentation):
     """Multiply brightness, contrast and saturation by factors from 1 - x to 1 + x.
 
     Args:
-        brightness: x; and so the others.
+        brightness: x of the brightness.
+        contrast: x of the contrast.
+        saturation: x of the saturation.
     """
 
     def __init__(self, brightness: float = 0.0, contrast: float = 0.0, saturation: float = 0.0) -> None:
@@ -155,10 +157,10 @@ class Affine(Augmentation):
     """Rotate, shear, scale and shift, each by a uniform random number.
 
     Args:
-        degrees: most rotation, either way.
-        shear: most shear along the rows, in degrees, either way.
-        scale: least and most size of what is in the image.
-        translate: most shift in each direction, as a share of the image's side.
+        degrees: largest rotation, in both directions.
+        shear: largest shear along the rows, in degrees, in both directions.
+        scale: smallest and largest size of the content, as a factor.
+        translate: largest shift in each direction, as a share of the image's side.
     """
 
     def __init__(
@@ -174,7 +176,7 @@ class Affine(Augmentation):
         return replace(batch, inputs=pixels.affine(batch.inputs, on(batch.inputs, matrices)))
 
     def matrices(self, draws: Draws, height: int, width: int) -> Tensor:
-        """Return what `pixels.affine` takes, float64 [N, 2, 3]."""
+        """Return the matrices for `pixels.affine`, float64 [N, 2, 3]."""
         rotation, shear, scale, *shifts = draws.uniform(5)
         angle, shear = ((2 * u - 1) * most * pi / 180 for u, most in ((rotation, self.degrees), (shear, self.shear)))
         scale = 1 / (self.scale[0] + scale * (self.scale[1] - self.scale[0]))
@@ -188,11 +190,11 @@ class Affine(Augmentation):
 def augment(
     batch: MicroBatch, steps: Sequence[Augmentation | nn.Module], after_transform: bool, seed: int, order: Order
 ) -> MicroBatch:
-    """Apply those augmentations that stand before, or after, `transform`.
+    """Apply the augmentations that belong before `transform`, or those that belong after it.
 
-    A module (of torchvision's v2, kornia, or one's own) is applied to the inputs after `transform`. Its random numbers
-    come from the generator of its device, which is seeded for each micro-batch: exact as long as the borders of the
-    micro-batches stay where they are. Whether it draws for each example or once for all of them is its own affair.
+    A module (of torchvision's v2, kornia, or one's own) is applied to the inputs after `transform`. It draws from the
+    generator of its device, which is seeded for each micro-batch. So it is exact as long as the borders of the
+    micro-batches stay. The module decides whether it draws for each example or once for all of them.
 
     Raises:
         ValueError: an augmentation does not suit the data.
@@ -208,24 +210,24 @@ def augment(
             places = 0 if order.once else batch.position + torch.arange(len(batch))
             batch = step(batch, Draws(key, batch.epoch, batch.index, places, order.copies))
         else:
-            # Some draw on the host for a GPU too. The GPU's generator was seeded for the micro-batch by the task.
+            # Some modules draw on the host even for a GPU. The task has seeded the GPU's generator.
             torch.default_generator.manual_seed(mix(key, batch.epoch, int(batch.index[0]), batch.position))
             batch = replace(batch, inputs=step(batch.inputs))
     return batch
 
 
 def unit_of(steps: Sequence[Augmentation | nn.Module], order: Order) -> int:
-    """Return how many examples must stay together for the augmentations."""
+    """Return the number of examples that the augmentations need in one micro-batch."""
     return 2 * order.copies if any(isinstance(step, Augmentation) and step.in_pairs for step in steps) else 1
 
 
 def on(inputs: Tensor, numbers: Tensor) -> Tensor:
-    """Return float64 numbers on the device of the inputs."""
+    """Return float64 numbers on the device of the inputs, in the widest type that the device has."""
     return numbers.to(inputs.device, pixels.widest(inputs))
 
 
 def share(value: float, name: str) -> float:
-    """Return the value; raise ValueError where it is not from 0 to 1."""
+    """Return the value, or raise ValueError if it is not from 0 to 1."""
     if not 0 <= value <= 1:
         raise ValueError(f"{name} is {value}: write a number from 0 to 1")
     return value

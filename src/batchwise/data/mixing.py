@@ -1,4 +1,4 @@
-"""Mix-up and cut-mix: each example is mixed with a neighbour in the order of the global batch, and so is its target."""
+"""Mix-up and cut-mix: each example and its target are mixed with those of a neighbour in the global batch."""
 
 from abc import abstractmethod
 from dataclasses import replace
@@ -16,17 +16,17 @@ from batchwise.data.augment import Augmentation, Draws, on, share
 class Mixing(Augmentation):
     """Mix each example with a partner, and its target likewise.
 
-    The partner is the neighbour in the order of the global batch: positions 0 and 1, 2 and 3, and so on (with the order
-    `Repeated`, whole groups of copies; at an odd end one stays as it is). The order is random, so the partner is. The
-    plan keeps the two together (its `unit`), so they are always in the same micro-batch: exact on any devices with any
-    accumulation, and nothing is read or sent twice.
+    The partner is the neighbour in the global batch: positions 0 and 1 are partners, 2 and 3, and so on. (With the
+    order `Repeated`, whole groups of copies are. The last of an odd number stays as it is.) The order is random, so the
+    partner is. The plan has partners in the same micro-batch, because they are one `unit`. So mixing is exact on any
+    devices with any accumulation, and nothing is read or sent twice.
 
-    An example has at least half of the mixture, so that it is clear which is the main one. (That the share and not one
-    minus the share is taken changes nothing over all pairs.)
+    An example has at least half of the mixture: if its share is less, one minus the share is taken. Over both partners
+    this changes nothing. The larger part then decides the class that metrics see.
 
     Args:
-        num_classes: of targets that are class numbers, which become probabilities [N, num_classes]; null: targets are
-            numbers, which are mixed themselves.
+        num_classes: number of classes, if targets are class numbers; they become probabilities [N, num_classes]. null:
+            targets are floats, which are mixed as they are.
         alpha: the share of the example is drawn from Beta(alpha, alpha).
         p: probability that an example is mixed at all.
     """
@@ -53,13 +53,13 @@ class Mixing(Augmentation):
 
     @abstractmethod
     def mix(self, inputs: Tensor, partners: Tensor, shares: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mixed inputs, and the share that each example has of them, [N].
+        """Return the mixed inputs, and the share of each example in its mixture, [N].
 
         Args:
             inputs: [N, ...].
-            partners: places in the batch, int64 [N].
-            shares: wanted, float64 [N], on the host.
-            place: two more uniform numbers, [2, N], on the host.
+            partners: places of the partners in the micro-batch, int64 [N].
+            shares: the shares that are wanted, float64 [N], on the host.
+            place: two more uniform numbers, float64 [2, N], on the host.
         """
 
     def _as_numbers(self, targets: Tensor, dtype: torch.dtype) -> Tensor:
@@ -84,9 +84,9 @@ class MixUp(Mixing):
 
 
 class CutMix(Mixing):
-    """Put a box of the partner into an example, with the same place and shape (Yun et al. 2019, arXiv 1905.04899).
+    """Copy a box of the partner into an example, at the same place (Yun et al. 2019, arXiv 1905.04899).
 
-    The share that counts for the target is that of the pixels.
+    The target is mixed by the share of the pixels.
     """
 
     def mix(self, inputs: Tensor, partners: Tensor, shares: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,11 +101,11 @@ class CutMix(Mixing):
 def beta(alpha: float, first: Tensor, second: Tensor) -> Tensor:
     """Turn two uniform numbers into one from Beta(alpha, alpha).
 
-    Student's t with 2 alpha degrees of freedom in polar form (Bailey 1994, "Polar generation of random variates with
-    the t-distribution"); 1/2 + t / (2 sqrt(2 alpha + t**2)) then has that distribution (Devroye 1996, "Random variate
+    They give Student's t with 2 alpha degrees of freedom (Bailey 1994, "Polar generation of random variates with the
+    t-distribution"). Then 1/2 + t / (2 sqrt(2 alpha + t**2)) has the distribution (Devroye 1996, "Random variate
     generation in one line of code").
     """
-    tangent = (first ** (-1 / alpha) - 1).sqrt() * (2 * pi * second).cos()  # t / sqrt(2 alpha), which may be infinite
+    tangent = (first ** (-1 / alpha) - 1).sqrt() * (2 * pi * second).cos()  # t / sqrt(2 alpha); it may be infinite
     return 0.5 + 0.5 * tangent.atan().sin()
 
 

@@ -1,50 +1,47 @@
-"""The base of all data modules: say where the examples are; batching, order, resume and evaluation are inherited."""
+"""The base of all data modules: it says what a batch is. A subclass says where the examples are."""
 
 import copy
 import math
 import os
 import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, final
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
-from lightning.fabric.plugins.precision import Precision
-from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch import nn
 
-from batchwise.batching.fetch import Fetch, InMemory, Request, Rows, make_fetch
-from batchwise.batching.loader import EvalLoader, MicroBatch, TrainLoader, make_batch
-from batchwise.batching.noise import NoiseMeter
-from batchwise.batching.order import Order, Shuffled
+from batchwise.batching.loader import EvalLoader, TrainLoader
+from batchwise.batching.order import Order
 from batchwise.batching.plan import BatchPlan
 from batchwise.batching.schedule import Adaptive, BatchSizes
 from batchwise.batching.tokens import SequencePlan
-from batchwise.data.augment import Augmentation, augment, unit_of
+from batchwise.data.augment import Augmentation, unit_of
+from batchwise.data.examples import Examples
+from batchwise.data.planning import LimitedLoader, adapted, make_plan, noise_meter
 
-Source = Sequence[Tensor | np.ndarray | Rows] | Dataset | Fetch
 LIMIT_FILE = "micro_batch_limit"
-SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
 
 
-class DataModule(pl.LightningDataModule, ABC):
+class DataModule(Examples):
     """Owns the batch. A subclass says where the examples of each split are, in `load`.
+
+    A subclass writes `load` and, where it likes, `transform`, `class_names`, `describe`, `check` and `labels`. It may
+    call `split`, `examples`, `to_device`, `plan`, `position`, `total_steps` and `total_examples`. Besides the methods
+    of this class and the arguments below, all names are free for attributes of its own.
 
     Any two of `batch_size`, `micro_batch_size` and the trainer's `accumulate_grad_batches` give the third.
 
-    Sequences of unequal length (a source with `lengths`, such as `Ragged`) are sorted by length within each batch,
-    which changes the padding and not the batch, and may be counted in tokens.
+    Sequences of unequal length (a source with `lengths`, such as `Ragged`) are sorted by length within each batch. This
+    changes the padding and not the batch. Batches of sequences may be counted in tokens.
 
     Args:
         batch_size: examples per optimizer step, over all devices together.
         micro_batch_size: most examples on one device at once; null: the device's whole share; auto: `fit` measures
-            which fits and is fast.
-        batch_tokens: tokens per optimizer step, instead of `batch_size`: an epoch is cut into batches of equally many,
-            but for part of a sequence.
+            which size fits and is fast.
+        batch_tokens: tokens per optimizer step, instead of `batch_size`. An epoch is cut into batches of equally many
+            tokens, up to part of a sequence.
         micro_batch_tokens: most tokens on one device at once, padding included.
         eval_batch_size: most examples on one device at once in evaluation; null: as in training, at least 256.
         order: the order of the training examples.
@@ -53,7 +50,7 @@ class DataModule(pl.LightningDataModule, ABC):
         max_unreadable: examples of a map-style data set that may turn out unreadable and are left out of training.
         batch_size_schedule: how the batch size changes in the course of the training, which begins with `batch_size`.
         seed: of the order; null: that of `seed_everything`.
-        resident_share: the data is held on a GPU where each split takes at most this share of its free memory.
+        resident_share: a split is held on a GPU if it takes at most this share of the GPU's free memory.
         augment: what is done to training inputs, in order: from batchwise.data.augment or mixing, or any module.
     """
 
@@ -73,8 +70,8 @@ class DataModule(pl.LightningDataModule, ABC):
         resident_share: float = 0.25,
         augment: list[Augmentation | nn.Module] | None = None,
     ) -> None:
-        super().__init__()
-        self.finds_micro_batch = micro_batch_size == "auto"
+        super().__init__(order, seed, num_workers, max_unreadable, resident_share, augment)
+        self.__finds_micro_batch = micro_batch_size == "auto"
         micro_batch_size = None if micro_batch_size == "auto" else micro_batch_size
         sizes = {"batch_size": batch_size, "micro_batch_size": micro_batch_size, "eval_batch_size": eval_batch_size}
         for name, value in (sizes | {"batch_tokens": batch_tokens, "micro_batch_tokens": micro_batch_tokens}).items():
@@ -82,269 +79,168 @@ class DataModule(pl.LightningDataModule, ABC):
                 raise ValueError(f"data.{name} is {value}: write a whole number of at least 1")
         if batch_size is not None and batch_tokens is not None:
             raise ValueError(f"data.batch_size is {batch_size} and data.batch_tokens {batch_tokens}: write one of them")
-        if num_workers < 0:
-            raise ValueError(f"data.num_workers is {num_workers}: write 0 or a number of processes")
-        if not 0 <= resident_share <= 1:
-            raise ValueError(f"data.resident_share is {resident_share}: write a share from 0 to 1")
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
         self.batch_tokens = batch_tokens
         self.micro_batch_tokens = micro_batch_tokens
         self.eval_batch_size = eval_batch_size
-        self.order = Shuffled() if order is None else order
         self.drop_last = drop_last
-        self.num_workers = num_workers
-        self.max_unreadable = max_unreadable
         self.batch_size_schedule = BatchSizes() if batch_size_schedule is None else batch_size_schedule
-        self.seed = seed
-        self.resident_share = resident_share
-        self.augment = augment or []
-        self.unit = 1
-        """Examples that the network needs together."""
-        self.plan: BatchPlan | None = None
-        self._plan_at_first: BatchPlan | None = None
-        self._splits: dict[str, Fetch | None] = {}
-        self._fed: dict[str, Fetch] = {}
-        self._loader: TrainLoader | None = None
-        self._restored_step = 0
-        self.micro_batch_limit: int | None = None
-        """Most examples that were found to fit at once."""
-        self._left_limit: int | None = None
-
-    # What a subclass writes
-
-    @abstractmethod
-    def load(self, split: str) -> Source | None:
-        """Return the examples of a split: tensors or arrays (inputs, targets), or a map-style data set.
-
-        Args:
-            split: "train", "val", "test" or "predict" (by default the same as "test").
-        """
-
-    def transform(self, batch: MicroBatch, training: bool) -> MicroBatch:
-        """Return the batch as the network takes it. Runs on the device, so small types (uint8) can travel there."""
-        return batch
-
-    class_names: list[str] | None = None
-    """Names of the classes, in the order of their numbers, where they have any: `predict` writes them."""
-
-    def describe(self, index: Tensor) -> dict[str, list]:
-        """Return what `predict` writes of examples of its split besides their numbers: columns [N] by name."""
-        return {}
-
-    def check(self, network: nn.Module) -> None:
-        """Raise ValueError where the network does not suit the data; before it is tried on it."""
-
-    # What is inherited
+        self.attach(None)
 
     @property
-    def replicas(self) -> tuple[int, int]:
-        """How many parts each batch has, and which is this process's. Processes that share layers share one."""
-        if self.trainer is None:
-            return 1, 0
-        layers = getattr(getattr(self.trainer, "strategy", None), "_tensor_parallel_size", 1)
-        layers = self.trainer.num_devices if layers == "auto" else layers
-        return self.trainer.world_size // layers, self.trainer.global_rank // layers
-
-    def split(self, name: str) -> Fetch | None:
-        """Return the examples of a split, loaded once."""
-        if name not in self._splits:
-            source = self.load("test" if name == "predict" and not self._knows_predict else name)
-            self._splits[name] = None if source is None else make_fetch(source, self.num_workers, self.max_unreadable)
-        return self._splits[name]
-
-    _knows_predict = False
-    """Set to True where `load` has a "predict" split of its own."""
+    @final
+    def plan(self) -> BatchPlan | None:
+        """How each batch is cut into shares and micro-batches; None before `setup("fit")`."""
+        return self.__plan
 
     @property
+    @final
+    def finds_micro_batch(self) -> bool:
+        """Whether `fit` measures which micro-batch size fits and is fast."""
+        return self.__finds_micro_batch
+
+    @property
+    @final
+    def micro_batch_limit(self) -> int | None:
+        """Most examples that were found to fit at once; None: no limit was found."""
+        return self.__limit
+
+    @micro_batch_limit.setter
+    def micro_batch_limit(self, limit: int | None) -> None:
+        self.__limit = limit
+
+    @property
+    @final
     def limit_file(self) -> Path:
         """Where a run on several devices leaves the micro-batch size with which a restart may fit into memory."""
         return Path(self.trainer.default_root_dir if self.trainer else ".") / LIMIT_FILE
 
-    def _read_limit(self) -> int | None:
+    def __read_limit(self) -> int | None:
         return int(self.limit_file.read_text()) if self.limit_file.exists() else None
 
+    @final
     def ran_out_of_memory(self) -> bool:
         """Return whether a process of this run has left a limit, and not one of an earlier run."""
-        return self._read_limit() != self._left_limit
+        return self.__read_limit() != self.__left_limit
 
-    def loaded(self) -> list[tuple[str, Fetch]]:
-        """Return the splits loaded so far, by name."""
-        return [(name, fetch) for name, fetch in self._splits.items() if fetch is not None]
+    @final
+    def attach(self, trainer: pl.Trainer | None, unit: int = 1) -> None:
+        """Begin anew, for a trainer. `setup` does so for a new trainer; the command line does it before any setup.
+
+        Args:
+            trainer: has the devices and the limits.
+            unit: examples that the network needs together.
+        """
+        self.trainer = self.__trainer = trainer
+        self.__unit = unit
+        self.__plan: BatchPlan | None = None
+        self.__first_plan: BatchPlan | None = None  # without changes that are decided in training
+        self.__loader: TrainLoader | None = None
+        self.__restored_step = 0
+        self.__limit: int | None = None
+        self.__left_limit: int | None = None  # of an earlier run
 
     def setup(self, stage: str) -> None:
         """Load the splits that `stage` needs and, for `fit`, make the plan. Calling it again costs nothing."""
-        for name in SPLITS[stage]:
-            fetch = self.split(name)
-            if fetch is not None and len(fetch) == 0:
-                raise ValueError(f"the {name} split has no examples: check where it is read from")
-            devices, _ = self.replicas
-            if fetch is not None and name != "train" and len(fetch) < devices:
-                raise ValueError(f"the {name} split has {len(fetch)} examples: use at most {len(fetch)} devices")
-            if fetch is None and name != "val":
-                raise ValueError(f"{type(self).__name__}.load('{name}') gave nothing: this command needs that split")
+        if self.__trainer is not self.trainer:
+            self.attach(self.trainer)
+        layers = getattr(getattr(self.trainer, "strategy", None), "_tensor_parallel_size", 1)
+        if layers != 1:
+            raise ValueError(f"trainer.strategy.tensor_parallel_size is {layers}: write 1, because layers are not cut")
+        super().setup(stage)
         if stage == "fit" and self.plan is None:
-            self._make_plan()
+            self.__make_plan()
 
-    def _make_plan(self) -> None:
-        train = self.split("train")
+    def __make_plan(self) -> None:
+        train, trainer, schedule = self.split("train"), self.trainer, self.batch_size_schedule
+        task = getattr(trainer, "lightning_module", None)
         assert train is not None
-        trainer = self.trainer
         if self.seed is None:
             self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
-        sizes: dict[str, Any] = {
-            "batch_size": self.batch_size,
-            "micro_batch_size": self.micro_batch_size,
-            "accumulate_grad_batches": getattr(trainer, "accumulation", None),
-            "devices": self.replicas[0],
-            "unit": self.together(
-                getattr(getattr(getattr(trainer, "lightning_module", None), "_step", self), "unit", self.unit)
-            ),
-        }
-        self._left_limit = self._read_limit()
-        if self._left_limit is not None:
-            sizes["micro_batch_size"] = min(self.micro_batch_size or self._left_limit, self._left_limit)
-            sizes["accumulate_grad_batches"] = None
-        lengths = getattr(train, "lengths", None)
-        if self.batch_tokens or self.micro_batch_tokens:
-            sizes["batch_size"] = self._size_of_tokens(lengths, sizes)
-        batch_size = BatchPlan.derive(examples=len(train), **sizes).batch_size
-        # Batches of all sizes are whole numbers of those that the order makes.
-        deal = math.gcd(batch_size, *self.batch_size_schedule.sizes)
-        self.order.prepare(len(train), deal, self.seed, self.labels(), lengths)
-        plan = BatchPlan.derive(examples=len(self.order), drop_last=self.drop_last, **sizes)
-        if lengths is not None:
-            tokens = {"batch_tokens": self.batch_tokens, "micro_batch_tokens": self.micro_batch_tokens}
-            plan = SequencePlan.of(plan, lengths, self.order, **tokens)
-        if trainer is not None:
-            limit = trainer.limit_train_batches
-            plan = replace(plan, limit=max(1, int(plan.steps_per_epoch * limit)) if isinstance(limit, float) else limit)
-            trainer.limit_train_batches = 1.0  # of what is left: Lightning would take the share once more
-        self.plan = self._plan_at_first = self._with_changes(plan)
-        if self.plan.batch_size > self.plan.examples and (trainer is None or trainer.is_global_zero):
-            warnings.warn(
-                f"data.batch_size is {plan.batch_size}, but there are only {self.plan.examples} examples: every step "
-                "trains on all of them",
-                stacklevel=2,
-            )
-
-    def _with_changes(self, plan: BatchPlan) -> BatchPlan:
-        """Return the plan with the changes of batch size that are known before training."""
-        trainer, schedule = self.trainer, self.batch_size_schedule
-        epochs = trainer.max_epochs if trainer else None
-        total = math.inf if epochs in (None, -1) else epochs * plan.examples_per_epoch
-        plan = replace(plan, changes=schedule.changes(total))
-        if isinstance(schedule, Adaptive) and self._noise_meter() is None:
+        if isinstance(schedule, Adaptive) and noise_meter(trainer) is None:
             raise ValueError(
                 "data.batch_size_schedule Adaptive follows the gradient noise scale, but nobody measures it: write "
                 "batchwise.callbacks.noise_scale.NoiseScale under trainer.callbacks"
             )
+        micro_batch_size, accumulation = self.micro_batch_size, getattr(trainer, "accumulation", None)
+        limit = self.__left_limit = self.__read_limit()
+        if limit is not None:
+            micro_batch_size, accumulation = min(micro_batch_size or limit, limit), None
+        self.__plan = self.__first_plan = plan = make_plan(
+            self.order,
+            schedule,
+            max_epochs=trainer and trainer.max_epochs,
+            limit=trainer and trainer.limit_train_batches,
+            seed=self.seed,
+            examples=len(train),
+            labels=self.labels(),
+            lengths=getattr(train, "lengths", None),
+            batch_size=self.batch_size,
+            micro_batch_size=micro_batch_size,
+            batch_tokens=self.batch_tokens,
+            micro_batch_tokens=self.micro_batch_tokens,
+            accumulate_grad_batches=accumulation,
+            drop_last=self.drop_last,
+            devices=self.replicas[0],
+            unit=self.unit_for(task._step.unit if hasattr(task, "_step") else self.__unit),
+        )
         if trainer is not None and (plan.changes or isinstance(schedule, Adaptive)):
-            # Epochs differ in length, for which Lightning asks again only where it asks for a new loader.
+            # Epochs differ in length, and Lightning asks for the length only when it asks for a new loader.
             trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
-        return plan
-
-    def _noise_meter(self) -> NoiseMeter | None:
-        callbacks = self.trainer.callbacks if self.trainer else []  # type: ignore[attr-defined]
-        return next((callback for callback in callbacks if isinstance(callback, NoiseMeter)), None)
-
-    def _adapt(self, schedule: Adaptive) -> None:
-        """Decide on the batch size of the epoch that begins, if one does and its size is not decided."""
-        plan, step, noise = self.plan, self.position(), self._noise_meter()
-        assert plan is not None
-        seen, size = plan.examples_at(step), plan.size_at(step)
-        estimate = noise.estimate() if noise else None
-        if estimate is None or not plan.begins_epoch(step) or (plan.changes and plan.changes[-1][0] == seen):
-            return
-        measured = estimate.low if estimate.lost else estimate.scale
-        size = schedule.next(size, plan.batch_size, min(schedule.most, plan.positions), measured)
-        size = self.trainer.strategy.broadcast(size) if self.trainer else size  # so that no rounding parts the devices
-        if size != plan.size_at(step):
-            self.plan = replace(plan, changes=(*plan.changes, (seen, size)))
-
-    def _size_of_tokens(self, lengths: Tensor | None, sizes: dict[str, Any]) -> int | None:
-        """Return the number of examples that `batch_tokens` are on average, or `batch_size` where that is given."""
-        if lengths is None:
-            raise ValueError(
-                "data.batch_tokens and data.micro_batch_tokens are of sequences, but the training split has no "
-                "lengths: write data.batch_size and data.micro_batch_size"
+        if plan.batch_size > plan.examples and (trainer is None or trainer.is_global_zero):
+            warnings.warn(
+                f"data.batch_size is {plan.batch_size}, but there are only {plan.examples} examples: every step trains "
+                "on all of them",
+                stacklevel=2,
             )
-        if self.batch_tokens is None:
-            return self.batch_size
-        if sizes["accumulate_grad_batches"] is not None:
-            raise ValueError(
-                f"trainer.accumulate_grad_batches is {sizes['accumulate_grad_batches']}, but data.batch_tokens is cut "
-                "by tokens: write data.micro_batch_tokens"
-            )
-        return max(1, round(self.batch_tokens * len(lengths) / max(1, int(lengths.sum()))))
 
-    def together(self, unit: int) -> int:
-        """Return how many examples must stay together, where the network needs `unit` and augmentations need theirs."""
+    @final
+    def unit_for(self, unit: int) -> int:
+        """Return the examples that must stay together, for a network that needs `unit` and for the augmentations."""
         return math.lcm(unit, unit_of(self.augment, self.order))
 
+    @final
     def resized(self, batch_size: int, micro_batch_size: int | None) -> "DataModule":
         """Return a copy with other sizes, that shares the data."""
         other = copy.copy(self)
         other.batch_size, other.micro_batch_size = batch_size, micro_batch_size
         other.batch_tokens = other.micro_batch_tokens = None
-        other.order, other.plan, other._plan_at_first, other.trainer = copy.copy(self.order), None, None, None
         other.batch_size_schedule = BatchSizes()
-        other._loader, other._restored_step = None, 0
+        other.order = copy.copy(self.order)
+        other.attach(None)
         return other
 
-    def examples(self, name: str, count: int) -> MicroBatch:
-        """Return the first examples of a split as a batch on the host, as they are before `transform`."""
-        fetch = self.split(name)
-        assert fetch is not None
-        index = torch.arange(min(count, len(fetch)))
-        fields, _ = next(iter(fetch.stream([Request.one(index)])))
-        return make_batch(fields, index)
-
-    def labels(self) -> Tensor | None:
-        """Return the training targets [examples] where they are whole numbers in memory (some orders need them)."""
-        fields = getattr(self.split("train"), "fields", ())
-        target = fields[-1] if len(fields) > 1 else None
-        return target if target is not None and target.ndim == 1 and not target.is_floating_point() else None
+    @property
+    @final
+    def waited(self) -> float:
+        """Seconds so far in which training waited for examples."""
+        return self.__loader.waited if self.__loader else 0.0
 
     def train_dataloader(self) -> TrainLoader:
         """Return the loader that yields one `Batch` per optimizer step."""
-        assert self.plan is not None
-        if isinstance(self.batch_size_schedule, Adaptive):
-            self._adapt(self.batch_size_schedule)
-        _, rank = self.replicas
-        waited = self.waited
-        self._loader = TrainLoader(self.plan, self.order, self.feed("train"), rank, self.position)
-        self._loader.waited = waited
-        return self._loader
-
-    @property
-    def waited(self) -> float:
-        """Seconds so far in which training waited for examples."""
-        return self._loader.waited if self._loader else 0.0
-
-    def feed(self, name: str) -> Fetch:
-        """Return the way in which the examples of a split reach the device."""
-        if name not in self._fed:
-            fetch = self.split(name)
-            assert fetch is not None
-            if isinstance(fetch, InMemory) and self.trainer is not None:
-                fetch = fetch.on(self.trainer.strategy.root_device, self.resident_share)
-            self._fed[name] = fetch
-        return self._fed[name]
+        plan, schedule = self.__plan, self.batch_size_schedule
+        assert plan is not None
+        if isinstance(schedule, Adaptive):
+            plan = self.__plan = adapted(plan, schedule, self.position(), self.trainer)
+        loader = LimitedLoader(plan, self.order, self.feed("train"), self.replicas[1], self.position)
+        loader.limit, loader.waited = self.trainer and self.trainer.limit_train_batches, self.waited
+        self.__loader = loader
+        return loader
 
     def val_dataloader(self) -> EvalLoader | list:
         """Return this device's shard of the validation split."""
-        return self._eval_loader("val")
+        return self.__eval_loader("val")
 
     def test_dataloader(self) -> EvalLoader | list:
         """Return this device's shard of the test split."""
-        return self._eval_loader("test")
+        return self.__eval_loader("test")
 
     def predict_dataloader(self) -> EvalLoader | list:
         """Return this device's shard of the predict split."""
-        return self._eval_loader("predict")
+        return self.__eval_loader("predict")
 
-    def _eval_loader(self, name: str) -> EvalLoader | list:
+    def __eval_loader(self, name: str) -> EvalLoader | list:
         if self.split(name) is None:
             return []
         size = self.eval_batch_size
@@ -355,26 +251,12 @@ class DataModule(pl.LightningDataModule, ABC):
         devices, rank = self.replicas
         return EvalLoader(self.feed(name), size, rank, devices)
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Leave batches on the host: the task takes each with `to_device`, inside the precision's context."""
-        return batch
-
-    def to_device(self, batch: MicroBatch, device: torch.device, training: bool) -> MicroBatch:
-        """Return one micro-batch on the device, in the trainer's precision, transformed; in training, augmented."""
-        convert = self.trainer.precision_plugin.convert_input if self.trainer else None
-        if getattr(convert, "__func__", None) is Precision.convert_input:
-            convert = None  # it would do nothing, to each tensor
-        batch = batch.to(device, convert)
-        if not training or not self.augment:
-            return self.transform(batch, training)
-        batch = augment(batch, self.augment, False, self.seed or 0, self.order)
-        return augment(self.transform(batch, training), self.augment, True, self.seed or 0, self.order)
-
     # The position in training is the number of optimizer steps done, and nothing else
 
+    @final
     def position(self) -> int:
         """Return the number of optimizer steps done."""
-        return max(self._restored_step, self.trainer.global_step if self.trainer else 0)
+        return max(self.__restored_step, self.trainer.global_step if self.trainer else 0)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position, the changes of batch size, and a fingerprint of all that decides what a batch is."""
@@ -387,39 +269,33 @@ class DataModule(pl.LightningDataModule, ABC):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the position, and what was decided on the way."""
-        self._restored_step = state_dict["step"]
-        if isinstance(self.batch_size_schedule, Adaptive) and self.plan is not None:
-            self.plan = replace(self.plan, changes=tuple((seen, size) for seen, size in state_dict["changes"]))
-        self.micro_batch_limit = state_dict["micro_batch_limit"]
+        self.__restored_step, self.__limit = state_dict["step"], state_dict["micro_batch_limit"]
+        if isinstance(self.batch_size_schedule, Adaptive) and self.__plan is not None:
+            self.__plan = replace(self.__plan, changes=tuple((seen, size) for seen, size in state_dict["changes"]))
 
+    @final
     def fingerprint(self) -> dict[str, Any]:
         """Return what decides which examples form a batch; it must be the same when training is resumed."""
-        if self.plan is None or self._plan_at_first is None:
+        plan = self.__first_plan
+        if plan is None:
             return {}
-        some: dict[str, Any] = {}
-        if changes := self._plan_at_first.changes:  # and not what was decided on the way
-            some["changes"] = [list(change) for change in changes]
-        if isinstance(self.plan, SequencePlan):
-            some["tokens"] = int(self.plan.lengths.sum())
-        return some | {
-            "examples": self.plan.examples,
-            "batch_size": self.plan.batch_size,
-            "steps_per_epoch": self.plan.steps_per_epoch,
-            "seed": self.seed,
-            "order": type(self.order).__name__,
-        }
+        changes = {"changes": [list(change) for change in plan.changes]} if plan.changes else {}
+        tokens = {"tokens": int(plan.lengths.sum())} if isinstance(plan, SequencePlan) else {}
+        sizes = {name: getattr(plan, name) for name in ("examples", "batch_size", "steps_per_epoch")}
+        return {**changes, **tokens, **sizes, "seed": self.seed, "order": type(self.order).__name__}
 
-    def total_examples(self) -> float:
-        """Return the number of examples that the trainer's limits allow, as it is known before training."""
-        assert self._plan_at_first is not None
-        steps = self.total_steps()
-        return steps if steps == math.inf else self._plan_at_first.examples_at(int(steps))
-
+    @final
     def total_steps(self) -> float:
-        """Return the number of optimizer steps that the trainer's limits allow (inf: none), as it is known before."""
-        plan = self._plan_at_first
+        """Return the optimizer steps that the trainer's limits allow (inf: no limit), as known before training."""
+        plan, trainer = self.__first_plan, self.trainer
         assert plan is not None
-        assert self.trainer is not None
-        max_epochs, max_steps = self.trainer.max_epochs, self.trainer.max_steps
-        by_epochs = math.inf if max_epochs in (None, -1) else plan.first_step(max_epochs)
-        return min(by_epochs, math.inf if max_steps == -1 else max_steps)
+        assert trainer is not None
+        epochs, steps = trainer.max_epochs, trainer.max_steps
+        by_epochs = math.inf if epochs in (None, -1) else plan.first_step(epochs)
+        return min(by_epochs, math.inf if steps == -1 else steps)
+
+    @final
+    def total_examples(self) -> float:
+        """Return the examples that the trainer's limits allow (inf: no limit), as known before training."""
+        steps, plan = self.total_steps(), self.__first_plan
+        return steps if steps == math.inf or plan is None else plan.examples_at(int(steps))

@@ -1,6 +1,6 @@
-"""What augmentations do to images [N, C, H, W]: pure functions, with numbers of its own for each example.
+"""Pure functions of images [N, C, H, W], with one set of numbers for each image.
 
-On a CPU an example comes out the same to the bit, whatever examples are in the batch with it.
+On a CPU the result for an image is the same to the bit, whatever other images are in the batch.
 """
 
 import torch
@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 def flip(images: Tensor, which: Tensor) -> Tensor:
-    """Mirror left and right where `which`, bool [N]."""
+    """Mirror left and right the images that `which` selects, bool [N]."""
     return torch.where(_each(which), images.flip(3), images)
 
 
 def shift(images: Tensor, down: Tensor, right: Tensor) -> Tensor:
-    """Shift by whole pixels, int64 [N] each; the image is continued by its reflection, without repeating the edge."""
+    """Shift by whole pixels, int64 [N] each. The image is continued by its reflection, without repeating the edge."""
     count, channels, height, width = images.shape
     rows, columns = _reflected(height, down), _reflected(width, right)
     images = images.gather(2, rows[:, None, :, None].expand(count, channels, height, width))
@@ -22,9 +22,10 @@ def shift(images: Tensor, down: Tensor, right: Tensor) -> Tensor:
 
 
 def boxes(images: Tensor, row: Tensor, column: Tensor, height: Tensor, width: Tensor) -> Tensor:
-    """Return which pixels lie in a box of each image, bool [N, 1, H, W]: from row to row + height, without the end.
+    """Return which pixels lie in the box of each image, bool [N, 1, H, W].
 
-    The numbers are float64 [N], in pixels; a pixel lies where its centre does.
+    The box begins at (row, column) and has a height and a width, float64 [N] each, in pixels. A pixel lies where its
+    centre lies.
     """
 
     def inside(size: int, start: Tensor, length: Tensor) -> Tensor:
@@ -38,17 +39,19 @@ def boxes(images: Tensor, row: Tensor, column: Tensor, height: Tensor, width: Te
 def jitter(images: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor) -> Tensor:
     """Multiply brightness, contrast (distance to the mean grey) and saturation (distance to the pixel's own grey).
 
-    Grey is the luma of ITU-R BT.601 where there are three channels. Bytes become floats, and stay within 0 and 255;
-    other numbers may go anywhere.
+    Grey is the luma of ITU-R BT.601 if there are three channels, else the mean of the channels. Bytes become floats
+    from 0 to 255. Other numbers have no limits.
 
     Args:
-        images: any C; not normalised.
-        brightness: factors, [N]; and so the others.
+        images: not normalised, with any number of channels.
+        brightness: factors, [N].
+        contrast: factors, [N].
+        saturation: factors, [N].
     """
     values = _floats(images)
     brightness, contrast, saturation = (_each(factors).to(values) for factors in (brightness, contrast, saturation))
     values = values * brightness
-    # In float64, because the rounding of a sum depends on how it is added up.
+    # In float64, because the rounding of a sum depends on the order of the terms.
     mean = _grey(values).to(widest(values)).mean((1, 2, 3), keepdim=True).to(values)
     values = torch.lerp(mean, values, contrast)
     values = torch.lerp(_grey(values), values, saturation)
@@ -56,10 +59,10 @@ def jitter(images: Tensor, brightness: Tensor, contrast: Tensor, saturation: Ten
 
 
 def affine(images: Tensor, matrices: Tensor) -> Tensor:
-    """Resample bilinearly; bytes become floats. The image is continued by its reflection.
+    """Resample bilinearly. Bytes become floats. The image is continued by its reflection.
 
     Args:
-        images: any.
+        images: [N, C, H, W].
         matrices: [N, 2, 3], from places in the result to places in the image, both (x, y) from -1 to 1.
     """
     values = _floats(images)
@@ -69,7 +72,7 @@ def affine(images: Tensor, matrices: Tensor) -> Tensor:
 
 
 def widest(images: Tensor) -> torch.dtype:
-    """Return float64, or what the device has in its place."""
+    """Return float64, or float32 on a device that has no float64."""
     return torch.float32 if images.device.type == "mps" else torch.float64
 
 
@@ -78,7 +81,7 @@ def _each(numbers: Tensor) -> Tensor:
 
 
 def _reflected(size: int, shift: Tensor) -> Tensor:
-    """Return from where each of `size` places takes its pixel, int64 [N, size]."""
+    """Return the source of the pixel at each of `size` places, int64 [N, size]."""
     places = (torch.arange(size, device=shift.device) - shift[:, None]).abs()
     return size - 1 - (size - 1 - places).abs()
 

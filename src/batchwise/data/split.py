@@ -1,4 +1,4 @@
-"""Which examples are in which split: fractions of each class, drawn from a seed and nothing else."""
+"""Which examples are in which split: fractions of each class, drawn by a seed alone."""
 
 import torch
 from torch import Tensor
@@ -14,20 +14,20 @@ ALIASES = {
     "dev": "val",
     "test": "test",
 }
-"""What splits are called in the files of others."""
+"""Our names of the splits, by the names that files give them."""
 
 
 def split_examples(
     labels: Tensor, val_fraction: float, test_fraction: float, seed: int, most_per_class: int | None = None
 ) -> dict[str, Tensor]:
-    """Return the numbers of the examples of each split, sorted; each has each class in its proportion.
+    """Return the numbers of the examples of each split, sorted. Each split has each class in its proportion.
 
     Args:
-        labels: class of each example, integers [N]; all the same, where there are none.
+        labels: class of each example, integers [N]; all the same if there are no classes.
         val_fraction: share of the examples for validation.
         test_fraction: share of the examples for the test.
-        seed: decides which examples are where.
-        most_per_class: most training examples of each class; None: all that there are.
+        seed: decides which examples are in which split.
+        most_per_class: the most training examples of each class; None: all.
     """
     generator = torch.Generator().manual_seed(seed)
     parts: dict[str, list[Tensor]] = {"train": [], "val": [], "test": []}
@@ -44,9 +44,10 @@ class Fractions(DataModule):
     """A data module that can divide one set of examples into splits.
 
     Args:
-        val_fraction: share of the examples for validation, where the data does not say; 0: no validation.
-        test_fraction: share of the examples for the test, where the data does not say; 0: no test.
-        split_seed: which examples are in which split. Apart from `seed`, so that runs with other seeds are comparable.
+        val_fraction: share of the examples for validation, if the data has no such split; 0: no validation.
+        test_fraction: share of the examples for the test, if the data has no such split; 0: no test.
+        split_seed: decides which examples are in which split. It is not `seed`, so that runs with different seeds are
+            comparable.
         **kwargs: those of `DataModule`.
     """
 
@@ -65,13 +66,13 @@ class Fractions(DataModule):
 
         Args:
             labels: class of each example, integers [N].
-            test: there is no test split yet.
+            test: make a test split too.
         """
         fractions = self.fractions if test else self.fractions | {"test": 0.0}
         parts = split_examples(labels, fractions["val"], fractions["test"], self.split_seed)
         return {split: index for split, index in parts.items() if fractions.get(split, 1) > 0}
 
     def say(self, line: str) -> None:
-        """Print a line once, whatever the number of devices."""
+        """Print a line, once for all devices."""
         if self.trainer is None or self.trainer.is_global_zero:
             print(line, flush=True)

@@ -1,1 +1,1 @@
-"""Networks: plain `nn.Module`s, no Lightning in them."""
+"""Networks, as plain `nn.Module`s without Lightning."""

@@ -1,4 +1,4 @@
-"""`torch.compile` for a network, where there is a compiler."""
+"""`torch.compile` for a network, if there is a compiler."""
 
 import os
 import shutil
@@ -9,7 +9,7 @@ from torch import nn
 
 
 def compile_network(network: nn.Module, device: torch.device) -> bool:
-    """Compile a network in place, its names unchanged; return False, and say why, where there is no compiler."""
+    """Compile a network in place, and keep its names. Without a compiler, say so and return False."""
     if device.type == "cuda":
         missing = None if find_spec("triton") else "triton is not installed"
     else:

@@ -9,13 +9,13 @@ from batchwise.models.dropout import Dropout
 
 
 class ConvNet(nn.Module):
-    """Stages of two 3 x 3 convolutions; each stage but the first halves height and width. Ends in a global mean.
+    """Stages of two 3 x 3 convolutions, then a global mean. Each stage but the first halves height and width.
 
     Args:
         in_channels: channels of the images.
         num_classes: outputs per image.
-        channels: width of each stage.
-        norm: "none", "batch", "group" (8 groups, where the width divides by 8) or "instance".
+        channels: channels of each stage.
+        norm: "none", "batch", "group" (8 groups, if the number of channels divides by 8) or "instance".
         dropout: probability that a feature is zeroed before the last layer, in training.
     """
 
@@ -32,7 +32,7 @@ class ConvNet(nn.Module):
         width = in_channels
         for stage, features in enumerate(channels):
             for stride in (1 if stage == 0 else 2, 1):
-                # No bias before a norm: the norm takes it out again.
+                # No bias before a norm, because the norm removes it.
                 layers += [nn.Conv2d(width, features, 3, stride, padding=1, bias=norm == "none")]
                 layers += [make_norm2d(norm, features), nn.ReLU()]
                 width = features

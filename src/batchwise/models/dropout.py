@@ -1,4 +1,4 @@
-"""Dropout and stochastic depth that do not depend on how the batch is executed."""
+"""Dropout that does not depend on how the batch is executed."""
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +11,9 @@ from batchwise.models import place
 class Dropout(nn.Module):
     """Zeroes each value with probability `p` and scales the rest by 1 / (1 - p), as `torch.nn.Dropout` does.
 
-    The mask of an example is a function of (seed, step, position of the example in the global batch, layer), so it is
+    The mask of an example is a function of (seed, step, position of the example in the global batch, layer). So it is
     the same on any device, in any micro-batch and after any resume. Outside a `Task`, it is ordinary dropout. Use one
-    instance per place: the same instance gives an example the same mask again.
+    instance per place in the network, because an instance gives an example the same mask each time.
 
     Args:
         p: probability that a value is zeroed.
@@ -24,7 +24,7 @@ class Dropout(nn.Module):
         if not 0 <= p < 1:
             raise ValueError(f"dropout is {p}: write a probability from 0 to below 1")
         self.p = p
-        self.number = 0  # of the layer
+        self.number = 0  # of the layer; the task sets it
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map [N, ...] to [N, ...]."""
@@ -39,37 +39,21 @@ class Dropout(nn.Module):
         return f"p={self.p}"
 
 
-class StochasticDepth(Dropout):
-    """Zeroes the whole residual branch of an example with probability `p`, and scales the others by 1 / (1 - p).
-
-    Huang et al. 2016, "Deep Networks with Stochastic Depth" (arXiv 1603.09382), scaled in training, as "drop path" is.
-    Write `inputs + self.depth(self.branch(inputs))`. The draw is keyed as that of `Dropout`.
-    """
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Map [N, ...] to [N, ...]."""
-        if not self.training or self.p == 0:
-            return inputs
-        one_each = inputs.detach().flatten(1)[:, :1].contiguous()
-        draw = _opaque_mask if torch.compiler.is_compiling() else mask
-        return inputs * draw(one_each, self.p, self.number).view(-1, *[1] * (inputs.ndim - 1))
-
-
 def mask(inputs: Tensor, p: float, number: int) -> Tensor:
-    """Return what the inputs [N, ...] of layer `number` are multiplied by: 0, or 1 / (1 - p)."""
+    """Return the factors for the inputs [N, ...] of layer `number`: 0 or 1 / (1 - p), in the shape of the inputs."""
     if place.current is None:
         return F.dropout(torch.ones_like(inputs), p, training=True)
     key, first, _ = place.current
     examples = mix(mix(key, number), torch.arange(first, first + len(inputs), device=inputs.device))
     values = torch.arange(inputs[0].numel(), device=inputs.device)
-    # A short hash is enough where the keys of the examples are good: one multiply-and-shift round per value.
+    # The keys of the examples are good hashes, so one round of multiply and shift per value is enough.
     bits = examples[:, None] ^ (values * 0x1E3779B97F4A7C15)
     bits.bitwise_xor_(bits >> 32).mul_(0x3F58476D1CE4E5B9)
     keep = bits.bitwise_right_shift_(40).bitwise_and_(0xFFFFFF) >= int(p * 2**24)
     return keep.view(inputs.shape).to(inputs.dtype).mul_(1 / (1 - p))
 
 
-# A compiler must not look into it: the place is another one at each step.
+# A compiler must not look into it, because the place changes at each step.
 _opaque_mask = torch.library.custom_op("batchwise::dropout_mask", mask, mutates_args=())
 _opaque_mask.register_fake(
     lambda inputs, p, number: torch.empty(inputs.shape, dtype=inputs.dtype, device=inputs.device)

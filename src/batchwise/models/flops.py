@@ -1,38 +1,26 @@
 """Floating-point operations of a network's forward pass."""
 
 from collections.abc import Callable
-from math import prod
-from typing import Any
+from typing import TypeVar
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-aten = torch.ops.aten
-UNKNOWN_TO_TORCH: dict[Any, Callable[..., int]] = {
-    aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(
-        query, key, value
-    ),
-    aten.mkldnn_rnn_layer: lambda inputs, weight, recurrent, *_, **__: (
-        2 * prod(inputs[:2]) * (prod(weight) + prod(recurrent))
-    ),
-}
-"""What PyTorch runs on a CPU, where a network is first tried, and does not count: formulas of the arguments' shapes."""
+T = TypeVar("T")
 
 
-def count_flops(forward: Callable[[], Any]) -> tuple[Any, int | None]:
-    """Return what `forward` gives, and the operations of its matrix products, convolutions and attention.
+def count_flops(forward: Callable[[], T]) -> tuple[T, int | None]:
+    """Return the result of `forward`, and the operations of its matrix products, convolutions and attention.
 
-    They are None where the network runs on what cannot be counted.
+    PyTorch counts them. What it does not know (LSTM on a CPU, a kernel of one's own) adds nothing, so the number is a
+    lower bound. It is None where nothing was counted, or where the network cannot run under PyTorch's counter.
     """
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # whole transformer layers in one call, which is not counted
-    counting = FlopCounterMode(display=False, custom_mapping=UNKNOWN_TO_TORCH)
+    counter = FlopCounterMode(display=False)
     try:
-        # Seen by the counter, a compiled network would never be compiled again.
-        with torch.compiler.set_stance("force_eager"), counting:
-            outputs = forward()
-        return outputs, counting.get_total_flops() or None
+        # PyTorch does not count attention that it fuses, as it does on a CPU, and whole layers where no gradient is
+        # wanted. A compiled network that the counter has seen would never be compiled again.
+        with sdpa_kernel(SDPBackend.MATH), torch.enable_grad(), torch.compiler.set_stance("force_eager"), counter:
+            return forward(), counter.get_total_flops() or None
     except Exception:  # of the counter, or of the network, which then raises it again
         return forward(), None
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)

@@ -1,4 +1,4 @@
-"""The part of a network that does not learn, or not yet; it is named by patterns."""
+"""The part of a network that does not learn. Patterns name it."""
 
 import difflib
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ from batchwise.optim.groups import matches
 
 
 def check_patterns(key: str, patterns: Iterable[str], network: nn.Module) -> None:
-    """Raise ValueError where a pattern matches no parameter of the network, naming those that are near."""
+    """Raise ValueError if a pattern matches no parameter of the network, and name similar parameters."""
     parameters = [name for name, _ in network.named_parameters()]
     for pattern in patterns:
         if not any(matches(name, pattern) for name in parameters):
@@ -20,14 +20,14 @@ def check_patterns(key: str, patterns: Iterable[str], network: nn.Module) -> Non
 
 
 class Frozen:
-    """What is frozen: parameters, which do not move, and batch norms, which use and keep their running statistics.
+    """The frozen parameters, and the frozen batch norms, which use and keep their running statistics.
 
     Args:
-        network: the whole.
-        patterns: of the names of its modules and parameters.
+        network: has them.
+        patterns: patterns of the names of modules and parameters.
 
     Raises:
-        ValueError: a pattern matches nothing, or they leave nothing to train.
+        ValueError: a pattern matches nothing, or nothing is left to train.
     """
 
     def __init__(self, network: nn.Module, patterns: Iterable[str]) -> None:
@@ -41,7 +41,7 @@ class Frozen:
             raise ValueError(f"model.freeze {', '.join(patterns)} matches all parameters: leave some to train")
         frozen = {id(parameter) for parameter in self.parameters}
         self.norms: list[str] = []
-        """Names of the batch norms: the modules may be replaced, by synchronised ones."""
+        """Names of the batch norms. The modules themselves may be replaced, by synchronised ones."""
         for name, layer in batchnorms(network):
             own = [id(parameter) for parameter in layer.parameters()]
             if named(name) or (own and frozen.issuperset(own)):

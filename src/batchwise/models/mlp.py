@@ -1,7 +1,6 @@
 """A multi-layer perceptron."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -14,7 +13,7 @@ class MLP(nn.Module):
     Args:
         in_features: numbers per example, after flattening.
         num_classes: outputs per example.
-        hidden_features: width of each hidden layer; none gives a linear model (softmax regression).
+        hidden_features: width of each hidden layer; without any, the model is linear (softmax regression).
         norm: "none", "layer" or "batch".
         dropout: probability that a hidden value is zeroed in training.
     """
@@ -28,30 +27,14 @@ class MLP(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.norm = norm
         layers: list[nn.Module] = [nn.Flatten()]
         width = in_features
         for hidden in hidden_features:
-            # No bias before a norm: the norm takes it out again.
+            # No bias before a norm, because the norm removes it.
             linear = nn.Linear(width, hidden, bias=norm == "none")
             layers += [linear, make_norm(norm, hidden), nn.ReLU(), Dropout(dropout)]
             width = hidden
         self.layers = nn.Sequential(*layers, nn.Linear(width, num_classes))
-
-    def parallelize(self, mesh: Any) -> None:
-        """Cut the matrices over the devices of a mesh, by rows; each has the outputs of all (Shoeybi et al. 2019,
-        arXiv 1909.08053, "column parallel"), so dropout is what it was.
-
-        Raises:
-            ValueError: there are norms, whose weights would stay whole, and optimizers do not take both kinds.
-        """
-        from torch.distributed.tensor import Replicate
-        from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
-
-        if self.norm != "none":
-            raise ValueError(f"MLP cannot cut its layers with norm {self.norm}: write norm none")
-        names = [name for name, layer in self.layers.named_children() if isinstance(layer, nn.Linear)]
-        parallelize_module(self.layers, mesh, {name: ColwiseParallel(output_layouts=Replicate()) for name in names})
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map [N, ...] with `in_features` numbers per example to logits [N, num_classes]."""

@@ -1,7 +1,6 @@
 """Batch norm that does not depend on how the batch is executed, in training and in evaluation."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +13,15 @@ class GhostBatchNorm(nn.Module):
     """Batch norm over ghost batches: a fixed number of examples, cut from the global batch.
 
     Hoffer, Hubara and Soudry 2017, "Train longer, generalize better" (arXiv 1705.08741). A micro-batch holds whole
-    ghost batches, so the statistics do not depend on the number of micro-batches or devices, and the forward pass needs
-    no communication. Running statistics move once per optimizer step, by the mean over all ghost batches of the global
-    batch, on all devices; a `Task` sees to that. Do not put a bias before it: its gradient is zero but for rounding.
+    ghost batches. So the statistics do not depend on the number of micro-batches or devices, and the forward pass needs
+    no communication. A `Task` moves the running statistics once per optimizer step, by the mean over all ghost batches
+    of the global batch. Do not put a bias before this layer: its gradient is nothing but rounding.
 
     Args:
         num_features: channels C of the input [N, C, ...].
         ghost_batch_size: examples per ghost batch.
         eps: added to the variance.
-        momentum: share of the new statistics in the running ones.
+        momentum: weight of the new statistics in the running ones.
     """
 
     running_mean: Tensor
@@ -50,7 +49,7 @@ class GhostBatchNorm(nn.Module):
             return self._normalise(inputs[None], self.running_mean[None], self.running_var[None])[0]
         size = self.ghost_batch_size
         whole, rest = divmod(len(inputs), size)
-        # A remainder of half a ghost batch or more is one; a smaller one joins the one before it (as in `BatchPlan`).
+        # As in `BatchPlan`, a remainder of half a ghost batch or more is one, and a smaller remainder joins the last.
         alike = whole if rest == 0 or 2 * rest >= size else max(0, whole - 1)
         outputs = []
         for part in (inputs[: alike * size].unflatten(0, (alike, size)), inputs[alike * size :][None]):
@@ -86,7 +85,7 @@ class GhostBatchNorm(nn.Module):
 
 
 def convert_batchnorm(network: nn.Module, ghost_batch_size: int) -> int:
-    """Replace all batch norms of a network by ghost batch norms, keeping their weights; return how many."""
+    """Replace all batch norms of a network by ghost batch norms with the same weights, and return their number."""
     count = 0
     for parent in list(network.modules()):
         for name, layer in list(parent.named_children()):
@@ -104,69 +103,12 @@ def convert_batchnorm(network: nn.Module, ghost_batch_size: int) -> int:
 
 
 def has_batchnorm(network: nn.Module, frozen: Sequence[nn.Module] = ()) -> bool:
-    """Return whether a network has batch norms whose statistics are over whatever is run together."""
+    """Return whether a network has batch norms whose statistics are over a micro-batch."""
     return any(isinstance(layer, _BatchNorm) and layer not in frozen for layer in network.modules())
 
 
 def batchnorms(network: nn.Module) -> Iterator[tuple[str, _BatchNorm | GhostBatchNorm]]:
-    """Yield the batch norms of a network that have running statistics, ghost batch norms too, with their names."""
+    """Yield the batch norms (and ghost batch norms) of a network that have running statistics, with their names."""
     for name, layer in network.named_modules():
         if isinstance(layer, _BatchNorm | GhostBatchNorm) and layer.running_mean is not None:
             yield name, layer
-
-
-class _Reached(Exception):
-    """The rest of a forward pass is not needed."""
-
-
-@torch.no_grad()
-def set_precise_statistics(
-    layers: list[_BatchNorm | GhostBatchNorm],
-    forwards: Callable[[], Iterator[Callable]],
-    reduce: Callable[[Tensor], Tensor],
-) -> None:
-    """Set the running statistics of batch norms to the mean and variance of what each of them gets in evaluation.
-
-    The population statistics of Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm" (arXiv 2105.07576), section 3,
-    layer by layer: those of a layer are taken when all layers before it use their final ones. (The paper's cheaper form
-    normalises by mini-batch, and so depends on the mini-batches.) Each value counts once, whatever runs together, on
-    whatever device. The network runs once per layer, up to that layer; of one that is applied twice, the first counts.
-
-    Args:
-        layers: of a network in evaluation mode.
-        forwards: gives functions that each apply the network to some of this device's examples.
-        reduce: gives the sum over all devices.
-    """
-    waiting = list(layers)
-    while waiting:
-        reached = []
-        sums = None
-
-        def see(layer: Any, arguments: tuple[Tensor, ...], reached: list = reached) -> None:
-            reached.append(layer)
-            inputs = arguments[0]
-            dtype = torch.float32 if inputs.device.type == "mps" else torch.float64
-            over = [0, *range(2, inputs.ndim)]
-            var, mean = torch.var_mean(inputs.to(dtype), over, correction=0)
-            mean = mean - layer.running_mean  # a mean far from zero would leave no digits for the variance
-            count = torch.full_like(mean, inputs.numel() // inputs.shape[1])
-            raise _Reached(torch.stack([mean * count, (var + mean * mean) * count, count]))
-
-        handles = [layer.register_forward_pre_hook(see) for layer in waiting]
-        try:
-            for forward in forwards():
-                try:
-                    forward()
-                except _Reached as stop:
-                    sums = stop.args[0] if sums is None else sums + stop.args[0]
-        finally:
-            for handle in handles:
-                handle.remove()
-        if sums is None:
-            return  # nothing reaches those that are left
-        total, squares, count = reduce(sums)
-        mean = total / count
-        (layer,) = set(reached)
-        waiting.remove(layer)
-        layer.running_mean.add_(mean)
-        layer.running_var.copy_((squares / count - mean * mean) * (count / (count - 1).clamp(min=1)))

@@ -1,15 +1,15 @@
-"""What a layer may know of the micro-batch that runs: for layers whose work depends on the whole batch."""
+"""The place of the running micro-batch in the global batch, for layers that must know it."""
 
 from typing import NamedTuple
 
 
 class Place(NamedTuple):
-    """Where a micro-batch stands.
+    """The place of a micro-batch.
 
     Args:
-        key: a number for (seed, optimizer step).
+        key: a number made from (seed, optimizer step).
         first: position of its first example in the global batch.
-        counts: False where the examples only stand in for a device that has nothing to do.
+        counts: False if the examples only stand in, on a device without examples of its own.
     """
 
     key: int

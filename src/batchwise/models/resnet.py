@@ -1,4 +1,4 @@
-"""A ResNet for images of 32 x 32 pixels, in the short form of the fast CIFAR-10 records."""
+"""A short ResNet for images of 32 x 32 pixels, as in the fast CIFAR-10 records."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -11,16 +11,16 @@ from batchwise.models.convnet import make_norm2d
 class ResNet(nn.Module):
     """A convolution, stages that halve height and width by max pooling, a global maximum, a scaled linear layer.
 
-    Each stage is a convolution, the pooling, and a residual block of two convolutions: eleven layers in all for three
-    stages. After David Page, "How to train your ResNet" (2018), with a block in every stage and GELU, as in Jordan
-    2024 (arXiv 2404.00498).
+    Each stage is a convolution, the pooling, and a residual block of two convolutions. Three stages make eleven layers.
+    It follows David Page, "How to train your ResNet" (2018), with a block in every stage and GELU, as in Jordan 2024
+    (arXiv 2404.00498).
 
     Args:
         in_channels: channels of the images.
         num_classes: outputs per image.
-        channels: width of the first convolution and of each stage.
+        channels: channels of the first convolution and of each stage.
         norm: "batch", "group", "instance" or "none".
-        scale: factor of the logits; below one it keeps the loss of an untrained network near log(num_classes).
+        scale: factor of the logits. Below one, it keeps the loss of an untrained network near log(num_classes).
     """
 
     def __init__(
@@ -54,6 +54,6 @@ class _Stage(nn.Module):
 
 
 def _layer(width: int, features: int, norm: str, *pooling: nn.Module) -> nn.Sequential:
-    # No bias before a norm: the norm takes it out again.
+    # No bias before a norm, because the norm removes it.
     convolution = nn.Conv2d(width, features, 3, padding=1, bias=norm == "none")
     return nn.Sequential(convolution, *pooling, make_norm2d(norm, features), nn.GELU())

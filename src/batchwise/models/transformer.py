@@ -1,4 +1,4 @@
-"""A small transformer: decoder for language, or encoder with one answer per sequence."""
+"""A small transformer: a decoder for language, or an encoder that classifies sequences."""
 
 import torch
 import torch.nn.functional as F
@@ -8,19 +8,20 @@ from batchwise.models.dropout import Dropout
 
 
 class Transformer(nn.Module):
-    """Blocks of attention and SwiGLU, each on a root-mean-square norm, with rotary positions.
+    """Blocks of attention and SwiGLU, each after a root-mean-square norm, with rotary positions.
 
-    With `num_classes` it reads in both directions and classifies the mean over the sequence; else each place sees what
-    is before it, and gives logits for what comes next, by the embedding's own weights (Press and Wolf 2017).
+    With `num_classes`, each place sees the whole sequence, and the mean over the sequence is classified. Without it,
+    each place sees the places before it, and gives logits for the next token by the weights of the embedding (Press and
+    Wolf 2017).
 
-    Token -1 is padding, which comes last and changes nothing of the rest; what the network gives there means nothing.
+    Token -1 is padding. It comes last and does not change the rest. The outputs at its places mean nothing.
 
     Args:
         vocab_size: tokens are 0 to vocab_size - 1.
         width: numbers per token.
         depth: blocks.
-        heads: of the attention; divide the width into parts of even size.
-        dropout: probability that a value is zeroed in training, in what each layer adds.
+        heads: attention heads; width / heads must be an even number.
+        dropout: probability, in training, that a value of what a layer adds is zeroed.
         num_classes: outputs per sequence; null: `vocab_size` outputs per token.
     """
 
@@ -43,7 +44,7 @@ class Transformer(nn.Module):
         self.norm = nn.RMSNorm(width)
         self.head = None if num_classes is None else nn.Linear(width, num_classes)
         for name, parameter in self.named_parameters():
-            if parameter.ndim == 2:  # as in GPT-2: what adds to the stream of values gets smaller with depth
+            if parameter.ndim == 2:  # as in GPT-2: the layers that add to the values get smaller with depth
                 nn.init.normal_(parameter, std=0.02 / (2 * depth) ** 0.5 if name.endswith("out.weight") else 0.02)
 
     def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
@@ -51,8 +52,8 @@ class Transformer(nn.Module):
 
         Args:
             tokens: whole numbers; -1 past the end.
-            documents: number of each token's document [N, T]. A token then sees its own document alone. Positions need
-                no reset: they are relative, so that a document is seen alike wherever in the block it lies.
+            documents: number of each token's document [N, T]. A token then sees its own document alone. Positions are
+                relative, so they need no reset at the beginning of a document.
         """
         there = tokens >= 0
         mask = None if self.head is None else there[:, None, None]
@@ -71,12 +72,12 @@ class Transformer(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then a gated layer per token; each adds to what it was given.
+    """Attention, then a gated layer per token. Each adds to its inputs.
 
     Args:
         width: numbers per token.
-        heads: of the attention.
-        dropout: probability that a value of what is added is zeroed in training.
+        heads: attention heads.
+        dropout: probability, in training, that a value of what is added is zeroed.
     """
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
@@ -91,7 +92,7 @@ class Block(nn.Module):
         self.attention_dropout, self.gated_dropout = Dropout(dropout), Dropout(dropout)
 
     def forward(self, values: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        """Map [N, T, width] to [N, T, width]; without a mask, each place sees what is before it."""
+        """Map [N, T, width] to [N, T, width]. Without a mask, each place sees itself and the places before it."""
         heads = self.query_key_value(self.attention_norm(values)).unflatten(2, (3, self.heads, -1))
         query, key, value = heads.permute(2, 0, 3, 1, 4)  # each [N, heads, T, width / heads]
         query, key = rotate(query, *rotation), rotate(key, *rotation)
@@ -104,7 +105,7 @@ class Block(nn.Module):
 def rotary(length: int, size: int, like: Tensor, base: float = 10_000.0) -> tuple[Tensor, Tensor]:
     """Return cosine and sine [length, size / 2] of the angles of rotary positions (Su et al. 2021, arXiv 2104.09864).
 
-    The product of a query at place i and a key at place j, both turned, depends on i - j and not on i and j.
+    The product of a rotated query at place i and a rotated key at place j depends on i - j alone.
     """
     dtype = torch.promote_types(like.dtype, torch.float32)
     rates = base ** (torch.arange(0, size, 2, device=like.device, dtype=dtype) / -size)
@@ -113,7 +114,7 @@ def rotary(length: int, size: int, like: Tensor, base: float = 10_000.0) -> tupl
 
 
 def rotate(values: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Turn each pair (first half, second half) of [..., T, size] by its angle."""
+    """Rotate each pair (first half, second half) of [..., T, size] by its angle."""
     first, second = values.chunk(2, dim=-1)
     turned = torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
     return turned.to(values.dtype)

@@ -1,4 +1,4 @@
-"""Weights by name: how two sets of them differ, and a network that begins with those of a file."""
+"""Weights by name: the differences between two sets of them, and the start from the weights of a file."""
 
 from collections.abc import Mapping
 from glob import glob
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def weight_differences(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str | None:
-    """Return in a few words how the weights of a checkpoint differ in name or shape from a model's, or None."""
+    """Return in a few words how a checkpoint's weights differ in name or shape from a model's; None: not at all."""
     missing = [name for name in own if name not in saved]
     unexpected = [name for name in saved if name not in own]
     reshaped = [
@@ -43,15 +43,15 @@ def _read(path: str) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def take_weights(network: nn.Module, path: str) -> str:
-    """Copy into a network what a file has under the same names and in the same shapes; return a line that reports it.
+    """Copy the weights of a file that have the same names and shapes into a network. Return a line that reports it.
 
-    What does not fit keeps its initial value, such as the last layer where the number of classes is another one. The
+    Other weights keep their initial values: the last layer, for example, if the number of classes is different. The
     prefixes that `Task` and DDP put before names do not matter.
 
     Args:
         network: keeps its dtype and device.
         path: one of our checkpoints, a plain state dict, or a `.safetensors` file; or a pattern such as
-            `runs/name/*/checkpoints/best.ckpt`, of which the last by name is taken: the newest run.
+            `runs/name/*/checkpoints/best.ckpt`, of which the last by name is taken, which is the newest run.
 
     Raises:
         ValueError: there is no such file, or nothing in it fits.

@@ -5,7 +5,8 @@ from typing import Any
 
 from batchwise.callbacks.ema import EMA
 from batchwise.checkpoints import read_checkpoint
-from batchwise.data.module import SPLITS, DataModule
+from batchwise.data.examples import SPLITS
+from batchwise.data.module import DataModule
 from batchwise.errors import mistakes
 from batchwise.models.weights import weight_differences
 from batchwise.run.resume import training_differences
@@ -19,7 +20,7 @@ def load(trainer: Trainer, model: Task, data: DataModule, stage: str) -> bool:
     Raises:
         Mistake: the data cannot be read, or no plan can be made of it.
     """
-    data.trainer, data.unit = trainer, model._step.unit
+    data.attach(trainer, model._step.unit)
     if trainer.local_rank != 0:
         return False
     with mistakes():

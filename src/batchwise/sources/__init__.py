@@ -1,1 +1,1 @@
-"""Data modules for data as people have it: images in folders, tables, text, data sets of Hugging Face."""
+"""Data modules for files as people have them: images in folders, tables, text, data sets of Hugging Face."""

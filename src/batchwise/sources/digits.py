@@ -17,7 +17,7 @@ from batchwise.data.split import split_examples
 @cache
 def read_digits() -> tuple[Tensor, Tensor]:
     """Return the images, uint8 [1797, 1, 8, 8] with values 0 to 16, and their digits, int64 [1797]."""
-    # The file is read directly, because importing scikit-learn takes longer than training on it.
+    # The file is read directly, because importing scikit-learn takes longer than training.
     spec = find_spec("sklearn")
     assert spec is not None
     assert spec.submodule_search_locations is not None
@@ -29,15 +29,16 @@ def read_digits() -> tuple[Tensor, Tensor]:
 class Digits(DataModule):
     """Handwritten digits (Alpaydin and Kaynak 1998), from the copy inside scikit-learn.
 
-    Inputs are [N, 1, 8, 8] grey values, normalised with mean and deviation of the training split; targets are the
-    digits [N]. The split is stratified: each split has each digit in its proportion.
+    Inputs are grey values [N, 1, 8, 8], normalised with mean and std of the training split. Targets are the digits [N].
+    Each split has each digit in its proportion.
 
     Args:
         val_fraction: share of the images for validation.
         test_fraction: share of the images for the test.
-        split_seed: which images are in which split. Apart from `seed`, so that runs with other seeds are comparable.
-        classes: only these digits, whose targets are then their places in this list; null: all ten.
-        examples_per_class: only so many training images of each digit; null: all.
+        split_seed: decides which images are in which split. It is not `seed`, so that runs with different seeds are
+            comparable.
+        classes: only these digits; the target of a digit is its place in this list; null: all ten.
+        examples_per_class: the most training images of each digit; null: all.
         **kwargs: those of `DataModule`.
     """
 
@@ -74,9 +75,9 @@ class Digits(DataModule):
         return images[index], targets[digits[index]]
 
     def transform(self, batch: MicroBatch, training: bool) -> MicroBatch:
-        """Normalise on the device: bytes travel, floats do not."""
-        mean, deviation = self._statistics
-        return replace(batch, inputs=batch.inputs.to(torch.get_default_dtype()).sub_(mean).div_(deviation))
+        """Normalise on the device, so that bytes travel there and not floats."""
+        mean, std = self._statistics
+        return replace(batch, inputs=batch.inputs.to(torch.get_default_dtype()).sub_(mean).div_(std))
 
     @cached_property
     def _index(self) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Documents from files: plain text, CSV, JSON lines; and which of them is for what."""
+"""Documents from files (plain text, CSV, JSON lines), and their splits."""
 
 import csv
 import json
@@ -13,12 +13,12 @@ from typing import NamedTuple
 from batchwise.batching.random import mix
 
 STDLIB = "stdlib"
-"""Stands for the source of Python's own standard library: text that is on every machine (PSF licence)."""
+"""Name for the source of Python's own standard library: text that is on every machine (PSF licence)."""
 CSV, JSON_LINES = (".csv", ".tsv"), (".jsonl", ".ndjson")
 
 
 class Document(NamedTuple):
-    """A text, and its label where there are labels."""
+    """A text, and its label if there are labels."""
 
     text: str
     label: str | None = None
@@ -28,8 +28,8 @@ def find_files(key: str, patterns: str | list[str]) -> list[Path]:
     """Return the files that paths and patterns name, in order.
 
     Args:
-        key: what the patterns are the value of.
-        patterns: `**` reaches into folders; `stdlib` stands for the standard library, without its tests.
+        key: the setting that has the patterns, for the message of an error.
+        patterns: `**` reaches into folders; `stdlib` is the standard library, without its tests.
 
     Raises:
         ValueError: a pattern names no file.
@@ -58,16 +58,16 @@ def _stdlib(folder: Path) -> Iterator[Path]:
 
 
 def read(path: Path, text_column: str, label_column: str | None, delimiter: str | None) -> Iterator[Document]:
-    """Yield the documents of a file, leaving out those that are empty.
+    """Yield the documents of a file, without empty ones.
 
     Args:
         path: each row of a CSV, TSV or JSON-lines file is a document; any other file is plain text.
-        text_column: where the text stands, in such rows.
-        label_column: where the label stands; None: there are no labels.
-        delimiter: stands between two documents of a plain text; None: the whole file is one.
+        text_column: the column of the text.
+        label_column: the column of the label; None: there are no labels.
+        delimiter: what separates two documents of a plain text; None: the whole file is one.
 
     Raises:
-        ValueError: the file cannot be read so; the message says where.
+        ValueError: the file cannot be read in this way; the message says where.
     """
     try:
         if path.suffix in CSV + JSON_LINES:
@@ -91,7 +91,7 @@ def read(path: Path, text_column: str, label_column: str | None, delimiter: str 
 def _rows(path: Path) -> Iterator[tuple[str, dict]]:
     with path.open(newline="", encoding="utf-8-sig") as file:
         if path.suffix in CSV:
-            csv.field_size_limit(2**31 - 1)  # a text may be longer than the 131,072 characters that are allowed
+            csv.field_size_limit(2**31 - 1)  # by default a text of more than 131,072 characters is refused
             reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
             for row in reader:
                 yield f"{path}, line {reader.line_num},", row
@@ -105,18 +105,18 @@ def _rows(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def key_of(text: str, seed: int) -> int:
-    """Return a number that is random, but always the same for the same text."""
+    """Return a random number that is always the same for the same text."""
     return mix(seed, int.from_bytes(blake2b(text.encode(), digest_size=8).digest()))
 
 
 def split_keys(keys: set[int], fractions: dict[str, float]) -> dict[str, int]:
-    """Return the border below which the keys of each split lie, in rising order; the keys above are for training.
+    """Return for each split the border that its keys lie below, in rising order. The keys above are for training.
 
-    So copies stay together, and a new document moves few others. No split is empty.
+    So copies of a document are in the same split, and a new document moves few others. No split is empty.
 
     Args:
-        keys: of all documents.
-        fractions: of the documents in each split.
+        keys: the keys of all documents.
+        fractions: share of the documents in each split.
 
     Raises:
         ValueError: there are too few documents.

@@ -1,4 +1,4 @@
-"""Images in folders, one per class; or a list of image files with their labels."""
+"""Images in folders, one folder per class; or a list of image files with their labels."""
 
 import csv
 import json
@@ -18,11 +18,11 @@ from batchwise.batching.loader import MicroBatch
 from batchwise.data.split import ALIASES, Fractions
 from batchwise.sources.images import ImageFormat, Resize, cached_images
 
-_COUNTED = 1024  # training images whose mean and deviation are taken
+_COUNTED = 1024  # the most training images that mean and std are taken from
 
 
 class Listing(NamedTuple):
-    """Image files, by their names in `root`; their labels; and their splits, where the data says them."""
+    """Image files by their names in `root`, their labels, and their splits if the data has splits."""
 
     root: Path
     names: list[str]
@@ -33,19 +33,20 @@ class Listing(NamedTuple):
 class Folder(Fractions):
     """Images of any size and format that Pillow reads, and their classes.
 
-    Inputs are [N, channels, height, width], normalised with mean and deviation of each channel over the training split
-    (of 1,024 images, where it has more); targets are class numbers [N] of the sorted labels. Images are decoded once,
+    Inputs are [N, channels, height, width], normalised with mean and std of each channel over the training split (over
+    1,024 of its images, if it has more). Targets are class numbers [N] of the sorted labels. Images are decoded once,
     into a memory-mapped cache. So an epoch costs no decoding, and the data may be larger than the memory.
 
     Args:
-        path: a folder with a sub-folder of images per class; or with train, val and test folders of such (val may be
-            missing: a fraction of train); or a .csv or .jsonl file with `path`, `label` and, if you like, `split`.
+        path: a folder with a sub-folder of images per class; or a folder with train, val and test folders that have
+            such sub-folders (without val, a fraction of train is taken); or a .csv or .jsonl file with `path`, `label`
+            and, if you like, `split`.
         size: height and width in pixels; one number: a square.
         channels: 3 (RGB) or 1 (grey).
-        resize: crop (resize, then cut the longer side off at both ends), stretch, or pad with black.
+        resize: crop (resize, then cut off both ends of the longer side), stretch, or pad with black.
         cache: folder of the cache; null: `.cache` beside the images.
-        predict_path: a folder of images, at any depth, to predict; null: the test split.
-        **kwargs: those of `Fractions`; `max_unreadable` is the number of images that may be unreadable, and left out.
+        predict_path: a folder of images to predict, at any depth; null: the test split.
+        **kwargs: those of `Fractions`. Up to `max_unreadable` images that cannot be read are left out.
     """
 
     def __init__(
@@ -73,10 +74,10 @@ class Folder(Fractions):
         return Rows(self._images[0], index), self._targets[index]
 
     def transform(self, batch: MicroBatch, training: bool) -> MicroBatch:
-        """Normalise on the device: bytes travel, floats do not."""
+        """Normalise on the device, so that bytes travel there and not floats."""
         inputs = batch.inputs.to(torch.get_default_dtype())
-        mean, deviation = (value.to(inputs) for value in self._statistics)
-        return replace(batch, inputs=inputs.sub_(mean).div_(deviation))
+        mean, std = (value.to(inputs) for value in self._statistics)
+        return replace(batch, inputs=inputs.sub_(mean).div_(std))
 
     def describe(self, index: Tensor) -> dict[str, list]:
         """Return the path of each image."""
@@ -85,7 +86,7 @@ class Folder(Fractions):
 
     @cached_property
     def class_names(self) -> list[str]:  # type: ignore[override]
-        """The labels, in the order of their numbers; numbers are sorted as numbers."""
+        """The labels, in the order of their numbers. Labels that are numbers are sorted as numbers."""
         labels = set(self._listing.labels)
         return sorted(labels, key=int if all(label.isdecimal() for label in labels) else None)
 
@@ -167,17 +168,17 @@ class Folder(Fractions):
         counts = np.sum([[np.bincount(channel, minlength=256) for channel in part] for part in parts], axis=0)
         share = counts / counts.sum(1, keepdims=True)
         mean = share @ np.arange(256)
-        deviation = np.sqrt(share @ np.arange(256) ** 2 - mean**2).clip(1.0)
-        return torch.from_numpy(mean).view(-1, 1, 1), torch.from_numpy(deviation).view(-1, 1, 1)
+        std = np.sqrt(share @ np.arange(256) ** 2 - mean**2).clip(1.0)
+        return torch.from_numpy(mean).view(-1, 1, 1), torch.from_numpy(std).view(-1, 1, 1)
 
 
 def subfolders(folder: Path) -> list[str]:
-    """Return the names of the folders in a folder, but for hidden ones, sorted."""
+    """Return the names of the folders in a folder, sorted, without hidden ones."""
     return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
 
 
 def image_files(folder: Path) -> list[str]:
-    """Return the names of the images in a folder, at any depth, but for hidden ones, sorted."""
+    """Return the names of the images in a folder, at any depth, sorted, without hidden ones."""
     kinds, found = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}, []
     for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -186,10 +187,10 @@ def image_files(folder: Path) -> list[str]:
 
 
 def listed(path: Path) -> Listing:
-    """Return the images that a CSV or JSON-lines file lists; their paths are relative to it.
+    """Return the images that a CSV or JSON-lines file lists. Their paths are relative to the file.
 
     Raises:
-        ValueError: it is neither, or a line lacks path or label, or has an unknown split.
+        ValueError: it is no such file, or a row lacks path or label, or has an unknown split.
     """
     with path.open(newline="") as file:
         try:

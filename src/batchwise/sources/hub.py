@@ -1,4 +1,4 @@
-"""Whatever the library `datasets` of Hugging Face reads: a name on the hub, or local files, without any network."""
+"""Data sets that the library `datasets` of Hugging Face reads: from the hub, or from local files without a network."""
 
 from dataclasses import replace
 from functools import cached_property
@@ -28,23 +28,23 @@ FILES = {
 class Hub(Fractions):
     """A data set of numbers, arrays of one shape, or images, from the hub by name or from local files.
 
-    It is read a whole micro-batch at a time, by `num_workers` processes; only what is asked for is in memory. Columns
-    with one number per example stand side by side in inputs [N, F]; arrays are [N, ...]; images are [N, channels,
-    height, width], from -1 to 1. Targets are class numbers [N] (of the sorted labels, where they are text), or numbers.
+    Each read is a whole micro-batch, in one of `num_workers` processes. The rest of the data is not in memory. Columns
+    with one number per example become inputs [N, F]. Arrays are [N, ...]. Images are [N, channels, height, width], from
+    -1 to 1. Targets are class numbers [N] (of the sorted labels, if labels are text), or floats.
 
     For data that stays in an object store, let `load` of a data module of your own return a `StreamingDataset` of the
     library `mosaicml-streaming`.
 
     Args:
-        source: a .parquet, .json, .jsonl, .csv or .arrow file; a folder of such, or of images by class; a folder that
-            `save_to_disk` wrote; or the name of a data set on the hub, which is downloaded.
-        inputs: the column, or the columns, that the network takes.
+        source: a .parquet, .json, .jsonl, .csv or .arrow file; a folder of such files, or of images by class; a folder
+            that `save_to_disk` wrote; or the name of a data set on the hub, which is downloaded.
+        inputs: the column or columns that the network takes.
         target: the column to predict.
-        name: of the data set's configuration, where it has several.
-        revision: of the data set on the hub: a commit, so that it stays what it is.
+        name: name of the data set's configuration, if it has several.
+        revision: a commit of the data set on the hub, so that the data cannot change.
         size: height and width of images in pixels; one number: a square.
-        channels: of images: 3 (RGB) or 1 (grey).
-        resize: crop (resize, then cut the longer side off at both ends), stretch, or pad with black.
+        channels: channels of images: 3 (RGB) or 1 (grey).
+        resize: crop (resize, then cut off both ends of the longer side), stretch, or pad with black.
         **kwargs: those of `Fractions`.
     """
 
@@ -66,17 +66,17 @@ class Hub(Fractions):
         self.format = ImageFormat.of(size, channels, resize)
 
     def load(self, split: str) -> "Columns | None":
-        """Return the examples of a split, which are read as they are needed."""
+        """Return the examples of a split. They are read when they are needed."""
         return self._parts.get(split)
 
     def transform(self, batch: MicroBatch, training: bool) -> MicroBatch:
-        """Scale images on the device: bytes travel, floats do not."""
+        """Scale images on the device, so that bytes travel there and not floats."""
         if not self._images:
             return batch
         return replace(batch, inputs=batch.inputs.to(torch.get_default_dtype()).div_(127.5).sub_(1))
 
     def labels(self) -> Tensor | None:
-        """Return the training targets [examples], where they are classes."""
+        """Return the training targets [examples] if they are classes."""
         train = self.load("train")
         return None if train is None or not self.class_names else train.targets()
 
@@ -84,7 +84,7 @@ class Hub(Fractions):
     def _sets(self) -> dict[str, Any]:
         """The data sets by split."""
         datasets = optional("datasets", "hub")
-        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it would tell the hub of each use, of local files too
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else the hub hears of each use, even of local files
         path = Path(self.source)
         try:
             if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
@@ -95,7 +95,7 @@ class Hub(Fractions):
                 found = datasets.load_dataset(FILES[path.suffix], data_files=str(path))
             else:
                 found = datasets.load_dataset(self.source, self.name, revision=self.revision)
-        except Exception as error:  # of a dozen libraries
+        except Exception as error:  # a dozen libraries raise their own
             reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(f"data.source {self.source} cannot be read: {reason}") from error
         sets = dict(found) if isinstance(found, dict) else {"train": found}
@@ -112,7 +112,7 @@ class Hub(Fractions):
 
     @cached_property
     def class_names(self) -> list[str] | None:  # type: ignore[override]
-        """The labels, in the order of their numbers; None where targets are numbers already."""
+        """The labels, in the order of their numbers; None if targets are numbers."""
         feature = self._sets["train"].features[self.target]
         if hasattr(feature, "names"):
             return feature.names
@@ -137,7 +137,7 @@ class Hub(Fractions):
 
 
 class Columns(Dataset):
-    """Examples of a data set of Hugging Face, as inputs and targets; those of `index`, if it is given."""
+    """Examples of a data set of Hugging Face, as inputs and targets: all of them, or those in `index`."""
 
     def __init__(self, dataset: Any, data: Hub, index: Tensor | None = None) -> None:
         self.dataset, self.index = dataset, torch.arange(len(dataset)) if index is None else index

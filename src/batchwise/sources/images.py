@@ -1,4 +1,4 @@
-"""Image files as one memory-mapped array: decoded and resized once, then kept in a cache beside them."""
+"""Image files as one memory-mapped array. They are decoded and resized once, then kept in a cache."""
 
 import errno
 import hashlib
@@ -25,13 +25,13 @@ _NAMED = 10  # images named in one line
 
 
 class ImageFormat(NamedTuple):
-    """What images are made into: uint8 [channels, height, width].
+    """The format of decoded images: uint8 [channels, height, width].
 
     Args:
         height: in pixels.
         width: in pixels.
         channels: 3 (RGB) or 1 (grey).
-        resize: crop (resize, then cut the longer side off at both ends), stretch, or pad with black.
+        resize: crop (resize, then cut off both ends of the longer side), stretch, or pad with black.
     """
 
     height: int
@@ -41,10 +41,10 @@ class ImageFormat(NamedTuple):
 
     @classmethod
     def of(cls, size: int | tuple[int, int], channels: int, resize: Resize) -> "ImageFormat":
-        """Return the format that the settings of a data module say.
+        """Return the format for the settings of a data module.
 
         Raises:
-            ValueError: they are wrong.
+            ValueError: a setting is wrong.
         """
         height, width = (size, size) if isinstance(size, int) else size
         if min(height, width) < 1:
@@ -54,14 +54,14 @@ class ImageFormat(NamedTuple):
         return cls(height, width, channels, resize)
 
     def decode(self, file: Path | BinaryIO) -> np.ndarray:
-        """Return an image as an array, turned as its camera was held.
+        """Return an image as an array, upright even if the camera was held otherwise.
 
         Raises:
-            Exception: of many kinds, where it cannot be read.
+            Exception: of many kinds, if the image cannot be read.
         """
         with Image.open(file) as image:
             mode, size = "L" if self.channels == 1 else "RGB", (self.width, self.height)
-            image.draft(mode, (2 * self.width, 2 * self.height))  # large JPEGs: spares pixels that resizing would drop
+            image.draft(mode, (2 * self.width, 2 * self.height))  # spares large JPEGs pixels that resizing would drop
             if image.mode.startswith(("I", "F")):
                 raise ValueError("more than 8 bits per channel: convert it")
             upright = ImageOps.exif_transpose(image).convert(mode)
@@ -74,17 +74,17 @@ class ImageFormat(NamedTuple):
 def cached_images(
     root: Path, names: list[str], form: ImageFormat, folder: Path, max_unreadable: int = 0
 ) -> tuple[np.memmap, dict[str, str]]:
-    """Return the images, uint8 [N, C, H, W] in a memory map, and what cannot be read: why, by name (its row is 0).
+    """Return the images, uint8 [N, C, H, W] in a memory map, and why some cannot be read, by name (they are black).
 
-    The cache has the names, sizes and times of the files, and the format, in its name. It is made by one process while
-    others wait, goes on where it was interrupted, and is there only when it is whole.
+    The name of the cache is a hash of the names, sizes and times of the files and of the format. One process makes the
+    cache while others wait. It goes on where it was interrupted. The file has its name only when it is complete.
 
     Args:
         root: the folder that names are relative to.
-        names: of the image files.
-        form: what they are made into.
-        folder: of the cache.
-        max_unreadable: images that may be unreadable.
+        names: names of the image files.
+        form: the format of the decoded images.
+        folder: where the cache is.
+        max_unreadable: the most images that may be unreadable.
 
     Raises:
         ValueError: more images cannot be read, or the cache cannot be written.
@@ -94,7 +94,7 @@ def cached_images(
         try:
             status = os.stat(root / name)
             content.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
-        except OSError:  # which decoding will say
+        except OSError:  # decoding will report it
             content.update(f"{name}\0".encode())
     images, list_of_unreadable = (folder / f"{content.hexdigest()[:16]}.{kind}" for kind in ("images", "unreadable"))
     try:
@@ -117,7 +117,7 @@ def cached_images(
 
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """Hold a lock, which the system frees when its process dies."""
+    """Hold a lock. The system frees it if the process dies."""
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
@@ -131,7 +131,7 @@ def _alone(path: Path) -> Iterator[None]:
 
 
 def _decode(root: Path, names: list[str], form: ImageFormat, part: Path, unreadable: Path) -> None:
-    """Write all images to `part`, from where it ends; what was unreadable before is tried again."""
+    """Write all images to `part`, from where it ends. Images that were unreadable are tried again."""
     blank = bytes(form.height * form.width * form.channels)
 
     def read(name: str) -> tuple[bytes, str | None]:
@@ -151,7 +151,7 @@ def _decode(root: Path, names: list[str], form: ImageFormat, part: Path, unreada
         for start in range(0, len(numbers), size):
             chunk = numbers[start : start + size]
             read_now = dict(zip(chunk, threads.map(read, (names[number] for number in chunk)), strict=True))
-            # Before the images, so that none counts as done whose problem is not known.
+            # The problems are written before the images, so that no image counts as done without its problem.
             problems |= {names[number]: problem for number, (_, problem) in read_now.items() if problem}
             _write(unreadable, problems)
             for number, (image, _) in read_now.items():
@@ -173,10 +173,10 @@ def _write(path: Path, problems: dict[str, str]) -> None:
 
 
 def _check(names: list[str], path: Path, max_unreadable: int) -> dict[str, str]:
-    """Return why which images cannot be read, by name.
+    """Return why images cannot be read, by name.
 
     Raises:
-        ValueError: they are too many.
+        ValueError: there are too many of them.
     """
     problems = json.loads(path.read_text())
     if len(problems) > max_unreadable:
@@ -190,7 +190,7 @@ def _check(names: list[str], path: Path, max_unreadable: int) -> dict[str, str]:
 
 
 class _Bar:
-    """A progress bar on a terminal; elsewhere a line now and then."""
+    """A progress bar on a terminal, or else a line every ten seconds."""
 
     def __init__(self, total: int) -> None:
         self.bar = Progress(*Progress.get_default_columns(), MofNCompleteColumn(), disable=not sys.stdout.isatty())
@@ -204,7 +204,7 @@ class _Bar:
         self.bar.stop()
 
     def move(self, done: int) -> None:
-        """Show how many are done."""
+        """Show the number of images that are done."""
         self.bar.update(self.task, completed=done)
         if self.bar.disable and (perf_counter() - self.said > 10 or done == self.total):
             print(f"{done:,} of {self.total:,} images decoded", flush=True)

@@ -16,61 +16,62 @@ MOST_CATEGORIES = 1000
 
 
 class Column(NamedTuple):
-    """How a column becomes inputs; everything in it is of the training split.
+    """How a column becomes inputs, by its values in the training split.
 
     Args:
-        name: of the column.
-        mean: of the numbers that are there.
-        deviation: of the numbers that are there; 0 where all are the same.
-        missing: some are missing.
-        categories: the values that are there, in order; None for a column of numbers.
+        name: name of the column.
+        mean: mean of the numbers, without missing ones.
+        std: standard deviation of the numbers, without missing ones; 0 if all are the same.
+        missing: some numbers are missing.
+        categories: the values of a column of categories, in order; None for a column of numbers.
     """
 
     name: str
     mean: float = 0.0
-    deviation: float = 0.0
+    std: float = 0.0
     missing: bool = False
     categories: list[str] | None = None
 
     def inputs(self, column: Any) -> np.ndarray:
-        """Return [N, 1 or more] of a column of pyarrow: one-hot, or standardised with 0 for what is missing."""
+        """Return the inputs [N, 1 or more] for a column of pyarrow: one-hot, or standardised, with 0 if missing."""
         if self.categories is not None:
             return np.array(self.categories) == texts(column)[:, None]
         values = numbers(column)
         there = ~np.isnan(values)
-        known = np.where(there, (values - self.mean) / self.deviation if self.deviation else 0.0, 0.0)
+        known = np.where(there, (values - self.mean) / self.std if self.std else 0.0, 0.0)
         return np.column_stack([known, ~there]) if self.missing else known[:, None]
 
 
 def numbers(column: Any) -> np.ndarray:
-    """Return a column of pyarrow as float64 [N]; NaN where a value is missing."""
+    """Return a column of pyarrow as float64 [N]. A missing value is NaN."""
     return column.cast("float64").to_numpy().astype(np.float64)
 
 
 def texts(column: Any) -> np.ndarray:
-    """Return a column of pyarrow as text [N]; empty where a value is missing."""
+    """Return a column of pyarrow as text [N]. A missing value is empty."""
     return column.cast("string").fill_null("").to_numpy().astype(str)
 
 
 class Table(Fractions):
-    """The rows of a CSV or Parquet file; one column, or several, are to be predicted from the others.
+    """The rows of a CSV or Parquet file. One or several columns are to be predicted from the others.
 
-    Inputs are [N, F] float32. A column of numbers is standardised with mean and deviation of the training split; a
-    missing number is 0 then (the mean), and a second input says so, where any is missing in the training split. A
-    constant column is 0. A column of text is one-hot over the values of the training split; a missing text is a value
-    of its own, and one that the training split does not have is 0 throughout.
+    Inputs are [N, F] float32. A column of numbers is standardised with mean and std of the training split. A missing
+    number becomes 0, which is the mean, and a second input marks it (if any is missing in the training split). A
+    constant column is 0. A column of text is one-hot over the values of the training split. A missing text is a value
+    of its own. A value that the training split does not have is 0 throughout.
 
     Targets are class numbers [N] of the sorted labels; or float32 [N], or [N, K] for several columns.
 
     Args:
         path: a .csv, .tsv or .parquet file, or a folder of Parquet files.
-        target: the column to predict. Several give targets [N, K], for regression or (0 and 1) several labels each.
+        target: the column to predict. Several columns give targets [N, K], for regression, or for several labels per
+            example (0 and 1).
         target_kind: class or number; null: text is a class, a fraction is a number.
-        categorical: columns of numbers that are names all the same, such as postcodes.
-        ignore: columns that are no inputs, such as identifiers.
-        split_column: the column that says train, val or test; null: fractions, of each class alike.
-        delimiter: between the fields of a CSV file; null: a comma, in .tsv files a tab.
-        predict_path: rows to predict; null: those of the test split. The target may be left out there.
+        categorical: columns of numbers that are names, such as postcodes.
+        ignore: columns that are not inputs, such as identifiers.
+        split_column: the column that says train, val or test; null: fractions are taken, of each class alike.
+        delimiter: the character between the fields of a CSV file; null: a comma, in .tsv files a tab.
+        predict_path: file of the rows to predict, with or without the target; null: the rows of the test split.
         **kwargs: those of `Fractions`.
     """
 
@@ -112,7 +113,7 @@ class Table(Fractions):
 
     @property
     def class_names(self) -> list[str] | None:  # type: ignore[override]
-        """The labels, in the order of their numbers; None where targets are numbers."""
+        """The labels, in the order of their numbers; None if targets are numbers."""
         return None if self._labels is None else [str(label) for label in self._labels]
 
     def _read(self, path: str) -> Any:
@@ -220,7 +221,7 @@ class Table(Fractions):
     def _columns(self) -> list[Column]:
         others = {*self.targets, *self.ignore, self.split_column}
         columns = [self._fit(name, self._table[name]) for name in self._table.column_names if name not in others]
-        constant = [f"'{column.name}'" for column in columns if column.categories is None and not column.deviation]
+        constant = [f"'{column.name}'" for column in columns if column.categories is None and not column.std]
         if constant:
             warnings.warn(
                 f"the same in all training rows of {self.path}, and so of no use: {', '.join(constant)}", stacklevel=2

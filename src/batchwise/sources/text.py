@@ -1,4 +1,4 @@
-"""Text, for language models and for classification: packed into blocks, or sequences of unequal length."""
+"""Text, for language models and for classification: in packed blocks, or in sequences of unequal length."""
 
 import json
 from dataclasses import replace
@@ -12,44 +12,47 @@ from torch import Tensor, nn
 
 from batchwise.batching.loader import MicroBatch
 from batchwise.batching.ragged import PADDING, Ragged
-from batchwise.data.module import DataModule, Source
+from batchwise.data.examples import Source
+from batchwise.data.module import DataModule
 from batchwise.sources.documents import find_files
 from batchwise.sources.tokens import Tokens
 from batchwise.sources.vocabulary import Vocabulary, make_vocabulary
 
 END = "<|end|>"
-"""What the separator looks like to a reader."""
+"""The separator as text."""
 
 
 class Text(DataModule):
     """Documents as tokens.
 
-    The number after those of the vocabulary is the separator. For a language model the targets [N, T] are a document's
-    tokens and then the separator; the inputs are the same one place later, behind a separator, with which so every
-    sequence and block begins. Each token of the data is a target exactly once. For classification the inputs are the
-    separator and then the tokens, the targets the numbers of the labels [N]. Past the end stands -1.
+    The separator is the token after those of the vocabulary. Past the end of a sequence stands -1.
 
-    The tokens are memory maps in `cache`, in a folder named by a hash of the files (path, size, time of change) and
-    the settings; a change of either makes a new one.
+    - Language model: the targets [N, T] are a document's tokens and then the separator. The inputs [N, T] are the same,
+      shifted by one place, with a separator in front. Each token of the data is a target exactly once.
+    - Classification: the inputs [N, T] are the separator and then the tokens. The targets [N] are the numbers of the
+      labels.
+
+    The tokens are memory maps in a folder of `cache`. The name of the folder is a hash of the settings and of the files
+    (path, size, time of change), so that a change of either makes a new folder.
 
     Args:
         files: paths and patterns of plain text, or of CSV, TSV or JSON lines with a document in each row; `stdlib` is
             the source of Python's own standard library.
         vocabulary: bytes, characters (of the training documents), or the path of a `tokenizer.json`.
-        sequence_length: most tokens of a sequence, and all tokens of a packed block. For a language model a longer
-            document becomes several sequences; for classification its beginning is taken.
-        packing: cut: documents one after the other, cut into blocks. best_fit: whole sequences are put into blocks,
-            with little room left. null: each sequence is an example, as long as it is. For language models.
+        sequence_length: the most tokens of a sequence, and the tokens of a packed block. For a language model a longer
+            document becomes several sequences. For classification its beginning is taken.
+        packing: how a language model's sequences become blocks. cut: documents one after the other, cut into blocks.
+            best_fit: whole sequences are put into blocks, with little room left. null: each sequence is an example.
         document_mask: keep documents in a block apart: the network gets `(tokens, documents)`.
-        text_column: where the text stands in a row.
-        label_column: where the label stands in a row; null: text for a language model.
-        delimiter: stands between two documents of a plain text; null: each file is one.
+        text_column: the column of the text.
+        label_column: the column of the label; null: there are no labels, because the text is for a language model.
+        delimiter: what separates two documents of a plain text; null: each file is one document.
         val_files: files for validation; null: a share of the documents.
         test_files: files for the test; null: a share of the documents.
         val_fraction: share of the documents for validation (at least one), drawn by a hash of their texts.
         test_fraction: share of the documents for the test.
-        split_seed: which documents are in which split.
-        cache: where the tokens are kept.
+        split_seed: decides which documents are in which split.
+        cache: folder for the tokens.
         **kwargs: those of `DataModule`.
     """
 
@@ -100,7 +103,7 @@ class Text(DataModule):
     # What the network is given
 
     def load(self, split: str) -> Source | None:
-        """Return blocks [N, T], or sequences and where there are labels their numbers [N]."""
+        """Return blocks [N, T]; or sequences and, if there are labels, their numbers [N]."""
         if split not in self.meta["splits"]:
             return None
         tokens = np.memmap(self.folder / f"{split}.tokens", self.meta["dtype"], "r")
@@ -110,7 +113,7 @@ class Text(DataModule):
         return Ragged(tokens, np.concatenate([[0], lengths.cumsum()]), *[labels][: self.labelled])
 
     def transform(self, batch: MicroBatch, training: bool) -> MicroBatch:
-        """Make inputs and targets of the sequences of a language model."""
+        """Make the inputs and targets of a language model."""
         if self.labelled:
             return batch
         targets = batch.inputs.long()
@@ -151,12 +154,12 @@ class Text(DataModule):
     # The tokens on disk
 
     def prepare_data(self) -> None:
-        """Write the tokens, where they are not there yet."""
+        """Write the tokens, unless they are there."""
         _ = self.folder
 
     @cached_property
     def folder(self) -> Path:
-        """Where the tokens are."""
+        """The folder with the tokens, which is written if there is none."""
         keys = {"train": "data.files", "val": "data.val_files", "test": "data.test_files"}
         files = {
             split: [str(path.absolute()) for path in find_files(keys[split], patterns)]
@@ -168,7 +171,7 @@ class Text(DataModule):
 
     @cached_property
     def meta(self) -> dict[str, Any]:
-        """What the folder says of itself: splits, type of the tokens, characters and classes."""
+        """The description in the folder: splits, type of the tokens, characters and classes."""
         return json.loads((self.folder / "meta.json").read_text())
 
     @cached_property

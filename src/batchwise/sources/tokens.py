@@ -1,4 +1,4 @@
-"""Documents as arrays of tokens in a folder: written once, whole or not at all, and read as memory maps."""
+"""Documents as arrays of tokens in a folder. The folder is written once, complete or not at all."""
 
 import json
 import os
@@ -17,17 +17,17 @@ from batchwise.sources.documents import Document, key_of, read, split_keys
 from batchwise.sources.vocabulary import Vocabulary, make_vocabulary
 
 FORMAT = 1
-"""Of the folder; another one makes it anew."""
+"""Version of the folder's format; a new version makes new folders."""
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """What the arrays of tokens are made of, and how.
+    """How arrays of tokens are made from files.
 
-    The arguments are those of `batchwise.sources.text.Text`, but:
+    The arguments are those of `batchwise.sources.text.Text`, except for these:
 
     Args:
-        files: of each split; those of "train" also give others their share.
+        files: the files of each split. Those of "train" are shared with "val" and "test" by the fractions.
         fractions: share of the documents of `files["train"]` for "val" and "test".
     """
 
@@ -42,7 +42,7 @@ class Tokens:
     split_seed: int
 
     def folder(self, root: Path) -> Path:
-        """Return the folder with the arrays, in `root`; it is written where there is none."""
+        """Return the folder with the arrays, in `root`. It is written if there is none."""
         names = [name for names in self.files.values() for name in names] + [self.vocabulary]
         stats = [os.stat(name) for name in names if os.path.isfile(name)]
         content = [FORMAT, asdict(self), [(stat.st_size, stat.st_mtime_ns) for stat in stats]]
@@ -102,7 +102,7 @@ class Tokens:
         (folder / "meta.json").write_text(json.dumps(meta))
 
     def _scan(self) -> tuple[str, list[str]]:
-        """Return the characters and the labels, where they are needed, which takes a pass over the documents."""
+        """Return the characters and the labels, if they are needed: this takes a pass over the documents."""
         if self.vocabulary != "characters" and self.label_column is None:
             return "", []
         characters, labels = set[str](), set[str]()
@@ -112,7 +112,7 @@ class Tokens:
         return "".join(sorted(characters)), sorted(labels, key=int if all(map(str.isdecimal, labels)) else str)
 
     def _sequences(self, document: Document, vocabulary: Vocabulary) -> tuple[np.ndarray, list[int]]:
-        """Return the tokens of a document with the separator, and the lengths of the sequences that they make."""
+        """Return the tokens of a document with the separator, and the lengths of its sequences."""
         tokens, separator, most = vocabulary.encode(document.text), np.array([vocabulary.size]), self.sequence_length
         if document.label is not None:
             tokens = np.concatenate([separator, tokens])[:most]
@@ -122,11 +122,11 @@ class Tokens:
 
 
 class _Split:
-    """The sequences of one split, as they are written.
+    """Writes the sequences of one split.
 
     Args:
-        path: of its files, without their endings.
-        dtype: of the tokens.
+        path: path of its files, without their endings.
+        dtype: type of the tokens.
     """
 
     def __init__(self, path: Path, dtype: str) -> None:
@@ -142,7 +142,7 @@ class _Split:
         self.labels += [] if label is None else [label]
 
     def finish(self, packing: str | None, capacity: int) -> int:
-        """Pack what was written, or write its lengths and labels; return the number of blocks, or of sequences."""
+        """Pack the sequences, or write their lengths and labels. Return the number of blocks, or of sequences."""
         lengths = np.array(self.lengths, np.int64)
         blocks = len(lengths)
         if packing == "cut":
@@ -158,7 +158,7 @@ class _Split:
 
     def _pack(self, lengths: np.ndarray, blocks: list[list[int]], capacity: int) -> int:
         path, firsts = self.path.with_suffix(".tokens"), lengths.cumsum() - lengths
-        tokens = np.asarray(np.memmap(path, self.dtype, "r"))  # of which a slice costs less
+        tokens = np.asarray(np.memmap(path, self.dtype, "r"))  # a slice of it costs less than one of a memory map
         with path.with_suffix(".packed").open("wb") as file:
             for block in blocks:
                 for number in block:

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from batchwise.errors import optional
+
 
 class Bytes:
     """The 256 bytes of UTF-8: any text, no unknown token."""
@@ -18,12 +20,12 @@ class Bytes:
         return np.frombuffer(text.encode(), np.uint8)
 
     def decode(self, tokens: list[int]) -> str:
-        """Return the text of bytes."""
+        """Return the text."""
         return bytes(tokens).decode(errors="replace")
 
 
 class Characters:
-    """The characters that occur in some text, in rising order, and after them one token for all others.
+    """The characters of some text, in rising order, and then one token for all other characters.
 
     Args:
         characters: each once.
@@ -44,7 +46,7 @@ class Characters:
         return len(self.characters) + 1
 
     def encode(self, text: str) -> np.ndarray:
-        """Return the places of the characters."""
+        """Return the places of the characters in the order."""
         codes = _codes(text)
         places = np.searchsorted(self._known, codes).clip(max=len(self._known) - 1)
         return np.where(self._known[places] == codes, places, len(self._known))
@@ -59,10 +61,10 @@ def _codes(text: str) -> np.ndarray:
 
 
 class Tokenizer:
-    """A tokenizer that was trained before, in the file format of the `tokenizers` library (`tokenizer.json`).
+    """A trained tokenizer, from a file of the `tokenizers` library (`tokenizer.json`).
 
     Args:
-        path: of the file.
+        path: path of the file.
 
     Raises:
         ValueError: there is no such file, it cannot be read, or the library is not installed.
@@ -75,13 +77,10 @@ class Tokenizer:
 
     @cached_property
     def _tokenizer(self) -> Any:
+        tokenizers = optional("tokenizers", "text")
         try:
-            from tokenizers import Tokenizer
-        except ImportError as error:
-            raise ValueError(f"data.vocabulary {self.path} needs tokenizers: pip install 'project[text]'") from error
-        try:
-            return Tokenizer.from_file(self.path)
-        except Exception as error:  # the library raises no other
+            return tokenizers.Tokenizer.from_file(self.path)
+        except Exception as error:  # the library has no other class for it
             raise ValueError(f"data.vocabulary {self.path} is no file of tokenizers: {error}") from error
 
     @property
@@ -90,7 +89,7 @@ class Tokenizer:
         return self._tokenizer.get_vocab_size()
 
     def encode(self, text: str) -> np.ndarray:
-        """Return the tokens, without any that mark beginning or end."""
+        """Return the tokens, without marks for beginning and end."""
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
 
     def decode(self, tokens: list[int]) -> str:
@@ -103,5 +102,5 @@ Vocabulary = Bytes | Characters | Tokenizer
 
 
 def make_vocabulary(name: str, characters: str = "") -> Vocabulary:
-    """Return a vocabulary: bytes, characters (those given), or else that of a file."""
+    """Return the vocabulary of bytes, of the given characters, or of a file."""
     return Bytes() if name == "bytes" else Characters(characters) if name == "characters" else Tokenizer(name)

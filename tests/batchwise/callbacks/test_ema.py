@@ -12,7 +12,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from batchwise.callbacks.ema import EMA, RAW
-from batchwise.callbacks.precise_norm import PreciseNorm
 from batchwise.errors import TrainingStopped
 from batchwise.sources.digits import Digits
 from batchwise.tasks.classification import Classification
@@ -78,8 +77,6 @@ def test_a_step_that_the_scaler_skips_does_not_count() -> None:
 def test_mistakes_are_said() -> None:
     with pytest.raises(ValueError, match="EMA half_life_examples is 0"):
         EMA(0)
-    with pytest.raises(ValueError, match="PreciseNorm examples is 1"):
-        PreciseNorm(1)
     trainer = Trainer(**QUIET, max_steps=1, callbacks=[EMA(9), ModelCheckpoint(save_weights_only=True)])
     with pytest.raises(TrainingStopped, match="save_weights_only would not save the average"):
         trainer.fit(Classification(Tied()), datamodule=Digits(batch_size=300))

@@ -14,7 +14,7 @@ from helpers import CSV, DIGITS, TWO, Result, absolute, run_here, wandb_records
 from torch import Tensor
 
 from batchwise.batching.fetch import InMemory, make_fetch
-from batchwise.choosing.batches import Classes
+from batchwise.choosing.classes import Classes
 from batchwise.choosing.look import BLOCK, Look, Values, hashes
 from batchwise.run.main import main
 
@@ -91,10 +91,8 @@ def test_digits() -> None:
     text = table(result)
     assert "examples train 1,259, val 269, test 269 looked at all" in text
     assert "batch 64; devices 2, micro_batch_size 32, steps_per_epoch 20" in text
-    assert "inputs uint8 [1, 8, 8]: 0 to 16, mean 4.88, deviation 6.01" in text
-    assert re.search(r"to the network float32 \[1, 8, 8\]: -0.8111 to 1.85, mean \S+, deviation 1 ", text)
-    assert "bytes per example 72 as read, 264 as the network takes it" in text
-    assert re.search(r"loader [\d,]+ examples/s", text)
+    assert "inputs uint8 [1, 8, 8]: 0 to 16, mean 4.88, std 6.01" in text
+    assert re.search(r"to the network float32 \[1, 8, 8\]: -0.8111 to 1.85, mean \S+, std 1 ", text)
     assert (result.folder / "inspect.png").read_bytes().startswith(b"\x89PNG")
     assert "batch_size: 64" in (result.folder / "inspect.yaml").read_text()
     assert not list((result.folder / "checkpoints").iterdir())
@@ -125,9 +123,8 @@ def test_what_is_wrong_is_said(kind: str) -> None:
     lines = found(result)
     for words in WRONG[kind]:
         assert any(line.startswith(words) for line in lines), lines
-    # Nothing else is said of the training split, and the columns of the table are listed.
+    # Nothing else is said of the training split.
     assert sum("train examples" in line or "batch" in line for line in lines) == ("train examples" in str(WRONG[kind]))
-    assert re.search(r"column +lowest +mean +highest", result.out)
 
 
 @pytest.mark.usefixtures("planted")
@@ -177,13 +174,13 @@ def test_fit_warns_of_constant_inputs() -> None:
     assert result.code == 0, result.err
 
 
-def test_wandb_has_the_picture_and_the_table() -> None:
+def test_wandb_has_the_picture() -> None:
     result = run_here("inspect", *DIGITS, "--seconds", 2)
     assert "upload it:  wandb sync " in result.out
     (path,) = result.folder.glob("wandb/offline-run-*/run-*.wandb")
     keys = {item.nested_key[0] if item.nested_key else item.key for record in wandb_records(path)
             for item in record.history.item}  # fmt: skip
-    assert {"inspect/batch", "inspect/figures"} <= keys, result.out + result.err
+    assert "inspect/batch" in keys, result.out + result.err
 
 
 def test_a_terminal_of_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +194,7 @@ def test_a_terminal_of_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
         assert main("batchwise", absolute((*INSPECT, *DIGITS, *CSV))) == 0
     lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue()).split("\n")
     rows = [line for line in lines if line.startswith(" ")]
-    assert len(rows) >= 8
+    assert len(rows) >= 6
     assert max(map(len, rows)) <= 80
 
 

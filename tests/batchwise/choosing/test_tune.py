@@ -11,13 +11,13 @@ import torch
 import yaml
 from helpers import CSV, DIGITS, TWO, run_here, run_process
 
-from batchwise import trainer
 from batchwise.batching.noise import Estimate
 from batchwise.choosing import fits, speed
 from batchwise.choosing import tune as tuning
 from batchwise.choosing.findings import Choice, Findings
 from batchwise.choosing.fits import Size, what_fits
 from batchwise.choosing.speed import Way
+from batchwise.run import verbs
 
 
 class Machine:
@@ -93,12 +93,12 @@ MLP_16 = "{class_path: batchwise.models.mlp.MLP, init_args: {in_features: 64, nu
 WATCHED = """
 import hashlib, os, pathlib, random
 import numpy, torch
-from batchwise import trainer
+from batchwise.run import verbs
 from batchwise.choosing import speed
 from batchwise.tasks.classification import Classification
 
 speed._TURN = 0.01
-tune, rank = trainer.tune, os.environ.get("LOCAL_RANK", "0")
+tune, rank = verbs.tune, os.environ.get("LOCAL_RANK", "0")
 
 def digest(task):
     if not hasattr(task, "optimizer"):  # one that has state
@@ -121,7 +121,7 @@ def watched(trainer, task, data, *arguments):
     same = digest(task) == before and all(p.grad is None for p in task.parameters())
     pathlib.Path(f"same-{rank}").write_text(str(same and data.trainer is trainer and plan in (None, data.plan)))
 
-trainer.tune = watched
+verbs.tune = watched
 
 class Small(Classification):
     def losses(self, batch):
@@ -138,7 +138,7 @@ def test_digits_from_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "watched", raising=False)
     monkeypatch.setattr(speed, "_TURN", speed._TURN)  # which the module changes
-    monkeypatch.setattr(trainer, "tune", trainer.tune)
+    monkeypatch.setattr(verbs, "tune", verbs.tune)
     import_module("watched")
     result = run_here("tune", *DIGITS, *CSV, "--steps", 120, "--trainer.accelerator", "cpu")
     assert result.code == 0, result.err

@@ -143,7 +143,7 @@ def test_with_repeated_examples_partners_are_other_examples() -> None:
 
 def test_mixing_and_ghost_batches_together() -> None:
     data = Colours(batch_size=60, augment=[MixUp(10)])
-    assert [data.together(unit) for unit in (1, 2, 5, 8)] == [2, 2, 10, 8]
+    assert [data.unit_for(unit) for unit in (1, 2, 5, 8)] == [2, 2, 10, 8]
 
 
 def test_evaluation_is_not_augmented() -> None:
@@ -171,7 +171,7 @@ def test_alternating_flip_shows_each_side_once_in_two_epochs() -> None:
     assert torch.equal(epochs[0] + epochs[1], torch.ones(4000))
     assert torch.equal(epochs[0], epochs[2])
     assert torch.equal(epochs[1], epochs[3])
-    assert abs(epochs[0].mean().item() - 0.5) < 0.032  # four deviations
+    assert abs(epochs[0].mean().item() - 0.5) < 0.032  # four standard deviations
 
 
 def test_shifts_are_uniform_and_reflect() -> None:
@@ -358,4 +358,4 @@ def test_pairs_need_micro_batches_of_two() -> None:
     result = run_here("fit", *DIGITS, *CSV, *settings)
     assert result.code == 2
     assert "micro_batch_size is 1, but 2 examples must stay together: write at least 2" in result.err
-    assert Digits(batch_size=3).together(1) == 1
+    assert Digits(batch_size=3).unit_for(1) == 1

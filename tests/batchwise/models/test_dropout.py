@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from batchwise.models import place
-from batchwise.models.dropout import Dropout, StochasticDepth
+from batchwise.models.dropout import Dropout
 from batchwise.tasks.classification import Classification
 
 
@@ -75,21 +75,7 @@ def test_wrong_probability(p):
         Dropout(p)
 
 
-def test_stochastic_depth_takes_or_leaves_the_whole_of_an_example():
-    layer, inputs = StochasticDepth(0.3), torch.ones(3000, 2, 3)
-    whole = masks(layer, inputs, 7, [3000])
-    assert torch.equal(masks(layer, inputs, 7, [1, 1199, 1800]), whole)
-    assert not torch.equal(masks(layer, inputs, 8, [3000]), whole)
-    assert all(len(example.unique()) == 1 for example in whole)
-    torch.testing.assert_close(whole.unique(), torch.tensor([0, 1 / 0.7]))
-    assert abs((whole[:, 0, 0] == 0).double().mean() - 0.3) < 4 * (0.3 * 0.7 / 3000) ** 0.5
-    assert layer.eval()(inputs) is inputs
-    torch.manual_seed(0)
-    outside = StochasticDepth(0.5)(torch.ones(100, 4))
-    assert 20 < int((outside[:, 0] == 0).sum()) < 80
-
-
-def test_a_task_numbers_stochastic_depths_apart_from_one_another():
-    network = nn.Sequential(Dropout(0.5), StochasticDepth(0.5), StochasticDepth(0.5), nn.Flatten())
+def test_a_task_numbers_its_dropouts():
+    network = nn.Sequential(Dropout(0.5), Dropout(0.5), nn.Flatten())
     Classification(network)
-    assert [layer.number for layer in network[:3]] == [0, 1, 2]
+    assert [layer.number for layer in network[:2]] == [0, 1]

@@ -52,7 +52,6 @@ def test_mistakes_name_what_is_near() -> None:
             "model.lr_factors haed.1 matches no parameter of the network: write such as head.1",
         ),
         ({"lr_factors": {"head": 0}}, "write factors above 0"),
-        ({"thaw_after_examples": 10}, "model.thaw_after_examples is 10: write a number of examples, and model.freeze"),
     ):
         with pytest.raises(ValueError, match=re.escape(words)):
             Classification(network, **arguments)

@@ -1,14 +1,12 @@
 from copy import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
 from sklearn.datasets import load_digits
 
 from batchwise.batching.loader import make_batch
-from batchwise.batching.order import Repeated, Sequential, Shuffled
-from batchwise.batching.sampling import Balanced, Stratified, Weighted
-from batchwise.sources.digits import Digits
+from batchwise.batching.order import Balanced, Repeated, Sequential, Shuffled, Stratified, Weighted
+from batchwise.sources.digits import Digits, read_digits
 
 SPLITS = ("train", "val", "test")
 FRACTIONS = [(0.15, 0.15), (0.1, 0.3), (0.01, 0.5), (0.333, 0.6)]
@@ -22,7 +20,7 @@ def source() -> tuple[torch.Tensor, torch.Tensor]:
 
 def index_of(data: Digits, split: str) -> torch.Tensor:
     """Which of the 1,797 images are in a split. (No two of them are equal, which is asserted.)"""
-    images = data._all[0].flatten(1).tolist()
+    images = read_digits()[0].flatten(1).tolist()
     where = {tuple(image): number for number, image in enumerate(images)}
     assert len(where) == 1797
     return torch.tensor([where[tuple(image)] for image in data.load(split)[0].flatten(1).tolist()])
@@ -143,23 +141,6 @@ def test_the_order_is_the_one_asked_for(order):
     share = next(iter(data.train_dataloader()))
     assert share.micro_batches[0].index.tolist() == expected.indices(0, 0, 64).tolist()
     assert data.plan.examples == len(expected) == (4 * 1259 if isinstance(order, Repeated) else 1259)
-
-
-@pytest.mark.parametrize(
-    ("order", "drop_last", "half"),
-    [(Sequential(), False, 10), (Sequential(), True, 9), (Repeated(4), False, 39)],
-    ids=["all", "drop_last", "repeated"],
-)
-def test_half_of_the_epoch_is_half_of_its_steps(order, drop_last, half):
-    # 1259 examples are 19 batches of 64 and one of 43; four times as many are 78 batches and one of 44.
-    data = Digits(batch_size=64, seed=5, drop_last=drop_last)
-    data.order = order
-    data.trainer = SimpleNamespace(
-        limit_train_batches=0.5, max_epochs=2, world_size=1, global_rank=0, is_global_zero=True, default_root_dir="."
-    )
-    data.setup("fit")
-    assert data.plan.steps_per_epoch == half
-    assert data.trainer.limit_train_batches == 1.0  # Lightning must not take half of it once more
 
 
 def test_a_limit_of_an_earlier_run_is_not_taken_for_one_of_this_run():

@@ -13,7 +13,6 @@ FIT = (
 CUT_IN_TWO = "init_args: {data_parallel_size: 2, tensor_parallel_size: 1, save_distributed_checkpoint: false}"
 STRATEGY = f"{{class_path: lightning.pytorch.strategies.ModelParallelStrategy, {CUT_IN_TWO}}}"
 FSDP = ("--trainer.devices", 2, "--trainer.strategy", STRATEGY)
-CUT = ("--config", "configs/overlays/model_parallel.yaml")
 
 
 def far(ours: Result, theirs: Result, column: str) -> float:
@@ -43,36 +42,12 @@ def test_fsdp_is_one_process_and_checkpoints_serve_both() -> None:
     assert furthest(last, whole) < 1e-5
 
 
-def test_layers_cut_over_two_processes_share_one_batch() -> None:
-    """The batch is divided by data-parallel processes, of which there is one, and not by all."""
-    whole = run_here(*FIT, "--model.network.norm", "none", "--trainer.max_epochs", 1)
-    assert whole.code == 0, whole.err
-    cut = run(*CUT, "--trainer.max_epochs", 1, "--name", "cut")
-    assert re.search(r"share +100\n", cut.out)
-    for column in ("train/loss", "gradient_norm", "val/loss", "train/accuracy"):
-        assert far(cut, whole, column) < 1e-5, column
-    assert furthest(cut, whole) < 1e-5
-    predicted = run_process("predict", *DIGITS, *CUT, "--name", "cut", "--ckpt_path", "last", OMP_NUM_THREADS="1")
-    assert predicted.code == 0, predicted.err
-    rows = (cut.folder / "predictions.csv").read_text().splitlines()[1:]
-    assert [int(row.partition(",")[0]) for row in rows] == list(range(269))  # each once
-    assert list(cut.folder.glob(".predictions*")) == []
-
-
-@pytest.mark.parametrize(
-    ("network", "words"),
-    [
-        (
-            ("--model.network", "batchwise.models.convnet.ConvNet"),
-            "ConvNet does not say how: write tensor_parallel_size 1",
-        ),
-        (("--model.network.norm", "layer"), "MLP cannot cut its layers with norm layer: write norm none"),
-    ],
-)
-def test_what_would_be_silently_wrong_is_an_error(network: tuple[str, ...], words: str) -> None:
-    result = run_process(*FIT, *CUT, *network, OMP_NUM_THREADS="1")
-    assert result.code != 0
-    assert words in result.err
+def test_layers_are_not_cut() -> None:
+    key = "--trainer.strategy.init_args"
+    sizes = (f"{key}.data_parallel_size", 1, f"{key}.tensor_parallel_size", 2)
+    result = run_process(*FIT, *FSDP, *sizes, OMP_NUM_THREADS="1")
+    assert result.code == 2
+    assert "trainer.strategy.tensor_parallel_size is 2: write 1, because layers are not cut" in result.err
 
 
 def test_fsdp_of_the_first_kind_is_refused() -> None:

@@ -1,0 +1,155 @@
+"""The examples of each split: where they are, and how they reach a device."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, final
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.fabric.plugins.precision import Precision
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from batchwise.batching.fetch import Fetch, InMemory, Request, Rows, make_fetch
+from batchwise.batching.loader import MicroBatch, make_batch
+from batchwise.batching.order import Order, Shuffled
+from batchwise.data.augment import Augmentation, augment
+from batchwise.data.names import Reserved
+
+Source = Sequence[Tensor | np.ndarray | Rows] | Dataset | Fetch
+SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
+"""The splits that each stage needs."""
+
+
+class Examples(Reserved, pl.LightningDataModule, ABC):
+    """The part of a data module that knows the examples. The arguments are some of those of `DataModule`."""
+
+    def __init__(
+        self,
+        order: Order | None,
+        seed: int | None,
+        num_workers: int,
+        max_unreadable: int,
+        resident_share: float,
+        augment: list[Augmentation | nn.Module] | None,
+    ) -> None:
+        super().__init__()
+        if num_workers < 0:
+            raise ValueError(f"data.num_workers is {num_workers}: write 0 or a number of processes")
+        if not 0 <= resident_share <= 1:
+            raise ValueError(f"data.resident_share is {resident_share}: write a share from 0 to 1")
+        self.order = Shuffled() if order is None else order
+        self.seed = seed
+        self.num_workers = num_workers
+        self.max_unreadable = max_unreadable
+        self.resident_share = resident_share
+        self.augment = augment or []
+        self.__loaded: dict[str, Fetch | None] = {}
+        self.__fed: dict[tuple[str, torch.device], Fetch] = {}
+
+    # What a subclass writes
+
+    @abstractmethod
+    def load(self, split: str) -> Source | None:
+        """Return the examples of a split: tensors or arrays (inputs, targets), or a map-style data set.
+
+        Args:
+            split: "train", "val", "test" or "predict" (by default the same as "test").
+        """
+
+    def transform(self, batch: MicroBatch, training: bool) -> MicroBatch:
+        """Return the batch as the network takes it. This runs on the device, so that small types travel there."""
+        return batch
+
+    class_names: list[str] | None = None
+    """Names of the classes, in the order of their numbers, if they have names: `predict` writes them."""
+
+    def describe(self, index: Tensor) -> dict[str, list]:
+        """Return more columns for `predict` to write, by name, with a value for each of the given examples [N]."""
+        return {}
+
+    def check(self, network: nn.Module) -> None:
+        """Raise ValueError if the network does not suit the data. This runs before the network does."""
+
+    # What is inherited
+
+    def setup(self, stage: str) -> None:
+        """Load the splits that `stage` needs.
+
+        Raises:
+            ValueError: one is missing, or has too few examples.
+        """
+        for name in SPLITS[stage]:
+            fetch, (devices, _) = self.split(name), self.replicas
+            if fetch is not None and len(fetch) == 0:
+                raise ValueError(f"the {name} split has no examples: check where it is read from")
+            if fetch is not None and name != "train" and len(fetch) < devices:
+                raise ValueError(f"the {name} split has {len(fetch)} examples: use at most {len(fetch)} devices")
+            if fetch is None and name != "val":
+                raise ValueError(f"{type(self).__name__}.load('{name}') gave nothing: this command needs that split")
+
+    @final
+    def split(self, name: str) -> Fetch | None:
+        """Return the examples of a split, loaded once."""
+        if name not in self.__loaded:
+            source = self.load("test" if name == "predict" and not self._knows_predict else name)
+            fetch = None if source is None else make_fetch(source, self.num_workers, self.max_unreadable)
+            self.__loaded[name] = fetch
+        return self.__loaded[name]
+
+    _knows_predict = False
+    """Set to True if `load` has a "predict" split."""
+
+    @final
+    def loaded(self) -> list[tuple[str, Fetch]]:
+        """Return the splits loaded so far, by name."""
+        return [(name, fetch) for name, fetch in self.__loaded.items() if fetch is not None]
+
+    @property
+    @final
+    def replicas(self) -> tuple[int, int]:
+        """The number of devices, each of which has a share of each batch, and the rank of this process."""
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+
+    @final
+    def feed(self, name: str) -> Fetch:
+        """Return a split as it is read for the device: from a copy there, if the copy is small enough."""
+        fetch, trainer = self.split(name), self.trainer
+        assert fetch is not None
+        if trainer is None or not isinstance(fetch, InMemory):
+            return fetch
+        device = trainer.strategy.root_device
+        if (name, device) not in self.__fed:
+            self.__fed[name, device] = fetch.on(device, self.resident_share)
+        return self.__fed[name, device]
+
+    @final
+    def examples(self, name: str, count: int) -> MicroBatch:
+        """Return the first examples of a split as a batch on the host, before `transform`."""
+        fetch = self.split(name)
+        assert fetch is not None
+        index = torch.arange(min(count, len(fetch)))
+        fields, _ = next(iter(fetch.stream([Request.one(index)])))
+        return make_batch(fields, index)
+
+    def labels(self) -> Tensor | None:
+        """Return the training targets [examples] if they are whole numbers in memory. Some orders need them."""
+        fields = getattr(self.split("train"), "fields", ())
+        target = fields[-1] if len(fields) > 1 else None
+        return target if target is not None and target.ndim == 1 and not target.is_floating_point() else None
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Leave batches on the host. The task moves each micro-batch with `to_device`."""
+        return batch
+
+    def to_device(self, batch: MicroBatch, device: torch.device, training: bool) -> MicroBatch:
+        """Return a micro-batch on the device, in the trainer's precision, transformed and, in training, augmented."""
+        convert = self.trainer.precision_plugin.convert_input if self.trainer else None
+        if getattr(convert, "__func__", None) is Precision.convert_input:
+            convert = None  # it does nothing
+        batch = batch.to(device, convert)
+        if not training or not self.augment:
+            return self.transform(batch, training)
+        batch = augment(batch, self.augment, False, self.seed or 0, self.order)
+        return augment(self.transform(batch, training), self.augment, True, self.seed or 0, self.order)

@@ -1,0 +1,37 @@
+"""Names that a base class keeps for itself: a subclass that takes one hears of it at once."""
+
+from inspect import isfunction
+
+
+class Reserved:
+    """A base class whose methods are not replaced by accident.
+
+    A method with `typing.final` cannot be overridden, and no method can be hidden by an attribute of the same name.
+    What a class keeps in attributes of its own begins with two underscores, so that it cannot collide with a subclass.
+    """
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        """Check the names of a subclass.
+
+        Raises:
+            TypeError: it overrides a final method.
+        """
+        super().__init_subclass__(**kwargs)
+        for name in vars(cls):
+            if any(_is_final(vars(base).get(name)) for base in cls.__mro__[1:]):
+                raise TypeError(f"{cls.__name__}.{name} replaces what its base class uses: choose another name")
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Set an attribute, but not in the place of a method.
+
+        Raises:
+            ValueError: there is a method of that name.
+        """
+        member = getattr(type(self), name, None)
+        if isfunction(member) or (isinstance(member, property) and member.fset is None):
+            raise ValueError(f"{type(self).__name__} sets self.{name}, which its base class uses: choose another name")
+        super().__setattr__(name, value)
+
+
+def _is_final(member: object) -> bool:
+    return getattr(member.fget if isinstance(member, property) else member, "__final__", False)

@@ -1,0 +1,104 @@
+"""The making of a batch plan: from configured sizes, the limits of a trainer, and the examples."""
+
+import math
+from dataclasses import replace
+from itertools import count
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import Tensor
+
+from batchwise.batching.loader import TrainLoader
+from batchwise.batching.noise import NoiseMeter
+from batchwise.batching.order import Order
+from batchwise.batching.plan import BatchPlan
+from batchwise.batching.schedule import Adaptive, BatchSizes
+from batchwise.batching.tokens import SequencePlan
+
+
+def make_plan(
+    order: Order,
+    schedule: BatchSizes,
+    *,
+    max_epochs: int | None,
+    limit: int | float | None,
+    seed: int,
+    examples: int,
+    labels: Tensor | None,
+    lengths: Tensor | None,
+    batch_tokens: int | None,
+    micro_batch_tokens: int | None,
+    drop_last: bool,
+    **sizes: Any,
+) -> BatchPlan:
+    """Prepare the order, and return the plan of the epochs that it makes.
+
+    Args:
+        order: is prepared in place.
+        schedule: decides how the batch size changes.
+        max_epochs: of the trainer; None: no limit.
+        limit: the trainer's `limit_train_batches`; None: no limit.
+        seed: of the order.
+        examples: how many there are.
+        labels: class of each, integers [examples]; None: not known.
+        lengths: tokens of each, int64 [examples]; None: they are not sequences.
+        batch_tokens: as in `DataModule`; and so the next two.
+        micro_batch_tokens: most tokens on one device at once.
+        drop_last: leave out the short batch.
+        **sizes: those of `BatchPlan.derive`.
+
+    Raises:
+        ValueError: the sizes contradict one another, or do not suit the examples.
+    """
+    if batch_tokens or micro_batch_tokens:
+        if lengths is None:
+            raise ValueError(
+                "data.batch_tokens and data.micro_batch_tokens are of sequences, but the training split has no "
+                "lengths: write data.batch_size and data.micro_batch_size"
+            )
+        if batch_tokens and sizes["accumulate_grad_batches"] is not None:
+            raise ValueError(
+                f"trainer.accumulate_grad_batches is {sizes['accumulate_grad_batches']}, but data.batch_tokens is cut "
+                "by tokens: write data.micro_batch_tokens"
+            )
+        if batch_tokens:  # the number of examples that they are on average
+            sizes["batch_size"] = max(1, round(batch_tokens * len(lengths) / max(1, int(lengths.sum()))))
+    batch_size = BatchPlan.derive(examples=examples, **sizes).batch_size
+    # An order may deal classes into batches. It deals parts that batches of all sizes are whole numbers of.
+    order.prepare(examples, math.gcd(batch_size, *schedule.sizes), seed, labels, lengths)
+    plan = BatchPlan.derive(examples=len(order), drop_last=drop_last, **sizes)
+    if lengths is not None:
+        plan = SequencePlan.of(plan, lengths, order, batch_tokens=batch_tokens, micro_batch_tokens=micro_batch_tokens)
+    plan = replace(plan, limit=max(1, int(plan.steps_per_epoch * limit)) if isinstance(limit, float) else limit)
+    total = math.inf if max_epochs in (None, -1) else max_epochs * plan.examples_per_epoch
+    return replace(plan, changes=schedule.changes(total))
+
+
+def noise_meter(trainer: pl.Trainer | None) -> NoiseMeter | None:
+    """Return the callback that measures the gradient noise scale, if there is one."""
+    callbacks = trainer.callbacks if trainer else []  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, NoiseMeter)), None)
+
+
+def adapted(plan: BatchPlan, schedule: Adaptive, step: int, trainer: pl.Trainer | None) -> BatchPlan:
+    """Return a plan with the batch size of the epoch that begins with a step. It is decided once for each epoch."""
+    noise, seen = noise_meter(trainer), plan.examples_at(step)
+    estimate = noise.estimate() if noise else None
+    if estimate is None or not plan.begins_epoch(step) or (plan.changes and plan.changes[-1][0] == seen):
+        return plan
+    measured = estimate.low if estimate.lost else estimate.scale
+    size = schedule.next(plan.size_at(step), plan.batch_size, min(schedule.most, plan.positions), measured)
+    size = trainer.strategy.broadcast(size) if trainer else size  # so that no rounding parts the devices
+    return plan if size == plan.size_at(step) else replace(plan, changes=(*plan.changes, (seen, size)))
+
+
+class LimitedLoader(TrainLoader):
+    """A loader whose length becomes that of the epoch when Lightning takes its share, `limit_train_batches`, of it."""
+
+    limit: int | float | None = None
+
+    def __len__(self) -> int:
+        steps, share = super().__len__(), self.limit
+        if not isinstance(share, float) or not 0 < share < 1:
+            return steps
+        return next(length for length in count(int(steps / share)) if int(length * share) >= steps)
