@@ -4,10 +4,15 @@ import inspect
 from typing import Any
 
 import lightning.pytorch as pl
+import pytest
 import torch
 from jsonargparse import ArgumentParser, _typehints
 from lightning.fabric.utilities import cloud_io
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.loops import fetchers, training_epoch_loop
+from lightning.pytorch.loops.optimization import automatic
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer import call
 from torch.utils.data import DataLoader, TensorDataset
 
 QUIET: dict[str, Any] = {
@@ -51,33 +56,6 @@ def test_lightning_accumulates_inexactly() -> None:
     fit(split, DataLoader(TensorDataset(inputs()), batch_size=4), accumulate_grad_batches=3)
     fit(whole, DataLoader(TensorDataset(inputs()), batch_size=10))
     assert (split.layer.weight - whole.layer.weight).abs().max() > 1e-3
-
-
-def test_the_closure_may_run_several_times_in_one_step_and_counts_as_one() -> None:
-    class Twice(Plain):
-        def optimizer_zero_grad(self, *_: Any) -> None:
-            self.steps.append("zero")
-
-        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-            loss = [optimizer_closure(), optimizer_closure()][1]
-            optimizer.step(closure=lambda: loss)
-            loss.fill_(7.0)  # the very tensor that `on_train_batch_end` gets
-
-        def on_train_batch_end(self, outputs: Any, *_: Any) -> None:
-            self.steps.append(outputs["loss"].item())
-
-    module = Twice()
-    trainer = fit(module, DataLoader(TensorDataset(inputs()), batch_size=5))
-    assert module.steps == ["zero", "zero", 7.0] * 2
-    assert trainer.global_step == 2
-
-
-def test_a_step_that_is_not_taken_still_counts() -> None:
-    class Skips(Plain):
-        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-            optimizer_closure()
-
-    assert fit(Skips(), DataLoader(TensorDataset(inputs()), batch_size=5)).global_step == 2
 
 
 def test_a_plain_iterable_is_left_alone() -> None:
@@ -127,10 +105,44 @@ def test_lightning_writes_checkpoints_through_the_temporary_folder_or_in_place()
     assert "os.fsync" not in inspect.getsource(cloud_io._atomic_save)
 
 
-def test_what_is_used_of_ddp() -> None:
-    strategy = DDPStrategy(broadcast_buffers=False)
-    assert strategy._ddp_kwargs == {"broadcast_buffers": False}
-    assert callable(strategy.block_backward_sync)
+PRIVATE = {
+    "_TrainingEpochLoop": (training_epoch_loop, "loop.py is one; tests/batchwise/test_loop.py holds it against it"),
+    "_AutomaticOptimization": (automatic, "loop.py is one"),
+    "_DataLoaderIterDataFetcher": (fetchers, "takes the long way"),
+    "_call_callback_hooks": (call, "tasks/hooks.py calls on_before_zero_grad as Lightning does"),
+    "_call_lightning_module_hook": (call, "the same for the task"),
+    "_foreach_norm": (torch, "the check for finite numbers"),
+    "_foreach_mul_": (torch, "the one division"),
+    "_foreach_lerp_": (torch, "the moving average"),
+}
+"""Private names of modules, and who uses them."""
+
+
+@pytest.mark.parametrize("name", PRIVATE)
+def test_private_names_of_modules(name: str) -> None:
+    module, _ = PRIVATE[name]
+    assert callable(getattr(module, name))
+
+
+def test_private_names_of_objects() -> None:
+    """What loop.py, checkpoint.py and hooks.py touch besides; their behaviour is held by the tests of these."""
+    trainer = pl.Trainer(max_epochs=1, **QUIET)
+    loop, fit_loop = trainer.fit_loop.epoch_loop, trainer.fit_loop
+    for name in ("_num_ready_batches_reached", "_is_training_done", "_results", "batch_progress", "val_loop"):
+        assert hasattr(loop, name)
+    assert loop.automatic_optimization.optim_progress.optimizer.step.total.completed == trainer.global_step == 0
+    assert fit_loop._can_stop_early is True
+    assert fit_loop._restarting is False
+    for name in ("on_batch_start", "on_batch_end", "update_train_step_metrics"):
+        assert callable(getattr(trainer._logger_connector, name))
+    assert Plain()._current_fx_name is None
+    checkpoint = ModelCheckpoint(every_n_train_steps=3)
+    assert (checkpoint._every_n_train_steps, checkpoint._train_time_interval) == (3, None)
+    assert checkpoint._enable_version_counter is True
+    assert callable(RichProgressBar._get_train_description)
+    assert "_layer_sync" in vars(DDPStrategy())
+    assert ModelParallelStrategy()._tensor_parallel_size == "auto"
+    assert callable(DDPStrategy().block_backward_sync)
 
 
 class Base:

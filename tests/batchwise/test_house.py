@@ -12,7 +12,7 @@ from helpers import ROOT
 import batchwise
 
 ROOMS = (
-    *("run", "choosing", "trainer", "callbacks", "tasks", "sources", "data", "models", "optim", "batching"),
+    *("run", "choosing", "trainer", "loop", "callbacks", "tasks", "sources", "data", "models", "optim", "batching"),
     *("checkpoints", "host", "errors"),
 )
 """Each room of the engine imports only rooms after it."""

@@ -26,6 +26,8 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 OVERLAYS = sorted((ROOT / "configs" / "overlays").glob("*.yaml"))
 PROCESSES = ("ddp.yaml", "fsdp.yaml", "two_cpus.yaml")
 """Overlays that start processes."""
+FILES = {"flowers": "class Flowers", "price": "class Price", "gan": "class GAN"}
+"""Modules of a user's that the pages show whole, with words by which to find them."""
 SHORT = {
     "text.yaml": ("--trainer.limit_train_batches", 4, "--trainer.limit_val_batches", 2, "--model.sample_length", 20)
 }
@@ -53,8 +55,8 @@ RUN = " ".join(command for section in SECTIONS.values() for command in section)
 
 
 def code_of(marker: str) -> str:
-    """Return README's Python code that has these words."""
-    (code,) = [block for block in blocks("python", README) if marker in block]
+    """Return the Python code of the pages that has these words."""
+    (code,) = [block for page in PAGES.values() for block in blocks("python", page) if marker in block]
     return code
 
 
@@ -63,10 +65,12 @@ def own_files(project: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The files that README lets a user write into src/<package>, and data such as docs/data.md speaks of."""
     folder = Path("src", project).absolute()
     folder.mkdir(parents=True)
-    for name, marker in (("flowers", "class Flowers"), ("price", "class Price")):
-        assert f"src/{project}/{name}.py" in README
+    for name, marker in FILES.items():
+        assert f"`src/{project}/{name}.py`" in "".join(PAGES.values())
         (folder / f"{name}.py").write_text(code_of(marker))
         monkeypatch.delitem(sys.modules, f"{project}.{name}", raising=False)
+    (settings,) = blocks("yaml", DOCS["adversarial.md"])
+    Path("gan.yaml").write_text(settings)
     package = importlib.import_module(project)
     monkeypatch.setattr(package, "__path__", [*package.__path__, str(folder)])
     generator = np.random.default_rng(0)
@@ -101,6 +105,7 @@ def test_commands(section: str, run: Callable, project: str, first_run: tuple) -
             run_script(Path(words[1]).name)
 
 
+@pytest.mark.usefixtures("own_files")
 @pytest.mark.parametrize("page", PAGES)
 def test_what_is_not_run_is_at_least_understood(page: str, run: Callable) -> None:
     """Commands that take long or need more than one machine, flags, and pieces of YAML."""
@@ -130,9 +135,9 @@ def test_names_and_links(page: str, project: str) -> None:
             titles = re.findall(r"^#+ (.*)", (folder / name).read_text() if name else text, re.MULTILINE)
             assert anchor in [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles], link
     for name in re.findall(r"(?<![\w/])(?:configs|scripts|docs|src|tests)/[\w/]*\w+\.\w+", text):
-        assert (ROOT / name).exists() or Path(name).stem in ("flowers", "price"), name
+        assert (ROOT / name).exists() or Path(name).stem in FILES, name
     for name in re.findall(rf"(?<![\w/.-])(?:batchwise|{project})(?:\.[A-Za-z_]\w*)+(?!\S*/)", text):
-        if name.split(".")[-2] not in ("flowers", "price") and not name.endswith((".py", ".yaml")):
+        if not set(name.split(".")) & set(FILES) and not name.endswith((".py", ".yaml")):
             assert is_there(name), name
 
 

@@ -3,8 +3,9 @@
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from itertools import chain, pairwise
-from math import ceil
+from math import ceil, pi, prod
 from time import perf_counter
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from batchwise.batching.fetch import DataError, Example, Fetch, Read, Request
 from batchwise.batching.order import Order
 from batchwise.batching.plan import BatchPlan, Part, cut
-from batchwise.batching.random import mix
+from batchwise.batching.random import mix, uniform
 from batchwise.batching.tokens import SequencePlan
 
 
@@ -30,6 +31,7 @@ class MicroBatch:
         position: position of the first example in the batch.
         epoch: number of the epoch, from 0. With `index` it is the key of an example's random numbers.
         counts: False where a device has nothing to do and the examples only keep it in step.
+        key: a number for (seed, step) in training; 0 in evaluation.
     """
 
     inputs: Any
@@ -39,9 +41,31 @@ class MicroBatch:
     position: int = 0
     epoch: int = 0
     counts: bool = True
+    key: int = 0
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def rand(self, name: str, *shape: int) -> Tensor:
+        """Return uniform numbers in [0, 1) for each example, [N, *shape], on the device of the inputs.
+
+        In training they are a function of seed, step, position in the batch and `name`; in evaluation of example and
+        `name`. So they are the same in any micro-batches, on any devices and after any resume.
+        """
+        where = torch.arange(self.position, self.position + len(self)) if self.key else self.index
+        keys = mix(self.key, int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "big"), where)
+        numbers = uniform(keys[:, None], torch.arange(prod(shape)))
+        return numbers.view(-1, *shape).to(self._device(), torch.get_default_dtype())
+
+    def randn(self, name: str, *shape: int) -> Tensor:
+        """Return numbers of the standard normal distribution, [N, *shape], drawn as those of `rand`."""
+        halves = self.rand(name, 2, *shape).double()  # Box and Muller 1958; the logarithm is of a number above 0
+        return ((-2 * (1 - halves[:, 0]).log()).sqrt() * (2 * pi * halves[:, 1]).cos()).to(torch.get_default_dtype())
+
+    def _device(self) -> torch.device:
+        found: list[torch.device] = [torch.device("cpu")]
+        self._map(lambda tensor: found.append(tensor.device) or tensor)
+        return found[-1]
 
     def to(self, device: torch.device, convert: Callable[[Tensor], Tensor] | None = None) -> "MicroBatch":
         """Return the micro-batch with its tensors on `device`, converted. `index` stays on the host."""

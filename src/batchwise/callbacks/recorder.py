@@ -36,6 +36,7 @@ class Recorder(Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuse what an overridden `configure_optimizers` must not give."""
         if isinstance(pl_module, Task):
+            pl_module._step.wrapped(pl_module)
             for optimizer in trainer.optimizers:
                 refuse(optimizer)
             if isinstance(trainer.strategy.model, DistributedDataParallel):

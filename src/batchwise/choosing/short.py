@@ -1,12 +1,14 @@
 """A short training of a copy, in this process, so that what is tuned or swept stays as it was."""
 
 import contextlib
+import copy
 import io
 from tempfile import TemporaryDirectory
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
+from batchwise.batching.schedule import BatchSizes
 from batchwise.data.module import DataModule
 from batchwise.tasks.task import Task
 
@@ -19,7 +21,7 @@ def train(
     Args:
         trainer: stays as it is.
         task: is trained, so give a copy.
-        data: has the examples; see `DataModule.resized`.
+        data: has the examples; see `resized`.
         steps: the most optimizer steps.
         callbacks: all callbacks of the training.
         validate: validate after each step for which a callback sets the trainer's `val_check_batch` to 1.
@@ -47,6 +49,17 @@ def train(
             default_root_dir=folder,
         )
         short.fit(task, datamodule=data)
+
+
+def resized(data: DataModule, batch_size: int, micro_batch_size: int | None) -> DataModule:
+    """Return a copy of a data module with other sizes, that shares the examples."""
+    other = copy.copy(data)
+    other.batch_size, other.micro_batch_size = batch_size, micro_batch_size
+    other.batch_tokens = other.micro_batch_tokens = None
+    other.batch_size_schedule = BatchSizes()
+    other.order = copy.copy(data.order)
+    other.attach(None)
+    return other
 
 
 NEVER = 2**62  # a number of steps that no training has

@@ -177,7 +177,7 @@ def sweep(
                 own = recipe.model(seed)
                 own._rates.schedule = replace(own._rates.schedule, shape="constant", warmup=0.0)
                 own._rates.reference = own._rates.reference or plan.batch_size
-                feed = data.resized(size, data.micro_batch_size)
+                feed = short.resized(data, size, data.micro_batch_size)
                 feed.seed = seed
                 feed.setup("fit")
                 assert feed.plan is not None

@@ -116,7 +116,7 @@ def _tune(trainer: pl.Trainer, task: Task, data: DataModule, steps: int, memory_
             own._rates.reference = own._rates.reference or batch_size
             if whatever_comes:
                 own._rates.schedule, own._step.finite.most = Schedule(), 0
-            short.train(trainer, own, data.resized(size, micro_batch), steps, callbacks)
+            short.train(trainer, own, short.resized(data, size, micro_batch), steps, callbacks)
 
         try:
             progress = bar("what fits, what is fast", math.log2(most))

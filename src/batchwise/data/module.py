@@ -1,6 +1,5 @@
 """The base of all data modules: it says what a batch is. A subclass says where the examples are."""
 
-import copy
 import math
 import os
 import warnings
@@ -154,7 +153,7 @@ class DataModule(Examples):
 
     def __make_plan(self) -> None:
         train, trainer, schedule = self.split("train"), self.trainer, self.batch_size_schedule
-        task = getattr(trainer, "lightning_module", None)
+        task: Any = getattr(trainer, "lightning_module", None)
         assert train is not None
         if self.seed is None:
             self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
@@ -199,17 +198,6 @@ class DataModule(Examples):
     def unit_for(self, unit: int) -> int:
         """Return the examples that must stay together, for a network that needs `unit` and for the augmentations."""
         return math.lcm(unit, unit_of(self.augment, self.order))
-
-    @final
-    def resized(self, batch_size: int, micro_batch_size: int | None) -> "DataModule":
-        """Return a copy with other sizes, that shares the data."""
-        other = copy.copy(self)
-        other.batch_size, other.micro_batch_size = batch_size, micro_batch_size
-        other.batch_tokens = other.micro_batch_tokens = None
-        other.batch_size_schedule = BatchSizes()
-        other.order = copy.copy(self.order)
-        other.attach(None)
-        return other
 
     @property
     @final

@@ -54,6 +54,8 @@ def add_gradients(parameters: Iterable[nn.Parameter], add: Callable[[Tensor], Te
         add: returns the sum of a tensor over all devices.
     """
     every = list(parameters)
+    if not every:
+        return
     has = torch.tensor([float(parameter.grad is not None) for parameter in every], device=every[0].device)
     used = [parameter for parameter, count in zip(every, add(has).tolist(), strict=True) if count]
     for kind in {parameter.dtype for parameter in used}:

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -73,6 +73,11 @@ class Step:
         """Of the newest step, over all devices; of several players, those of the first."""
         self.batch: Batch | None = None
         """The newest one."""
+        self._wrapped: set[int] = set()
+
+    def wrapped(self, task: "Task") -> None:
+        """Note which parameters the strategy knows, as soon as it has wrapped the module."""
+        self._wrapped = {id(parameter) for parameter in task.parameters() if parameter.requires_grad}
 
     def start(self, task: "Task") -> None:
         """Begin a training: find out who listens to the parts of a step."""
@@ -143,12 +148,25 @@ class Step:
             self._zero(task, optimizer)
             batch.cut(task.data.micro_batch_limit, task.data.plan.unit)  # type: ignore[union-attr]
             done = self._run_micro_batches(task, batch, player, turn)
-        if player is not None and task.trainer.world_size > 1:
-            add_gradients(parameters(optimizer), lambda values: reduce(task, values))
+        self._add_what_the_strategy_does_not(task, player, optimizer)
         sums = reduce_sums(task, done._replace(stops=float(self.stop_requested)))
         # Where no target counts, loss and gradient are zero.
         scale_gradients(parameters(optimizer), batch.size / (sums.count + (sums.count == 0)))
         return sums
+
+    def _add_what_the_strategy_does_not(self, task: "Task", player: str | None, optimizer: Optimizer) -> None:
+        """Add gradients over the devices: those of a player, and those of parameters that were frozen at first.
+
+        DDP averages the gradients of the parameters that needed one when it wrapped the module, all of them each time.
+        """
+        devices = task.trainer.world_size
+        if devices == 1:
+            return
+        if player is not None:
+            add_gradients(parameters(optimizer), lambda values: reduce(task, values))
+        elif isinstance(task.trainer.strategy, DDPStrategy):
+            late = [one for one in parameters(optimizer) if one.requires_grad and id(one) not in self._wrapped]
+            add_gradients(late, lambda values: reduce(task, values) / devices)
 
     def _zero(self, task: "Task", optimizer: Optimizer) -> None:
         drop_gradients(task.trainer.optimizers[0])  # of all players
@@ -172,6 +190,7 @@ class Step:
                 # What our own layers draw depends on the step and the example; what others draw, also on where their
                 # micro-batch begins.
                 place.current = place.Place(key, micro_batch.position, micro_batch.counts)
+                micro_batch.key = key
                 seed_generator(task.device, key ^ micro_batch.position)
                 # Gradients cross devices once per step, overlapped with the last backward pass.
                 with nullcontext() if number == last and player is None else no_sync(strategy):

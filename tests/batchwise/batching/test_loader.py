@@ -273,3 +273,32 @@ def test_to_converts_all_but_the_numbers_of_the_examples():
     moved = batch.to(torch.device("cpu"), lambda tensor: tensor.double())
     assert {moved.inputs[0].dtype, moved.inputs[1].dtype, moved.targets.dtype, moved.weights.dtype} == {torch.float64}
     assert moved.index.dtype == torch.int64
+
+
+def numbers(size: int, name: str = "noise", key: int = 5) -> torch.Tensor:
+    whole = MicroBatch(torch.zeros(12, 2), None, torch.arange(100, 112), position=20, key=key)
+    return torch.cat([part.randn(name, 3, 2) for part in whole.split(size)])
+
+
+def test_random_numbers_of_examples_do_not_depend_on_the_cut() -> None:
+    assert numbers(12).shape == (12, 3, 2)
+    assert torch.equal(numbers(12), numbers(5))
+    assert torch.equal(numbers(12, key=0), numbers(5, key=0))
+    assert not torch.isclose(numbers(12), numbers(12, key=6)).any()
+    assert not torch.isclose(
+        numbers(12, "a name that ends in noise"), numbers(12, "another name that ends in noise")
+    ).any()
+    evaluated = MicroBatch(torch.zeros(2, 2), None, torch.tensor([111, 100])).randn("noise", 3, 2)
+    assert torch.equal(evaluated, numbers(12, key=0)[[11, 0]])  # by the number of the example
+
+
+def test_random_numbers_have_their_distributions() -> None:
+    batch = MicroBatch(torch.zeros(1), None, torch.arange(200_000), key=7)
+    uniform, normal = batch.rand("u").double(), batch.randn("n").double()
+    assert uniform.min() >= 0
+    assert uniform.max() < 1
+    assert uniform.mean().item() == pytest.approx(1 / 2, abs=4 * (1 / 12 / 200_000) ** 0.5)
+    assert normal.mean().item() == pytest.approx(0, abs=4 / 200_000**0.5)
+    assert normal.var().item() == pytest.approx(1, abs=4 * (2 / 200_000) ** 0.5)
+    assert (normal**4).mean().item() == pytest.approx(3, abs=4 * (96 / 200_000) ** 0.5)
+    assert torch.corrcoef(torch.stack([uniform, normal]))[0, 1].abs() < 4 / 200_000**0.5

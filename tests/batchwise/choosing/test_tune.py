@@ -102,7 +102,7 @@ tune, rank = verbs.tune, os.environ.get("LOCAL_RANK", "0")
 
 def digest(task):
     if not hasattr(task, "optimizer"):  # one that has state
-        task.optimizer = task.make_optimizer(task.parameters())
+        task.optimizer = task._new_optimizer()
         for parameter in task.parameters():
             parameter.grad = torch.ones_like(parameter)
         task.optimizer.step()

@@ -3,13 +3,13 @@
 from itertools import product
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor
 
 from batchwise.batching.order import Repeated, Sequential
 from batchwise.batching.schedule import Milestones
+from batchwise.choosing.short import resized
 from batchwise.data.module import DataModule
 from batchwise.data.planning import LimitedLoader
 from batchwise.models.mlp import MLP
@@ -68,7 +68,7 @@ def test_a_subclass_may_take_ordinary_names(when: str) -> None:
     _, found = fit(data)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert {getattr(data, name) for name in ORDINARY} == {"mine"}
-    assert data.resized(16, None).unit == "mine"  # type: ignore[attr-defined]
+    assert resized(data, 16, None).unit == "mine"  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("name", ["labels", "examples", "split", "plan", "position", "feed", "waited", "transform"])
@@ -103,11 +103,10 @@ def test_a_method_that_training_calls_is_not_overridden() -> None:
     [(Sequential(), False, 2), (Sequential(), True, 1), (Repeated(4), False, 6)],
     ids=["all", "drop_last", "repeated"],
 )
-@pytest.mark.parametrize("make", [Trainer, pl.Trainer], ids=["ours", "Lightning's"])
-def test_half_of_the_epoch_is_half_of_its_steps(order: Any, drop_last: bool, half: int, make: type[pl.Trainer]) -> None:
+def test_half_of_the_epoch_is_half_of_its_steps(order: Any, drop_last: bool, half: int) -> None:
     """100 examples are 3 batches of 32 and one of 4; four times as many are 12 batches and one of 16."""
     data = Points(batch_size=32, order=order, drop_last=drop_last)
-    trainer = make(**QUIET, max_epochs=3, limit_train_batches=0.5)
+    trainer = Trainer(**QUIET, max_epochs=3, limit_train_batches=0.5)
     trainer.fit(Classification(MLP(4, 3)), datamodule=data)
     assert data.plan is not None
     assert (data.plan.steps_per_epoch, trainer.num_training_batches, trainer.global_step) == (half, half, 3 * half)

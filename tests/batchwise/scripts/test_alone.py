@@ -8,7 +8,7 @@ QUICK = "test_scaling.py or test_predictions.py or test_public_names"
 
 def test_without_examples(copy: Any) -> None:
     for path in (copy.root / "src" / copy.package).glob("*"):
-        if path.name not in ("__init__.py", "__main__.py"):
+        if path.is_file() and path.name not in ("__init__.py", "__main__.py"):
             path.unlink()
     for folder in (f"tests/{copy.package}", "configs"):
         shutil.rmtree(copy.root / folder, ignore_errors=True)

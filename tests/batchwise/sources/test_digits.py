@@ -5,7 +5,8 @@ import torch
 from sklearn.datasets import load_digits
 
 from batchwise.batching.loader import make_batch
-from batchwise.batching.order import Balanced, Repeated, Sequential, Shuffled, Stratified, Weighted
+from batchwise.batching.order import Repeated, Sequential, Shuffled
+from batchwise.batching.sampling import Balanced, Stratified, Weighted
 from batchwise.sources.digits import Digits, read_digits
 
 SPLITS = ("train", "val", "test")

@@ -16,7 +16,8 @@ from batchwise.sources.digits import Digits
 class Recorded(Digits):
     def to_device(self, batch, device, training):
         seen = super().to_device(batch, device, training)
-        if training and getattr(self.trainer.lightning_module, "share", None):  # not before training
+        task = self.trainer.lightning_module
+        if training and task is not None and task._step.batch:  # not before training
             name = f"seen_{os.getpid()}_{self.trainer.global_step}_{batch.position}"
             fields = [batch.epoch, batch.index, seen.inputs.clone(), seen.targets.clone()]
             if batch.counts:

@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 from batchwise.sources.digits import Digits
 from batchwise.tasks.classification import Classification
-from torchmetrics.classification import MulticlassConfusionMatrix
 
 
 class Few(Digits):
@@ -32,15 +31,9 @@ class Few(Digits):
 class Confused(Classification):
     "Writes its confusion matrix."
 
-    def make_metrics(self, outputs):
-        metrics = super().make_metrics(outputs)
-        metrics.add_metrics({"confusion": MulticlassConfusionMatrix(10)})
-        return metrics
-
     def record(self, values):
-        name = next((name for name in values if name.endswith("/confusion")), None)
-        if name is not None:
-            matrix = values.pop(name).tolist()
+        for table in self._measures.tables.values():
+            matrix = table.tolist()
             figures = {key: value.item() for key, value in values.items()}
             path = Path(os.environ["CONFUSION"], f"confusion.{self.global_rank}.json")
             path.write_text(json.dumps([matrix, figures]))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CSV, DIGITS, Result, furthest, run_here, run_process
+from helpers import CSV, DIGITS, TWO, Result, furthest, run_here, run_process
 from lightning.pytorch.callbacks import BackboneFinetuning, Callback
 from torch import Tensor, nn
 
@@ -62,7 +62,7 @@ def test_gradients_that_are_dropped_until_an_epoch_are_exact_on_any_devices() ->
         assert torch.equal(held, before)
         assert (after - before).abs().max() > 1e-3
     four = fit("--trainer.accumulate_grad_batches", 4, "--name", "four")
-    two = ("--config", "configs/overlays/two_cpus.yaml", "--name", "frozen", "--ckpt_path", "last")
+    two = (*TWO, "--name", "frozen", "--ckpt_path", "last")
     resumed = fit(*two, run=run_process, PYTHONPATH=str(Path.cwd()), OMP_NUM_THREADS="1")
     assert furthest(whole, four) < 1e-12
     assert furthest(whole, resumed) < 1e-12
@@ -107,3 +107,33 @@ def test_the_callback_of_lightning() -> None:
     assert one.rates == [[rate], [rate], pytest.approx([rate, 0.1 * rate]), pytest.approx([rate, 0.15 * rate])]
     for ours, theirs in zip(one.weights, four.weights, strict=True):
         assert max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True)) < 1e-12
+
+
+LATER = """
+from torch import nn
+from batchwise.tasks.classification import Classification
+
+class Pretrained(Classification):
+    @property
+    def backbone(self):
+        return self.network.layers[:2]
+"""
+
+
+def test_the_callback_of_lightning_on_two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DDP does not know the parameters that were frozen when it wrapped the module."""
+    Path("later.py").write_text(LATER)
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    monkeypatch.delitem(sys.modules, "later", raising=False)
+    callback = (
+        "{class_path: lightning.pytorch.callbacks.BackboneFinetuning, init_args: {unfreeze_backbone_at_epoch: 1}}"
+    )
+    run = (
+        *("fit", *DIGITS, *CSV, "--model", "later.Pretrained", "--model.network", "batchwise.models.mlp.MLP"),
+        *("--trainer.callbacks", f"[{callback}]"),
+        *("--data.batch_size", 200, "--trainer.precision", "64-true", "--trainer.max_epochs", 3),
+    )
+    one = run_here(*run, "--name", "one")
+    two = run_process(*run, *TWO, "--name", "two", PYTHONPATH=str(Path.cwd()), OMP_NUM_THREADS="1")
+    assert one.code == two.code == 0, one.err + two.err
+    assert furthest(one, two) < 1e-12

@@ -28,7 +28,7 @@ class Spy(Callback):
         steps.append((0, 0, weights(task)))
 
     def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx):
-        if task.skipped_in_a_row == 0:
+        if task._step.finite.skipped_in_a_row == 0:
             steps.append((trainer.global_step, batch.size, weights(task)))
 
     def on_validation_batch_start(self, trainer, task, *_):

@@ -20,12 +20,9 @@ from batchwise.tasks.adversarial import Adversarial
 GAN = '''
 """A GAN on the digits."""
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 
-from batchwise.batching.random import uniform, mix
-from batchwise.models import place
 from batchwise.models.dropout import Dropout
 from batchwise.tasks.adversarial import Adversarial
 
@@ -44,12 +41,7 @@ class GAN(Adversarial):
     players = ("discriminator", "generator")
 
     def losses(self, batch, player=""):
-        real, counters = batch.inputs.flatten(1), torch.arange(8)
-        if place.current is None:
-            keys = batch.index
-        else:
-            keys = mix(place.current.key, torch.arange(batch.position, batch.position + len(batch)))
-        noise = (uniform(keys[:, None], counters) * 2 - 1).to(real)
+        real, noise = batch.inputs.flatten(1), batch.randn("noise", 8)
         fake = self.network.generator(noise)
         if player == "generator":
             return F.softplus(-self.network.discriminator(fake)).squeeze(1)
