@@ -3,6 +3,7 @@
 from typing import Any
 
 import lightning
+import torch
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from lightning.pytorch.loops.optimization.automatic import _AutomaticOptimization
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
@@ -10,6 +11,8 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import Strategy
 from torch.optim import Optimizer
 
+from batchwise.batching.gradients import Number
+from batchwise.batching.loader import Batch
 from batchwise.callbacks.checkpoint import Last
 from batchwise.data.module import DataModule
 from batchwise.tasks.hooks import STEP_HOOKS, is_ours, listeners, listens
@@ -27,13 +30,18 @@ class BatchOptimization(_AutomaticOptimization):
         task = self.trainer.lightning_module
         if not isinstance(task, Task):
             return super().run(optimizer, batch_idx, kwargs)
+        loss = self.step(task, kwargs["batch"])
+        return {"loss": torch.as_tensor(loss, dtype=torch.float32 if task.device.type == "mps" else torch.float64)}
+
+    def step(self, task: Task, batch: Batch) -> Number:
+        """Run one global batch, and count it; return its exact loss."""
         steps = self.optim_progress.optimizer.step  # which is `trainer.global_step`
         steps.increment_ready()
         before, task._current_fx_name = task._current_fx_name, "training_step"  # so that `losses` may log
-        loss = task._step.run(task, kwargs["batch"])
+        loss = task._step.run(task, batch)
         task._current_fx_name = before
         steps.increment_completed()
-        return {"loss": loss}
+        return loss
 
 
 class EpochLoop(_TrainingEpochLoop):
@@ -43,12 +51,14 @@ class EpochLoop(_TrainingEpochLoop):
         super().__init__(trainer, min_steps=min_steps, max_steps=max_steps)
         self.automatic_optimization = BatchOptimization(trainer)
         self._is_short = False
+        self._validates: bool | None = None
         self._at_start: list[Any] = []
         self._at_end: list[Any] = []
 
     def on_run_start(self, data_fetcher: Any) -> None:
         """Find out, at the start of each epoch, who listens."""
         super().on_run_start(data_fetcher)
+        self._validates = None
         self._is_short = self._may_be_short(data_fetcher)
         own = [callback for callback in self.trainer.callbacks if is_ours(callback)]  # type: ignore[attr-defined]
         self._at_start = [c.on_train_batch_start for c in own if listens(c, "on_train_batch_start")]
@@ -72,6 +82,17 @@ class EpochLoop(_TrainingEpochLoop):
             and all(result.meta.fx == "on_train_epoch_end" for result in self._results.values())  # nobody logs steps
         )
 
+    def _should_check_val_epoch(self) -> bool:
+        """Return Lightning's answer, which is the same throughout an epoch, and takes a while."""
+        if self._validates is None:
+            self._validates = super()._should_check_val_epoch()
+        return self._validates
+
+    def teardown(self) -> None:
+        """Forget that answer, too."""
+        super().teardown()
+        self._validates = None
+
     def advance(self, data_fetcher: Any) -> None:
         """Train on one global batch."""
         if not self._is_short or self.restarting:
@@ -94,14 +115,14 @@ class EpochLoop(_TrainingEpochLoop):
         for hook in self._at_start:
             hook(trainer, task, batch, batch_idx)
         progress.increment_started()
-        outputs = self.automatic_optimization.run(trainer.optimizers[0], batch_idx, {"batch": batch})
+        self.automatic_optimization.step(task, batch)
         progress.increment_processed()
         if trainer.lr_scheduler_configs:
             self.update_lr_schedulers("step", update_plateau_schedulers=False)
             if self._num_ready_batches_reached():
                 self.update_lr_schedulers("epoch", update_plateau_schedulers=False)
         for hook in self._at_end:
-            hook(trainer, task, outputs, batch, batch_idx)
+            hook(trainer, task, None, batch, batch_idx)  # ours do not ask for the loss
         self._is_short = len(self._results) == logged  # else somebody has begun to log at each step
         if not self._is_short:
             trainer._logger_connector.on_batch_end()

@@ -12,14 +12,14 @@ from batchwise.tasks.task import Task
 class ProgressBar(RichProgressBar):
     """Lightning's rich progress bar, with examples per second in place of iterations, and epochs counted from 1.
 
-    It moves ten times a second at most: eyes see no more, and a move takes as long as a small step.
+    It moves four times a second at most, because a move takes as long as several small steps.
     """
 
     _moved = 0.0
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Move, if it is time or the epoch is over."""
-        if perf_counter() - self._moved > 0.1 or trainer.is_last_batch:
+        if perf_counter() - self._moved > 0.25 or trainer.is_last_batch:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
             self._moved = perf_counter()
 

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, final
 
 import lightning.pytorch as pl
@@ -148,7 +149,8 @@ class Examples(Reserved, pl.LightningDataModule, ABC):
         convert = self.trainer.precision_plugin.convert_input if self.trainer else None
         if getattr(convert, "__func__", None) is Precision.convert_input:
             convert = None  # it does nothing
-        batch = batch.to(device, convert)
+        stays = convert is None and device.type == "cpu"  # as most of what is read does
+        batch = replace(batch) if stays else batch.to(device, convert)
         if not training or not self.augment:
             return self.transform(batch, training)
         batch = augment(batch, self.augment, False, self.seed or 0, self.order)

@@ -45,7 +45,9 @@ class Finite:
         if not gradients:
             return math.isfinite(sums.loss)
         norms = torch._foreach_norm(gradients)  # pyright: ignore[reportPrivateImportUsage]
-        return math.isfinite(sums.loss + full(torch.stack(norms).sum()))
+        if task.device.type == "cpu" and task.device_mesh is None:  # nothing to wait for
+            return math.isfinite(sums.loss + sum(norm.item() for norm in norms))
+        return math.isfinite(sums.loss) and math.isfinite(full(torch.stack(norms).sum()))
 
     def _skip(self, task: "Task", batch: Batch) -> None:
         self.skipped_in_a_row += 1

@@ -1,6 +1,5 @@
 """One optimizer step from one global batch: exact, in whatever parts it is run."""
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -36,9 +35,9 @@ class Sums(NamedTuple):
     """Devices that were asked to stop."""
 
     def plus(self, loss: Number, count: Number) -> "Sums":
-        """Return the sums with more targets."""
+        """Return the sums with more targets: of what is on a CPU, as numbers."""
         if isinstance(loss, Tensor) and loss.device.type != "mps":
-            loss = loss.double()
+            loss = loss.item() if loss.device.type == "cpu" else loss.double()
         return Sums(self.loss + loss, self.count + count, self.stops)
 
     def mean(self) -> float:
@@ -89,15 +88,13 @@ class Step:
         plain = isinstance(trainer.strategy, SingleDeviceStrategy)
         plain &= getattr(trainer.precision_plugin, "scaler", None) is None
         quiet = not listens(task, "backward") and not listeners(trainer, ["on_before_backward", "on_after_backward"])
-        self._backward: Callable[[Tensor], Any] = (
-            Tensor.backward if plain and quiet else lambda loss: trainer.strategy.backward(loss, None)
-        )
+        self._plain_backward = plain and quiet
         self._hear_step = listeners(trainer, ["on_before_optimizer_step"])
         plain &= all(map(is_ours, self._hear_step)) and not listens(task, "configure_gradient_clipping")
         self._plain_step = plain and not listens(task, "on_before_optimizer_step")
 
-    def run(self, task: "Task", batch: Batch) -> Tensor:
-        """Train on this device's share of one global batch; return the exact loss of the whole batch, a scalar.
+    def run(self, task: "Task", batch: Batch) -> Number:
+        """Train on this device's share of one global batch; return the exact loss of the whole batch.
 
         Where the task has several optimizers, each takes its turns on the same batch; the loss is that of the first.
         """
@@ -109,8 +106,7 @@ class Step:
         task._rates.set(task, step)
         for turn, (player, optimizer) in enumerate(task._turns()):
             self._turn(task, batch, player, optimizer, turn)
-        loss = self.sums.loss / (self.sums.count + (self.sums.count == 0))
-        return torch.as_tensor(loss, dtype=torch.float32 if task.device.type == "mps" else torch.float64)
+        return self.sums.loss / (self.sums.count + (self.sums.count == 0))
 
     def _turn(self, task: "Task", batch: Batch, player: str | None, optimizer: Optimizer, turn: int) -> None:
         """Make one step of one optimizer with the exact gradient; skip it where loss or gradient is not finite."""
@@ -148,8 +144,10 @@ class Step:
             self._zero(task, optimizer)
             batch.cut(task.data.micro_batch_limit, task.data.plan.unit)  # type: ignore[union-attr]
             done = self._run_micro_batches(task, batch, player, turn)
-        self._add_what_the_strategy_does_not(task, player, optimizer)
-        sums = reduce_sums(task, done._replace(stops=float(self.stop_requested)))
+        sums = done._replace(stops=float(self.stop_requested))
+        if task.trainer.world_size > 1:
+            self._add_what_the_strategy_does_not(task, player, optimizer)
+            sums = reduce_sums(task, sums)
         # Where no target counts, loss and gradient are zero.
         scale_gradients(parameters(optimizer), batch.size / (sums.count + (sums.count == 0)))
         return sums
@@ -160,8 +158,6 @@ class Step:
         DDP averages the gradients of the parameters that needed one when it wrapped the module, all of them each time.
         """
         devices = task.trainer.world_size
-        if devices == 1:
-            return
         if player is not None:
             add_gradients(parameters(optimizer), lambda values: reduce(task, values))
         elif isinstance(task.trainer.strategy, DDPStrategy):
@@ -195,7 +191,10 @@ class Step:
                 # Gradients cross devices once per step, overlapped with the last backward pass.
                 with nullcontext() if number == last and player is None else no_sync(strategy):
                     loss, count = strategy.training_step(micro_batch, number, *more)
-                    self._backward(loss * scale)
+                    if self._plain_backward:
+                        loss.backward(torch.full_like(loss, scale))
+                    else:
+                        strategy.backward(loss * scale, None)
                 sums = sums.plus(loss.detach(), count)
             return sums
         except RuntimeError as error:
@@ -239,8 +238,8 @@ def reduce_sums(task: "Task", sums: Sums) -> Sums:
         dtype = torch.float32 if task.device.type == "mps" else torch.float64
         values = [torch.as_tensor(value, dtype=dtype, device=task.device) for value in sums]
         sums = Sums(*reduce(task, torch.stack(values)).unbind())
-    if task.device.type == "cpu":
-        sums = Sums(*(float(value) for value in sums))
+        if task.device.type == "cpu":
+            sums = Sums(*(float(value) for value in sums))
     return sums
 
 
