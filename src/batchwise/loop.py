@@ -37,9 +37,9 @@ class BatchOptimization(_AutomaticOptimization):
         """Run one global batch, and count it; return its exact loss."""
         steps = self.optim_progress.optimizer.step  # which is `trainer.global_step`
         steps.increment_ready()
-        before, task._current_fx_name = task._current_fx_name, "training_step"  # so that `losses` may log
+        if task._current_fx_name != "training_step":  # so that `losses` may log; Lightning's hooks leave it as it is
+            task._current_fx_name = "training_step"
         loss = task._step.run(task, batch)
-        task._current_fx_name = before
         steps.increment_completed()
         return loss
 
@@ -111,7 +111,9 @@ class EpochLoop(_TrainingEpochLoop):
         batch_idx, progress = self.batch_idx + 1, self.batch_progress
         progress.is_last_batch = data_fetcher.done
         progress.increment_ready()
-        trainer._logger_connector.on_batch_start(batch)
+        if trainer._logger_connector._first_loop_iter is not False:
+            trainer._logger_connector.on_batch_start(batch)
+        self._results.batch, self._results.batch_size = batch, None
         for hook in self._at_start:
             hook(trainer, task, batch, batch_idx)
         progress.increment_started()

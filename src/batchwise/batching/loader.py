@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchwise.batching.fetch import DataError, Example, Fetch, Read, Request
+from batchwise.batching.fetch import DataError, Example, Fetch, Request
 from batchwise.batching.order import Order
 from batchwise.batching.plan import BatchPlan, Part, cut
 from batchwise.batching.random import mix, uniform
@@ -172,8 +172,9 @@ class TrainLoader:
                 asked.append(steps)
                 yield request
 
-        reads = self._timed(self.fetch.stream(requests(), seed=mix(self.order.seed, epoch)))
+        reads = iter(self.fetch.stream(requests(), seed=mix(self.order.seed, epoch)))
         for _ in runs:
+            asking = perf_counter()
             examples = chain([next(reads)], reads)  # once the first one is there, its run was requested
             for step, size, parts in asked.popleft():
                 micro_batches = []
@@ -181,16 +182,9 @@ class TrainLoader:
                     fields, weights = next(examples)
                     weights = weights if counts else torch.zeros(len(index))
                     micro_batches.append(make_batch(fields, index, weights, start, epoch, counts))
+                self.waited += perf_counter() - asking
                 yield Batch(step, epoch, size, micro_batches)
-
-    def _timed(self, reads: Iterator[Read]) -> Iterator[Read]:
-        while True:
-            asking = perf_counter()
-            read = next(reads, None)
-            self.waited += perf_counter() - asking
-            if read is None:
-                return
-            yield read
+                asking = perf_counter()
 
     def _request(self, epoch: int, run: range) -> tuple[Request, list["_Step"]]:
         """Return the request for this device's shares of some batches, and these shares."""

@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 from batchwise.batching.gradients import full, gradients_of
 from batchwise.callbacks.phases import Phases
 from batchwise.host import peak_memory
-from batchwise.tasks.measures import row_is_due
 from batchwise.tasks.task import Task
 
 
@@ -82,14 +81,14 @@ class Record(Callback):
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Task, optimizer: Optimizer) -> None:
         """Where a row is due, take the rate of this step, and the norm of its divided gradient before clipping."""
-        if row_is_due(trainer, trainer.global_step + 1):
+        if pl_module._measures.row_is_due:
             self._learning_rate = optimizer.param_groups[0]["lr"]
             self._gradient_norm = full(torch.nn.utils.get_total_norm(gradients_of(optimizer)))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Task, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Write the row, where it is due."""
         self.examples += batch.size
-        if not row_is_due(trainer, trainer.global_step):
+        if not pl_module._measures.row_is_due:
             return
         measures = pl_module._measures
         measured = measures.row()  # waits for the device, so it comes before the clock is read

@@ -146,9 +146,9 @@ class Examples(Reserved, pl.LightningDataModule, ABC):
 
     def to_device(self, batch: MicroBatch, device: torch.device, training: bool) -> MicroBatch:
         """Return a micro-batch on the device, in the trainer's precision, transformed and, in training, augmented."""
-        convert = self.trainer.precision_plugin.convert_input if self.trainer else None
-        if getattr(convert, "__func__", None) is Precision.convert_input:
-            convert = None  # it does nothing
+        plugin = self.trainer.precision_plugin if self.trainer else None
+        idle = Precision.convert_input  # does nothing
+        convert = plugin.convert_input if plugin and type(plugin).convert_input is not idle else None
         stays = convert is None and device.type == "cpu"  # as most of what is read does
         batch = replace(batch) if stays else batch.to(device, convert)
         if not training or not self.augment:

@@ -36,6 +36,11 @@ class Schedule:
         """Whether the schedule depends on how long training is."""
         return self.shape != "constant" or (self.warmup > 0 and self.warmup_examples is None)
 
+    @property
+    def is_constant(self) -> bool:
+        """Whether the factor is one at every step."""
+        return self.shape == "constant" and not self.warmup and not self.warmup_examples
+
     def factor(self, before: int, after: int, total: float) -> float:
         """Return the factor for one optimizer step.
 

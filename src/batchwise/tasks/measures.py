@@ -30,7 +30,8 @@ class Measures:
         """What the progress bar shows."""
         self.flops_per_example: float | None = None
         """Of the forward pass; None: not known."""
-        self._row_is_due = False
+        self.row_is_due = False
+        """Whether a row in the log is due after this step."""
 
     def make(self, metrics: MetricCollection | None, device: torch.device) -> None:
         """Take what a task's `make_metrics` gives."""
@@ -47,11 +48,11 @@ class Measures:
 
     def start_step(self, task: "Task", step: int) -> None:
         """Measure the step, if a row in the log is due after it."""
-        self._row_is_due = self.step_metrics is not None and row_is_due(task.trainer, step + 1)
+        self.row_is_due = row_is_due(task.trainer, step + 1)
 
     def forget_step(self) -> None:
         """Forget the metrics of a pass over the micro-batches, which is to be made anew."""
-        if self._row_is_due and self.step_metrics is not None:
+        if self.row_is_due and self.step_metrics is not None:
             self.step_metrics.reset()
 
     def add(self, sums: Sums) -> None:
@@ -62,7 +63,7 @@ class Measures:
     def update(self, training: bool, values: tuple[Tensor, ...]) -> None:
         """Update the metrics: of the running evaluation; in training those of the step, where they are wanted."""
         stands_in = place.current is not None and not place.current.counts
-        metrics = self.metrics if not training else self.step_metrics if self._row_is_due else None
+        metrics = self.metrics if not training else self.step_metrics if self.row_is_due else None
         if metrics is not None and not stands_in:
             metrics.update(*values)
 

@@ -91,7 +91,9 @@ class Rates:
         if plan.changes and plan.size_at(step) != self._follows:
             self._say(task, f"step {step:,}: batch_size {plan.size_at(step)} from here")
             self._follow(task, plan.size_at(step))
-        factor = self.schedule.factor(plan.examples_at(step), plan.examples_at(step + 1), self._total)
+        factor = 1.0
+        if not self.schedule.is_constant:
+            factor = self.schedule.factor(plan.examples_at(step), plan.examples_at(step + 1), self._total)
         for number, (group, rate) in enumerate(zip(groups, self.base, strict=True)):
             if number not in self.taken:
                 group["lr"] = rate * factor

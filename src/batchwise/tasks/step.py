@@ -4,6 +4,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -89,6 +90,10 @@ class Step:
         plain &= getattr(trainer.precision_plugin, "scaler", None) is None
         quiet = not listens(task, "backward") and not listeners(trainer, ["on_before_backward", "on_after_backward"])
         self._plain_backward = plain and quiet
+        # In full precision, Lightning's context of a training step does nothing.
+        bare = plain and type(trainer.precision_plugin) is Precision
+        self._forward: Any = task.training_step if bare else trainer.strategy.training_step
+        self._no_sync = getattr(trainer.strategy, "block_backward_sync", nullcontext)
         self._hear_step = listeners(trainer, ["on_before_optimizer_step"])
         plain &= all(map(is_ours, self._hear_step)) and not listens(task, "configure_gradient_clipping")
         self._plain_step = plain and not listens(task, "on_before_optimizer_step")
@@ -189,8 +194,8 @@ class Step:
                 micro_batch.key = key
                 seed_generator(task.device, key ^ micro_batch.position)
                 # Gradients cross devices once per step, overlapped with the last backward pass.
-                with nullcontext() if number == last and player is None else no_sync(strategy):
-                    loss, count = strategy.training_step(micro_batch, number, *more)
+                with nullcontext() if number == last and player is None else self._no_sync():
+                    loss, count = self._forward(micro_batch, number, *more)
                     if self._plain_backward:
                         loss.backward(torch.full_like(loss, scale))
                     else:
@@ -241,12 +246,6 @@ def reduce_sums(task: "Task", sums: Sums) -> Sums:
         if task.device.type == "cpu":
             sums = Sums(*(float(value) for value in sums))
     return sums
-
-
-def no_sync(strategy: Any) -> Any:
-    """Return a context in which a backward pass keeps its gradients on this device."""
-    block = getattr(strategy, "block_backward_sync", None)
-    return nullcontext() if block is None else block()
 
 
 def parameters(optimizer: Any) -> list[nn.Parameter]:
