@@ -197,7 +197,7 @@ def mlp() -> nn.Module:
 def main() -> None:
     """Measure and report."""
     given = bench.arguments(__doc__)
-    # Moments of units that are dead for a thousand steps are denormal numbers, with which a CPU is several times slower.
+    # Moments of units that are dead for a thousand steps are denormal numbers, which slow a CPU down several times.
     torch.set_flush_denormal(True)
     pixels = torch.randint(0, 256, (EXAMPLES, 784), dtype=torch.uint8)
     targets = torch.randint(0, 10, (EXAMPLES,))
