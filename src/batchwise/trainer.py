@@ -18,6 +18,7 @@ from batchwise.callbacks.recorder import Recorder
 from batchwise.callbacks.samples import Samples
 from batchwise.checkpoints import DurableIO
 from batchwise.loop import EpochLoop
+from batchwise.ranges import PositiveInt
 
 
 class Unprofiled(PassThroughProfiler):
@@ -56,7 +57,7 @@ class Trainer(pl.Trainer):
     def __init__(
         self,
         *,
-        accumulate_grad_batches: int | None = None,
+        accumulate_grad_batches: PositiveInt | None = None,
         log_every_n_steps: int = 10,
         num_sanity_val_steps: int = 0,
         enable_model_summary: bool = False,
@@ -67,17 +68,11 @@ class Trainer(pl.Trainer):
         channels_last: bool | None = None,
         compile: bool | None = None,
         matmul_precision: Literal["highest", "high", "medium"] | None = None,
-        threads: int | None = None,
+        threads: PositiveInt | None = None,
         **kwargs: Any,
     ) -> None:
         if use_distributed_sampler:
             raise ValueError("trainer.use_distributed_sampler is true: leave it out, the data module cuts the batches")
-        if accumulate_grad_batches is not None and accumulate_grad_batches < 1:
-            raise ValueError(
-                f"trainer.accumulate_grad_batches is {accumulate_grad_batches}: write a whole number of at least 1"
-            )
-        if threads is not None and threads < 1:
-            raise ValueError(f"trainer.threads is {threads}: write a whole number of at least 1")
         self.accumulation = accumulate_grad_batches
         self.channels_last, self.compile = bool(channels_last), bool(compile)
         if matmul_precision is not None:

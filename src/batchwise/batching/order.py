@@ -170,9 +170,7 @@ class Repeated(Order):
         k: copies of each example; divides batch_size.
     """
 
-    def __init__(self, k: int) -> None:
-        if k < 1:
-            raise ValueError(f"k is the number of copies of each example: take 1 or more, not {k}")
+    def __init__(self, k: PositiveInt) -> None:
         self.k = self.copies = k
 
     def __len__(self) -> int:

@@ -87,14 +87,12 @@ class Bucketed(Blocks):
         window: number of examples that are sorted at a time, rounded down to whole batches.
 
     Raises:
-        ValueError: the window is below one, or there are no lengths.
+        ValueError: there are no lengths.
     """
 
     once = True
 
-    def __init__(self, window: int = 4096) -> None:
-        if window < 1:
-            raise ValueError(f"window is {window}: take a number of examples, of many batches")
+    def __init__(self, window: PositiveInt = 4096) -> None:
         self.window = window
 
     def _setup(self) -> None:

@@ -67,14 +67,9 @@ class Adaptive(BatchSizes):
 
     Args:
         most: the largest batch size. The smallest is `batch_size`.
-
-    Raises:
-        ValueError: `most` is below one.
     """
 
-    def __init__(self, most: int) -> None:
-        if most < 1:
-            raise ValueError(f"batch_size_schedule.most is {most}: write a number of examples")
+    def __init__(self, most: PositiveInt) -> None:
         self.most = most
 
     def next(self, size: int, smallest: int, largest: int, noise_scale: float) -> int:

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from batchwise.checkpoints import read_checkpoint, unreadable
 from batchwise.errors import TrainingStopped
+from batchwise.ranges import PositiveInt
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -29,9 +30,7 @@ class Last(Checkpoint):
         every_n_steps: save every so many optimizer steps; null: at the start of each epoch. Always at the end.
     """
 
-    def __init__(self, every_n_steps: int | None = None) -> None:
-        if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(f"every_n_steps is {every_n_steps}: write a number of optimizer steps, or null")
+    def __init__(self, every_n_steps: PositiveInt | None = None) -> None:
         self.every_n_steps = every_n_steps
         self._saved_at = 0
         self._handlers: dict[int, Any] = {}

@@ -10,6 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
 from batchwise.errors import TrainingStopped
+from batchwise.ranges import PositiveFloat
 
 RAW = "raw_weights"
 """Where a checkpoint keeps the weights from which training goes on; its `state_dict` is the average."""
@@ -31,9 +32,7 @@ class EMA(Callback):
         half_life_examples: after so many examples, the weights of a step count half as much.
     """
 
-    def __init__(self, half_life_examples: float) -> None:
-        if not half_life_examples > 0:
-            raise ValueError(f"EMA half_life_examples is {half_life_examples}: write a number of examples above 0")
+    def __init__(self, half_life_examples: PositiveFloat) -> None:
         self.half_life = half_life_examples
         self._forget()
 

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from batchwise.batching.gradients import gradients_of
 from batchwise.batching.noise import FEWEST, Estimate, NoiseMeter, Sample, noise_scale, sample
 from batchwise.errors import TrainingStopped
+from batchwise.ranges import PositiveInt
 from batchwise.tasks.measures import row_is_due
 from batchwise.tasks.step import reduce
 from batchwise.tasks.task import Task
@@ -35,13 +36,11 @@ class NoiseScale(Callback, NoiseMeter):
         window: samples that are pooled, the newest ones. Nothing is logged before there are `FEWEST`.
 
     Raises:
-        ValueError: `every_n_steps` is below 1 or `window` below `FEWEST`.
+        ValueError: `window` is below `FEWEST`.
         TrainingStopped: the strategy shards the gradient.
     """
 
-    def __init__(self, every_n_steps: int = 10, window: int = FEWEST) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps is {every_n_steps}: write a whole number of at least 1")
+    def __init__(self, every_n_steps: PositiveInt = 10, window: int = FEWEST) -> None:
         if window < FEWEST:
             raise ValueError(f"window is {window}: the noise scale of fewer than {FEWEST} batches says nothing")
         self.every_n_steps = every_n_steps

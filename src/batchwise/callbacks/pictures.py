@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from batchwise.ranges import PositiveInt
 from batchwise.tasks.task import Task
 
 
@@ -18,7 +19,7 @@ class Pictures(Callback):
         count: images in the picture.
     """
 
-    def __init__(self, count: int = 24) -> None:
+    def __init__(self, count: PositiveInt = 24) -> None:
         self.count = count
 
     def on_train_end(self, trainer: Any, pl_module: Task) -> None:

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import WandbLogger
 
+from batchwise.ranges import PositiveInt
 from batchwise.tasks.language import Language
 
 
@@ -17,7 +18,7 @@ class Samples(Callback):
         count: texts in the table.
     """
 
-    def __init__(self, count: int = 4) -> None:
+    def __init__(self, count: PositiveInt = 4) -> None:
         self.count = count
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:

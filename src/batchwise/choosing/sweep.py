@@ -139,10 +139,6 @@ def sweep(
     """
     sizes, factors = sorted(_numbers("batch_sizes", batch_sizes, int)), sorted(_numbers("rates", rates, float))
     goal = Target.parse(target, [name for name in task.metric_names() if name.startswith("val/")])
-    if seeds < 1:
-        raise ValueError(f"seeds is {seeds}: write a whole number of at least 1")
-    if not 0 < val_share <= 1:
-        raise ValueError(f"val_share is {val_share}: write a share above 0, such as 0.05")
     if trainer.world_size > 1:
         raise ValueError("sweep trains on one device: write trainer.devices 1")
     if data.split("val") is None:

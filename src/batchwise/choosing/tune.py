@@ -73,8 +73,6 @@ def tune(trainer: pl.Trainer, task: Task, data: DataModule, steps: int, memory_g
     """
     if steps < FEWEST:
         raise ValueError(f"steps is {steps}: the noise scale needs at least {FEWEST}")
-    if memory_gib is not None and memory_gib <= 0:
-        raise ValueError(f"memory_gib is {memory_gib}: write a number above 0")
     launcher = trainer.strategy.launcher
     if launcher is None:
         _tune(trainer, task, data, steps, memory_gib)

@@ -36,10 +36,6 @@ class Examples(Reserved, pl.LightningDataModule, ABC):
         augment: list[Augmentation | nn.Module] | None,
     ) -> None:
         super().__init__()
-        if num_workers < 0:
-            raise ValueError(f"data.num_workers is {num_workers}: write 0 or a number of processes")
-        if not 0 <= resident_share <= 1:
-            raise ValueError(f"data.resident_share is {resident_share}: write a share from 0 to 1")
         self.order = Shuffled() if order is None else order
         self.seed = seed
         self.num_workers = num_workers
@@ -56,7 +52,7 @@ class Examples(Reserved, pl.LightningDataModule, ABC):
         """Return the examples of a split: tensors or arrays (inputs, targets), or a map-style data set.
 
         Args:
-            split: "train", "val", "test" or "predict" (by default the same as "test").
+            split: "train", "val", "test" or "predict" (only with `has_predict_split`).
         """
 
     def transform(self, batch: MicroBatch, training: bool) -> MicroBatch:
@@ -94,13 +90,13 @@ class Examples(Reserved, pl.LightningDataModule, ABC):
     def split(self, name: str) -> Fetch | None:
         """Return the examples of a split, loaded once."""
         if name not in self.__loaded:
-            source = self.load("test" if name == "predict" and not self._knows_predict else name)
+            source = self.load("test" if name == "predict" and not self.has_predict_split else name)
             fetch = None if source is None else make_fetch(source, self.num_workers, self.max_unreadable)
             self.__loaded[name] = fetch
         return self.__loaded[name]
 
-    _knows_predict = False
-    """Set to True if `load` has a "predict" split."""
+    has_predict_split = False
+    """Whether `load` has a "predict" split. Without one, `predict` runs on the test split."""
 
     @final
     def loaded(self) -> list[tuple[str, Fetch]]:

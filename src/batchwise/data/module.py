@@ -19,6 +19,7 @@ from batchwise.batching.tokens import SequencePlan
 from batchwise.data.augment import Augmentation, unit_of
 from batchwise.data.examples import Examples
 from batchwise.data.planning import LimitedLoader, adapted, make_plan, noise_meter
+from batchwise.ranges import ClosedUnitInterval, NonNegativeInt, PositiveInt
 
 LIMIT_FILE = "micro_batch_limit"
 
@@ -26,7 +27,7 @@ LIMIT_FILE = "micro_batch_limit"
 class DataModule(Examples):
     """Owns the batch. A subclass says where the examples of each split are, in `load`.
 
-    A subclass writes `load` and, where it likes, `transform`, `class_names`, `describe`, `check` and `labels`. It may
+    A subclass writes `load` and, where it likes, `transform`, `class_names`, `has_predict_split`, `describe`, `check` and `labels`. It may
     call `split`, `examples`, `to_device`, `plan`, `position`, `total_steps` and `total_examples`. Besides the methods
     of this class and the arguments below, all names are free for attributes of its own.
 
@@ -55,31 +56,26 @@ class DataModule(Examples):
 
     def __init__(
         self,
-        batch_size: int | None = None,
-        micro_batch_size: int | Literal["auto"] | None = None,
-        batch_tokens: int | None = None,
-        micro_batch_tokens: int | None = None,
-        eval_batch_size: int | None = None,
+        batch_size: PositiveInt | None = None,
+        micro_batch_size: PositiveInt | Literal["auto"] | None = None,
+        batch_tokens: PositiveInt | None = None,
+        micro_batch_tokens: PositiveInt | None = None,
+        eval_batch_size: PositiveInt | None = None,
         order: Order | None = None,
         drop_last: bool = False,
-        num_workers: int = 0,
-        max_unreadable: int = 0,
+        num_workers: NonNegativeInt = 0,
+        max_unreadable: NonNegativeInt = 0,
         batch_size_schedule: BatchSizes | None = None,
         seed: int | None = None,
-        resident_share: float = 0.25,
+        resident_share: ClosedUnitInterval = 0.25,
         augment: list[Augmentation | nn.Module] | None = None,
     ) -> None:
         super().__init__(order, seed, num_workers, max_unreadable, resident_share, augment)
         self.__finds_micro_batch = micro_batch_size == "auto"
-        micro_batch_size = None if micro_batch_size == "auto" else micro_batch_size
-        sizes = {"batch_size": batch_size, "micro_batch_size": micro_batch_size, "eval_batch_size": eval_batch_size}
-        for name, value in (sizes | {"batch_tokens": batch_tokens, "micro_batch_tokens": micro_batch_tokens}).items():
-            if value is not None and value < 1:
-                raise ValueError(f"data.{name} is {value}: write a whole number of at least 1")
         if batch_size is not None and batch_tokens is not None:
             raise ValueError(f"data.batch_size is {batch_size} and data.batch_tokens {batch_tokens}: write one of them")
         self.batch_size = batch_size
-        self.micro_batch_size = micro_batch_size
+        self.micro_batch_size = None if micro_batch_size == "auto" else micro_batch_size
         self.batch_tokens = batch_tokens
         self.micro_batch_tokens = micro_batch_tokens
         self.eval_batch_size = eval_batch_size

@@ -14,6 +14,7 @@ from batchwise.choosing.sweep import Recipe, sweep
 from batchwise.choosing.tune import tune
 from batchwise.data.module import DataModule
 from batchwise.errors import mistakes
+from batchwise.ranges import OpenUnitInterval, PositiveFloat, PositiveInt
 from batchwise.run.wandb import WandbLogger
 from batchwise.tasks.task import Task
 from batchwise.trainer import Trainer
@@ -25,7 +26,7 @@ class CommandTrainer(Trainer):
     recipe: Recipe | None = None
     """How `sweep` makes a model anew; the command line sets it."""
 
-    def inspect(self, model: Task, datamodule: DataModule, seconds: float = 10.0) -> None:
+    def inspect(self, model: Task, datamodule: DataModule, seconds: PositiveFloat = 10.0) -> None:
         """Look at the batches without training: what is in them, what is wrong with them, a picture.
 
         Args:
@@ -37,7 +38,7 @@ class CommandTrainer(Trainer):
             with mistakes():
                 batches.inspect(self, model, datamodule, seconds)
 
-    def tune(self, model: Task, datamodule: DataModule, steps: int = 400, memory_gib: float | None = None) -> None:
+    def tune(self, model: Task, datamodule: DataModule, steps: int = 400, memory_gib: PositiveFloat | None = None) -> None:
         """Choose the batch size: what fits, what is fast, what the gradient says, what follows from it.
 
         Args:
@@ -55,9 +56,9 @@ class CommandTrainer(Trainer):
         datamodule: DataModule,
         batch_sizes: str,
         target: str,
-        seeds: int = 3,
+        seeds: PositiveInt = 3,
         rates: str = "0.5,1,2",
-        val_share: float = 0.05,
+        val_share: OpenUnitInterval = 0.05,
         results: str | None = None,
     ) -> None:
         """Train each batch size to a target, at its best learning rate. A known result is not measured again.

@@ -48,7 +48,7 @@ class Digits(DataModule):
         test_fraction: float = 0.15,
         split_seed: int = 0,
         classes: list[int] | None = None,
-        examples_per_class: int | None = None,
+        examples_per_class: PositiveInt | None = None,
         **kwargs,
     ) -> None:
         super().__init__(**kwargs)
@@ -61,8 +61,6 @@ class Digits(DataModule):
         self.classes = list(range(10)) if classes is None else classes
         if not self.classes or sorted(set(self.classes) & {*range(10)}) != sorted(self.classes):
             raise ValueError(f"data.classes is {classes}: write different digits from 0 to 9")
-        if examples_per_class is not None and examples_per_class < 1:
-            raise ValueError(f"data.examples_per_class is {examples_per_class}: write at least 1, or null for all")
         self.examples_per_class = examples_per_class
         self.split_seed = split_seed
 

@@ -62,7 +62,7 @@ class Folder(Fractions):
         super().__init__(**kwargs)
         self.format = ImageFormat.of(size, channels, resize)
         self.path, self.cache, self.predict_path = Path(path), cache, predict_path
-        self._knows_predict = predict_path is not None
+        self.has_predict_split = predict_path is not None
 
     def load(self, split: str) -> tuple[Rows, ...] | tuple[Rows, Tensor] | None:
         """Return images uint8 [N, C, H, W] in a memory map and class numbers [N]; just images for `predict_path`."""
@@ -81,8 +81,8 @@ class Folder(Fractions):
 
     def describe(self, index: Tensor) -> dict[str, list]:
         """Return the path of each image."""
-        names = self._to_predict[0] if self._knows_predict else self._listing.names
-        return {"path": [names[number] for number in self._index["predict" if self._knows_predict else "test"][index]]}
+        names = self._to_predict[0] if self.has_predict_split else self._listing.names
+        return {"path": [names[number] for number in self._index["predict" if self.has_predict_split else "test"][index]]}
 
     @cached_property
     def class_names(self) -> list[str]:  # type: ignore[override]

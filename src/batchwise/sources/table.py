@@ -97,7 +97,7 @@ class Table(Fractions):
         self.several = not isinstance(target, str)
         self.target_kind = target_kind
         self.categorical, self.ignore, self.split_column = categorical or [], ignore or [], split_column
-        self._knows_predict = predict_path is not None
+        self.has_predict_split = predict_path is not None
 
     def load(self, split: str) -> tuple[Tensor, ...] | None:
         """Return inputs float32 [N, F] and targets, int64 or float32; just inputs for `predict_path`."""
@@ -109,7 +109,7 @@ class Table(Fractions):
 
     def describe(self, index: Tensor) -> dict[str, list]:
         """Return the number of each row in its file, from 1."""
-        return {"row": (index if self._knows_predict else self._index["test"][index]).add(1).tolist()}
+        return {"row": (index if self.has_predict_split else self._index["test"][index]).add(1).tolist()}
 
     @property
     def class_names(self) -> list[str] | None:  # type: ignore[override]

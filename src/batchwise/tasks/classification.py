@@ -12,6 +12,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 from batchwise.batching.loader import MicroBatch
 from batchwise.data.mixing import Mixing
 from batchwise.data.module import DataModule
+from batchwise.ranges import ClosedUnitInterval
 from batchwise.tasks.task import Losses, Task
 
 
@@ -34,13 +35,11 @@ class Classification(Task):
     def __init__(
         self,
         *args: Any,
-        label_smoothing: float = 0.0,
+        label_smoothing: ClosedUnitInterval = 0.0,
         class_weights: list[float] | Literal["balanced"] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"model.label_smoothing is {label_smoothing}: write a share from 0 to below 1")
         self.label_smoothing = label_smoothing
         if isinstance(class_weights, list) and not (sum(class_weights) > 0 and min(class_weights) >= 0):
             raise ValueError(f"model.class_weights is {class_weights}: write a number of at least 0 for each class")

@@ -11,6 +11,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from batchwise.batching.loader import MicroBatch
 from batchwise.batching.random import mix, uniform
 from batchwise.data.module import DataModule
+from batchwise.ranges import NonNegativeInt
 from batchwise.tasks.task import Task
 
 _STREAM = int.from_bytes(b"sample", "big")  # keeps these random numbers apart from others keyed by the same seed
@@ -25,10 +26,8 @@ class Language(Task):
         **kwargs: those of `Task`.
     """
 
-    def __init__(self, *args: Any, sample_length: int = 200, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, sample_length: NonNegativeInt = 200, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if sample_length < 0:
-            raise ValueError(f"model.sample_length is {sample_length}: write a number of tokens, or 0")
         self.sample_length = sample_length
 
     def losses(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
