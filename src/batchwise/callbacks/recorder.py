@@ -28,6 +28,10 @@ class Recorder(Callback):
         if not isinstance(pl_module, Task):
             return
         self._saved = None
+        if stage == "fit":  # nothing of a training before, which may have stopped anywhere; a checkpoint comes later
+            pl_module._measures.start_training()
+            pl_module._step.finite.skipped_in_a_row = 0
+            pl_module._rates.taken = set()
         # Lightning loads the weights before it converts the module: into float32, which 64-true would not survive.
         trainer.precision_plugin.convert_module(pl_module)
         if pl_module._measures.metrics is None:

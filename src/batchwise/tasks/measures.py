@@ -46,6 +46,10 @@ class Measures:
 
     # Training
 
+    def start_training(self) -> None:
+        """Forget the sums of a training before."""
+        self.window, self.epoch = Sums(), Sums()
+
     def start_step(self, task: "Task", step: int) -> None:
         """Measure the step, if a row in the log is due after it."""
         self.row_is_due = row_is_due(task.trainer, step + 1)

@@ -76,7 +76,7 @@ class Rates:
             if number not in self.taken:
                 group.update(settings)
         self._follow(task, plan.size_at(trainer.global_step))
-        self._set = []
+        self._set = [group["lr"] for group in optimizer.param_groups[: len(self._settings)]]
 
     def set(self, task: "Task", step: int) -> None:
         """Set the rates of a step, which follow the size of its batch."""

@@ -254,3 +254,34 @@ def test_lightnings_own_monitor_sees_the_rate_that_is_used() -> None:
     with next(Path().glob("**/metrics.csv")).open() as file:
         rows = [float(row["learning_rate"]) for row in csv.DictReader(file) if row["learning_rate"]]
     assert rows == pytest.approx([rate for (rate,) in watch.rates])
+
+
+@pytest.mark.parametrize("hook", ["on_train_start", "on_train_epoch_start", "on_train_batch_start"])
+def test_a_rate_that_a_callback_sets_before_the_first_step_counts_from_it(hook: str) -> None:
+    def set_rate(trainer: Any, *_: Any) -> None:
+        trainer.optimizers[0].param_groups[0]["lr"] = 0.01
+
+    watch, callback = Watch(), LambdaCallback(**{hook: set_rate})
+    task = small.Classify(small.network(), optimizer=small.adamw, schedule=Schedule("linear"))
+    small.fit(task, max_epochs=1, callbacks=[callback, watch])
+    assert watch.rates == [[0.01]] * 7
+
+
+def test_a_second_training_begins_anew() -> None:
+    """Neither a rate that a callback set in the first one, nor the sums of an epoch that broke off, are in it."""
+
+    class Break(Cut):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if batch.step == 4:
+                raise KeyError("broken off")
+
+    settings = {"optimizer": small.adamw, "schedule": Schedule("linear")}
+    task, watches = small.Classify(small.network(), **settings), (Watch(), Watch())
+    with pytest.raises(KeyError, match="broken off"):
+        small.fit(task, callbacks=[Break()])
+    task.network.load_state_dict(small.network().state_dict())
+    small.fit(task, max_epochs=1, callbacks=[watches[0]])
+    other, _ = small.fit(small.Classify(small.network(), **settings), max_epochs=1, callbacks=[watches[1]])
+    assert watches[0].rates == watches[1].rates
+    assert small.furthest(task, other) == 0
+    assert task._measures.epoch_loss == other._measures.epoch_loss
