@@ -99,7 +99,7 @@ class Trainer(pl.Trainer):
         if isinstance(self.strategy, FSDPStrategy | DeepSpeedStrategy):
             raise ValueError(
                 f"trainer.strategy is {type(self.strategy).__name__}, which keeps gradients where the exact step does "
-                "not see them: write ddp, or take configs/overlays/fsdp.yaml"
+                "not see them: write ddp, or lightning.pytorch.strategies.ModelParallelStrategy (FSDP2)"
             )
         # As Lightning does with its own.
         self.fit_loop.epoch_loop = EpochLoop(self, min_steps=self.min_steps, max_steps=self.max_steps)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from batchwise.batching.permutation import Permutation
 from batchwise.batching.random import mix
+from batchwise.ranges import PositiveInt
 
 _STREAM = int.from_bytes(b"order", "big")  # salt that separates these random numbers from others with the same seed
 _BLOCK = 2**14  # positions computed at a time: 128 KiB, about a millisecond

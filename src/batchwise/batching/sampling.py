@@ -7,6 +7,7 @@ from torch import Tensor
 
 from batchwise.batching.order import Blocks, Order, Shuffled
 from batchwise.batching.random import mix, permute, uniform
+from batchwise.ranges import PositiveInt
 
 
 class Stratified(Blocks):

@@ -4,6 +4,7 @@ import math
 from itertools import pairwise
 
 from batchwise.batching.borders import Changes
+from batchwise.ranges import PositiveInt
 
 
 class BatchSizes:

@@ -33,6 +33,8 @@ class EMA(Callback):
     """
 
     def __init__(self, half_life_examples: PositiveFloat) -> None:
+        if not half_life_examples > 0:  # from Python, it would grow the average without a word
+            raise ValueError(f"EMA half_life_examples is {half_life_examples}: write a number of examples above 0")
         self.half_life = half_life_examples
         self._forget()
 

@@ -58,11 +58,7 @@ class Predictions(Callback):
         self.file.close()
         trainer.strategy.barrier("predictions")
         if trainer.is_global_zero:
-            parts = [self._part(rank) for rank in range(trainer.world_size)]
-            copies = trainer.world_size // pl_module.data.replicas[0]  # processes that share layers have the same rows
-            first, *others = parts[::copies]
-            for part in set(parts) - {first, *others}:
-                part.unlink()
+            first, *others = (self._part(rank) for rank in range(trainer.world_size))
             if others:
                 self.kind.join(first, others)
             first.replace(self.target)

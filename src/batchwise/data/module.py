@@ -27,9 +27,9 @@ LIMIT_FILE = "micro_batch_limit"
 class DataModule(Examples):
     """Owns the batch. A subclass says where the examples of each split are, in `load`.
 
-    A subclass writes `load` and, where it likes, `transform`, `class_names`, `has_predict_split`, `describe`, `check` and `labels`. It may
-    call `split`, `examples`, `to_device`, `plan`, `position`, `total_steps` and `total_examples`. Besides the methods
-    of this class and the arguments below, all names are free for attributes of its own.
+    A subclass writes `load` and, where it likes, `transform`, `class_names`, `has_predict_split`, `describe`, `check`
+    and `labels`. It may call `split`, `examples`, `to_device`, `plan`, `position`, `total_steps` and `total_examples`.
+    Besides the methods of this class and the arguments below, all names are free for attributes of its own.
 
     Any two of `batch_size`, `micro_batch_size` and the trainer's `accumulate_grad_batches` give the third.
 

@@ -38,7 +38,9 @@ class CommandTrainer(Trainer):
             with mistakes():
                 batches.inspect(self, model, datamodule, seconds)
 
-    def tune(self, model: Task, datamodule: DataModule, steps: int = 400, memory_gib: PositiveFloat | None = None) -> None:
+    def tune(
+        self, model: Task, datamodule: DataModule, steps: int = 400, memory_gib: PositiveFloat | None = None
+    ) -> None:
         """Choose the batch size: what fits, what is fast, what the gradient says, what follows from it.
 
         Args:

@@ -12,6 +12,7 @@ from torch import Tensor
 from batchwise.batching.loader import MicroBatch
 from batchwise.data.module import DataModule
 from batchwise.data.split import split_examples
+from batchwise.ranges import PositiveInt
 
 
 @cache

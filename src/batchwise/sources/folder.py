@@ -82,7 +82,9 @@ class Folder(Fractions):
     def describe(self, index: Tensor) -> dict[str, list]:
         """Return the path of each image."""
         names = self._to_predict[0] if self.has_predict_split else self._listing.names
-        return {"path": [names[number] for number in self._index["predict" if self.has_predict_split else "test"][index]]}
+        return {
+            "path": [names[number] for number in self._index["predict" if self.has_predict_split else "test"][index]]
+        }
 
     @cached_property
     def class_names(self) -> list[str]:  # type: ignore[override]

@@ -16,31 +16,31 @@ from batchwise.tasks.task import Task
 class Regression(Task):
     """Predict one number for each example, or several. Targets are [N] or [N, K]; the network gives [N, 1] or [N, K].
 
-    The network learns standardised targets, with mean and deviation of the training split, where the targets are in
+    The network learns standardised targets, with mean and std of the training split, where the targets are in
     memory or in memory maps; a data set that is read example by example is learnt as it stands. So a loss of 1 is that
     of always saying the mean. Metrics and predictions are in the units of the targets. The checkpoint has mean and
-    deviation.
+    std.
     """
 
     target_mean: Tensor
-    target_deviation: Tensor
+    target_std: Tensor
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.register_buffer("target_mean", torch.zeros(1))
-        self.register_buffer("target_deviation", torch.ones(1))
+        self.register_buffer("target_std", torch.ones(1))
 
     def losses(self, batch: MicroBatch) -> Tensor:
         """One squared error per target [N, K], of standardised targets."""
         outputs = self(batch.inputs)
-        targets = (batch.targets.reshape(outputs.shape) - self.target_mean) / self.target_deviation
+        targets = (batch.targets.reshape(outputs.shape) - self.target_mean) / self.target_std
         # Relative to the mean, which changes none of the metrics: R2 takes the difference of two sums of squares.
-        self.measure(outputs * self.target_deviation, targets * self.target_deviation)
+        self.measure(outputs * self.target_std, targets * self.target_std)
         return F.mse_loss(outputs, targets, reduction="none")
 
     def predictions(self, batch: MicroBatch) -> dict[str, Tensor]:
         """The numbers [N] or [N, K], in the units of the targets."""
-        predicted = self(batch.inputs) * self.target_deviation + self.target_mean
+        predicted = self(batch.inputs) * self.target_std + self.target_mean
         return {"predicted": predicted.squeeze(1) if predicted.shape[1] == 1 else predicted}
 
     def make_metrics(self, outputs: Tensor) -> MetricCollection:
@@ -48,13 +48,13 @@ class Regression(Task):
         return MetricCollection({"mse": MeanSquaredError(), "mae": MeanAbsoluteError(), "r2": R2Score()})
 
     def check(self, data: DataModule, outputs: Tensor) -> None:
-        """Check that there is an output for each target and that targets are finite; take their mean and deviation."""
+        """Check that there is an output for each target and that targets are finite; take their mean and std."""
         if outputs.ndim != 2:
             raise ValueError(f"model.network gives the shape {list(outputs.shape)}: numbers [N, K] are needed")
         count = outputs.shape[1]
         if len(self.target_mean) != count:
             self.target_mean = self.target_mean.new_zeros(count)
-            self.target_deviation = self.target_deviation.new_ones(count)
+            self.target_std = self.target_std.new_ones(count)
         for name, targets in targets_of(data):
             if targets[0].numel() != count:
                 raise ValueError(
@@ -63,9 +63,9 @@ class Regression(Task):
                 )
             if name == "train":
                 rows = targets.reshape(len(targets), -1).double()
-                deviation = rows.std(0, correction=0)
+                std = rows.std(0, correction=0)
                 self.target_mean.copy_(rows.mean(0))
-                self.target_deviation.copy_(torch.where(deviation > 0, deviation, 1.0))
+                self.target_std.copy_(torch.where(std > 0, std, 1.0))
 
 
 def targets_of(data: DataModule) -> list[tuple[str, Tensor]]:

@@ -350,9 +350,6 @@ def test_one_part_cannot_be_compared() -> None:
     assert not result.rows("noise_scale_low")
 
 
-@pytest.mark.parametrize(
-    ("wrong", "message"), [({"window": 39}, "window is 39"), ({"every_n_steps": 0}, "every_n_steps is 0")]
-)
-def test_wrong_settings_are_refused(wrong: dict[str, int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        NoiseScale(**wrong)
+def test_a_window_that_says_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="window is 39"):
+        NoiseScale(window=39)

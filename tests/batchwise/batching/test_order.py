@@ -163,5 +163,3 @@ def test_repeated_names_the_nearest_batch_sizes():
         Repeated(4).prepare(100, 10, 0)
     with pytest.raises(ValueError, match="batch_size 3 is not a multiple of k = 4 copies: take 4"):
         Repeated(4).prepare(100, 3, 0)
-    with pytest.raises(ValueError, match="take 1 or more, not 0"):
-        Repeated(0)

@@ -169,5 +169,3 @@ def test_bucketed_batches_have_sequences_of_like_length():
 def test_bucketed_asks_for_lengths():
     with pytest.raises(ValueError, match="Bucketed looks at the lengths of sequences"):
         Bucketed().prepare(5, 2, 0)
-    with pytest.raises(ValueError, match="window is 0"):
-        Bucketed(0)

@@ -356,7 +356,7 @@ def test_wrong_interval() -> None:
     result = run_here(*FIT, "--trainer.callbacks", f"[{last}]")
     assert result.code == 2
     (line,) = errors(result)
-    assert "every_n_steps is 0: write a number of optimizer steps, or null" in line
+    assert "every_n_steps is 0: write a whole number of at least 1" in line
 
 
 def test_signals_are_as_before_after_training() -> None:

@@ -1,10 +1,12 @@
 """A command loads quickly, and leaves no trace of how."""
 
+import re
 import resource
 import subprocess
 import sys
 
 import pytest
+from helpers import run_here
 
 CODE = """
 import gc, sys
@@ -62,3 +64,13 @@ def test_help_takes_less_than_50_milliseconds_more_than_python() -> None:
     rounds = [(seconds("-m", "batchwise", "--help"), seconds("-c", "pass")) for _ in range(10)]
     ours, bare = (min(times) for times in zip(*rounds, strict=True))
     assert ours - bare < 0.05
+
+
+def test_the_flags_of_the_short_help_are_there() -> None:
+    short, long = run_here("--help"), run_here("fit", "--help").out
+    flags = set(re.findall(r"--([\w.]+)", short.out)) - {"KEY", "help", "config"}
+    assert len(flags) > 8
+    # Those of a class are listed where its class is known.
+    assert {flag for flag in flags if f"--{flag}" not in long} <= {
+        *("data.batch_size", "data.micro_batch_size", "model.optimizer.lr")
+    }

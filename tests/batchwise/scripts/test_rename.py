@@ -32,8 +32,9 @@ def test_there_and_back(copy: Any) -> None:
 
 
 def test_bad_names_are_refused(copy: Any) -> None:
+    other = f"other_{copy.package}"
     (copy.root / "configs").mkdir(exist_ok=True)
-    (copy.root / "configs" / "mine.yaml").write_text("data: petals.data.Petals\n")
+    (copy.root / "configs" / "mine.yaml").write_text(f"data: {other}.data.Petals\n")
     (copy.root / "src" / "leaves").mkdir()
     (copy.root / "src" / "leaves" / "__init__.py").touch()
     copy.commit("a package besides")
@@ -44,7 +45,7 @@ def test_bad_names_are_refused(copy: Any) -> None:
         "match": "is a word of Python: write another name",
         "json": "is a module of Python's standard library: write another name",
         "batchwise": "is the engine: write another name",
-        "petals": "is already used in configs/mine.yaml: write another name",
+        other: "is already used in configs/mine.yaml: write another name",
         "leaves": "is already used in src/leaves: write another name",
     }.items():
         done = copy.script("rename", name)

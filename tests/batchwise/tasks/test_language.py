@@ -123,5 +123,3 @@ def test_sequences_are_classified_by_the_same_task_as_pictures() -> None:
 def test_a_network_without_logits_per_token() -> None:
     with pytest.raises(ValueError, match=r"gives the shape \[2, 3\]: logits \[N, T, V\] are needed"):
         Language(Transformer(width=8, heads=2)).check(None, torch.zeros(2, 3))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"model.sample_length is -1"):
-        Language(Transformer(width=8, heads=2), sample_length=-1)

@@ -82,7 +82,7 @@ def test_always_the_mean_has_a_loss_of_one() -> None:
 def test_a_constant_target() -> None:
     model, data = prepared(Regression, torch.full((30,), 7.0), 1)
     assert model.losses(data.examples("train", 30)).isfinite().all()
-    assert (model.target_mean.item(), model.target_deviation.item()) == (7, 1)
+    assert (model.target_mean.item(), model.target_std.item()) == (7, 1)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_it_learns_and_predicts_on_any_devices(lines: tuple[object, ...]) -> Non
     assert fitted.code == 0, fitted.err
     weights = fitted.checkpoint()["state_dict"]
     assert weights["target_mean"].tolist() == pytest.approx([1e6, 0], rel=0.02, abs=0.02)
-    assert weights["target_deviation"][0].item() == pytest.approx(1e4, rel=0.3)
+    assert weights["target_std"][0].item() == pytest.approx(1e4, rel=0.3)
     one = predictions(run_here("predict", *lines, "--ckpt_path", "last", "--predictions", "./one.csv"), "one.csv")
     x = torch.randn(60, 3, generator=torch.Generator().manual_seed(len("test")), dtype=torch.float64)
     for number, row in enumerate(one):

@@ -2,11 +2,12 @@
 
 import re
 import tomllib
+from pathlib import Path
 
 import pytest
-from helpers import ROOT
 from packaging.requirements import Requirement
 
+ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
