@@ -154,7 +154,7 @@ def test_repeats_within_a_batch() -> None:
 @pytest.mark.usefixtures("planted")
 def test_mistakes_are_one_line_and_leave_nothing() -> None:
     for result, words in (
-        (inspect_planted("none", "--seconds", 0), "seconds is 0.0: write a number above 0"),
+        (inspect_planted("none", "--seconds", 0), "seconds is 0: write a number above 0"),
         (inspect_planted("no data"), "nosuch.npy"),
         (inspect_planted("none", "--data.batch_size", 0), "data.batch_size is 0"),
         (inspect_planted("none", "--ckpt_path", "last"), "ckpt_path"),

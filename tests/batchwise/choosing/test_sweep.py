@@ -172,7 +172,7 @@ def test_picture(tmp_path: Path) -> None:
         (("--batch_sizes", "0"), "batch_sizes is '0'"),
         (("--target", "accuracy>=0.9"), "target is 'accuracy>=0.9': write val/loss or val/accuracy"),
         (("--seeds", 0), "seeds is 0"),
-        (("--val_share", 0), "val_share is 0.0"),
+        (("--val_share", 0), "val_share is 0"),
         (
             ("--trainer.max_epochs", -1, "--model.schedule.shape", "constant", "--model.schedule.warmup", 0),
             "max_epochs",

@@ -194,7 +194,7 @@ def test_an_interrupt_shows_what_is_known(monkeypatch: pytest.MonkeyPatch) -> No
     ("arguments", "line"),
     [
         (("--steps", 39), "steps is 39: the noise scale needs at least 40"),
-        (("--memory_gib", 0), "memory_gib is 0.0: write a number above 0"),
+        (("--memory_gib", 0), "memory_gib is 0: write a number above 0"),
         (("--data.batch_size", "null"), "data.batch_size is not set"),
     ],
 )
