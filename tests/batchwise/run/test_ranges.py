@@ -49,3 +49,10 @@ def test_classes(flag: str, words: str) -> None:
     assert result.code == 2
     (line,) = result.err.splitlines()
     assert f"{words}: {AT_LEAST_1}" in line
+
+
+def test_a_text_of_negative_length() -> None:
+    network = "{class_path: batchwise.models.transformer.Transformer}"
+    model = ("--model", "batchwise.tasks.language.Language", "--model.network", network)
+    result = run_here("fit", "--data", "batchwise.sources.digits.Digits", *model, "--model.sample_length", -1)
+    assert result.err == "error: model.sample_length is -1: write a whole number of at least 0\n"

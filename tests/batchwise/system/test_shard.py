@@ -55,4 +55,4 @@ def test_fsdp_of_the_first_kind_is_refused() -> None:
         pytest.skip("Lightning has it on GPUs only")
     result = run_here(*FIT, "--trainer.strategy", "fsdp", "--trainer.devices", 1)
     assert result.code == 2
-    assert "configs/overlays/fsdp.yaml" in result.err
+    assert "lightning.pytorch.strategies.ModelParallelStrategy" in result.err
