@@ -12,7 +12,7 @@ the first one drew. A batch that is one micro-batch on one device needs no first
 """
 
 from dataclasses import replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.plugins.precision import Precision
@@ -27,28 +27,11 @@ from batchwise.errors import TrainingStopped
 from batchwise.models import place
 from batchwise.ranges import PositiveInt
 from batchwise.tasks.coupled import CoupledLoss, Pairs, retrieved
-from batchwise.tasks.groups import Groups, join, present, spread
+from batchwise.tasks.groups import Ahead, Groups, join, present, spread
 from batchwise.tasks.memory import is_out_of_memory
 from batchwise.tasks.step import begin, reduce
 from batchwise.tasks.task import Task
 from batchwise.tasks.trying import outputs_of
-
-
-class Ahead(NamedTuple):
-    """What the first pass has found of the whole batch. It is the same on all devices."""
-
-    losses: Tensor
-    """Of each example, [B]."""
-    weights: Tensor
-    """Of these losses, [B]."""
-    gradients: list[Tensor]
-    """Of the sum of weighted losses with respect to the embeddings, [B, ...] each."""
-    own: list[tuple[nn.Parameter, Tensor]]
-    """Parameters that the loss itself uses, such as a temperature, with their gradients of that sum."""
-    answers: tuple[Tensor, Tensor] | None
-    """Of retrieval, and their weights, [B]; None: not wanted."""
-    parts: int
-    """Micro-batches over all devices, with those that stand in."""
 
 
 class Contrastive(Task):
@@ -83,6 +66,8 @@ class Contrastive(Task):
         self.loss, self.group_size = loss, group_size
         self._ahead: Ahead | None = None
         self._groups: Groups | None = None
+        self._compares = True
+        """Whether evaluation gives as many embeddings of an example as the loss compares."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -127,6 +112,7 @@ class Contrastive(Task):
     def check(self, data: DataModule, outputs: Any) -> None:
         """Try the loss on a few training examples, and refuse what cannot be with coupled examples."""
         name, trainer = type(self).__name__, data.trainer
+        self._compares = len(outputs.inputs) >= self._views
         if self.group_size is None and data.batch_size is None:
             raise ValueError("model.group_size is not set, and neither is data.batch_size: write model.group_size")
         if data.plan is None:
@@ -146,6 +132,15 @@ class Contrastive(Task):
                     f"gives {len(whole.inputs)}: return more, or write batchwise.data.views.Views under data.augment"
                 )
             self._pairs(whole)
+
+    def metric_names(self) -> list[str]:
+        """Leave the loss out, where evaluation has too few views of an example for it."""
+        return [name for name in super().metric_names() if self._compares or name != "val/loss"]
+
+    def record(self, values: dict[str, Tensor]) -> None:
+        """Leave the loss out, where evaluation has too few views of an example for it."""
+        none = () if self._compares else ("val/loss", "test/loss")
+        super().record({name: value for name, value in values.items() if name not in none})
 
     # The loss
 

@@ -4,10 +4,10 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from math import ceil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from batchwise.batching.loader import MicroBatch
 from batchwise.batching.plan import cut
@@ -15,6 +15,23 @@ from batchwise.tasks.step import reduce
 
 if TYPE_CHECKING:
     from batchwise.tasks.task import Task
+
+
+class Ahead(NamedTuple):
+    """What the first pass has found of the whole batch. It is the same on all devices."""
+
+    losses: Tensor
+    """Of each example, [B]."""
+    weights: Tensor
+    """Of these losses, [B]."""
+    gradients: list[Tensor]
+    """Of the sum of weighted losses with respect to the embeddings, [B, ...] each."""
+    own: list[tuple[nn.Parameter, Tensor]]
+    """Parameters that the loss itself uses, such as a temperature, with their gradients of that sum."""
+    answers: tuple[Tensor, Tensor] | None
+    """Of retrieval, and their weights, [B]; None: not wanted."""
+    parts: int
+    """Micro-batches over all devices, with those that stand in."""
 
 
 class Groups:
