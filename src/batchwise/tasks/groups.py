@@ -95,8 +95,10 @@ def join(size: int, parts: list[MicroBatch], add: Callable[[Tensor], Tensor] = l
 
 
 def _weighted(batch: MicroBatch) -> MicroBatch:
-    ones = torch.ones(len(batch), device=batch.inputs[0].device)
-    return replace(batch, weights=ones) if batch.weights is None else batch
+    """Return the batch with weights, which are of one type on all devices."""
+    like = batch.inputs[0]
+    weights = like.new_ones(len(batch)) if batch.weights is None else batch.weights.to(like)
+    return replace(batch, weights=weights)
 
 
 def _tensors(batch: MicroBatch) -> list[Tensor]:

@@ -209,6 +209,7 @@ def test_what_a_resume_goes_on_with(tmp_path: Path) -> None:
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[object, ...]:
     here = Path(__file__).parent
+    monkeypatch.syspath_prepend(str(here))
     monkeypatch.setenv("PYTHONPATH", f"{here}:{here.parent}:{here.parents[2] / 'src'}")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     Path("own.yaml").write_text(
