@@ -20,8 +20,13 @@ from batchwise.batching.random import mix
 from batchwise.batching.schedule import Milestones
 from batchwise.callbacks.checkpoint import Last
 from batchwise.callbacks.noise_scale import NoiseScale
+from batchwise.data.augment import Affine, ShiftCrop
+from batchwise.data.mixing import MixUp
+from batchwise.data.views import Views
 from batchwise.models import place
+from batchwise.models.convnet import ConvNet
 from batchwise.models.dropout import Dropout
+from batchwise.sources.digits import Digits
 from batchwise.tasks.contrastive import Contrastive
 from batchwise.tasks.coupled import CoupledLoss, InfoNCE, SupCon, Triplet
 from batchwise.tasks.step import DRAWS
@@ -483,3 +488,31 @@ def test_a_loss_that_evaluation_cannot_have_is_not_measured() -> None:
     assert "val/loss" not in trainer.callback_metrics
     assert "val/loss" not in task.metric_names()
     assert float(trainer.callback_metrics["val/top1"]) > 0.4
+
+
+# Views of images
+
+
+def test_views_are_drawn_for_each_example_and_not_for_micro_batches() -> None:
+    tasks = []
+    for size in (None, 30):
+        views = Views([Affine(degrees=15, scale=(0.8, 1.2)), ShiftCrop(1)], count=3)
+        data = Digits(classes=[3, 8], batch_size=100, micro_batch_size=size, augment=[views], seed=1)
+        torch.manual_seed(1)
+        task = Contrastive(ConvNet(num_classes=4, channels=[4]).double(), SupCon(supervised=False), optimizer=sgd)
+        tasks.append(small.fit(task, data, max_epochs=1)[0])
+        first = data.to_device(data.examples("train", 5), torch.device("cpu"), training=True).inputs
+        later = data.to_device(data.examples("train", 9), torch.device("cpu"), training=True).inputs
+        assert len(first) == 3
+        assert all(torch.equal(few, many[:5]) for few, many in zip(first, later, strict=True))
+        assert not any(torch.equal(first[0][one], first[1][one]) for one in range(5))
+    assert small.furthest(*tasks) < 1e-12
+
+
+def test_views_of_what_is_no_image_or_of_mixtures_are_refused() -> None:
+    data = small.Points(augment=[Views([ShiftCrop(1)])])
+    assert refused(Contrastive(small.network(), SupCon()), data) == (
+        "ShiftCrop takes images [N, C, H, W], but the inputs are [4, 5]"
+    )
+    with pytest.raises(ValueError, match=r"Views.steps has MixUp, which mixes examples: leave it out"):
+        Views([MixUp()])
