@@ -209,8 +209,9 @@ class Contrastive(Task):
         with torch.no_grad():
             for micro_batch in batch.micro_batches:
                 begin(self, micro_batch, key)
+                copy = micro_batch._map(torch.clone)  # because a transform may work in place
                 with context():
-                    parts.append(self._outputs(self.data.to_device(micro_batch, self.device, training=True)))
+                    parts.append(self._outputs(self.data.to_device(copy, self.device, training=True)))
             for buffer, before in zip(self.buffers(), state, strict=True):
                 buffer.copy_(before)  # what the first pass has moved, such as running statistics, is moved once
             for ghost in self._step.ghosts:

@@ -23,6 +23,7 @@ from batchwise.callbacks.noise_scale import NoiseScale
 from batchwise.data.augment import Affine, ShiftCrop
 from batchwise.data.mixing import MixUp
 from batchwise.data.views import Views
+from batchwise.errors import TrainingStopped
 from batchwise.models import place
 from batchwise.models.convnet import ConvNet
 from batchwise.models.dropout import Dropout
@@ -435,6 +436,31 @@ def test_a_loss_of_ones_own_has_parameters_of_its_own() -> None:
     assert small.furthest(*tasks) < 1e-12
     torch.manual_seed(5)
     assert small.furthest(tasks[0].head, nn.Linear(3, 2, bias=False).double()) > 0.1
+
+
+def test_a_transform_may_work_in_place() -> None:
+    class InPlace(small.Points):
+        def transform(self, batch: MicroBatch, training: bool) -> MicroBatch:
+            batch.inputs.mul_(2)
+            return batch
+
+    tasks = [
+        small.fit(Contrastive(small.network(), SupCon(), optimizer=sgd), InPlace(micro_batch_size=size))[0]
+        for size in (None, 3)
+    ]
+    assert small.furthest(*tasks) < 1e-12
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 4])
+def test_a_loss_that_does_not_fit_at_all_says_so(micro_batch_size: int | None) -> None:
+    class Huge(Contrastive):
+        def pair_losses(self, embeddings: tuple[Tensor, ...], targets: Any) -> Tensor:
+            if torch.is_grad_enabled():
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return embeddings[0].sum(1)
+
+    with pytest.raises(TrainingStopped, match="the loss over 10 examples at once does not fit, whatever the micro-"):
+        small.fit(Huge(small.network()), small.Points(micro_batch_size=micro_batch_size))
 
 
 def test_embeddings_are_predicted() -> None:
