@@ -20,6 +20,7 @@ from batchwise.batching.random import mix
 from batchwise.batching.schedule import Milestones
 from batchwise.callbacks.checkpoint import Last
 from batchwise.callbacks.noise_scale import NoiseScale
+from batchwise.choosing import speed
 from batchwise.data.augment import Affine, ShiftCrop
 from batchwise.data.mixing import MixUp
 from batchwise.data.views import Views
@@ -30,10 +31,11 @@ from batchwise.models.dropout import Dropout
 from batchwise.sources.digits import Digits
 from batchwise.tasks.contrastive import Contrastive
 from batchwise.tasks.coupled import CoupledLoss, InfoNCE, SupCon, Triplet
+from batchwise.tasks.groups import join
 from batchwise.tasks.step import DRAWS
 
 SIZE = 9
-"""Of a batch; so the last one of an epoch of 64 has one example, and of two devices one has none."""
+"""Of a batch; so the last one of an epoch of 64 has one example."""
 
 
 class Fragile(torch.autograd.Function):
@@ -250,7 +252,8 @@ def test_two_devices_are_exact(command: tuple[object, ...]) -> None:
     data.setup("fit")
     network, scale, expected = plain(plain_info_nce, data)
     assert apart(whole, network, scale) < 1e-12
-    two = run_process(*command, *TWO, "--name", "two", "--data.micro_batch_size", 2, "--data.eval_batch_size", 5)
+    # One by one: of nine examples, the first device has four, and another stands in for its fifth.
+    two = run_process(*command, *TWO, "--name", "two", "--data.micro_batch_size", 1, "--data.eval_batch_size", 5)
     assert two.code == 0, two.err
     assert apart(two, network, scale) < 1e-12
     first = run_here(*command, "--name", "on", "--trainer.max_steps", 10, "--data.micro_batch_size", 7)
@@ -267,6 +270,18 @@ def test_two_devices_are_exact(command: tuple[object, ...]) -> None:
         assert ours.keys() == theirs.keys()
         assert len(ours) >= 3
         assert max(abs(ours[step] - theirs[step]) for step in ours) < 1e-12, column
+
+
+def test_a_part_that_stands_in_is_at_no_place_of_the_whole() -> None:
+    def part(first: int, count: int, counts: bool) -> MicroBatch:
+        rows = torch.arange(first, first + count)
+        return MicroBatch((rows[:, None] + 1.0,), rows > 0, rows, None if counts else torch.zeros(1), first, 0, counts)
+
+    whole = join(5, [part(0, 1, False), part(1, 2, True), part(3, 1, True), part(0, 1, False)])
+    assert whole.inputs[0].tolist() == [[0], [2], [3], [4], [0]]
+    assert whole.targets.tolist() == [False, True, True, True, False]
+    assert whole.weights is not None
+    assert whole.weights.tolist() == [0, 1, 1, 1, 0]
 
 
 # Evaluation
@@ -542,3 +557,22 @@ def test_views_of_what_is_no_image_or_of_mixtures_are_refused() -> None:
     )
     with pytest.raises(ValueError, match=r"Views.steps has MixUp, which mixes examples: leave it out"):
         Views([MixUp()])
+
+
+# On the command line
+
+
+def test_tune_and_the_noise_scale_say_that_there_is_none(
+    command: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speed, "_TURN", 0.001)  # seconds
+    tuned = run_here("tune", *command[1:])
+    assert tuned.code == 0, tuned.err
+    assert "no noise scale (the loss couples the examples of a batch, " in tuned.out
+    assert f"learning rate at batch_size {SIZE}: " in tuned.out
+    assert not (tuned.folder / "tuned.yaml").exists()
+    noise = ("--trainer.callbacks", "batchwise.callbacks.noise_scale.NoiseScale")
+    result = run_here(*command, *noise)
+    assert result.code == 2
+    assert result.err.count("\n") == 1
+    assert result.err.startswith("error: trainer.callbacks has NoiseScale, but the loss of Noisy couples the examples")
