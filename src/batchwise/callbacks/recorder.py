@@ -22,11 +22,14 @@ class Recorder(Callback):
 
     def __init__(self) -> None:
         self._saved: dict[str, Any] | None = None
+        self._learnt: dict[str, bool] = {}
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Prepare the task, unless that was done before."""
         if not isinstance(pl_module, Task):
-            return
+            raise TypeError(
+                f"{type(pl_module).__name__} is no batchwise.Task: write `losses` in one, or use lightning.Trainer"
+            )
         self._saved = None
         if stage == "fit":  # nothing of a training before, which may have stopped anywhere; a checkpoint comes later
             pl_module._measures.start_training()
@@ -34,85 +37,90 @@ class Recorder(Callback):
             pl_module._rates.taken = set()
         # Lightning loads the weights before it converts the module: into float32, which 64-true would not survive.
         trainer.precision_plugin.convert_module(pl_module)
-        if pl_module._measures.metrics is None:
+        tried, plan = pl_module._measures.tried, pl_module.data.plan
+        if not tried or (stage == "fit" and tried is not plan):
             pl_module.prepare(pl_module.data, SPLITS[stage][0])
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_fit_start(self, trainer: Any, pl_module: Task) -> None:
         """Refuse what an overridden `configure_optimizers` must not give."""
-        if isinstance(pl_module, Task):
-            pl_module._step.wrapped(pl_module)
-            for optimizer in trainer.optimizers:
-                refuse(optimizer)
-            if isinstance(trainer.strategy.model, DistributedDataParallel):
-                # Each device computes the same running statistics, or none. To copy those of the first device over
-                # the others before every forward pass is a cost, and would undo exact ones.
-                trainer.strategy.model.broadcast_buffers = False
+        self._learnt = _learning(pl_module)
+        pl_module._step.wrapped(pl_module)
+        for optimizer in trainer.optimizers:
+            refuse(optimizer)
+        if isinstance(trainer.strategy.model, DistributedDataParallel):
+            # Each device computes the same running statistics, or none. To copy those of the first device over the
+            # others before every forward pass is a cost, and would undo exact ones.
+            trainer.strategy.model.broadcast_buffers = False
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Any, pl_module: Task) -> None:
         """Begin a training."""
-        if isinstance(pl_module, Task):
-            pl_module._step.start(pl_module)
-            pl_module._rates.start(pl_module)
-            states = (self._saved or {}).get("optimizer_states") or [None] * len(trainer.optimizers)
-            for optimizer, state in zip(trainer.optimizers, states, strict=False):
-                take_states(optimizer, state if pl_module.device_mesh is None else None)
-                start_momenta(optimizer)
-            self._saved = None
+        saved, self._saved = self._saved or {}, None
+        for name, learns in saved.get(KEY, {}).get("learning", {}).items():
+            pl_module.get_parameter(name).requires_grad_(learns)
+        pl_module._step.start(pl_module)
+        pl_module._rates.start(pl_module)
+        states = saved.get("optimizer_states") or [None] * len(trainer.optimizers)
+        for optimizer, state in zip(trainer.optimizers, states, strict=False):
+            take_states(optimizer, state if pl_module.device_mesh is None else None)
+            start_momenta(optimizer)
 
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_epoch_end(self, trainer: Any, pl_module: Task) -> None:
         """Give the exact mean loss of the epoch."""
-        if isinstance(pl_module, Task):
-            mean = pl_module._measures.end_epoch()
-            pl_module.record({"train/loss_epoch": torch.tensor(mean, dtype=torch.float64)})
+        mean = pl_module._measures.end_epoch()
+        pl_module.record({"train/loss_epoch": torch.tensor(mean, dtype=torch.float64)})
 
-    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_validation_epoch_start(self, trainer: Any, pl_module: Task) -> None:
         """Begin an evaluation."""
-        if isinstance(pl_module, Task):
-            pl_module._measures.start_evaluation(pl_module)
+        pl_module._measures.start_evaluation(pl_module)
 
-    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Task) -> None:
         """Give the exact loss and the metrics."""
-        if isinstance(pl_module, Task):
-            pl_module.record(pl_module._measures.end_evaluation(pl_module, "val"))
+        pl_module.record(pl_module._measures.end_evaluation(pl_module, "val"))
 
-    def on_test_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_test_epoch_start(self, trainer: Any, pl_module: Task) -> None:
         """Begin an evaluation."""
-        self.on_validation_epoch_start(trainer, pl_module)
+        pl_module._measures.start_evaluation(pl_module)
 
-    def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_test_epoch_end(self, trainer: Any, pl_module: Task) -> None:
         """Give the exact loss and the metrics."""
-        if isinstance(pl_module, Task):
-            pl_module.record(pl_module._measures.end_evaluation(pl_module, "test"))
+        pl_module.record(pl_module._measures.end_evaluation(pl_module, "test"))
 
     # Checkpoints
 
-    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Keep the sums; number the optimizer's parameters as the model has them.
+    def on_save_checkpoint(self, trainer: Any, pl_module: Task, checkpoint: dict[str, Any]) -> None:
+        """Keep the sums, and what learns; number the optimizer's parameters as the model has them.
 
         PyTorch numbers them as the optimizer's groups have them, and takes any numbers where it loads; a sharded
         strategy takes those of the model for granted.
         """
-        if not isinstance(pl_module, Task):
-            return
+        learning = _learning(pl_module)
         checkpoint[KEY] = {
             "sums": pl_module._measures.state(),
             "skipped_in_a_row": pl_module._step.finite.skipped_in_a_row,
             "rates_taken": sorted(pl_module._rates.taken),
+            # That callbacks have thawed or frozen since training began; after a resume they may not do it again.
+            "learning": {name: now for name, now in learning.items() if now != self._learnt.get(name, now)},
         }
         if pl_module.device_mesh is not None:
             return  # it has
         numbers = {parameter: number for number, parameter in enumerate(pl_module.parameters())}
         for optimizer, state in zip(trainer.optimizers, checkpoint.get("optimizer_states", []), strict=False):
-            ours = [numbers[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            # A parameter need not be one of the model's.
+            ours = [numbers.setdefault(parameter, len(numbers)) for parameter in parameters]
             state["state"] = {ours[number]: values for number, values in state["state"].items()}
             for group in state["param_groups"]:
                 group["params"] = [ours[number] for number in group["params"]]
 
-    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: Any, pl_module: Task, checkpoint: dict[str, Any]) -> None:
         """Go on with the sums."""
         state = checkpoint.get(KEY)
-        if isinstance(pl_module, Task) and state and trainer.state.fn == "fit":
+        if state and trainer.state.fn == "fit":
             pl_module._measures.restore(state["sums"])
             pl_module._step.finite.skipped_in_a_row = state["skipped_in_a_row"]
             pl_module._rates.taken = set(state["rates_taken"])
             self._saved = checkpoint
+
+
+def _learning(module: Task) -> dict[str, bool]:
+    return {name: parameter.requires_grad for name, parameter in module.named_parameters()}

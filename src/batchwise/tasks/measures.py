@@ -30,6 +30,8 @@ class Measures:
         """What the progress bar shows."""
         self.flops_per_example: float | None = None
         """Of the forward pass; None: not known."""
+        self.tried: Any = False
+        """The plan with which the task was tried for a training; True: only for an evaluation; False: not yet."""
         self.row_is_due = False
         """Whether a row in the log is due after this step."""
 

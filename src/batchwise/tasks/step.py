@@ -73,6 +73,8 @@ class Step:
         """Of the newest step, over all devices; of several players, those of the first."""
         self.batch: Batch | None = None
         """The newest one."""
+        self.examples = 1
+        """That a value counts which is logged now: those of the running micro-batch; after a step, of its batch."""
         self._wrapped: set[int] = set()
 
     def wrapped(self, task: "Task") -> None:
@@ -111,6 +113,7 @@ class Step:
         task._rates.set(task, step)
         for turn, (player, optimizer) in enumerate(task._turns()):
             self._turn(task, batch, player, optimizer, turn)
+        self.examples = batch.size
         return self.sums.loss / (self.sums.count + (self.sums.count == 0))
 
     def _turn(self, task: "Task", batch: Batch, player: str | None, optimizer: Optimizer, turn: int) -> None:
@@ -192,6 +195,7 @@ class Step:
                 # micro-batch begins.
                 place.current = place.Place(key, micro_batch.position, micro_batch.counts)
                 micro_batch.key = key
+                self.examples = len(micro_batch) if micro_batch.counts else 0
                 seed_generator(task.device, key ^ micro_batch.position)
                 # Gradients cross devices once per step, overlapped with the last backward pass.
                 with nullcontext() if number == last and player is None else self._no_sync():

@@ -33,7 +33,7 @@ THE_ENGINES = {
     "test_step": "write losses, and make_metrics",
     "predict_step": "write predictions",
     "configure_model": "make the layers in __init__ of the network",
-    "automatic_optimization": "for several optimizers, see batchwise.tasks.adversarial",
+    "automatic_optimization": "leave it out, or for several optimizers write batchwise.tasks.adversarial.Adversarial",
     "on_before_batch_transfer": "write transform in the data module",
     "on_after_batch_transfer": "write transform in the data module",
     "transfer_batch_to_device": "write transform in the data module",
@@ -70,8 +70,9 @@ class Task(pl.LightningModule, ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for name, remedy in THE_ENGINES.items():
-            if name in vars(cls) and not cls.__module__.startswith("batchwise."):
-                raise TypeError(f"{cls.__name__}.{name} would take the place of the exact step: {remedy}")
+            owner = next(base for base in cls.__mro__ if name in vars(base))  # may be a mixin
+            if not owner.__module__.startswith(("batchwise.", "lightning.")):
+                raise TypeError(f"{owner.__name__}.{name} would take the place of the exact step: {remedy}")
 
     def __init__(
         self,
@@ -134,6 +135,20 @@ class Task(pl.LightningModule, ABC):
             raise TypeError("a Task trains from a batchwise.DataModule: pass datamodule= to the trainer")
         return data
 
+    @property
+    def automatic_optimization(self) -> bool:
+        """Whether Lightning asks for the steps, which here is always so: its schedulers and counters rely on it."""
+        return True
+
+    @automatic_optimization.setter
+    def automatic_optimization(self, value: bool) -> None:
+        if not value:
+            raise ValueError(f"automatic_optimization is {value}: {THE_ENGINES['automatic_optimization']}")
+
+    def log(self, *args: Any, batch_size: int | None = None, **kwargs: Any) -> None:  # type: ignore[override]
+        """Log as in Lightning. By default a value counts as many examples as the micro-batch has that it is of."""
+        super().log(*args, batch_size=self._step.examples if batch_size is None else batch_size, **kwargs)
+
     def forward(self, inputs: Any) -> Tensor:
         """Apply the network to the inputs; a tuple of inputs is passed as several arguments."""
         if self._channels_last and isinstance(inputs, Tensor) and inputs.ndim == 4:
@@ -150,8 +165,13 @@ class Task(pl.LightningModule, ABC):
 
     def record(self, values: dict[str, Tensor]) -> None:
         """Give values to the callbacks (as `monitor` keys) and to the loggers, at the number of steps done."""
-        self.log_dict({name: value.detach().float() for name, value in values.items()}, logger=False, batch_size=1)
-        if self.trainer.is_global_zero and not self.trainer.sanity_checking:
+        fits = self.trainer.state.fn == "fit"  # else Lightning logs them, and returns them from `test`
+        self.log_dict(
+            {name: value.detach().float() for name, value in values.items()},
+            logger=False if fits else None,
+            batch_size=1,
+        )
+        if fits and self.trainer.is_global_zero and not self.trainer.sanity_checking:
             numbers = {name: value.item() for name, value in values.items()}
             for logger in self.trainer.loggers:
                 logger.log_metrics(numbers, step=self.trainer.global_step)
@@ -174,11 +194,20 @@ class Task(pl.LightningModule, ABC):
 
     def configure_model(self) -> None:
         """Lay the network out, shard it, and compile it, as the trainer says."""
-        self._lay_out(getattr(self.trainer, "channels_last", False))
+        trainer: Any = self._trainer  # None in `load_from_checkpoint`
+        self._lay_out(getattr(trainer, "channels_last", False))
         if self.device_mesh is not None:
             shard(self.network, self.device_mesh)
-        if getattr(self.trainer, "compile", False):
-            compile_network(self.network, self.trainer.strategy.root_device)
+        if getattr(trainer, "compile", False):
+            compile_network(self.network, trainer.strategy.root_device)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load, and let what a task has learnt from the data itself, such as a mean, take the shape that was saved."""
+        for name in self._buffers:
+            saved = state_dict.get(prefix + name)
+            if saved is not None:
+                self._buffers[name] = torch.empty_like(saved, device=self.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _lay_out(self, channels_last: bool) -> None:
         """Lay images and the weights of convolutions out with the channels last, or not. Changes speed alone."""
@@ -223,6 +252,7 @@ class Task(pl.LightningModule, ABC):
 
     def _evaluate(self, batch: MicroBatch) -> None:
         measures = self._measures
+        self._step.examples = len(batch)
         loss, count = self._summed_loss(self.data.to_device(batch, self.device, training=False))
         measures.evaluation = measures.evaluation.plus(loss, count)
 
