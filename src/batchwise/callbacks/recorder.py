@@ -3,9 +3,10 @@
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, WeightAveraging
 from torch.nn.parallel import DistributedDataParallel
 
+from batchwise.callbacks.checkpoint import Last
 from batchwise.data.examples import SPLITS
 from batchwise.tasks.making import refuse, start_momenta, take_states
 from batchwise.tasks.task import Task
@@ -86,6 +87,13 @@ class Recorder(Callback):
         pl_module.record(pl_module._measures.end_evaluation(pl_module, "test"))
 
     # Checkpoints
+
+    def on_train_end(self, trainer: Any, pl_module: Task) -> None:
+        """Save, before Lightning's averages take the place of the weights from which training would go on."""
+        if any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks):
+            for callback in trainer.callbacks:
+                if isinstance(callback, Last) and trainer.global_step != callback._saved_at:
+                    callback.save(trainer)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Task, checkpoint: dict[str, Any]) -> None:
         """Keep the sums, and what learns; number the optimizer's parameters as the model has them.
