@@ -472,3 +472,61 @@ def test_a_module_that_is_no_task_is_refused() -> None:
 
     with pytest.raises(TypeError, match=r"^Plain is no batchwise\.Task"):
         small.trainer().fit(Plain(), datamodule=small.Points())
+
+
+# Two processes
+
+TWO: dict[str, Any] = {"strategy": "ddp_fork", "devices": 2}
+
+
+class SomeCount(small.Classify):
+    """Most micro-batches have no target that counts; in one step there is none at all."""
+
+    def losses(self, batch: MicroBatch) -> Any:
+        losses = super().losses(batch)
+        none = self.training and self.trainer.global_step == 3
+        return losses, torch.zeros_like(losses) if none else (batch.targets == 0).to(losses)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.first, self.second = nn.Linear(5, 5).double(), nn.Linear(5, 5).double()
+        self.second.weight = self.first.weight
+        self.last = nn.Linear(5, 3).double()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.second(torch.tanh(self.first(inputs)))))
+
+
+class OneIsWrong(small.Classify):
+    """In two steps, the loss of the last process is not finite."""
+
+    def losses(self, batch: MicroBatch) -> Tensor:
+        losses = super().losses(batch)
+        wrong = self.trainer.global_step in (3, 4) and self.trainer.global_rank == self.trainer.world_size - 1
+        return losses * float("nan") if self.training and wrong else losses
+
+
+TWICE: dict[str, tuple[Callable[[], Any], Callable[[], list[Callback]]]] = {
+    "weights": (lambda: SomeCount(small.network(), optimizer=small.adamw), list),
+    "tied": (lambda: small.Classify(Tied(), optimizer=small.adamw), list),
+    "not finite": (lambda: OneIsWrong(small.network(), optimizer=small.adamw), list),
+    "SWA": (usual, lambda: [swa()]),
+    "EMA": (usual, lambda: [EMAWeightAveraging(decay=0.9)]),
+    "thawed": (
+        lambda: WithBackbone(small.network(), optimizer=small.adamw),
+        lambda: [BackboneFinetuning(1, lambda _: 2.0, backbone_initial_lr=0.01)],
+    ),
+    "logged": (lambda: Logs(small.network(), optimizer=small.adamw), list),
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_two_processes(name: str) -> None:
+    make, callbacks = TWICE[name]
+    one, _ = small.fit(make(), small.Points(micro_batch_size=1), callbacks=callbacks())
+    two, trainer = small.fit(make(), small.Points(micro_batch_size=1), callbacks=callbacks(), **TWO)
+    assert small.furthest(one, two) < 1e-14
+    assert float(trainer.callback_metrics["val/loss"]) < 1.5

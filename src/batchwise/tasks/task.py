@@ -227,7 +227,7 @@ class Task(pl.LightningModule, ABC):
         return optimizer
 
     def _new_optimizer(self) -> Optimizer:
-        return finish(self._make_optimizer(self._tuning.groups(self, self._decay_matrices_only)))
+        return finish(self._make_optimizer(self._tuning.groups(self.named_parameters(), self._decay_matrices_only)))
 
     def _turns(self) -> list[tuple[str | None, Optimizer]]:
         """Return who steps on a batch, one after the other, and with which optimizer."""
