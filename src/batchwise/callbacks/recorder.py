@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerStatus
 from torch.nn.parallel import DistributedDataParallel
 
 from batchwise.data.examples import SPLITS
@@ -57,6 +58,8 @@ class Recorder(Callback):
             for optimizer, state in zip(trainer.optimizers, states, strict=False):
                 take_states(optimizer, state if pl_module.device_mesh is None else None)
                 start_momenta(optimizer)
+            if trainer.is_global_zero:
+                trainer.fit_loop.epoch_loop._results.restore((self._saved or {}).get(KEY, {}).get("logs", []))
             self._saved = None
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -99,6 +102,10 @@ class Recorder(Callback):
             "skipped_in_a_row": pl_module._step.finite.skipped_in_a_row,
             "rates_taken": sorted(pl_module._rates.taken),
         }
+        if pl_module._measures.epoch.count:  # the epoch has begun, and has not ended
+            # In an exception the other devices need not be here.
+            together = trainer.state.status == TrainerStatus.RUNNING
+            checkpoint[KEY]["logs"] = trainer.fit_loop.epoch_loop._results.state(together)
         if pl_module.device_mesh is not None:
             return  # it has
         numbers = {parameter: number for number, parameter in enumerate(pl_module.parameters())}
