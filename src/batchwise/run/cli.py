@@ -188,10 +188,12 @@ class CLI(LightningCLI):
     def before_validate(self) -> None:
         """Check."""
         self._check("validate")
+        self.config_init["validate"]["verbose"] = False  # it is said afterwards
 
     def before_test(self) -> None:
         """Check."""
         self._check("test")
+        self.config_init["test"]["verbose"] = False
 
     def before_predict(self) -> None:
         """Check."""

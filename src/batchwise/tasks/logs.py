@@ -49,8 +49,7 @@ class Entry:
             return other if one is None else one
         if self.meta.is_mean_reduction or self.meta.is_sum_reduction:
             return one[0] + other[0], one[1] + other[1]
-        values = torch.as_tensor(one[0]), torch.as_tensor(other[0])
-        return (torch.maximum if self.meta.is_max_reduction else torch.minimum)(*values), 1.0
+        return (max if self.meta.is_max_reduction else min)(one[0], other[0]), 1.0
 
     def amount(self, on_step: bool) -> Amount | None:
         """Return what this device has of the step, or of the epoch so far."""
@@ -63,7 +62,7 @@ class Entry:
         amount = self.amount(on_step) if alone or self.local else self.reduced.get(on_step)
         if amount is None or not amount[1]:
             return None
-        total = torch.as_tensor(amount[0])
+        total = amount[0] if isinstance(amount[0], Tensor) else torch.tensor(amount[0], dtype=torch.float64)
         return total / amount[1] if self.meta.is_mean_reduction else total
 
 
@@ -113,17 +112,30 @@ class Results(_ResultCollection):
         **_: Any,
     ) -> None:
         """Add a value to those of its name. The arguments are those of `LightningModule.log`."""
-        if not self.training:  # an evaluation has no steps
-            on_step, on_epoch = False, True
-        meta = _Metadata(fx, name, prog_bar, logger, on_step, on_epoch, reduce_fx)
+        # An evaluation has no steps, so there the value is always that of the whole.
+        meta = _Metadata(
+            fx,
+            name,
+            prog_bar,
+            logger,
+            on_step and (self.training or on_epoch),
+            on_epoch or not self.training,
+            reduce_fx,
+        )
         entry = self.setdefault(f"{fx}.{name}", Entry(meta, rank_zero_only))
         if (entry.meta, entry.local) != (meta, rank_zero_only):
             raise ValueError(f"self.log('{name}', ...) is called twice in {fx}, with different arguments")
         if isinstance(value, Metric):
-            if on_step:
+            if self.training and on_step:
                 raise ValueError(
                     f"self.log('{name}', ...) is given a metric object, whose value in a step would be that of the "
                     "last micro-batch: write on_step=False, on_epoch=True, or log numbers"
+                )
+            in_training = self._trainer.fit_loop.epoch_loop._results
+            if not self.training and any(other.metric is value for other in in_training.values()):
+                raise ValueError(
+                    f"self.log('{name}', ...) is given the same metric object in training and in an "
+                    "evaluation, which would mix them: make one for each"
                 )
             entry.metric = value
             return
@@ -199,7 +211,8 @@ class Results(_ResultCollection):
         metrics = _METRICS(callback={}, log={}, pbar={})
         for entry in self.values():
             meta = entry.meta
-            value = entry.value(on_step, self.world_size == 1) if (meta.on_step if on_step else meta.on_epoch) else None
+            wanted = meta.on_step and self.training if on_step else meta.on_epoch
+            value = entry.value(on_step, self.world_size == 1) if wanted else None
             if value is None:
                 continue
             named = meta.forked_name(on_step)
@@ -266,9 +279,13 @@ class Connector(_LoggerConnector):
     def on_batch_end(self) -> None:
         """Add up the values of the devices, where somebody may read them."""
         trainer = self.trainer
-        if isinstance(results := trainer._results, Results) and results.training and values_are_due(trainer, trainer.global_step):
-            if trainer.lightning_module._step.is_heard:  # else the step has added them up
-                results.add_up()
+        if (
+            isinstance(results := trainer._results, Results)
+            and results.training
+            and values_are_due(trainer, trainer.global_step)
+            and trainer.lightning_module._step.is_heard  # else the step has added them up
+        ):
+            results.add_up()
         super().on_batch_end()
 
     def on_epoch_end(self) -> None:
