@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
@@ -14,8 +14,8 @@ from batchwise.batching.loader import Batch, MicroBatch
 from batchwise.models import place
 from batchwise.tasks.hooks import row_is_due, values_are_due
 
-Amount = tuple[Any, float]
-"""A sum and its weight, or an extreme; a number, or a tensor that is still on the device."""
+Amount = list[Any]
+"""A sum and its weight, or an extreme and 1: numbers, or tensors that are still on the device."""
 
 
 class Entry:
@@ -43,17 +43,31 @@ class Entry:
             self.metric.reset()
             self.metric = None
 
+    def arguments(self) -> list[Any]:
+        """Return the arguments of `self.log`, of plain types."""
+        meta = self.meta
+        return [meta.fx, meta.name, meta.prog_bar, meta.logger, meta.on_step, meta.on_epoch, meta.reduce_fx.__name__]
+
     def combine(self, one: Amount | None, other: Amount | None) -> Amount | None:
         """Return what two amounts are together."""
         if one is None or other is None:
             return other if one is None else one
         if self.meta.is_mean_reduction or self.meta.is_sum_reduction:
-            return one[0] + other[0], one[1] + other[1]
-        return (max if self.meta.is_max_reduction else min)(one[0], other[0]), 1.0
+            return [one[0] + other[0], one[1] + other[1]]
+        return [(max if self.meta.is_max_reduction else min)(one[0], other[0]), 1.0]
 
     def amount(self, on_step: bool) -> Amount | None:
         """Return what this device has of the step, or of the epoch so far."""
         return self.step if on_step else self.combine(self.epoch, self.step)
+
+    def is_sum(self) -> bool:
+        """Return whether values of other devices can be added."""
+        return not self.local and self.metric is None
+
+    def sums(self) -> dict[bool, Amount | None]:
+        """Return the amounts of the step (True) and of the epoch (False), as numbers."""
+        amounts = {True: self.amount(True), False: self.amount(False) if self.meta.on_epoch else None}
+        return {key: None if one is None else [float(value) for value in one] for key, one in amounts.items()}
 
     def value(self, on_step: bool, alone: bool) -> Tensor | None:
         """Return the value of the step or of the epoch, over all devices; None: there is none."""
@@ -64,20 +78,6 @@ class Entry:
             return None
         total = amount[0] if isinstance(amount[0], Tensor) else torch.tensor(amount[0], dtype=torch.float64)
         return total / amount[1] if self.meta.is_mean_reduction else total
-
-
-class Sent(NamedTuple):
-    """An entry as a device tells the others of it, and as a checkpoint keeps it: of plain types."""
-
-    fx: str
-    name: str
-    prog_bar: bool
-    logger: bool
-    on_step: bool
-    on_epoch: bool
-    reduce_fx: str
-    step: tuple[float, float] | None
-    epoch: tuple[float, float] | None
 
 
 class Results(_ResultCollection):
@@ -143,7 +143,7 @@ class Results(_ResultCollection):
         if weight:
             value = value.detach()
             value = value.float() if value.device.type == "mps" else value.double()
-            entry.step = entry.combine(entry.step, (value * weight if meta.is_mean_reduction else value, weight))
+            entry.step = entry.combine(entry.step, [value * weight if meta.is_mean_reduction else value, weight])
 
     def _weight(self, batch_size: int | None) -> float:
         """Return the number of examples that a value is of: of the micro-batch that runs, else of the batch."""
@@ -183,28 +183,19 @@ class Results(_ResultCollection):
         """Add up the values over all devices; all of them must call it."""
         if self.world_size == 1:
             return
-        mine = [self._sent(entry) for entry in self.values() if not entry.local and entry.metric is None]
+        mine = [(entry.arguments(), entry.sums()) for entry in self.values() if entry.is_sum()]
         for entry in self.values():
             entry.reduced = {}
         of_all: list[Any] = [None] * self.world_size
         torch.distributed.all_gather_object(of_all, mine)
-        for sent in (sent for device in of_all for sent in device):
-            entry = self._entry(sent)
-            for on_step, amount in ((True, sent.step), (False, sent.epoch)):
+        for arguments, sums in (sent for device in of_all for sent in device):
+            entry = self._entry(arguments)
+            for on_step, amount in sums.items():
                 entry.reduced[on_step] = entry.combine(entry.reduced.get(on_step), amount)
 
-    @staticmethod
-    def _sent(entry: Entry) -> Sent:
-        meta = entry.meta
-        step, epoch = (
-            None if amount is None else (float(amount[0]), float(amount[1]))
-            for amount in (entry.amount(True), entry.amount(False) if meta.on_epoch else None)
-        )
-        names = (meta.fx, meta.name, meta.prog_bar, meta.logger, meta.on_step, meta.on_epoch, meta.reduce_fx.__name__)
-        return Sent(*names, step, epoch)
-
-    def _entry(self, sent: Sent) -> Entry:
-        return self.setdefault(f"{sent.fx}.{sent.name}", Entry(_Metadata(*sent[:7])))
+    def _entry(self, arguments: list[Any]) -> Entry:
+        fx, name, *_ = arguments
+        return self.setdefault(f"{fx}.{name}", Entry(_Metadata(*arguments)))
 
     def metrics(self, on_step: bool) -> _METRICS:
         """Return the values for callbacks, loggers and the progress bar, by their names there."""
@@ -245,16 +236,15 @@ class Results(_ResultCollection):
             self.add_up()
         found = []
         for entry in self.values():
-            if entry.meta.on_epoch and entry.metric is None and not entry.local:
-                epoch = entry.reduced.get(False) if together and self.world_size > 1 else entry.amount(False)
-                sent = self._sent(entry)
-                found.append([*sent[:7], None if epoch is None else [float(value) for value in epoch]])
+            if entry.is_sum() and entry.meta.on_epoch:
+                sums = entry.reduced if together and self.world_size > 1 else entry.sums()
+                found.append([*entry.arguments(), sums.get(False)])
         return found
 
     def restore(self, state: list[list[Any]]) -> None:
         """Go on with the sums of a checkpoint, in the first process."""
-        for *names, epoch in state:
-            self._entry(Sent(*names, None, None)).epoch = None if epoch is None else tuple(epoch)
+        for *arguments, epoch in state:
+            self._entry(arguments).epoch = epoch
 
 
 class Connector(_LoggerConnector):
@@ -278,12 +268,13 @@ class Connector(_LoggerConnector):
 
     def on_batch_end(self) -> None:
         """Add up the values of the devices, where somebody may read them."""
-        trainer = self.trainer
+        trainer: Any = self.trainer
+        task = trainer.lightning_module
         if (
             isinstance(results := trainer._results, Results)
             and results.training
             and values_are_due(trainer, trainer.global_step)
-            and trainer.lightning_module._step.is_heard  # else the step has added them up
+            and task._step.is_heard  # else the step has added them up
         ):
             results.add_up()
         super().on_batch_end()

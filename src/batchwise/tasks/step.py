@@ -77,7 +77,7 @@ class Step:
         self.batch: Batch | None = None
         """The newest one."""
         self._wrapped: set[int] = set()
-        self._results = Results(None, True)
+        self._results: Any = Results(None, True)
 
     def wrapped(self, task: "Task") -> None:
         """Note which parameters the strategy knows, as soon as it has wrapped the module."""

@@ -30,7 +30,7 @@ FLAGS = {
 class Memory(Logger):
     """Keeps the rows that a logger gets."""
 
-    name, version = "memory", 0
+    name, version = "memory", 0  # pyright: ignore[reportAssignmentType]
 
     def __init__(self) -> None:
         self.rows: list[tuple[int | None, dict[str, float]]] = []
@@ -333,3 +333,11 @@ def test_every_logger_on_any_devices(
             check(run.rows, data, flags, name)
             check(lambda name: in_wandb(run, name), data, flags, name)
             check(lambda name: in_tensorboard(run, name), data, flags, name, 1e-6)  # which keeps float32
+
+
+def test_the_example_of_the_documents() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "callbacks.md").read_text()
+    names: dict[str, Any] = {"__name__": "example"}
+    exec(page.split("```python\n")[1].split("```")[0], names)
+    _, made = fit(names["Confident"](network(), optimizer=adamw))
+    assert 1 / 3 < made.callback_metrics["confidence_epoch"] < 1
