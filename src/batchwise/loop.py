@@ -17,6 +17,7 @@ from batchwise.callbacks.checkpoint import Last
 from batchwise.data.module import DataModule
 from batchwise.errors import Mistake
 from batchwise.tasks.hooks import STEP_HOOKS, is_ours, listeners, listens
+from batchwise.tasks.logs import Results
 from batchwise.tasks.task import Task
 
 KNOWN = ("2.6.6",)
@@ -49,6 +50,7 @@ class EpochLoop(_TrainingEpochLoop):
     def __init__(self, trainer: Any, min_steps: int | None = None, max_steps: int = -1) -> None:
         super().__init__(trainer, min_steps=min_steps, max_steps=max_steps)
         self.automatic_optimization = BatchOptimization(trainer)
+        self._results = Results(trainer, training=True)
         self._is_short = False
         self._validates: bool | None = None
         self._at_start: list[Any] = []

@@ -20,6 +20,7 @@ from batchwise.checkpoints import DurableIO
 from batchwise.errors import Mistake
 from batchwise.loop import EpochLoop
 from batchwise.ranges import PositiveInt
+from batchwise.tasks.logs import Connector, Results
 
 REFUSED = {
     "overfit_batches": "trainer.limit_train_batches, with data.order batchwise.batching.order.Sequential",
@@ -113,6 +114,9 @@ class Trainer(pl.Trainer):
             )
         # As Lightning does with its own.
         self.fit_loop.epoch_loop = EpochLoop(self, min_steps=self.min_steps, max_steps=self.max_steps)
+        for loop in (self.fit_loop.epoch_loop.val_loop, self.validate_loop, self.test_loop):
+            loop._results = Results(self, training=False)
+        self._logger_connector = Connector(self)
         self.phases = Phases()
 
     def _run(self, *arguments: Any, **keywords: Any) -> Any:

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.trainer.states import TrainerStatus
 from torch.nn.parallel import DistributedDataParallel
 
 from batchwise.callbacks.checkpoint import Last
@@ -64,6 +65,8 @@ class Recorder(Callback):
         for optimizer, state in zip(trainer.optimizers, states, strict=False):
             take_states(optimizer, state if pl_module.device_mesh is None else None)
             start_momenta(optimizer)
+        if trainer.is_global_zero:
+            trainer.fit_loop.epoch_loop._results.restore(saved.get(KEY, {}).get("logs", []))
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Task) -> None:
         """Give the exact mean loss of the epoch."""
@@ -109,6 +112,10 @@ class Recorder(Callback):
             # That callbacks have thawed or frozen since training began; after a resume they may not do it again.
             "learning": {name: now for name, now in learning.items() if now != self._learnt.get(name, now)},
         }
+        if pl_module._measures.epoch.count:  # the epoch has begun, and has not ended
+            # In an exception the other devices need not be here.
+            together = trainer.state.status == TrainerStatus.RUNNING
+            checkpoint[KEY]["logs"] = trainer.fit_loop.epoch_loop._results.state(together)
         if pl_module.device_mesh is not None:
             return  # it has
         numbers = {parameter: number for number, parameter in enumerate(pl_module.parameters())}

@@ -145,10 +145,6 @@ class Task(pl.LightningModule, ABC):
         if not value:
             raise ValueError(f"automatic_optimization is {value}: {THE_ENGINES['automatic_optimization']}")
 
-    def log(self, *args: Any, batch_size: int | None = None, **kwargs: Any) -> None:  # type: ignore[override]
-        """Log as in Lightning. By default a value counts as many examples as the micro-batch has that it is of."""
-        super().log(*args, batch_size=self._step.examples if batch_size is None else batch_size, **kwargs)
-
     def forward(self, inputs: Any) -> Tensor:
         """Apply the network to the inputs; a tuple of inputs is passed as several arguments."""
         if self._channels_last and isinstance(inputs, Tensor) and inputs.ndim == 4:
@@ -165,16 +161,32 @@ class Task(pl.LightningModule, ABC):
 
     def record(self, values: dict[str, Tensor]) -> None:
         """Give values to the callbacks (as `monitor` keys) and to the loggers, at the number of steps done."""
-        fits = self.trainer.state.fn == "fit"  # else Lightning logs them, and returns them from `test`
-        self.log_dict(
-            {name: value.detach().float() for name, value in values.items()},
-            logger=False if fits else None,
-            batch_size=1,
-        )
-        if fits and self.trainer.is_global_zero and not self.trainer.sanity_checking:
-            numbers = {name: value.item() for name, value in values.items()}
-            for logger in self.trainer.loggers:
-                logger.log_metrics(numbers, step=self.trainer.global_step)
+        self.log_dict(values, rank_zero_only=True)
+
+    def log(self, name: str, value: Any, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Log a value, in `losses` or in any hook of Lightning's that may log.
+
+        What is logged is exact: in training the value over the whole batch of the step, else that over the epoch or
+        the evaluation, whatever micro-batches and devices it was computed in. Loggers get it at the number of optimizer
+        steps done, callbacks may monitor it.
+
+        Args:
+            name: its name everywhere; `name_step` and `name_epoch` where it is logged in both ways.
+            value: a number or scalar tensor, the mean over the examples of the micro-batch (in hooks: of the batch);
+                or one value per example [N, ...]; or a torchmetrics metric, of which the epoch's value is logged.
+            **kwargs: those of Lightning's `log`. `batch_size` and `sync_dist` are not needed. In an evaluation there
+                are no steps, so `on_step` is left out there.
+
+        Raises:
+            ValueError: a name is logged with different arguments, or a metric object for each step.
+        """
+        if isinstance(value, Tensor) and value.numel() > 1:
+            reduce = kwargs.get("reduce_fx", "mean")
+            kwargs.setdefault("batch_size", value.numel())
+            value = (getattr(torch, reduce) if isinstance(reduce, str) else reduce)(value.detach().double())
+        elif isinstance(value, int | float):
+            value = torch.tensor(float(value), dtype=torch.float64)  # Lightning would round it to float32
+        super().log(name, value, **kwargs)
 
     def train(self, mode: bool = True) -> "Task":
         """Set training mode, but not for frozen batch norms."""
@@ -252,7 +264,6 @@ class Task(pl.LightningModule, ABC):
 
     def _evaluate(self, batch: MicroBatch) -> None:
         measures = self._measures
-        self._step.examples = len(batch)
         loss, count = self._summed_loss(self.data.to_device(batch, self.device, training=False))
         measures.evaluation = measures.evaluation.plus(loss, count)
 
