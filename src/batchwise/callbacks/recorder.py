@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from batchwise.callbacks.checkpoint import Last
 from batchwise.data.examples import SPLITS
 from batchwise.tasks.making import refuse, start_momenta, take_states
+from batchwise.tasks.rehearsal import rehearse
 from batchwise.tasks.task import Task
 
 KEY = "batchwise"
@@ -59,6 +60,8 @@ class Recorder(Callback):
         saved, self._saved = self._saved or {}, None
         for name, learns in saved.get(KEY, {}).get("learning", {}).items():
             pl_module.get_parameter(name).requires_grad_(learns)
+        if not pl_module._measures.rehearsed:
+            rehearse(pl_module, pl_module.data)
         pl_module._step.start(pl_module)
         pl_module._rates.start(pl_module)
         states = saved.get("optimizer_states") or [None] * len(trainer.optimizers)

@@ -1,5 +1,7 @@
 """Dropout that does not depend on how the batch is executed."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,6 +39,34 @@ class Dropout(nn.Module):
     def extra_repr(self) -> str:
         """Show the probability."""
         return f"p={self.p}"
+
+
+class ChannelDropout(Dropout):
+    """Zeroes whole channels of [N, C, ...], as `torch.nn.Dropout2d` does; otherwise it is `Dropout`."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map [N, C, ...] to [N, C, ...]."""
+        kept = super().forward(torch.ones(inputs.shape[:2], dtype=inputs.dtype, device=inputs.device))
+        return inputs * kept.view(*kept.shape, *[1] * (inputs.ndim - 2))
+
+
+EXACT: dict[type, type[Dropout]] = {nn.Dropout: Dropout} | dict.fromkeys(
+    (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d), ChannelDropout
+)
+"""The layers of PyTorch, and those that stand in for them."""
+
+
+def convert_dropout(network: nn.Module) -> int:
+    """Replace PyTorch's dropout layers in a network by exact ones; return their number."""
+    found: list[tuple[nn.Module, str, Any]] = [
+        (parent, name, layer)
+        for parent in network.modules()
+        for name, layer in parent.named_children()
+        if type(layer) in EXACT
+    ]
+    for parent, name, layer in found:
+        setattr(parent, name, EXACT[type(layer)](layer.p).train(layer.training))
+    return len(found)
 
 
 def mask(inputs: Tensor, p: float, number: int) -> Tensor:

@@ -69,6 +69,9 @@ class Adversarial(Task):
             made[name] = finish(make(self._tuning.groups(parameters, self._decay_matrices_only)))
         return Players(made)
 
+    def _players(self) -> list[tuple[str, ...]]:
+        return [(name,) for name in self._steps]
+
     def _turns(self) -> list[tuple[str | None, Optimizer]]:
         players: Any = self.trainer.optimizers[0]
         return [(name, each) for name, each in players.players.items() for _ in range(self._steps[name])]

@@ -33,6 +33,10 @@ class Measures:
         """Of the forward pass; None: not known."""
         self.tried: Any = False
         """The plan with which the task was tried for a training; True: only for an evaluation; False: not yet."""
+        self.logged: set[str] = set()
+        """Names that `losses` logs, as far as they are known before training."""
+        self.rehearsed = False
+        """Whether the losses of some examples were computed before training."""
         self.row_is_due = False
         """Whether a row in the log is due after this step."""
 

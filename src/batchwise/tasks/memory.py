@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from batchwise.tasks.task import Task
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Return whether an error says that a device, or the machine, has no memory left."""
     words = ("out of memory", "can't allocate memory", "not enough memory")
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)

@@ -14,6 +14,7 @@ from batchwise.batching.gradients import Number, weighted_sum
 from batchwise.batching.loader import MicroBatch
 from batchwise.data.module import DataModule
 from batchwise.models.compiled import compile_network
+from batchwise.models.dropout import convert_dropout
 from batchwise.models.norm import convert_batchnorm
 from batchwise.models.shard import shard
 from batchwise.optim.schedule import Schedule
@@ -59,6 +60,8 @@ class Task(pl.LightningModule, ABC):
         freeze: patterns of modules or parameters of the network that do not learn, such as `layers.1` or `*.bias`; a
             frozen batch norm uses and keeps its running statistics.
         lr_factors: factors on the learning rate by such patterns; of several that match, the first counts.
+        exact_dropout: replace PyTorch's dropout layers in the network by layers that draw the same numbers in any
+            micro-batches, on any devices.
         ghost_batch_size: replace the network's batch norms by ghost batch norms over so many examples.
         max_skipped_steps: a step whose loss or gradient is not finite is skipped; after so many in a row training
             stops. 0: do not look (on a GPU, looking waits for the device at each step).
@@ -85,6 +88,7 @@ class Task(pl.LightningModule, ABC):
         init_from: str | None = None,
         freeze: list[str] | None = None,
         lr_factors: dict[str, float] | None = None,
+        exact_dropout: bool = False,
         ghost_batch_size: int | None = None,
         max_skipped_steps: int = 10,
     ) -> None:
@@ -93,6 +97,8 @@ class Task(pl.LightningModule, ABC):
             raise ValueError(
                 f"model.ghost_batch_size is {ghost_batch_size}, but the network has no batch norm: leave it out"
             )
+        if exact_dropout and not convert_dropout(network):
+            raise ValueError("model.exact_dropout is true, but the network has no dropout layer: leave it out")
         self.network = network
         self._make_optimizer, self._decay_matrices_only = optimizer, decay_matrices_only
         self._tuning = FineTuning(network, init_from, freeze or [], lr_factors or {})
@@ -100,6 +106,7 @@ class Task(pl.LightningModule, ABC):
         self._step = Step(network, max_skipped_steps)
         self._measures = Measures()
         self._channels_last = False
+        self._rehearses: DataModule | None = None
         self._tuning.hold_norms(network)
 
     # What a subclass writes
@@ -130,7 +137,7 @@ class Task(pl.LightningModule, ABC):
     @property
     def data(self) -> DataModule:
         """The data module that owns the batching."""
-        data = getattr(self.trainer, "datamodule", None)
+        data = self._rehearses or getattr(self.trainer, "datamodule", None)
         if not isinstance(data, DataModule):
             raise TypeError("a Task trains from a batchwise.DataModule: pass datamodule= to the trainer")
         return data
@@ -180,6 +187,9 @@ class Task(pl.LightningModule, ABC):
         Raises:
             ValueError: a name is logged with different arguments, or a metric object for each step.
         """
+        if self._rehearses is not None:
+            self._measures.logged.add(name)
+            return
         if isinstance(value, Tensor) and value.numel() > 1:
             reduce = kwargs.get("reduce_fx", "mean")
             kwargs.setdefault("batch_size", value.numel())
@@ -241,20 +251,33 @@ class Task(pl.LightningModule, ABC):
     def _new_optimizer(self) -> Optimizer:
         return finish(self._make_optimizer(self._tuning.groups(self.named_parameters(), self._decay_matrices_only)))
 
+    _couples: ClassVar[bool] = False
+    """Whether a loss depends on other examples of the batch, on purpose and exactly."""
+
     def _turns(self) -> list[tuple[str | None, Optimizer]]:
         """Return who steps on a batch, one after the other, and with which optimizer."""
         return [(None, self.trainer.optimizers[0])]
 
     def _summed_loss(self, batch: MicroBatch, *player: str) -> tuple[Tensor, Number]:
         """Return the loss sum and the count of a micro-batch on the device."""
-        losses = self.losses(batch, *player)
-        losses, weights = losses if isinstance(losses, tuple) else (losses, None)
-        if losses.ndim == 0 or len(losses) != len(batch):
-            raise ValueError(
-                f"{type(self).__name__}.losses gave the shape {list(losses.shape)} for {len(batch)} examples: return "
-                "one loss per target (reduction='none'), with the examples in the first dimension"
-            )
+        losses, weights = self._checked_losses(batch, *player)
         return weighted_sum(losses, batch.weights, weights)
+
+    def _checked_losses(self, batch: MicroBatch, *player: str) -> tuple[Tensor, Tensor | None]:
+        """Return the losses of a micro-batch on the device, and their weights (None: all one)."""
+        given = self.losses(batch, *player)
+        losses, weights = given if isinstance(given, tuple) else (given, None)
+        if not isinstance(losses, Tensor) or losses.ndim == 0 or len(losses) != len(batch):
+            what = f"the shape {list(losses.shape)}" if isinstance(losses, Tensor) else f"a {type(given).__name__}"
+            raise ValueError(
+                f"{type(self).__name__}.losses gave {what} for {len(batch)} examples: return one loss per target "
+                "(reduction='none'), with the examples in the first dimension"
+            )
+        return losses, weights
+
+    def _players(self) -> list[tuple[str, ...]]:
+        """Return the further arguments of `losses` in training, for each optimizer."""
+        return [()]
 
     def training_step(self, batch: MicroBatch, batch_idx: int, *player: str) -> tuple[Tensor, Number]:  # type: ignore[override]
         """Return the loss sum and the count of one micro-batch, which is still on the host."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from batchwise.data.module import DataModule
 from batchwise.models.flops import count_flops
 from batchwise.models.norm import batchnorms, has_batchnorm
+from batchwise.tasks.rehearsal import rehearse
 
 if TYPE_CHECKING:
     from batchwise.tasks.task import Task
@@ -43,6 +44,7 @@ def try_task(task: "Task", data: DataModule, split: str) -> None:
     if data.plan is not None:
         with precision.forward_context():
             _check_training(task, data)
+            rehearse(task, data)
     task._measures.make(task.make_metrics(outputs), task.device)
     task._measures.tried = data.plan or True
 

@@ -164,7 +164,7 @@ def test_each_turn_draws_anew() -> None:
     class Draws(Game):
         def losses(self, batch: MicroBatch, player: str = "") -> Tensor:
             if self.training and place.current is not None:
-                keys.append(place.current.key)
+                keys.extend([place.current.key] * place.current.counts)
             return super().losses(batch, player)
 
     small.fit(Draws(Pair(), optimizer={"first": made(0.1), "second": made(0.1)}), max_epochs=1)
