@@ -57,9 +57,11 @@ class EpochLoop(_TrainingEpochLoop):
     def on_run_start(self, data_fetcher: Any) -> None:
         """Find out, at the start of each epoch, who listens."""
         super().on_run_start(data_fetcher)
+        trainer: Any = self.trainer
+        trainer.lightning_module._step.listen(trainer.lightning_module)
         self._validates = None
         self._is_short = self._may_be_short(data_fetcher)
-        own = [callback for callback in self.trainer.callbacks if is_ours(callback)]  # type: ignore[attr-defined]
+        own = [callback for callback in trainer.callbacks if is_ours(callback)]
         self._at_start = [c.on_train_batch_start for c in own if listens(c, "on_train_batch_start")]
         self._at_end = [c.on_train_batch_end for c in own if listens(c, "on_train_batch_end")]
 

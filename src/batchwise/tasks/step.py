@@ -81,10 +81,9 @@ class Step:
         """Note which parameters the strategy knows, as soon as it has wrapped the module."""
         self._wrapped = {id(parameter) for parameter in task.parameters() if parameter.requires_grad}
 
-    def start(self, task: "Task") -> None:
-        """Begin a training: find out who listens to the parts of a step."""
+    def listen(self, task: "Task") -> None:
+        """Find out who listens to the parts of a step, so that the others can be left out."""
         trainer = task.trainer
-        self.stop_requested = False
         self._hears_zero = bool(listeners(trainer, ["on_before_zero_grad"]))
         self._own_zero, self._own_step = listens(task, "optimizer_zero_grad"), listens(task, "optimizer_step")
         # PyTorch's own backward pass and step, where nobody would notice the difference to Lightning's.
