@@ -247,6 +247,33 @@ def test_training_goes_on_from_each_file_of_model_checkpoint(when: dict[str, Any
         assert small.furthest(again, whole) == 0
 
 
+class Counts(Callback):
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def on_before_zero_grad(self, *_: Any) -> None:
+        self.calls.append("zero")
+
+    def on_before_optimizer_step(self, *_: Any) -> None:
+        self.calls.append("step")
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.calls.append("end")
+
+
+def test_who_comes_later_is_heard_from_the_next_epoch_on() -> None:
+    counts = Counts()
+
+    class Adds(Callback):
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            if trainer.current_epoch == 1:
+                trainer.callbacks.append(counts)
+                pl_module.on_after_backward = lambda: counts.calls.append("backward")
+
+    small.fit(callbacks=[Adds()])
+    assert counts.calls == ["zero", "backward", "step", "end"] * 14
+
+
 # Arguments of the trainer
 
 

@@ -60,9 +60,9 @@ class Recorder(Callback):
         saved, self._saved = self._saved or {}, None
         for name, learns in saved.get(KEY, {}).get("learning", {}).items():
             pl_module.get_parameter(name).requires_grad_(learns)
+        pl_module._step.stop_requested = False
         if not pl_module._measures.rehearsed:
             rehearse(pl_module, pl_module.data)
-        pl_module._step.start(pl_module)
         pl_module._rates.start(pl_module)
         states = saved.get("optimizer_states") or [None] * len(trainer.optimizers)
         for optimizer, state in zip(trainer.optimizers, states, strict=False):

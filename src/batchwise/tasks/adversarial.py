@@ -1,4 +1,4 @@
-"""Several networks that are trained against one another, each with an optimizer of its own, such as a GAN."""
+"""Several networks that train against each other, such as a GAN. Each has its own optimizer."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
@@ -14,25 +14,25 @@ from batchwise.tasks.task import Losses, Task
 
 
 class Adversarial(Task):
-    """Players take turns on each global batch; each step has the exact gradient of its player's own loss.
+    """Players take turns on each global batch. Each step has the exact gradient of its player's own loss.
 
-    A player is a part of the network, by the name of the attribute: `network.generator`, `network.discriminator`. On
-    each batch the players step one after the other, in the order of `optimizer`. So one batch is one step for
-    schedules, checkpoints and the log; the losses that are logged are those of the first player. (Goodfellow et al.
-    2014, "Generative adversarial nets", arXiv 1406.2661, algorithm 1.)
+    A player is an attribute of the network, such as `network.generator` and `network.discriminator`. On each batch the
+    players step one after the other, in the order of `optimizer`. One batch is one step for schedules, checkpoints and
+    the log. The logged training loss is that of the first player. (Goodfellow et al. 2014, "Generative adversarial
+    nets", arXiv 1406.2661, algorithm 1.)
 
     Args:
         network: has each player as an attribute.
-        optimizer: that of each player, by its name; a mapping from names to classes as under `Task`.
-        steps: steps of a player per batch, where they are not one.
-        **kwargs: those of `Task`.
+        optimizer: the optimizer of each player, by the player's name.
+        steps: steps per batch, by the player's name; one by default.
+        **kwargs: arguments of `Task`.
 
     Raises:
         ValueError: a player is no part of the network, or has no step; two players share a parameter.
     """
 
     players: ClassVar[tuple[str, ...]] = ()
-    """What a subclass may fix: the names of its players."""
+    """Names of the players, which a subclass may fix."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Adversarial(Task):
 
     @abstractmethod
     def losses(self, batch: MicroBatch, player: str = "") -> Losses:  # type: ignore[override]
-        """Return one loss per target of a player; in evaluation, where `player` is "", of what is to be measured."""
+        """Return one loss per target of a player. In evaluation `player` is "": return the loss to measure."""
 
     def _new_optimizer(self) -> Optimizer:
         made = {}

@@ -1,4 +1,4 @@
-"""A task is tried on a few examples, before anything is trained."""
+"""A trial of a task on a few examples, before training."""
 
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 def try_task(task: "Task", data: DataModule, split: str) -> None:
-    """Take the first weights, apply the network to two examples, check the data, make the metrics.
+    """Load the initial weights, apply the network to two examples, check the data, make the metrics.
 
     Raises:
-        ValueError: the network cannot take the data, or the data does not suit the task.
+        ValueError: the network cannot take the data, the data does not fit the task, or a callback does not work.
     """
     data.check(task.network)
     precision: Any = data.trainer.precision_plugin if data.trainer is not None else Precision()
@@ -62,7 +62,7 @@ def _outputs(task: "Task", inputs: Any, precision: Any) -> Tensor:
             f"example: {str(error).splitlines()[0]}"
         ) from error
     finally:
-        for module, training in modes:  # a part may be meant to stay in evaluation mode
+        for module, training in modes:  # some parts may be in evaluation mode on purpose
             module.training = training
 
 
@@ -75,7 +75,7 @@ REFUSED: dict[type[Callback], str] = {
 
 
 def _refuse_callbacks(task: "Task", callbacks: list[Callback]) -> None:
-    """Raise ValueError for callbacks with which training would be something else than they say."""
+    """Raise ValueError if a callback would not do what it says."""
     for callback in callbacks:
         for kind, remedy in REFUSED.items():
             if isinstance(callback, kind):
