@@ -1,7 +1,8 @@
-"""The engine's own hooks: when an epoch, an evaluation or a training begins and ends, and what a checkpoint keeps."""
+"""The engine's own hooks, at the beginning and end of a training, an epoch and an evaluation, and in checkpoints."""
 
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch.nn.parallel import DistributedDataParallel
@@ -11,44 +12,44 @@ from batchwise.tasks.making import refuse, start_momenta, take_states
 from batchwise.tasks.task import Task
 
 KEY = "batchwise"
-"""Under which a checkpoint keeps what it is to know."""
+"""The key of the engine's state in a checkpoint."""
 
 
 class Recorder(Callback):
-    """Runs the measures, the rates and the step of a task. The trainer has it as its first callback.
+    """Starts and ends the measures, the rates and the step of a task. It is the trainer's first callback.
 
-    It is no hook of the task, so that a user's subclass may override any of those without a thought.
+    None of this is in a hook of the task, so a subclass may override all hooks.
     """
 
     def __init__(self) -> None:
         self._saved: dict[str, Any] | None = None
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Prepare the task, unless that was done before."""
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Prepare the task, unless the command line has done so."""
         if not isinstance(pl_module, Task):
             return
         self._saved = None
-        if stage == "fit":  # nothing of a training before, which may have stopped anywhere; a checkpoint comes later
+        if stage == "fit":  # forget an earlier training; a checkpoint is loaded later
             pl_module._measures.start_training()
             pl_module._step.finite.skipped_in_a_row = 0
             pl_module._rates.taken = set()
-        # Lightning loads the weights before it converts the module: into float32, which 64-true would not survive.
+        # Lightning would load the weights of 64-true into float32, because it converts the module afterwards.
         trainer.precision_plugin.convert_module(pl_module)
         if pl_module._measures.metrics is None:
             pl_module.prepare(pl_module.data, SPLITS[stage][0])
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Refuse what an overridden `configure_optimizers` must not give."""
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse an optimizer that cannot take the exact gradient."""
         if isinstance(pl_module, Task):
             pl_module._step.wrapped(pl_module)
             for optimizer in trainer.optimizers:
                 refuse(optimizer)
             if isinstance(trainer.strategy.model, DistributedDataParallel):
-                # Each device computes the same running statistics, or none. To copy those of the first device over
-                # the others before every forward pass is a cost, and would undo exact ones.
+                # DDP would copy the running statistics of the first device before each forward pass. This takes time,
+                # and would overwrite exact statistics.
                 trainer.strategy.model.broadcast_buffers = False
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin a training."""
         if isinstance(pl_module, Task):
             pl_module._step.start(pl_module)
@@ -59,38 +60,40 @@ class Recorder(Callback):
                 start_momenta(optimizer)
             self._saved = None
 
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Give the exact mean loss of the epoch."""
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the exact mean loss of the epoch."""
         if isinstance(pl_module, Task):
             mean = pl_module._measures.end_epoch()
             pl_module.record({"train/loss_epoch": torch.tensor(mean, dtype=torch.float64)})
 
-    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin an evaluation."""
         if isinstance(pl_module, Task):
             pl_module._measures.start_evaluation(pl_module)
 
-    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Give the exact loss and the metrics."""
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the exact loss and the metrics."""
         if isinstance(pl_module, Task):
             pl_module.record(pl_module._measures.end_evaluation(pl_module, "val"))
 
-    def on_test_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin an evaluation."""
         self.on_validation_epoch_start(trainer, pl_module)
 
-    def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Give the exact loss and the metrics."""
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the exact loss and the metrics."""
         if isinstance(pl_module, Task):
             pl_module.record(pl_module._measures.end_evaluation(pl_module, "test"))
 
     # Checkpoints
 
-    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Keep the sums; number the optimizer's parameters as the model has them.
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Save the sums. Number the optimizer's parameters in the order of the model.
 
-        PyTorch numbers them as the optimizer's groups have them, and takes any numbers where it loads; a sharded
-        strategy takes those of the model for granted.
+        PyTorch numbers them in the order of the optimizer's groups, and loads any numbers. A sharded strategy expects
+        the order of the model.
         """
         if not isinstance(pl_module, Task):
             return
@@ -100,7 +103,7 @@ class Recorder(Callback):
             "rates_taken": sorted(pl_module._rates.taken),
         }
         if pl_module.device_mesh is not None:
-            return  # it has
+            return  # the strategy has numbered them so
         numbers = {parameter: number for number, parameter in enumerate(pl_module.parameters())}
         for optimizer, state in zip(trainer.optimizers, checkpoint.get("optimizer_states", []), strict=False):
             ours = [numbers[parameter] for group in optimizer.param_groups for parameter in group["params"]]
@@ -108,8 +111,10 @@ class Recorder(Callback):
             for group in state["param_groups"]:
                 group["params"] = [ours[number] for number in group["params"]]
 
-    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Go on with the sums."""
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Restore the sums."""
         state = checkpoint.get(KEY)
         if isinstance(pl_module, Task) and state and trainer.state.fn == "fit":
             pl_module._measures.restore(state["sums"])
