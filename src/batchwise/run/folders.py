@@ -4,7 +4,6 @@ import contextlib
 import os
 import time
 from pathlib import Path
-from typing import Any
 
 from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_only
@@ -52,7 +51,7 @@ def choose_folder(root: Path, name: str, checkpoint: Path | None, restart: bool)
     return folder
 
 
-def place_loggers(loggers: Any, folder: Path) -> None:
+def place_loggers(loggers: list | Namespace | bool | None, folder: Path) -> None:
     """Let the `save_dir` of each configured logger lie in the run's folder, and name W&B's run after the folder."""
     for logger in loggers if isinstance(loggers, list) else [loggers]:
         arguments = logger.get("init_args") if isinstance(logger, Namespace) else None

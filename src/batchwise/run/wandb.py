@@ -4,13 +4,14 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch.loggers as loggers
 from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_only
 
 from batchwise.run import program
@@ -120,13 +121,13 @@ class WandbLogger(loggers.WandbLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        """Log metrics; a failure of W&B is said once and ends the logging, not the training."""
+        """Log metrics. A failure of W&B is reported once, and ends the logging but not the training."""
         self._safely(self._log, dict(metrics), step)
 
     def _log(self, metrics: dict[str, Any], step: int | None) -> None:
         run = self.experiment
         if step is None:
-            self._hand_over()  # W&B takes no step after it that comes before
+            self._hand_over()  # W&B accepts no earlier step afterwards
             run.log(metrics)
         elif step <= self._ended_at or all(name.startswith("summary/") for name in metrics):
             run.summary.update(metrics)  # no new point of a curve
@@ -150,7 +151,7 @@ class WandbLogger(loggers.WandbLogger):
 
     @rank_zero_only
     def recent(self) -> list[list[Any]]:
-        """Return what was logged lately, for a checkpoint: lists of a step and its metrics, of which the numbers."""
+        """Return the rows of the last minute for a checkpoint: lists of a step and its metrics that are numbers."""
         rows = [[step, {k: v for k, v in row.items() if isinstance(v, int | float)}] for _, step, row in self._recent]
         return [row for row in rows if row[1]]
 
@@ -164,17 +165,17 @@ class WandbLogger(loggers.WandbLogger):
         """Log pictures."""
         self._safely(super().log_image, key, images, step, **kwargs)
 
-    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
+    def after_save_checkpoint(self, checkpoint_callback: Checkpoint) -> None:
         """Do nothing: checkpoints are uploaded at the end."""
 
     @rank_zero_only
     def log_table(self, key: str, *args: Any, **kwargs: Any) -> None:
-        """Log a table, which texts are too."""
+        """Log a table. Texts are logged as tables too."""
         self._safely(super().log_table, key, *args, **kwargs)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Finish the W&B run, so that its file is whole when training ends.
+        """Finish the W&B run, so that its file is complete when training ends.
 
         If training has failed, the row of the last step is not handed over: metrics may be missing in it. The resumed
         training has them, from the checkpoint.
@@ -215,7 +216,7 @@ class WandbLogger(loggers.WandbLogger):
         parts = list(folder.parent.glob(f"*run-*-{self._id}"))
         return str(folder if len(parts) == 1 else folder.with_name(f"*run-*-{self._id}"))
 
-    def _safely(self, function: Any, *args: Any, **kwargs: Any) -> None:
+    def _safely(self, function: Callable[..., object], *args: Any, **kwargs: Any) -> None:
         if self._broken:
             return
         try:
