@@ -9,6 +9,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_only
 
 from batchwise.data.module import LIMIT_FILE
+from batchwise.host import write_whole
 
 FOLDER = "BATCHWISE_RUN_FOLDER"
 """The environment variable that tells the processes of a training the folder that the first of them made."""
@@ -42,7 +43,10 @@ def choose_folder(root: Path, name: str, checkpoint: Path | None, restart: bool)
     theirs = wait_for_folder(root / name)
     if theirs is not None:
         return theirs
-    folder = _folder_of(checkpoint) if checkpoint else _out_of_memory(root / name) if restart else None
+    if checkpoint and checkpoint.parent.name == "checkpoints":
+        folder = checkpoint.parent.parent
+    else:
+        folder = _out_of_memory(root / name) if restart and not checkpoint else None
     if folder is None:
         folder = _new_folder(root, name)
     else:
@@ -99,9 +103,7 @@ def _share(folder: Path) -> None:
     os.environ[FOLDER] = str(folder)
     note = _note(folder.parent)
     if note:
-        part = note.with_suffix(".part")
-        part.write_text(folder.name)
-        part.replace(note)
+        write_whole(note, folder.name)
 
 
 def _note(parent: Path) -> Path | None:
@@ -126,10 +128,6 @@ def _new_folder(root: Path, name: str) -> Path:
         else:
             return folder
     raise ValueError(_unwritable(stem, "a file is in the way"))
-
-
-def _folder_of(checkpoint: Path) -> Path | None:
-    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else None
 
 
 def _out_of_memory(parent: Path) -> Path | None:

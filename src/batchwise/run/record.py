@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import yaml
 from lightning.pytorch.callbacks import Callback
 
+from batchwise.host import write_whole
 from batchwise.run import folders
 from batchwise.run.wandb import WandbLogger
 from batchwise.tasks.task import Task
@@ -30,9 +31,7 @@ class RunRecord(Callback):
             return
         folders.all_have_met()
         path = Path(trainer.default_root_dir) / ("config.yaml" if self.command == "fit" else f"{self.command}.yaml")
-        part = path.with_name(f".{path.name}.part")
-        part.write_text(yaml.safe_dump(self.config, sort_keys=False))
-        part.replace(path)
+        write_whole(path, yaml.safe_dump(self.config, sort_keys=False))
         if self.command == "fit":
             plan = pl_module.data.plan.table(pl_module.data.total_steps())  # type: ignore[union-attr]
             for logger in trainer.loggers:

@@ -74,7 +74,9 @@ class ImageFormat(NamedTuple):
 def cached_images(
     root: Path, names: list[str], form: ImageFormat, folder: Path, max_unreadable: int = 0
 ) -> tuple[np.memmap, dict[str, str]]:
-    """Return the images, uint8 [N, C, H, W] in a memory map, and why some cannot be read, by name (they are black).
+    """Return the images, uint8 [N, C, H, W] in a memory map, and the errors of those that cannot be read, by name.
+
+    Images that cannot be read are black.
 
     The name of the cache is a hash of the names, sizes and times of the files and of the format. One process makes the
     cache while others wait. It goes on where it was interrupted. The file has its name only when it is complete.
