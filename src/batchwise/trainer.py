@@ -1,5 +1,6 @@
 """Lightning's Trainer, with the loop and the defaults that an exact global batch needs."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, Literal
 
@@ -65,7 +66,7 @@ class Trainer(pl.Trainer):
         num_sanity_val_steps: int = 0,
         enable_model_summary: bool = False,
         use_distributed_sampler: bool = False,
-        plugins: _PLUGIN_INPUT | list[_PLUGIN_INPUT] | None = None,
+        plugins: _PLUGIN_INPUT | Sequence[_PLUGIN_INPUT] | None = None,
         callbacks: list[Callback] | Callback | None = None,
         profiler: Profiler | str | None = None,
         channels_last: bool | None = None,
@@ -82,9 +83,9 @@ class Trainer(pl.Trainer):
             torch.set_float32_matmul_precision(matmul_precision)
         if threads is not None:
             host.set_threads(threads)
-        plugins = [] if plugins is None else list(plugins) if isinstance(plugins, list | tuple) else [plugins]
-        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-            plugins.append(DurableIO())
+        extras = [] if plugins is None else list(plugins) if isinstance(plugins, Sequence) else [plugins]
+        if not any(isinstance(extra, CheckpointIO) for extra in extras):
+            extras.append(DurableIO())
         given = [] if callbacks is None else list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
         usual = (Record(), Pictures(), Samples())
         own = [one for one in usual if not any(isinstance(callback, type(one)) for callback in given)]
@@ -95,7 +96,7 @@ class Trainer(pl.Trainer):
             num_sanity_val_steps=num_sanity_val_steps,
             enable_model_summary=enable_model_summary,
             use_distributed_sampler=False,
-            plugins=plugins,
+            plugins=extras,
             profiler=Unprofiled() if profiler is None else profiler,
             **kwargs,
         )

@@ -1,7 +1,5 @@
 """The engine's own hooks, at the beginning and end of a training, an epoch and an evaluation, and in checkpoints."""
 
-from typing import Any
-
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -22,7 +20,7 @@ class Recorder(Callback):
     """
 
     def __init__(self) -> None:
-        self._saved: dict[str, Any] | None = None
+        self._saved: dict | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Prepare the task, unless the command line has done so."""
@@ -76,9 +74,7 @@ class Recorder(Callback):
         if isinstance(pl_module, Task):
             pl_module.record(pl_module._measures.end_evaluation(pl_module, "val"))
 
-    def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin an evaluation."""
-        self.on_validation_epoch_start(trainer, pl_module)
+    on_test_epoch_start = on_validation_epoch_start
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the exact loss and the metrics."""
@@ -87,9 +83,7 @@ class Recorder(Callback):
 
     # Checkpoints
 
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
         """Save the sums. Number the optimizer's parameters in the order of the model.
 
         PyTorch numbers them in the order of the optimizer's groups, and loads any numbers. A sharded strategy expects
@@ -111,9 +105,7 @@ class Recorder(Callback):
             for group in state["param_groups"]:
                 group["params"] = [ours[number] for number in group["params"]]
 
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
         """Restore the sums."""
         state = checkpoint.get(KEY)
         if isinstance(pl_module, Task) and state and trainer.state.fn == "fit":

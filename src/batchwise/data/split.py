@@ -1,4 +1,4 @@
-"""Which examples are in which split: fractions of each class, drawn by a seed alone."""
+"""Splits as random fractions of each class, which depend on a seed alone."""
 
 import torch
 from torch import Tensor

@@ -106,12 +106,9 @@ class CLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Do nothing. Lightning lets a checkpoint override the command line, but here differences are errors."""
 
+    @mistakes()
     def before_instantiate_classes(self) -> None:
         """Find the checkpoint and the folder, and put the loggers there."""
-        with mistakes():
-            self._place()
-
-    def _place(self) -> None:
         settings, command = self.settings, self.config.subcommand
         root = Path(settings.trainer.default_root_dir or "runs")
         folders.check_name(settings.name, root)
@@ -129,10 +126,10 @@ class CLI(LightningCLI):
         settings.trainer.default_root_dir = str(self.folder)
         folders.place_loggers(settings.trainer.logger, self.folder)
 
+    @mistakes()
     def instantiate_classes(self) -> None:
         """Make model, data module and trainer."""
-        with mistakes():
-            super().instantiate_classes()
+        super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Make the trainer, with the callbacks that every run has."""
@@ -157,7 +154,7 @@ class CLI(LightningCLI):
         return super().instantiate_trainer(**(plain(vars(settings)) | kwargs))
 
     def _usual_callbacks(self, given: list[Callback], saving: bool) -> list[Callback]:
-        """Return what training needs and the user has not given; put the user's checkpoints into the run's folder."""
+        """Return the usual callbacks that are missing. Let all best checkpoints go into the run's folder."""
 
         def missing(kind: type) -> bool:
             return not any(isinstance(callback, kind) for callback in given)

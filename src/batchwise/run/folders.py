@@ -107,7 +107,7 @@ def _share(folder: Path) -> None:
 
 
 def _note(parent: Path) -> Path | None:
-    """Return where process 0 leaves a note for the processes that it has not started; None: there are none."""
+    """Return the file of process 0's note for the processes that it has not started; None: there are none."""
     for names in (("SLURM_JOB_ID", "SLURM_STEP_ID"), ("TORCHELASTIC_RUN_ID", "MASTER_PORT")):
         if all(name in os.environ for name in names):
             return parent / f".{'-'.join(os.environ[name] for name in names)}.folder"

@@ -20,7 +20,7 @@ from batchwise.trainer import Trainer
 
 
 def plan(model: Task, data: DataModule, done: int, checkpoint: Path | None) -> None:
-    """Print the batch plan as a table, and where a resumed training goes on. Only the process that made the plan does.
+    """Print the batch plan as a table, and the step from which training resumes. Only the process with the plan does.
 
     Args:
         model: its parameters are counted.
@@ -74,7 +74,7 @@ def training(trainer: Trainer, folder: Path, configs: list | None) -> None:
 
 
 def findings(trainer: Trainer, folder: Path, picture: str | None) -> None:
-    """Print where the findings of `inspect`, `tune` or `sweep` are: the run's folder, and a picture in it."""
+    """Print the run's folder, which has the findings of `inspect`, `tune` or `sweep`, and the path of a picture."""
     if trainer.is_global_zero:
         print(f"run folder: {folder}")
         if picture:

@@ -150,7 +150,7 @@ class WandbLogger(loggers.WandbLogger):
         return Path(self._experiment.dir).parents[1] / f"{self._experiment.id}.last-step"
 
     @rank_zero_only
-    def recent(self) -> list[list[Any]]:
+    def recent(self) -> list[list]:
         """Return the rows of the last minute for a checkpoint: lists of a step and its metrics that are numbers."""
         rows = [[step, {k: v for k, v in row.items() if isinstance(v, int | float)}] for _, step, row in self._recent]
         return [row for row in rows if row[1]]
@@ -161,7 +161,7 @@ class WandbLogger(loggers.WandbLogger):
         self._safely(super().log_hyperparams, params)
 
     @rank_zero_only
-    def log_image(self, key: str, images: list[Any], step: int | None = None, **kwargs: Any) -> None:
+    def log_image(self, key: str, images: list, step: int | None = None, **kwargs: Any) -> None:
         """Log pictures."""
         self._safely(super().log_image, key, images, step, **kwargs)
 
@@ -216,7 +216,7 @@ class WandbLogger(loggers.WandbLogger):
         parts = list(folder.parent.glob(f"*run-*-{self._id}"))
         return str(folder if len(parts) == 1 else folder.with_name(f"*run-*-{self._id}"))
 
-    def _safely(self, function: Callable[..., object], *args: Any, **kwargs: Any) -> None:
+    def _safely(self, function: Callable[..., object], *args: object, **kwargs: object) -> None:
         if self._broken:
             return
         try:

@@ -26,7 +26,7 @@ class Column(NamedTuple):
         name: name of the column.
         mean: mean of the numbers, without missing ones.
         std: standard deviation of the numbers, without missing ones; 0 if all are the same.
-        missing: some numbers are missing.
+        missing: whether some numbers are missing.
         categories: the values of a column of categories, in order; None for a column of numbers.
     """
 

@@ -1,3 +1,4 @@
+# pyright: reportOptionalSubscript=false, reportGeneralTypeIssues=false
 from copy import copy
 
 import pytest
