@@ -1,6 +1,6 @@
-"""Lightning's loop over an epoch, whose step is ours; where nobody listens to it, it costs next to nothing."""
+"""Lightning's loop over an epoch, with the exact step; it costs next to nothing while nobody listens to a step."""
 
-from typing import Any
+from typing import Any, cast
 
 import lightning
 import torch
@@ -15,7 +15,9 @@ from batchwise.batching.gradients import Number
 from batchwise.batching.loader import Batch
 from batchwise.callbacks.checkpoint import Last
 from batchwise.data.module import DataModule
+from batchwise.errors import Mistake
 from batchwise.tasks.hooks import STEP_HOOKS, is_ours, listeners, listens
+from batchwise.tasks.logs import Results
 from batchwise.tasks.task import Task
 
 KNOWN = ("2.6.6",)
@@ -23,13 +25,11 @@ KNOWN = ("2.6.6",)
 
 
 class BatchOptimization(_AutomaticOptimization):
-    """One item of a data module is one optimizer step; of whatever else, Lightning's own closure makes one."""
+    """One item of a data module is one optimizer step."""
 
     def run(self, optimizer: Optimizer, batch_idx: int, kwargs: Any) -> Any:
         """Run one global batch; return its exact loss, for `on_train_batch_end`."""
-        task = self.trainer.lightning_module
-        if not isinstance(task, Task):
-            return super().run(optimizer, batch_idx, kwargs)
+        task: Any = self.trainer.lightning_module
         loss = self.step(task, kwargs["batch"])
         return {"loss": torch.as_tensor(loss, dtype=torch.float32 if task.device.type == "mps" else torch.float64)}
 
@@ -50,6 +50,7 @@ class EpochLoop(_TrainingEpochLoop):
     def __init__(self, trainer: Any, min_steps: int | None = None, max_steps: int = -1) -> None:
         super().__init__(trainer, min_steps=min_steps, max_steps=max_steps)
         self.automatic_optimization = BatchOptimization(trainer)
+        self._results = Results(trainer, training=True)
         self._is_short = False
         self._validates: bool | None = None
         self._at_start: list[Any] = []
@@ -70,7 +71,6 @@ class EpochLoop(_TrainingEpochLoop):
         moves = ("on_before_batch_transfer", "on_after_batch_transfer", "transfer_batch_to_device")
         return (
             lightning.__version__ in KNOWN
-            and isinstance(trainer.lightning_module, Task)
             and isinstance(data, DataModule)
             and all(getattr(type(data), hook) is getattr(DataModule, hook) for hook in moves)
             and not isinstance(data_fetcher, _DataLoaderIterDataFetcher)
@@ -96,8 +96,16 @@ class EpochLoop(_TrainingEpochLoop):
     def advance(self, data_fetcher: Any) -> None:
         """Train on one global batch."""
         if not self._is_short or self.restarting:
-            done = self.global_step
-            super().advance(data_fetcher)
+            done, progress = self.global_step, cast(Any, self.batch_progress.current)
+            try:
+                super().advance(data_fetcher)
+            except StopIteration:
+                if progress.ready > progress.started:  # else there are no more batches
+                    raise Mistake(
+                        "on_train_batch_start returned -1, but no example of an epoch is left out: "
+                        "write trainer.limit_train_batches"
+                    ) from None
+                raise
             if self.global_step > done:
                 # Lightning holds back a ReduceLROnPlateau at the end of the epoch in which a training was resumed; but
                 # its metric is there, because validation comes after a step.
@@ -140,7 +148,7 @@ class EpochLoop(_TrainingEpochLoop):
         """
         super().on_advance_end(data_fetcher)
         trainer: Any = self.trainer
-        if self._num_ready_batches_reached() or not isinstance(trainer.lightning_module, Task):
+        if self._num_ready_batches_reached():
             return
         if self._is_training_done or (trainer.should_stop and trainer.fit_loop._can_stop_early):
             for callback in trainer.callbacks:

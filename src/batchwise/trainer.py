@@ -18,8 +18,16 @@ from batchwise.callbacks.record import Record
 from batchwise.callbacks.recorder import Recorder
 from batchwise.callbacks.samples import Samples
 from batchwise.checkpoints import DurableIO
+from batchwise.errors import Mistake
 from batchwise.loop import EpochLoop
 from batchwise.ranges import PositiveInt
+from batchwise.tasks.logs import Connector, Results
+
+REFUSED = {
+    "overfit_batches": "trainer.limit_train_batches, with data.order batchwise.batching.order.Sequential",
+    "barebones": "trainer.logger, enable_checkpointing and enable_progress_bar false",
+}
+"""Arguments of Lightning's trainer that this one does not take, and what to write instead."""
 
 
 class Unprofiled(PassThroughProfiler):
@@ -77,6 +85,9 @@ class Trainer(pl.Trainer):
     ) -> None:
         if use_distributed_sampler:
             raise ValueError("trainer.use_distributed_sampler is true: leave it out, the data module cuts the batches")
+        for name, remedy in REFUSED.items():
+            if kwargs.get(name):
+                raise ValueError(f"trainer.{name} is {kwargs[name]}: leave it out, and write {remedy}")
         self.accumulation = accumulate_grad_batches
         self.channels_last, self.compile = bool(channels_last), bool(compile)
         if matmul_precision is not None:
@@ -107,7 +118,21 @@ class Trainer(pl.Trainer):
             )
         # Lightning makes its own loop with the same arguments.
         self.fit_loop.epoch_loop = EpochLoop(self, min_steps=self.min_steps, max_steps=self.max_steps)
+        for loop in (self.fit_loop.epoch_loop.val_loop, self.validate_loop, self.test_loop):
+            loop._results = Results(self, training=False)
+        self._logger_connector = Connector(self)
         self.phases = Phases()
+
+    def _run(self, *arguments: Any, **keywords: Any) -> Any:
+        try:
+            return super()._run(*arguments, **keywords)
+        except RuntimeError as error:
+            if "multiple optimizers" not in str(error):
+                raise
+            raise Mistake(
+                "configure_optimizers gives several optimizers: write a batchwise.tasks.adversarial.Adversarial, whose "
+                "optimizer is one for each part of the network"
+            ) from None
 
     def save_checkpoint(self, *arguments: Any, **keywords: Any) -> None:
         """Save, and time it. Lightning has a hook for the beginning of a save, but none for the end."""

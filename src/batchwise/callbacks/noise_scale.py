@@ -18,7 +18,7 @@ from batchwise.batching.loader import Batch
 from batchwise.batching.noise import FEWEST, Estimate, NoiseMeter, Sample, noise_scale, sample
 from batchwise.errors import TrainingStopped
 from batchwise.ranges import PositiveInt
-from batchwise.tasks.measures import row_is_due
+from batchwise.tasks.hooks import row_is_due
 from batchwise.tasks.step import reduce
 from batchwise.tasks.task import Task
 

@@ -69,6 +69,8 @@ def make_plan(
     plan = BatchPlan.derive(examples=len(order), drop_last=drop_last, **sizes)
     if lengths is not None:
         plan = SequencePlan.of(plan, lengths, order, batch_tokens=batch_tokens, micro_batch_tokens=micro_batch_tokens)
+    if limit == 0:
+        raise ValueError("trainer.limit_train_batches is 0: write at least 1, or a share above 0")
     plan = replace(plan, limit=max(1, int(plan.steps_per_epoch * limit)) if isinstance(limit, float) else limit)
     total = math.inf if max_epochs in (None, -1) else max_epochs * plan.examples_per_epoch
     return replace(plan, changes=schedule.changes(total))

@@ -43,7 +43,7 @@ def mask(inputs: Tensor, p: float, number: int) -> Tensor:
     """Return the factors for the inputs [N, ...] of layer `number`: 0 or 1 / (1 - p), in the shape of the inputs."""
     if place.current is None:
         return F.dropout(torch.ones_like(inputs), p, training=True)
-    key, first, _ = place.current
+    key, first, *_ = place.current
     examples = mix(mix(key, number), torch.arange(first, first + len(inputs), device=inputs.device))
     values = torch.arange(inputs[0].numel(), device=inputs.device)
     # The keys of the examples are good hashes, so one round of multiply and shift per value is enough.

@@ -123,6 +123,8 @@ class CLI(LightningCLI):
         self.plain_config = redact(yaml.safe_load(self.parser.dump(self.config, skip_none=False)))[command]
         if resumable:
             self.plain_config["ckpt_path"] = None  # the configuration of a run does not say how often it was resumed
+        if "verbose" in settings:  # the command prints the metrics itself
+            settings.verbose = False
         settings.trainer.default_root_dir = str(self.folder)
         folders.place_loggers(settings.trainer.logger, self.folder)
 

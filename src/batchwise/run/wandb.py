@@ -81,6 +81,7 @@ class WandbLogger(loggers.WandbLogger):
         self._broken = False
         self._recent: deque[tuple[float, int, dict[str, Any]]] = deque()  # time, step, metrics
         self._step, self._row = -1, {}  # the row that is not handed over yet
+        self._taken = -1  # the newest step of a row in W&B's own count
         self._ended_at = -1  # the last step that W&B had when an earlier part of this training ended
 
     @property
@@ -143,7 +144,12 @@ class WandbLogger(loggers.WandbLogger):
     def _hand_over(self) -> None:
         """Give W&B the row of a step that is over."""
         if self._row:
-            self.experiment.log(self._row | {"trainer/global_step": self._step}, step=self._step)
+            run = self.experiment
+            # W&B drops a row whose step is below its own count. `run.log` without a step raises that count. In a
+            # resumed run, W&B is to drop the rows that it has already.
+            step = self._step if self._step < run.starting_step else max(self._step, run._local_step, self._taken + 1)
+            self._taken = step
+            run.log(self._row | {"trainer/global_step": self._step}, step=step)
         self._row = {}
 
     def _end_file(self) -> Path:

@@ -28,7 +28,7 @@ class Adversarial(Task):
         **kwargs: those of `Task`.
 
     Raises:
-        ValueError: a player is no part of the network, or has no step.
+        ValueError: a player is no part of the network, or has no step; two players share a parameter.
     """
 
     players: ClassVar[tuple[str, ...]] = ()
@@ -50,6 +50,11 @@ class Adversarial(Task):
                     f"model.optimizer has {', '.join(optimizer)}, and the network {', '.join(parts)}: {name} must be "
                     "in both"
                 )
+        owners: dict[nn.Parameter, str] = {}
+        for name in optimizer:
+            for parameter in network.get_submodule(name).parameters():
+                if (other := owners.setdefault(parameter, name)) != name:
+                    raise ValueError(f"the players {other} and {name} share a parameter: make it part of one of them")
         if min(self._steps.values(), default=1) < 1:
             raise ValueError(f"model.steps is {steps}: write whole numbers of at least 1")
 
@@ -60,8 +65,8 @@ class Adversarial(Task):
     def _new_optimizer(self) -> Optimizer:
         made = {}
         for name, make in self._make_optimizers.items():
-            part = self.network.get_submodule(name)
-            made[name] = finish(make(self._tuning.groups(part, self._decay_matrices_only)))
+            parameters = self.network.get_submodule(name).named_parameters(prefix=f"network.{name}")
+            made[name] = finish(make(self._tuning.groups(parameters, self._decay_matrices_only)))
         return Players(made)
 
     def _turns(self) -> list[tuple[str | None, Optimizer]]:

@@ -1,5 +1,6 @@
 """Fine-tuning: where the first weights come from, what does not learn, what learns at a rate of its own."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -45,7 +46,12 @@ class FineTuning:
         for name in self.frozen.norms:
             network.get_submodule(name).eval()
 
-    def groups(self, module: nn.Module, decay_matrices_only: bool) -> list[dict[str, Any]]:
-        """Return the groups of parameters for an optimizer; patterns are of names within the network."""
-        named = [(name.removeprefix("network."), parameter) for name, parameter in module.named_parameters()]
-        return parameter_groups(named, self.lr_factors, decay_matrices_only)
+    def groups(self, parameters: Iterable[tuple[str, nn.Parameter]], matrices_only: bool) -> list[dict[str, Any]]:
+        """Return the groups of parameters for an optimizer.
+
+        Args:
+            parameters: with their names within the task; the patterns are of names within its network.
+            matrices_only: no weight decay for parameters with fewer than two dimensions.
+        """
+        named = [(name.removeprefix("network."), parameter) for name, parameter in parameters]
+        return parameter_groups(named, self.lr_factors, matrices_only)

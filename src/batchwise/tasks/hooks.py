@@ -40,6 +40,19 @@ def is_ours(thing: Any) -> bool:
     return type(thing).__module__.startswith("batchwise.")
 
 
+def row_is_due(trainer: Any, steps: int) -> bool:
+    """Return whether a row is written to the log after so many optimizer steps."""
+    return steps % trainer.log_every_n_steps == 0 or steps == trainer.max_steps
+
+
+def values_are_due(trainer: Any, steps: int) -> bool:
+    """Return whether somebody may read what a step has logged: a logger, or the monitor of a checkpoint."""
+    return row_is_due(trainer, steps) or any(
+        isinstance(callback, ModelCheckpoint) and listens(callback, "on_train_batch_end")
+        for callback in trainer.callbacks
+    )
+
+
 def call_hook(trainer: Any, hook: str, *arguments: Any) -> None:
     """Call a hook of all callbacks, then of the module, as Lightning does: so that they may log in it."""
     call._call_callback_hooks(trainer, hook, *arguments)

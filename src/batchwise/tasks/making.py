@@ -6,12 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adam, Optimizer
 
+from batchwise.errors import Mistake
+
 
 def finish(optimizer: Optimizer) -> Optimizer:
     """Multiply the rates by the factors of their groups, and take the fused kernels, where there are any.
 
     Raises:
-        ValueError: the optimizer evaluates the loss several times per step.
+        Mistake: the optimizer evaluates the loss several times per step.
     """
     refuse(optimizer)
     for group in optimizer.param_groups:
@@ -24,9 +26,11 @@ def finish(optimizer: Optimizer) -> Optimizer:
 
 
 def refuse(optimizer: Any) -> None:
-    """Raise ValueError for an optimizer that evaluates the loss several times per step."""
+    """Raise Mistake for an optimizer that evaluates the loss several times per step, and for none."""
     if isinstance(optimizer, LBFGS):
-        raise ValueError("model.optimizer LBFGS evaluates the loss several times per step: write another optimizer")
+        raise Mistake("model.optimizer LBFGS evaluates the loss several times per step: write another optimizer")
+    if not optimizer.param_groups:  # Lightning's stand-in
+        raise Mistake("configure_optimizers gives None: return an optimizer")
 
 
 def start_momenta(optimizer: Optimizer) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from batchwise.models import place
+from batchwise.tasks.hooks import row_is_due
 from batchwise.tasks.step import Sums, reduce_sums
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ class Measures:
         """What the progress bar shows."""
         self.flops_per_example: float | None = None
         """Of the forward pass; None: not known."""
+        self.tried: Any = False
+        """The plan with which the task was tried for a training; True: only for an evaluation; False: not yet."""
         self.row_is_due = False
         """Whether a row in the log is due after this step."""
 
@@ -109,11 +112,6 @@ class Measures:
     def restore(self, state: dict[str, Any]) -> None:
         """Go on with the sums of a checkpoint."""
         self.epoch, self.window = Sums(*state["epoch"]), Sums(*state["window"])
-
-
-def row_is_due(trainer: Any, steps: int) -> bool:
-    """Return whether a row is written to the log after so many optimizer steps."""
-    return steps % trainer.log_every_n_steps == 0 or steps == trainer.max_steps
 
 
 def is_table(metric: Metric) -> bool:

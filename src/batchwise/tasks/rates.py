@@ -10,6 +10,7 @@ from batchwise.optim.schedule import Schedule
 from batchwise.tasks.players import Players
 
 if TYPE_CHECKING:
+    from batchwise.batching.plan import BatchPlan
     from batchwise.data.module import DataModule
     from batchwise.tasks.task import Task
 
@@ -75,8 +76,9 @@ class Rates:
         for number, (group, settings) in enumerate(zip(optimizer.param_groups, self._settings, strict=False)):
             if number not in self.taken:
                 group.update(settings)
-        self._follow(task, plan.size_at(trainer.global_step))
-        self._set = [group["lr"] for group in optimizer.param_groups[: len(self._settings)]]
+        before = max(0, trainer.global_step - 1)  # callbacks may read the rate of the step before
+        self._follow(task, plan.size_at(before))
+        self._apply(optimizer, plan, before)
 
     def set(self, task: "Task", step: int) -> None:
         """Set the rates of a step, which follow the size of its batch."""
@@ -84,6 +86,9 @@ class Rates:
         if optimizer is None or plan is None:
             return
         groups = optimizer.param_groups[: len(self._settings)]  # callbacks may have added others
+        if task.trainer.lr_scheduler_configs and len(self.taken) < len(groups):
+            self.taken = set(range(len(groups)))
+            self._say(task, f"step {step:,}: a callback gives a scheduler, which sets the learning rate from here")
         for number, (group, before) in enumerate(zip(groups, self._set, strict=False)):
             if group["lr"] != before and number not in self.taken:
                 self.taken.add(number)
@@ -91,9 +96,14 @@ class Rates:
         if plan.changes and plan.size_at(step) != self._follows:
             self._say(task, f"step {step:,}: batch_size {plan.size_at(step)} from here")
             self._follow(task, plan.size_at(step))
+        self._apply(optimizer, plan, step)
+
+    def _apply(self, optimizer: Optimizer, plan: "BatchPlan", step: int) -> None:
+        """Multiply the rates that nobody else sets by the factor that the schedule has for a step."""
         factor = 1.0
         if not self.schedule.is_constant:
             factor = self.schedule.factor(plan.examples_at(step), plan.examples_at(step + 1), self._total)
+        groups = optimizer.param_groups[: len(self._settings)]
         for number, (group, rate) in enumerate(zip(groups, self.base, strict=True)):
             if number not in self.taken:
                 group["lr"] = rate * factor

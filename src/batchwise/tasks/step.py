@@ -16,7 +16,8 @@ from batchwise.models import place
 from batchwise.models.dropout import Dropout
 from batchwise.models.norm import GhostBatchNorm
 from batchwise.tasks.finite import Finite
-from batchwise.tasks.hooks import call_hook, is_ours, listeners, listens
+from batchwise.tasks.hooks import STEP_HOOKS, call_hook, is_ours, listeners, listens, values_are_due
+from batchwise.tasks.logs import Results
 from batchwise.tasks.memory import halve, is_out_of_memory, stop_if_another_ran_out
 from batchwise.tasks.players import add_gradients
 
@@ -34,12 +35,14 @@ class Sums(NamedTuple):
     count: Number = 0.0
     stops: Number = 0.0
     """Devices that were asked to stop."""
+    logs: Number = 0.0
+    """Devices on which something was logged."""
 
     def plus(self, loss: Number, count: Number) -> "Sums":
         """Return the sums with more targets: of what is on a CPU, as numbers."""
         if isinstance(loss, Tensor) and loss.device.type != "mps":
             loss = loss.item() if loss.device.type == "cpu" else loss.double()
-        return Sums(self.loss + loss, self.count + count, self.stops)
+        return Sums(self.loss + loss, self.count + count)
 
     def mean(self) -> float:
         """Return the mean loss, nan where there is no target; waits for the device."""
@@ -74,6 +77,7 @@ class Step:
         self.batch: Batch | None = None
         """The newest one."""
         self._wrapped: set[int] = set()
+        self._results: Any = Results(None, True)
 
     def wrapped(self, task: "Task") -> None:
         """Note which parameters the strategy knows, as soon as it has wrapped the module."""
@@ -83,6 +87,8 @@ class Step:
         """Begin a training: find out who listens to the parts of a step."""
         trainer = task.trainer
         self.stop_requested = False
+        self._results = trainer.fit_loop.epoch_loop._results
+        self.is_heard = not all(map(is_ours, listeners(trainer, STEP_HOOKS)))
         self._hears_zero = bool(listeners(trainer, ["on_before_zero_grad"]))
         self._own_zero, self._own_step = listens(task, "optimizer_zero_grad"), listens(task, "optimizer_step")
         # PyTorch's own backward pass and step, where nobody would notice the difference to Lightning's.
@@ -109,18 +115,28 @@ class Step:
         self.batch = batch
         task._measures.start_step(task, step)
         task._rates.set(task, step)
+        logs: Number = 0.0
         for turn, (player, optimizer) in enumerate(task._turns()):
-            self._turn(task, batch, player, optimizer, turn)
+            logs += self._turn(task, batch, player, optimizer, turn)
+        # Reading waits for the device, so only where somebody may look at the values.
+        if task.trainer.world_size > 1 and values_are_due(task.trainer, step + 1) and logs > 0:
+            self._results.add_up()
         return self.sums.loss / (self.sums.count + (self.sums.count == 0))
 
-    def _turn(self, task: "Task", batch: Batch, player: str | None, optimizer: Optimizer, turn: int) -> None:
-        """Make one step of one optimizer with the exact gradient; skip it where loss or gradient is not finite."""
+    def _turn(self, task: "Task", batch: Batch, player: str | None, optimizer: Optimizer, turn: int) -> Number:
+        """Make one step of one optimizer with the exact gradient; skip it where loss or gradient is not finite.
+
+        Returns:
+            The number of devices on which something was logged.
+        """
+        logged = self._results.mark()
         sums = self._gradient(task, batch, player, optimizer, turn)
         if turn == 0:
             self.sums = sums
         if not self.finite.passes(task, batch, sums, optimizer):
             drop_gradients(optimizer)
-            return
+            self._results.rewind(logged)
+            return sums.logs
         if turn == 0:
             task._measures.add(sums)
         self._move_running_statistics(task)
@@ -137,6 +153,7 @@ class Step:
             if trainer.gradient_clip_val:
                 task.clip_gradients(optimizer, trainer.gradient_clip_val, trainer.gradient_clip_algorithm)
             optimizer.step()
+        return sums.logs
 
     # The gradient
 
@@ -144,12 +161,13 @@ class Step:
         """Leave the exact gradient of the global batch in the parameters; return the sums over all devices."""
         if self._hears_zero:
             call_hook(task.trainer, "on_before_zero_grad", optimizer)
-        done = None
+        done, logged = None, self._results.mark()
         while done is None:
+            self._results.rewind(logged)
             self._zero(task, optimizer)
             batch.cut(task.data.micro_batch_limit, task.data.plan.unit)  # type: ignore[union-attr]
             done = self._run_micro_batches(task, batch, player, turn)
-        sums = done._replace(stops=float(self.stop_requested))
+        sums = done._replace(stops=float(self.stop_requested), logs=float(self._results.has_news()))
         if task.trainer.world_size > 1:
             self._add_what_the_strategy_does_not(task, player, optimizer)
             sums = reduce_sums(task, sums)
@@ -190,7 +208,8 @@ class Step:
             for number, micro_batch in enumerate(batch.micro_batches):
                 # What our own layers draw depends on the step and the example; what others draw, also on where their
                 # micro-batch begins.
-                place.current = place.Place(key, micro_batch.position, micro_batch.counts)
+                where = micro_batch.position, micro_batch.counts, len(micro_batch)
+                place.current = place.Place(key, *where)
                 micro_batch.key = key
                 seed_generator(task.device, key ^ micro_batch.position)
                 # Gradients cross devices once per step, overlapped with the last backward pass.

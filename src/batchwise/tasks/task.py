@@ -33,7 +33,7 @@ THE_ENGINES = {
     "test_step": "write losses, and make_metrics",
     "predict_step": "write predictions",
     "configure_model": "make the layers in __init__ of the network",
-    "automatic_optimization": "for several optimizers, see batchwise.tasks.adversarial",
+    "automatic_optimization": "leave it out, or for several optimizers write batchwise.tasks.adversarial.Adversarial",
     "on_before_batch_transfer": "write transform in the data module",
     "on_after_batch_transfer": "write transform in the data module",
     "transfer_batch_to_device": "write transform in the data module",
@@ -70,8 +70,9 @@ class Task(pl.LightningModule, ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for name, remedy in THE_ENGINES.items():
-            if name in vars(cls) and not cls.__module__.startswith("batchwise."):
-                raise TypeError(f"{cls.__name__}.{name} would take the place of the exact step: {remedy}")
+            owner = next(base for base in cls.__mro__ if name in vars(base))  # may be a mixin
+            if not owner.__module__.startswith(("batchwise.", "lightning.")):
+                raise TypeError(f"{owner.__name__}.{name} would take the place of the exact step: {remedy}")
 
     def __init__(
         self,
@@ -134,6 +135,16 @@ class Task(pl.LightningModule, ABC):
             raise TypeError("a Task trains from a batchwise.DataModule: pass datamodule= to the trainer")
         return data
 
+    @property
+    def automatic_optimization(self) -> bool:
+        """Whether Lightning asks for the steps, which here is always so: its schedulers and counters rely on it."""
+        return True
+
+    @automatic_optimization.setter
+    def automatic_optimization(self, value: bool) -> None:
+        if not value:
+            raise ValueError(f"automatic_optimization is {value}: {THE_ENGINES['automatic_optimization']}")
+
     def forward(self, inputs: Any) -> Tensor:
         """Apply the network to the inputs; a tuple of inputs is passed as several arguments."""
         if self._channels_last and isinstance(inputs, Tensor) and inputs.ndim == 4:
@@ -150,11 +161,32 @@ class Task(pl.LightningModule, ABC):
 
     def record(self, values: dict[str, Tensor]) -> None:
         """Give values to the callbacks (as `monitor` keys) and to the loggers, at the number of steps done."""
-        self.log_dict({name: value.detach().float() for name, value in values.items()}, logger=False, batch_size=1)
-        if self.trainer.is_global_zero and not self.trainer.sanity_checking:
-            numbers = {name: value.item() for name, value in values.items()}
-            for logger in self.trainer.loggers:
-                logger.log_metrics(numbers, step=self.trainer.global_step)
+        self.log_dict(values, rank_zero_only=True)
+
+    def log(self, name: str, value: Any, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Log a value, in `losses` or in any hook of Lightning's that may log.
+
+        What is logged is exact: in training the value over the whole batch of the step, else that over the epoch or
+        the evaluation, whatever micro-batches and devices it was computed in. Loggers get it at the number of optimizer
+        steps done, callbacks may monitor it.
+
+        Args:
+            name: its name everywhere; `name_step` and `name_epoch` where it is logged in both ways.
+            value: a number or scalar tensor, the mean over the examples of the micro-batch (in hooks: of the batch);
+                or one value per example [N, ...]; or a torchmetrics metric, of which the epoch's value is logged.
+            **kwargs: those of Lightning's `log`. `batch_size` and `sync_dist` are not needed. In an evaluation there
+                are no steps, so `on_step` is left out there.
+
+        Raises:
+            ValueError: a name is logged with different arguments, or a metric object for each step.
+        """
+        if isinstance(value, Tensor) and value.numel() > 1:
+            reduce = kwargs.get("reduce_fx", "mean")
+            kwargs.setdefault("batch_size", value.numel())
+            value = (getattr(torch, reduce) if isinstance(reduce, str) else reduce)(value.detach().double())
+        elif isinstance(value, int | float):
+            value = torch.tensor(float(value), dtype=torch.float64)  # Lightning would round it to float32
+        super().log(name, value, **kwargs)
 
     def train(self, mode: bool = True) -> "Task":
         """Set training mode, but not for frozen batch norms."""
@@ -174,11 +206,20 @@ class Task(pl.LightningModule, ABC):
 
     def configure_model(self) -> None:
         """Lay the network out, shard it, and compile it, as the trainer says."""
-        self._lay_out(getattr(self.trainer, "channels_last", False))
+        trainer: Any = self._trainer  # None in `load_from_checkpoint`
+        self._lay_out(getattr(trainer, "channels_last", False))
         if self.device_mesh is not None:
             shard(self.network, self.device_mesh)
-        if getattr(self.trainer, "compile", False):
-            compile_network(self.network, self.trainer.strategy.root_device)
+        if getattr(trainer, "compile", False):
+            compile_network(self.network, trainer.strategy.root_device)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load, and let what a task has learnt from the data itself, such as a mean, take the shape that was saved."""
+        for name in self._buffers:
+            saved = state_dict.get(prefix + name)
+            if saved is not None:
+                self._buffers[name] = torch.empty_like(saved, device=self.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _lay_out(self, channels_last: bool) -> None:
         """Lay images and the weights of convolutions out with the channels last, or not. Changes speed alone."""
@@ -198,7 +239,7 @@ class Task(pl.LightningModule, ABC):
         return optimizer
 
     def _new_optimizer(self) -> Optimizer:
-        return finish(self._make_optimizer(self._tuning.groups(self, self._decay_matrices_only)))
+        return finish(self._make_optimizer(self._tuning.groups(self.named_parameters(), self._decay_matrices_only)))
 
     def _turns(self) -> list[tuple[str | None, Optimizer]]:
         """Return who steps on a batch, one after the other, and with which optimizer."""

@@ -4,12 +4,19 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    Callback,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor
 
 from batchwise.data.module import DataModule
 from batchwise.models.flops import count_flops
-from batchwise.models.norm import has_batchnorm
+from batchwise.models.norm import batchnorms, has_batchnorm
 
 if TYPE_CHECKING:
     from batchwise.tasks.task import Task
@@ -36,8 +43,8 @@ def try_task(task: "Task", data: DataModule, split: str) -> None:
     if data.plan is not None:
         with precision.forward_context():
             _check_training(task, data)
-    if task._measures.metrics is None:
-        task._measures.make(task.make_metrics(outputs), task.device)
+    task._measures.make(task.make_metrics(outputs), task.device)
+    task._measures.tried = data.plan or True
 
 
 def _outputs(task: "Task", inputs: Any, precision: Any) -> Tensor:
@@ -57,7 +64,29 @@ def _outputs(task: "Task", inputs: Any, precision: Any) -> Tensor:
             module.training = training
 
 
+REFUSED: dict[type[Callback], str] = {
+    GradientAccumulationScheduler: "cannot change a batch: write data.batch_size_schedule",
+    LearningRateFinder: "cannot run the exact step: leave it out; the command tune finds a learning rate",
+    BatchSizeFinder: "cannot run the exact step: leave it out; the command tune finds a batch size",
+}
+"""Callbacks of Lightning that do not work with a task, and what to do instead."""
+
+
+def _refuse_callbacks(task: "Task", callbacks: list[Callback]) -> None:
+    """Raise ValueError for callbacks with which training would be something else than they say."""
+    for callback in callbacks:
+        for kind, remedy in REFUSED.items():
+            if isinstance(callback, kind):
+                raise ValueError(f"trainer.callbacks: {kind.__name__} {remedy}")
+        if isinstance(callback, StochasticWeightAveraging) and any(batchnorms(task.network)):
+            raise ValueError(
+                "trainer.callbacks: StochasticWeightAveraging leaves the statistics of batch norm as they are: write "
+                "batchwise.callbacks.ema.EMA, which averages them too"
+            )
+
+
 def _check_training(task: "Task", data: DataModule) -> None:
+    _refuse_callbacks(task, getattr(data.trainer, "callbacks", []))
     task._new_optimizer()
     task._rates.examples_in_all(data)
     first = data.examples("train", 32)
