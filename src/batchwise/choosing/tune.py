@@ -1,4 +1,4 @@
-"""`tune`: which batch size to train with, from what fits, what is fast and how noisy the gradient is."""
+"""`tune`: which batch size to train with, by memory, speed and gradient noise."""
 
 import copy
 import math
@@ -94,7 +94,7 @@ def _tune(trainer: pl.Trainer, task: Task, data: DataModule, steps: int, memory_
         values = torch.tensor(value, dtype=torch.float64, device=device)
         return float(trainer.strategy.reduce(values, reduce_op="max"))  # type: ignore[arg-type]
 
-    agreed = largest if trainer.world_size > 1 else fits.alone
+    agreed = largest if trainer.world_size > 1 else float
     budget = -agreed(-(memory_gib * 2**30 if memory_gib else fits.free_memory(device, trainer.num_devices)))
     most = min(len(train), 2**14) // unit * unit
     if most == 0:
