@@ -1,4 +1,4 @@
-"""Looking at the examples of a split as they are stored: values, copies, classes, and what is wrong with them."""
+"""The examples of a split as they are stored: their values, copies, classes and faults."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -37,14 +37,14 @@ def is_table(inputs: object) -> bool:
 
 
 def hashes(inputs: object) -> list[int]:
-    """Return a hash of the exact content of each example. With 64 bits, no two are equal by chance."""
+    """Return a hash of the exact content of each example. It has 64 bits, so no two are equal by chance."""
     leaves = [leaf.reshape(len(leaf), -1).contiguous().view(torch.uint8) for leaf in tensors(inputs)]
     # Padding of tokens (all bits set) is left out, because it depends on the other sequences of the micro-batch.
     return [hash(row.tobytes().rstrip(b"\xff")) for row in torch.cat(leaves, 1).cpu().numpy()]
 
 
 def classes_of(targets: object) -> list[int]:
-    """Return the class of each example, or nothing where targets are not whole numbers [N]."""
+    """Return the class of each example, or nothing if targets are not whole numbers [N]."""
     if not isinstance(targets, Tensor) or targets.ndim != 1 or targets.is_floating_point():
         return []
     return targets.tolist()
@@ -90,7 +90,7 @@ class Values:
 
 @dataclass
 class Look:
-    """What was seen of a split. The lists are over the examples that were looked at.
+    """The facts about a split. The lists are over the examples that were looked at.
 
     Args:
         split: its name.
@@ -146,7 +146,7 @@ class Look:
         return list(zip(numbers[again].tolist(), firsts[again].tolist(), strict=True))
 
     def leaks(self, other: "Look") -> Iterator[str]:
-        """Say whether examples of this split have the inputs of examples of another."""
+        """Yield a line if examples of this split have the inputs of examples of another."""
         (numbers, keys), (others, their_keys) = self.sorted(), other.sorted()
         known, first = np.unique(their_keys, return_index=True)
         place = np.searchsorted(known, keys).clip(max=len(known) - 1)
@@ -158,7 +158,7 @@ class Look:
             )
 
     def problems(self) -> Iterator[str]:
-        """Say what is wrong with the split, a line each."""
+        """Yield a line for each fault of the split."""
         count, columns = f"{len(self.examples):,} {self.split} examples", self.values.low.numel()
         if self.not_finite:
             some = f"such as example {min(self.not_finite)}"

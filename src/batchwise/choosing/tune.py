@@ -1,4 +1,4 @@
-"""`tune`: which batch size to train with, from what fits, what is fast and how noisy the gradient is."""
+"""`tune`: which batch size to train with, by memory, speed and gradient noise."""
 
 import copy
 import math
@@ -25,7 +25,6 @@ from batchwise.choosing.range_test import RangeTest
 from batchwise.choosing.speed import Stopwatch, Way
 from batchwise.data.module import DataModule
 from batchwise.optim.schedule import Schedule
-from batchwise.tasks.contrastive import Contrastive
 from batchwise.tasks.task import Task
 
 PARTS = 4  # micro-batches of a batch; the noise scale comes from their gradients
@@ -95,16 +94,15 @@ def _tune(trainer: pl.Trainer, task: Task, data: DataModule, steps: int, memory_
         values = torch.tensor(value, dtype=torch.float64, device=device)
         return float(trainer.strategy.reduce(values, reduce_op="max"))  # type: ignore[arg-type]
 
-    agreed = largest if trainer.world_size > 1 else fits.alone
+    agreed = largest if trainer.world_size > 1 else float
     budget = -agreed(-(memory_gib * 2**30 if memory_gib else fits.free_memory(device, trainer.num_devices)))
     most = min(len(train), 2**14) // unit * unit
     if most == 0:
         raise ValueError(f"there are {len(train)} training examples, of which {unit} must stay together: give it more")
     way = Way(unit, str(trainer.precision), getattr(trainer, "channels_last", False), threads=torch.get_num_threads())
     findings, console = Findings(batch_size, most // 4, plan.devices, unit), Console()
-    coupled = isinstance(task, Contrastive)
     lacks = f"it needs {FEWEST} steps of at least two micro-batches"
-    if coupled:
+    if task._couples:
         lacks = "the loss couples the examples of a batch, so that no part of it has a gradient of its own"
     with Progress(console=console, transient=True, disable=not trainer.is_global_zero) as bars:
 
@@ -137,7 +135,7 @@ def _tune(trainer: pl.Trainer, task: Task, data: DataModule, steps: int, memory_
             total = int(min(steps, data.total_steps()))
             noise, part = NoiseScale(every_n_steps=1), max(unit, batch_size // PARTS // unit * unit)
             pace = Pace(findings, noise, bar("what the gradient says", total))
-            if not coupled:
+            if not task._couples:
                 train_copy(batch_size, part, total, [noise, pace])
             best = findings.best()
             findings.rates = RangeTest(bar("what the rate does", range_test.STEPS))

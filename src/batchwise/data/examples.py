@@ -1,9 +1,9 @@
-"""The examples of each split: where they are, and how they reach a device."""
+"""The examples of each split, and their way to a device."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, final
+from typing import final
 
 import lightning.pytorch as pl
 import numpy as np
@@ -136,7 +136,7 @@ class Examples(Reserved, pl.LightningDataModule, ABC):
         target = fields[-1] if len(fields) > 1 else None
         return target if target is not None and target.ndim == 1 and not target.is_floating_point() else None
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+    def transfer_batch_to_device(self, batch: object, device: torch.device, dataloader_idx: int) -> object:
         """Leave batches on the host. The task moves each micro-batch with `to_device`."""
         return batch
 
@@ -145,7 +145,7 @@ class Examples(Reserved, pl.LightningDataModule, ABC):
         plugin = self.trainer.precision_plugin if self.trainer else None
         idle = Precision.convert_input  # does nothing
         convert = plugin.convert_input if plugin and type(plugin).convert_input is not idle else None
-        stays = convert is None and device.type == "cpu"  # as most of what is read does
+        stays = convert is None and device.type == "cpu"
         batch = replace(batch) if stays else batch.to(device, convert)
         if not training or not self.augment:
             return self.transform(batch, training)

@@ -1,7 +1,6 @@
-"""What is checked before anything is trained, so that a mistake costs seconds and one line."""
+"""Checks before training, so that a mistake costs seconds and one line."""
 
 from pathlib import Path
-from typing import Any
 
 from batchwise.callbacks.ema import EMA
 from batchwise.checkpoints import read_checkpoint
@@ -34,12 +33,12 @@ def check(
 ) -> int:
     """Load the data, try the network on it, and compare the checkpoint and the monitors with them.
 
-    The first process of each machine does, and says a mistake for all.
+    Only the first process of each machine does this. It reports a mistake for all processes.
 
     Args:
         trainer: has the callbacks whose monitors are checked.
         model: tried on the first examples.
-        data: where they come from.
+        data: has the examples.
         stage: fit, validate, test or predict.
         checkpoint: the file that the run starts from; None: it starts afresh.
         config: the configuration of this training, if the checkpoint must be of the same one.
@@ -62,7 +61,7 @@ def check(
     return done
 
 
-def _check_monitors(trainer: Any, model: Task) -> None:
+def _check_monitors(trainer: Trainer, model: Task) -> None:
     known = model.metric_names()
     for callback in trainer.callbacks:
         monitor = getattr(callback, "monitor", None)
@@ -73,7 +72,7 @@ def _check_monitors(trainer: Any, model: Task) -> None:
             )
 
 
-def _check_checkpoint(path: Path, trainer: Any, model: Task, data: DataModule, config: dict | None) -> int:
+def _check_checkpoint(path: Path, trainer: Trainer, model: Task, data: DataModule, config: dict | None) -> int:
     checkpoint = read_checkpoint(path)
     differences = weight_differences(checkpoint["state_dict"], model.state_dict())
     if differences:

@@ -52,6 +52,7 @@ class Contrastive(Task):
     """
 
     monitor: ClassVar[tuple[str, str]] = ("val/top1", "max")
+    _couples: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -110,7 +111,7 @@ class Contrastive(Task):
         return MetricCollection({"top1": MeanMetric()})
 
     def check(self, data: DataModule, outputs: Any) -> None:
-        """Try the loss on a few training examples, and refuse what cannot be with coupled examples."""
+        """Refuse a loss that needs more embeddings than there are, and what cannot work with coupled examples."""
         name, trainer = type(self).__name__, data.trainer
         self._compares = len(outputs.inputs) >= self._views
         if self.group_size is None and data.batch_size is None:
@@ -131,7 +132,6 @@ class Contrastive(Task):
                     f"{type(self.loss).__name__} compares {self._views} embeddings of each example, but {name}.embed "
                     f"gives {len(whole.inputs)}: return more, or write batchwise.data.views.Views under data.augment"
                 )
-            self._pairs(whole)
 
     def metric_names(self) -> list[str]:
         """Leave the loss out, where evaluation has too few views of an example for it."""

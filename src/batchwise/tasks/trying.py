@@ -1,26 +1,34 @@
-"""A task is tried on a few examples, before anything is trained."""
+"""A trial of a task on a few examples, before training."""
 
 import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    Callback,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor
 
 from batchwise.batching.loader import MicroBatch
 from batchwise.data.module import DataModule
 from batchwise.models.flops import count_flops
-from batchwise.models.norm import has_batchnorm
+from batchwise.models.norm import batchnorms, has_batchnorm
+from batchwise.tasks.rehearsal import rehearse
 
 if TYPE_CHECKING:
     from batchwise.tasks.task import Task
 
 
 def try_task(task: "Task", data: DataModule, split: str) -> None:
-    """Take the first weights, apply the network to two examples, check the data, make the metrics.
+    """Load the initial weights, apply the network to two examples, check the data, make the metrics.
 
     Raises:
-        ValueError: the network cannot take the data, or the data does not suit the task.
+        ValueError: the network cannot take the data, the data does not fit the task, or a callback does not work.
     """
     data.check(task.network)
     precision: Any = data.trainer.precision_plugin if data.trainer is not None else Precision()
@@ -37,8 +45,9 @@ def try_task(task: "Task", data: DataModule, split: str) -> None:
     if data.plan is not None:
         with precision.forward_context():
             _check_training(task, data)
-    if task._measures.metrics is None:
-        task._measures.make(task.make_metrics(outputs), task.device)
+            rehearse(task, data)
+    task._measures.make(task.make_metrics(outputs), task.device)
+    task._measures.tried = data.plan or True
 
 
 def outputs_of(task: "Task", batch: MicroBatch, precision: Any) -> Any:
@@ -59,11 +68,33 @@ def outputs_of(task: "Task", batch: MicroBatch, precision: Any) -> Any:
             f"example: {str(error).splitlines()[0]}"
         ) from error
     finally:
-        for module, training in modes:  # a part may be meant to stay in evaluation mode
+        for module, training in modes:  # some parts may be in evaluation mode on purpose
             module.training = training
 
 
+REFUSED: dict[type[Callback], str] = {
+    GradientAccumulationScheduler: "cannot change a batch: write data.batch_size_schedule",
+    LearningRateFinder: "cannot run the exact step: leave it out; the command tune finds a learning rate",
+    BatchSizeFinder: "cannot run the exact step: leave it out; the command tune finds a batch size",
+}
+"""Callbacks of Lightning that do not work with a task, and what to do instead."""
+
+
+def _refuse_callbacks(task: "Task", callbacks: list[Callback]) -> None:
+    """Raise ValueError if a callback would not do what it says."""
+    for callback in callbacks:
+        for kind, remedy in REFUSED.items():
+            if isinstance(callback, kind):
+                raise ValueError(f"trainer.callbacks: {kind.__name__} {remedy}")
+        if isinstance(callback, StochasticWeightAveraging) and any(batchnorms(task.network)):
+            raise ValueError(
+                "trainer.callbacks: StochasticWeightAveraging leaves the statistics of batch norm as they are: write "
+                "batchwise.callbacks.ema.EMA, which averages them too"
+            )
+
+
 def _check_training(task: "Task", data: DataModule) -> None:
+    _refuse_callbacks(task, getattr(data.trainer, "callbacks", []))
     task._new_optimizer()
     task._rates.examples_in_all(data)
     first = data.examples("train", 32)

@@ -504,7 +504,7 @@ def test_what_cannot_be_is_refused_in_one_line() -> None:
     assert said.startswith("InfoNCE compares 2 embeddings of each example, but Contrastive.embed gives 1")
     data = small.Points()
     data.y = data.y.double()
-    assert "SupCon goes by class, but the targets are torch.float64 [4]" in refused(noisy_with(SupCon()), data)
+    assert "SupCon goes by class, but the targets are torch.float64 [6]" in refused(noisy_with(SupCon()), data)
     with pytest.raises(ValueError, match=r"model.loss is not set"):
         Contrastive(small.network())
     with pytest.raises(TypeError, match=r"Wrong.losses sees one micro-batch: write embed, and pair_losses"):
