@@ -126,7 +126,7 @@ class Contrastive(Task):
         precision: Any = trainer.precision_plugin if trainer else Precision()
         with torch.no_grad(), precision.forward_context():
             batch = data.to_device(data.examples("train", 4), self.device, training=True)
-            whole = outputs_of(self, batch, precision)
+            whole = outputs_of(self, data, batch, precision)
             if len(whole.inputs) < self._views:
                 raise ValueError(
                     f"{type(self.loss).__name__} compares {self._views} embeddings of each example, but {name}.embed "
@@ -204,7 +204,7 @@ class Contrastive(Task):
         if trainer.world_size == 1 and len(batch.micro_batches) == 1:
             return
         context = trainer.precision_plugin.train_step_context
-        state = [buffer.clone() for buffer in self.buffers()]
+        state, logged = [buffer.clone() for buffer in self.buffers()], self._step._results.mark()
         parts = []
         with torch.no_grad():
             for micro_batch in batch.micro_batches:
@@ -216,8 +216,9 @@ class Contrastive(Task):
                 buffer.copy_(before)  # what the first pass has moved, such as running statistics, is moved once
             for ghost in self._step.ghosts:
                 ghost.zero_sums()
+            self._step._results.rewind(logged)
             whole = join(batch.size, parts, lambda rows: reduce(self, rows))
-        begin(self, whole, key)
+        begin(self, replace(whole, counts=trainer.is_global_zero), key)  # what it logs counts once
         try:
             with context():
                 self._ahead = self._backward(whole, trainer.world_size * len(batch.micro_batches))
@@ -235,12 +236,10 @@ class Contrastive(Task):
         losses_sum, _ = weighted_sum(losses, whole.weights, weights)
         own = [parameter for parameter in self.parameters() if parameter.requires_grad]
         found = torch.autograd.grad(losses_sum, [*whole.inputs, *own], allow_unused=True)
+        pairs = list(zip([*whole.inputs, *own], found, strict=True))
         count = len(whole.inputs)
-        gradients = [
-            torch.zeros_like(each) if gradient is None else gradient
-            for each, gradient in zip(whole.inputs, found[:count], strict=True)
-        ]
-        used = [(each, grad) for each, grad in zip(own, found[count:], strict=True) if grad is not None]
+        gradients = [torch.zeros_like(each) if grad is None else grad for each, grad in pairs[:count]]
+        used = [(each, grad) for each, grad in pairs[count:] if grad is not None]
         answers = self._answers(whole) if self._measures.row_is_due else None
         assert whole.weights is not None
         return Ahead(losses.detach(), weights * whole.weights.to(weights), gradients, used, answers, parts)
@@ -281,14 +280,20 @@ class Contrastive(Task):
     def _conclude_evaluation(self) -> None:
         """Add the groups that lie across the borders of the devices' shards."""
         groups, self._groups = self._groups, None
+        hook, self._current_fx_name = self._current_fx_name, "test_step" if self.trainer.testing else "validation_step"
         for group in groups.rest(self) if groups else ():
             if self.trainer.is_global_zero:
                 self._add_group(group)
+        self._current_fx_name = hook
         self.measure(torch.zeros(0, device=self.device), torch.zeros(0, device=self.device))  # at least once
 
     @torch.no_grad()
     def _add_group(self, group: MicroBatch) -> None:
-        losses, weights = self._pairs(group)
+        place.current = place.Place(0, 0, size=len(group))  # by which a value that is logged is weighted
+        try:
+            losses, weights = self._pairs(group)
+        finally:
+            place.current = None
         self.measure(*self._answers(group))
         measures = self._measures
         measures.evaluation = measures.evaluation.plus(*weighted_sum(losses, group.weights, weights))

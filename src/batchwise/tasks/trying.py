@@ -39,7 +39,7 @@ def try_task(task: "Task", data: DataModule, split: str) -> None:
             print(report, flush=True)
     with precision.forward_context():
         batch = data.to_device(data.examples(split, 2), task.device, training=False)
-    outputs, flops = count_flops(lambda: outputs_of(task, batch, precision))
+    outputs, flops = count_flops(lambda: outputs_of(task, data, batch, precision))
     task._measures.flops_per_example = flops and flops / len(batch)
     task.check(data, outputs)
     if data.plan is not None:
@@ -50,7 +50,7 @@ def try_task(task: "Task", data: DataModule, split: str) -> None:
     task._measures.tried = data.plan or True
 
 
-def outputs_of(task: "Task", batch: MicroBatch, precision: Any) -> Any:
+def outputs_of(task: "Task", data: DataModule, batch: MicroBatch, precision: Any) -> Any:
     """Return the outputs for a batch that is on the device, without a graph and in evaluation mode.
 
     Raises:
@@ -58,6 +58,7 @@ def outputs_of(task: "Task", batch: MicroBatch, precision: Any) -> Any:
     """
     inputs, modes = batch.inputs, [(module, module.training) for module in task.modules()]
     task.eval()
+    task._rehearses = data
     try:
         with torch.no_grad(), precision.forward_context():
             return task._outputs(batch)
@@ -68,6 +69,7 @@ def outputs_of(task: "Task", batch: MicroBatch, precision: Any) -> Any:
             f"example: {str(error).splitlines()[0]}"
         ) from error
     finally:
+        task._rehearses = None
         for module, training in modes:  # some parts may be in evaluation mode on purpose
             module.training = training
 

@@ -85,6 +85,21 @@ class Noisy(Contrastive):
         return self(batch.inputs), self(batch.inputs + 0.3 * batch.randn("noise", 5))
 
 
+class Logging(Noisy):
+    """Logs values of its own."""
+
+    def embed(self, batch: MicroBatch) -> tuple[Tensor, ...]:
+        first, second = super().embed(batch)
+        self.log("norm", first.norm(dim=1).sum(), on_step=self.training, on_epoch=True, reduce_fx="sum")
+        return first, second
+
+    def pair_losses(self, embeddings: tuple[Tensor, ...], targets: Any) -> Any:
+        spread = embeddings[0].var(0, correction=0).sum()
+        self.log("spread", spread, on_step=self.training, on_epoch=True)
+        self.log("total", spread, on_step=self.training, on_epoch=True, reduce_fx="sum")
+        return super().pair_losses(embeddings, targets)
+
+
 # The losses in plain PyTorch, as their papers write them, one anchor at a time
 
 
@@ -227,7 +242,7 @@ seed_everything: 0
 trainer: {{max_epochs: 3, precision: 64-true, accelerator: cpu}}
 data: {{class_path: test_contrastive.Data, init_args: {{batch_size: {SIZE}}}}}
 model:
-  class_path: test_contrastive.Noisy
+  class_path: test_contrastive.Logging
   init_args:
     network: test_contrastive.Net
     loss: {{class_path: batchwise.tasks.coupled.InfoNCE, init_args: {{learn_temperature: true}}}}
@@ -265,7 +280,8 @@ def test_two_devices_are_exact(command: tuple[object, ...]) -> None:
     for result in (whole, two, on):
         rows = result.rows("train/loss")
         assert max(abs(rows[step + 1] - loss) for step, loss in enumerate(expected) if step + 1 in rows) < 1e-12
-    for column in ("val/loss", "val/top1", "train/top1", "gradient_norm"):
+    logged = ("norm_step", "norm_epoch", "spread_step", "spread_epoch", "total_step", "total_epoch")
+    for column in ("val/loss", "val/top1", "train/top1", "gradient_norm", *logged):
         ours, theirs = whole.rows(column), two.rows(column)
         assert ours.keys() == theirs.keys()
         assert len(ours) >= 3
@@ -575,4 +591,4 @@ def test_tune_and_the_noise_scale_say_that_there_is_none(
     result = run_here(*command, *noise)
     assert result.code == 2
     assert result.err.count("\n") == 1
-    assert result.err.startswith("error: trainer.callbacks has NoiseScale, but the loss of Noisy couples the examples")
+    assert result.err.startswith("error: trainer.callbacks has NoiseScale, but the loss of Logging couples the examples")
