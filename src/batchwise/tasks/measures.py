@@ -102,6 +102,7 @@ class Measures:
 
     def end_evaluation(self, task: "Task", stage: str) -> dict[str, Tensor]:
         """Return the mean loss and the metrics over all devices, by their names in the log."""
+        task._conclude_evaluation()
         mean = reduce_sums(task, self.evaluation).mean()
         values = {f"{stage}/loss": torch.tensor(mean, dtype=torch.float64)}
         if self.metrics is not None:

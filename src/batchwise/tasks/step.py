@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from batchwise.batching.gradients import Number, scale_gradients
-from batchwise.batching.loader import Batch
+from batchwise.batching.loader import Batch, MicroBatch
 from batchwise.batching.random import mix
 from batchwise.models import place
 from batchwise.models.dropout import Dropout
@@ -205,13 +205,9 @@ class Step:
         scale = (1 if player else task.data.replicas[0]) / batch.size
         more = () if player is None else (player,)
         try:
+            task._look_ahead(batch, key)
             for number, micro_batch in enumerate(batch.micro_batches):
-                # Random numbers of our own layers depend on the step and the example. Those of other layers also
-                # depend on where the micro-batch begins.
-                where = micro_batch.position, micro_batch.counts, len(micro_batch)
-                place.current = place.Place(key, *where)
-                micro_batch.key = key
-                seed_generator(task.device, key ^ micro_batch.position)
+                begin(task, micro_batch, key)
                 # Gradients cross devices once per step, overlapped with the last backward pass.
                 with nullcontext() if number == last and player is None else self._no_sync():
                     loss, count = self._forward(micro_batch, number, *more)
@@ -247,6 +243,17 @@ class Step:
         # Reading waits for the device. On a CPU that is free. Elsewhere it is done with a row in the log, which waits.
         free = task.device.type == "cpu" or trainer.global_step % trainer.log_every_n_steps == 0
         return free and bool(self.sums.stops > 0)
+
+
+def begin(task: "Task", micro_batch: MicroBatch, key: int) -> None:
+    """Begin a pass of a micro-batch, so that each pass draws the same random numbers.
+
+    Random numbers of our own layers depend on the step and the example. Those of other layers also depend on where the
+    micro-batch begins.
+    """
+    place.current = place.Place(key, micro_batch.position, micro_batch.counts, len(micro_batch))
+    micro_batch.key = key
+    seed_generator(task.device, key ^ micro_batch.position)
 
 
 def reduce(task: "Task", values: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch.optim import AdamW, Optimizer
 from torchmetrics import MetricCollection
 
 from batchwise.batching.gradients import Number, weighted_sum
-from batchwise.batching.loader import MicroBatch
+from batchwise.batching.loader import Batch, MicroBatch
 from batchwise.data.module import DataModule
 from batchwise.models.compiled import compile_network
 from batchwise.models.dropout import convert_dropout
@@ -257,6 +257,16 @@ class Task(pl.LightningModule, ABC):
     def _turns(self) -> list[tuple[str | None, Optimizer]]:
         """Return the players that step on a batch, in order, with their optimizers."""
         return [(None, self.trainer.optimizers[0])]
+
+    def _outputs(self, batch: MicroBatch) -> Any:
+        """Return the network's outputs, by which the task is tried before training."""
+        return self(batch.inputs)
+
+    def _look_ahead(self, batch: Batch, key: int) -> None:
+        """Do what needs the whole batch before its first backward pass; `key` is that of its random numbers."""
+
+    def _conclude_evaluation(self) -> None:
+        """Add what only the end of an evaluation completes. All devices come here."""
 
     def _summed_loss(self, batch: MicroBatch, *player: str) -> tuple[Tensor, Number]:
         """Return the sum of losses and the count of a micro-batch that is on the device."""

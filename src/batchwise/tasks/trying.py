@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor
 
+from batchwise.batching.loader import MicroBatch
 from batchwise.data.module import DataModule
 from batchwise.models.flops import count_flops
 from batchwise.models.norm import batchnorms, has_batchnorm
@@ -38,7 +39,7 @@ def try_task(task: "Task", data: DataModule, split: str) -> None:
             print(report, flush=True)
     with precision.forward_context():
         batch = data.to_device(data.examples(split, 2), task.device, training=False)
-    outputs, flops = count_flops(lambda: _outputs(task, batch.inputs, precision))
+    outputs, flops = count_flops(lambda: outputs_of(task, batch, precision))
     task._measures.flops_per_example = flops and flops / len(batch)
     task.check(data, outputs)
     if data.plan is not None:
@@ -49,12 +50,17 @@ def try_task(task: "Task", data: DataModule, split: str) -> None:
     task._measures.tried = data.plan or True
 
 
-def _outputs(task: "Task", inputs: Any, precision: Any) -> Tensor:
-    modes = [(module, module.training) for module in task.modules()]
+def outputs_of(task: "Task", batch: MicroBatch, precision: Any) -> Any:
+    """Return the outputs for a batch that is on the device, without a graph and in evaluation mode.
+
+    Raises:
+        ValueError: the network cannot take the data.
+    """
+    inputs, modes = batch.inputs, [(module, module.training) for module in task.modules()]
     task.eval()
     try:
         with torch.no_grad(), precision.forward_context():
-            return task(inputs)
+            return task._outputs(batch)
     except RuntimeError as error:
         shape = list(inputs.shape[1:]) if isinstance(inputs, Tensor) else type(inputs).__name__
         raise ValueError(
