@@ -19,6 +19,7 @@ from batchwise.models.norm import convert_batchnorm
 from batchwise.models.shard import shard
 from batchwise.optim.schedule import Schedule
 from batchwise.tasks.finetuning import FineTuning
+from batchwise.tasks.logs import as_lightning_takes_it
 from batchwise.tasks.losses import Losses, checked
 from batchwise.tasks.making import finish
 from batchwise.tasks.measures import Measures
@@ -173,9 +174,8 @@ class Task(pl.LightningModule, ABC):
     def log(self, name: str, value: Any, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Log a value, in `losses` or in any hook of Lightning's that may log.
 
-        What is logged is exact: in training the value over the whole batch of the step, else that over the epoch or
-        the evaluation, whatever micro-batches and devices it was computed in. Loggers get it at the number of optimizer
-        steps done, callbacks may monitor it.
+        The value of a step, of an epoch or of an evaluation is exact over all micro-batches and devices. Loggers get it
+        with the number of optimizer steps done, and callbacks may monitor it.
 
         Args:
             name: its name everywhere; `name_step` and `name_epoch` where it is logged in both ways.
@@ -190,13 +190,7 @@ class Task(pl.LightningModule, ABC):
         if self._rehearses is not None:
             self._measures.logged.add(name)
             return
-        if isinstance(value, Tensor) and value.numel() > 1:
-            reduce = kwargs.get("reduce_fx", "mean")
-            kwargs.setdefault("batch_size", value.numel())
-            value = (getattr(torch, reduce) if isinstance(reduce, str) else reduce)(value.detach().double())
-        elif isinstance(value, int | float):
-            value = torch.tensor(float(value), dtype=torch.float64)  # Lightning would round it to float32
-        super().log(name, value, **kwargs)
+        super().log(name, **as_lightning_takes_it(value, kwargs))
 
     def train(self, mode: bool = True) -> "Task":
         """Set training mode; frozen batch norms stay in evaluation mode."""
