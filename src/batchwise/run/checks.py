@@ -1,6 +1,8 @@
 """Checks before training, so that a mistake costs seconds and one line."""
 
 from pathlib import Path
+from types import FunctionType
+from typing import Any
 
 from batchwise.callbacks.ema import EMA
 from batchwise.checkpoints import read_checkpoint
@@ -65,11 +67,18 @@ def _check_monitors(trainer: Trainer, model: Task) -> None:
     known = model.metric_names()
     for callback in trainer.callbacks:
         monitor = getattr(callback, "monitor", None)
-        if monitor is not None and monitor not in known:
+        if monitor is not None and monitor not in known and not any(map(_logs, [model, *trainer.callbacks])):
             raise ValueError(
                 f"{type(callback).__name__} monitors '{monitor}', which is not measured: write one of "
                 f"{', '.join(known)}"
             )
+
+
+def _logs(thing: Any) -> bool:
+    """Return whether a user's task or callback logs values in its hooks, whose names are not known before training."""
+    own = [kind for kind in type(thing).__mro__ if kind.__module__.split(".")[0] not in ("batchwise", "lightning")]
+    methods = [one for kind in own for one in vars(kind).values() if isinstance(one, FunctionType)]
+    return any({"log", "log_dict"} & set(method.__code__.co_names) for method in methods)
 
 
 def _check_checkpoint(path: Path, trainer: Trainer, model: Task, data: DataModule, config: dict | None) -> int:

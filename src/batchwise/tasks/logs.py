@@ -247,6 +247,17 @@ class Results(_ResultCollection):
             self._entry(arguments).epoch = epoch
 
 
+def as_lightning_takes_it(value: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of Lightning's `log`, which takes scalars, and would round numbers to float32."""
+    if isinstance(value, Tensor) and value.numel() > 1:
+        reduce = arguments.get("reduce_fx", "mean")
+        reduced = (getattr(torch, reduce) if isinstance(reduce, str) else reduce)(value.detach().double())
+        return {"batch_size": value.numel()} | arguments | {"value": reduced}
+    if isinstance(value, int | float):
+        value = torch.tensor(float(value), dtype=torch.float64)
+    return arguments | {"value": value}
+
+
 class Connector(_LoggerConnector):
     """Lightning's way from what is logged to loggers and callbacks, at the number of optimizer steps done."""
 

@@ -50,14 +50,15 @@ def rehearse(task: "Task", data: DataModule) -> None:
 
 
 def _rehearse(task: "Task", data: DataModule) -> None:
-    batch = data.examples("train", EXAMPLES)
+    unit = data.plan.unit if data.plan is not None else 1
+    batch = data.examples("train", max(EXAMPLES, 2 * unit))
     for player in task._players():
-        whole = _losses(task, data, [batch], player, 0)
-        if not _close(whole, _losses(task, data, [batch], player, 1)):
+        whole = _losses(task, data, batch, len(batch), player, 0)
+        if not _close(whole, _losses(task, data, batch, len(batch), player, 1)):
             _warn_of_randomness(task)
         elif not task._couples and _is_cut(data):
-            parts = batch.split(-(-len(batch) // 2))
-            if not _close(whole, _losses(task, data, parts, player, 0)):
+            half = max(1, len(batch) // 2 // unit) * unit
+            if not _close(whole, _losses(task, data, batch, half, player, 0)):
                 raise ValueError(
                     f"{type(task).__name__}.losses gives an example another loss when other examples are in its "
                     "micro-batch, so the result depends on how the batch is executed: write a task of "
@@ -95,22 +96,28 @@ def _as_it_was(task: "Task", data: DataModule) -> Iterator[None]:
                     buffer.copy_(buffers[name])
 
 
-def _losses(task: "Task", data: DataModule, parts: list[MicroBatch], player: tuple[str, ...], seed: int) -> Tensor:
-    """Return the losses of all examples, weighted, [N, ...] flat."""
+def _losses(task: "Task", data: DataModule, batch: MicroBatch, size: int, player: tuple[str, ...], seed: int) -> Tensor:
+    """Return the losses of all examples, weighted, [N, ...] flat, in micro-batches of a size."""
     found = []
-    for part in parts:
+    # It is cut on the device, because an augmentation may mix examples, which the plan then keeps together.
+    for part in _on_device(task, data, batch).split(size):
         seed_generator(task.device, seed + part.position)
         with torch.no_grad():
-            losses, weights = _call(task, data, part, player)
+            losses, weights = _call(task, part, player)
         found.append((losses if weights is None else losses * weights).double().cpu().flatten())
     return torch.cat(found)
 
 
-def _call(task: "Task", data: DataModule, part: MicroBatch, player: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
-    part.key = KEY
+def _on_device(task: "Task", data: DataModule, batch: MicroBatch) -> MicroBatch:
+    batch.key = KEY
+    place.current = place.Place(KEY, 0, False, len(batch))
+    return data.to_device(batch, task.device, training=True)
+
+
+def _call(task: "Task", part: MicroBatch, player: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
     place.current = place.Place(KEY, part.position, False, len(part))
     try:
-        return task._checked_losses(data.to_device(part, task.device, training=True), *player)
+        return task._checked_losses(part, *player)
     except (RuntimeError, IndexError) as error:
         if is_out_of_memory(error):
             raise
@@ -148,7 +155,7 @@ def _check_gradients(task: "Task", data: DataModule, batch: MicroBatch) -> None:
     waits = isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters")
     if not waits or task._couples or task._players() != [()]:
         return
-    losses, _ = _call(task, data, batch, ())
+    losses, _ = _call(task, _on_device(task, data, batch), ())
     learning = {name: parameter for name, parameter in task.named_parameters() if parameter.requires_grad}
     found = torch.autograd.grad(losses.sum(), list(learning.values()), allow_unused=True)
     unused = [name for name, gradient in zip(learning, found, strict=True) if gradient is None]

@@ -19,14 +19,13 @@ from batchwise.models.norm import convert_batchnorm
 from batchwise.models.shard import shard
 from batchwise.optim.schedule import Schedule
 from batchwise.tasks.finetuning import FineTuning
+from batchwise.tasks.logs import as_lightning_takes_it
+from batchwise.tasks.losses import Losses, checked
 from batchwise.tasks.making import finish
 from batchwise.tasks.measures import Measures
 from batchwise.tasks.rates import Rates
 from batchwise.tasks.step import Step
 from batchwise.tasks.trying import try_task
-
-Losses = Tensor | tuple[Tensor, Tensor]
-"""One loss per target, or the losses and their weights."""
 
 THE_ENGINES = {
     "training_step": "write losses",
@@ -165,7 +164,8 @@ class Task(pl.LightningModule, ABC):
 
     def metric_names(self) -> list[str]:
         """Return the names that callbacks may monitor. A subclass adds the names that it gives to `record`."""
-        return ["val/loss", *(f"val/{name}" for name in self._measures.names()), "train/loss_epoch"]
+        measured = [f"val/{name}" for name in self._measures.names()]
+        return ["val/loss", *measured, "train/loss_epoch", *sorted(self._measures.logged)]
 
     def record(self, values: dict[str, Tensor]) -> None:
         """Give values to the callbacks (as `monitor` keys) and to the loggers, with the number of steps done."""
@@ -174,9 +174,8 @@ class Task(pl.LightningModule, ABC):
     def log(self, name: str, value: Any, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Log a value, in `losses` or in any hook of Lightning's that may log.
 
-        What is logged is exact: in training the value over the whole batch of the step, else that over the epoch or
-        the evaluation, whatever micro-batches and devices it was computed in. Loggers get it at the number of optimizer
-        steps done, callbacks may monitor it.
+        The value of a step, of an epoch or of an evaluation is exact over all micro-batches and devices. Loggers get it
+        with the number of optimizer steps done, and callbacks may monitor it.
 
         Args:
             name: its name everywhere; `name_step` and `name_epoch` where it is logged in both ways.
@@ -191,13 +190,7 @@ class Task(pl.LightningModule, ABC):
         if self._rehearses is not None:
             self._measures.logged.add(name)
             return
-        if isinstance(value, Tensor) and value.numel() > 1:
-            reduce = kwargs.get("reduce_fx", "mean")
-            kwargs.setdefault("batch_size", value.numel())
-            value = (getattr(torch, reduce) if isinstance(reduce, str) else reduce)(value.detach().double())
-        elif isinstance(value, int | float):
-            value = torch.tensor(float(value), dtype=torch.float64)  # Lightning would round it to float32
-        super().log(name, value, **kwargs)
+        super().log(name, **as_lightning_takes_it(value, kwargs))
 
     def train(self, mode: bool = True) -> "Task":
         """Set training mode; frozen batch norms stay in evaluation mode."""
@@ -276,15 +269,7 @@ class Task(pl.LightningModule, ABC):
 
     def _checked_losses(self, batch: MicroBatch, *player: str) -> tuple[Tensor, Tensor | None]:
         """Return the losses of a micro-batch on the device, and their weights (None: all one)."""
-        given = self.losses(batch, *player)
-        losses, weights = given if isinstance(given, tuple) else (given, None)
-        if not isinstance(losses, Tensor) or losses.ndim == 0 or len(losses) != len(batch):
-            what = f"the shape {list(losses.shape)}" if isinstance(losses, Tensor) else f"a {type(given).__name__}"
-            raise ValueError(
-                f"{type(self).__name__}.losses gave {what} for {len(batch)} examples: return one loss per target "
-                "(reduction='none'), with the examples in the first dimension"
-            )
-        return losses, weights
+        return checked(self.losses(batch, *player), len(batch), type(self).__name__)
 
     def _players(self) -> list[tuple[str, ...]]:
         """Return the further arguments of `losses` in training, for each optimizer."""
