@@ -69,8 +69,8 @@ class Recorder(Callback):
         for optimizer, state in zip(trainer.optimizers, states, strict=False):
             take_states(optimizer, state if pl_module.device_mesh is None else None)
             start_momenta(optimizer)
-        if trainer.is_global_zero:
-            trainer.fit_loop.epoch_loop._results.restore(saved.get(KEY, {}).get("logs", []))
+        logs = saved.get(KEY, {}).get("logs", [])
+        trainer.fit_loop.epoch_loop._results.restore(logs, trainer.is_global_zero)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Task) -> None:
         """Log the exact mean loss of the epoch."""

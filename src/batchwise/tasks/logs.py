@@ -241,10 +241,13 @@ class Results(_ResultCollection):
                 found.append([*entry.arguments(), sums.get(False)])
         return found
 
-    def restore(self, state: list[list[Any]]) -> None:
-        """Go on with the sums of a checkpoint, in the first process."""
+    def restore(self, state: list[list[Any]], first: bool) -> None:
+        """Go on with the sums of a checkpoint in the first process; the others only learn what is logged.
+
+        All devices must know it, because a loop in which somebody logs makes other calls.
+        """
         for *arguments, epoch in state:
-            self._entry(arguments).epoch = epoch
+            self._entry(arguments).epoch = epoch if first else None
 
 
 def as_lightning_takes_it(value: Any, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -591,4 +591,6 @@ def test_tune_and_the_noise_scale_say_that_there_is_none(
     result = run_here(*command, *noise)
     assert result.code == 2
     assert result.err.count("\n") == 1
-    assert result.err.startswith("error: trainer.callbacks has NoiseScale, but the loss of Logging couples the examples")
+    assert result.err.startswith(
+        "error: trainer.callbacks has NoiseScale, but the loss of Logging couples the examples"
+    )
