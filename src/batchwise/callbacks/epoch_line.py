@@ -1,4 +1,4 @@
-"""One plain line per epoch, for terminals and for files."""
+"""Prints one line of text per epoch, which is readable in a terminal and in a file."""
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback

@@ -1,4 +1,4 @@
-"""Pictures of a classifier's predictions on the validation split, for loggers that take pictures."""
+"""Draws the validation results of a classifier, and logs the pictures to the loggers that accept images."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING

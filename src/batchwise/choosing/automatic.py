@@ -1,4 +1,4 @@
-"""Measurements before training, for `speed: auto` and `micro_batch_size: auto`."""
+"""Measures speed and memory before training, and chooses by them if `speed` or `micro_batch_size` is auto."""
 
 import math
 import os

@@ -149,7 +149,13 @@ def _tune(trainer: pl.Trainer, task: Task, data: DataModule, steps: int, memory_
 
 
 def report(console: Console, findings: Findings, lacks: str) -> None:
-    """Print the findings; where there is no noise scale, print what it lacks."""
+    """Print the findings.
+
+    Args:
+        console: for the tables.
+        findings: the measurements.
+        lacks: the reason why there is no noise scale; not used if there is one.
+    """
     knee, best, noise = findings.knee(), findings.best(), findings.noise_scale()
     table = Table("micro-batch", "examples/s", "peak MiB", "", title="what fits, what is fast", box=None)
     for size in findings.sizes:

@@ -95,7 +95,10 @@ def adapted(plan: BatchPlan, schedule: Adaptive, step: int, trainer: pl.Trainer 
 
 
 class LimitedLoader(TrainLoader):
-    """A loader with a length of which Lightning's share, `limit_train_batches`, is the length of the epoch."""
+    """A loader for a `limit_train_batches` that is a share, which Lightning multiplies by the length of the loader.
+
+    The length is chosen so that the product is the number of steps in the epoch.
+    """
 
     limit: int | float | None = None
 

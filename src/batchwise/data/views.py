@@ -1,4 +1,4 @@
-"""Several views of each example, for losses that pull views of the same example together."""
+"""Makes several augmented views of each example. A contrastive loss then makes these views similar to each other."""
 
 from dataclasses import replace
 
