@@ -1,7 +1,5 @@
 """What is logged by `self.log`: exact over all micro-batches and devices, as of the number of optimizer steps done."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -122,7 +120,7 @@ class Results(_ResultCollection):
             on_epoch or not self.training,
             reduce_fx,
         )
-        entry = self.setdefault(f"{fx}.{name}", Entry(meta, rank_zero_only))
+        entry = self._entry(meta, rank_zero_only)
         if (entry.meta, entry.local) != (meta, rank_zero_only):
             raise ValueError(f"self.log('{name}', ...) is called twice in {fx}, with different arguments")
         if isinstance(value, Metric):
@@ -189,13 +187,15 @@ class Results(_ResultCollection):
         of_all: list[Any] = [None] * self.world_size
         torch.distributed.all_gather_object(of_all, mine)
         for arguments, sums in (sent for device in of_all for sent in device):
-            entry = self._entry(arguments)
+            entry = self._entry(_Metadata(*arguments))
             for on_step, amount in sums.items():
                 entry.reduced[on_step] = entry.combine(entry.reduced.get(on_step), amount)
 
-    def _entry(self, arguments: list[Any]) -> Entry:
-        fx, name, *_ = arguments
-        return self.setdefault(f"{fx}.{name}", Entry(_Metadata(*arguments)))
+    def _entry(self, meta: _Metadata, local: bool = False) -> Entry:
+        key = f"{meta.fx}.{meta.name}"
+        if key not in self:
+            self[key] = Entry(meta, local)
+        return self[key]
 
     def metrics(self, on_step: bool) -> _METRICS:
         """Return the values for callbacks, loggers and the progress bar, by their names there."""
@@ -222,7 +222,7 @@ class Results(_ResultCollection):
             for entry in self.values():
                 entry.reset()
 
-    def to(self, *args: Any, **kwargs: Any) -> Results:
+    def to(self, *args: Any, **kwargs: Any) -> "Results":
         """Leave the values where they are."""
         return self
 
@@ -247,7 +247,7 @@ class Results(_ResultCollection):
         All devices must know it, because a loop in which somebody logs makes other calls.
         """
         for *arguments, epoch in state:
-            self._entry(arguments).epoch = epoch if first else None
+            self._entry(_Metadata(*arguments)).epoch = epoch if first else None
 
 
 def as_lightning_takes_it(value: Any, arguments: dict[str, Any]) -> dict[str, Any]:

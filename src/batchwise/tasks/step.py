@@ -166,8 +166,9 @@ class Step:
             self._zero(task, optimizer)
             batch.cut(task.data.micro_batch_limit, task.data.plan.unit)  # type: ignore[union-attr]
             done = self._run_micro_batches(task, batch, player, turn)
-        sums = done._replace(stops=float(self.stop_requested), logs=float(self._results.has_news()))
+        sums = done
         if task.trainer.world_size > 1:
+            sums = done._replace(stops=float(self.stop_requested), logs=float(self._results.has_news()))
             self._add_what_the_strategy_does_not(task, player, optimizer)
             sums = reduce_sums(task, sums)
         # If no target counts, loss and gradient are zero.
