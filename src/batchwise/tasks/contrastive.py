@@ -25,6 +25,7 @@ from batchwise.data.module import DataModule
 from batchwise.data.planning import noise_meter
 from batchwise.errors import TrainingStopped
 from batchwise.models import place
+from batchwise.models.kept import kept_buffers
 from batchwise.ranges import PositiveInt
 from batchwise.tasks.coupled import CoupledLoss, Pairs, retrieved
 from batchwise.tasks.groups import Ahead, Groups, join, present, spread
@@ -204,16 +205,14 @@ class Contrastive(Task):
         if trainer.world_size == 1 and len(batch.micro_batches) == 1:
             return
         context = trainer.precision_plugin.train_step_context
-        state, logged = [buffer.clone() for buffer in self.buffers()], self._step._results.mark()
-        parts = []
+        parts, logged = [], self._step._results.mark()
         with torch.no_grad():
-            for micro_batch in batch.micro_batches:
-                begin(self, micro_batch, key)
-                copy = micro_batch._map(torch.clone)  # because a transform may work in place
-                with context():
-                    parts.append(self._outputs(self.data.to_device(copy, self.device, training=True)))
-            for buffer, before in zip(self.buffers(), state, strict=True):
-                buffer.copy_(before)  # what the first pass has moved, such as running statistics, is moved once
+            with kept_buffers(self):  # the second pass moves running statistics
+                for micro_batch in batch.micro_batches:
+                    begin(self, micro_batch, key)
+                    copy = micro_batch._map(torch.clone)  # because a transform may work in place
+                    with context():
+                        parts.append(self._outputs(self.data.to_device(copy, self.device, training=True)))
             for ghost in self._step.ghosts:
                 ghost.zero_sums()
             self._step._results.rewind(logged)

@@ -4,6 +4,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from torchmetrics import Metric
 from batchwise.batching.loader import MicroBatch
 from batchwise.data.module import DataModule
 from batchwise.models import place
+from batchwise.models.kept import kept_buffers, kept_modes
 from batchwise.models.norm import batchnorms
 from batchwise.tasks.memory import is_out_of_memory
 from batchwise.tasks.step import seed_generator
@@ -50,14 +52,15 @@ def rehearse(task: "Task", data: DataModule) -> None:
 
 
 def _rehearse(task: "Task", data: DataModule) -> None:
-    unit = data.plan.unit if data.plan is not None else 1
-    batch = data.examples("train", max(EXAMPLES, 2 * unit))
+    plan = data.plan
+    assert plan is not None
+    batch, is_cut = data.examples("train", max(EXAMPLES, 2 * plan.unit)), plan.accumulation * plan.devices > 1
     for player in task._players():
         whole = _losses(task, data, batch, len(batch), player, 0)
         if not _close(whole, _losses(task, data, batch, len(batch), player, 1)):
             _warn_of_randomness(task)
-        elif not task._couples and _is_cut(data):
-            half = max(1, len(batch) // 2 // unit) * unit
+        elif not task._couples and is_cut:
+            half = max(1, len(batch) // 2 // plan.unit) * plan.unit
             if not _close(whole, _losses(task, data, batch, half, player, 0)):
                 raise ValueError(
                     f"{type(task).__name__}.losses gives an example another loss when other examples are in its "
@@ -67,33 +70,21 @@ def _rehearse(task: "Task", data: DataModule) -> None:
     _check_gradients(task, data, batch)
 
 
-def _is_cut(data: DataModule) -> bool:
-    """Return whether a batch runs in several micro-batches, or on several devices."""
-    return data.plan is not None and data.plan.accumulation * data.plan.devices > 1
-
-
 @contextmanager
 def _as_it_was(task: "Task", data: DataModule) -> Iterator[None]:
-    """Put modes, buffers, metrics and the generator back afterwards; let batch norm look at no other example."""
-    modes = {module: module.training for module in task.modules()}
-    buffers = {name: buffer.clone() for name, buffer in task.named_buffers()}
-    for _, norm in batchnorms(task.network):
-        norm.eval()
+    """Restore modes, buffers, metrics and the generator afterwards. Batch norm looks at no other example."""
     trainer, task._trainer, task._rehearses = task._trainer, data.trainer, data
     devices = [task.device] if task.device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices=devices):
+        with kept_modes(task), kept_buffers(task), torch.random.fork_rng(devices=devices):
+            for _, norm in batchnorms(task.network):
+                norm.eval()
             yield
     finally:
         task._trainer, task._rehearses, place.current = trainer, None, None
-        for module, training in modes.items():
-            module.training = training
+        for module in task.modules():
             if isinstance(module, Metric):
                 module.reset()
-        with torch.no_grad():
-            for name, buffer in task.named_buffers():
-                if name in buffers and buffer.shape == buffers[name].shape:
-                    buffer.copy_(buffers[name])
 
 
 def _losses(task: "Task", data: DataModule, batch: MicroBatch, size: int, player: tuple[str, ...], seed: int) -> Tensor:
@@ -109,9 +100,9 @@ def _losses(task: "Task", data: DataModule, batch: MicroBatch, size: int, player
 
 
 def _on_device(task: "Task", data: DataModule, batch: MicroBatch) -> MicroBatch:
-    batch.key = KEY
+    copy = replace(batch._map(torch.clone), key=KEY)  # because a transform may work in place
     place.current = place.Place(KEY, 0, False, len(batch))
-    return data.to_device(batch, task.device, training=True)
+    return data.to_device(copy, task.device, training=True)
 
 
 def _call(task: "Task", part: MicroBatch, player: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from batchwise.batching.loader import MicroBatch
 from batchwise.data.module import DataModule
 from batchwise.models.flops import count_flops
+from batchwise.models.kept import kept_modes
 from batchwise.models.norm import batchnorms, has_batchnorm
 from batchwise.tasks.rehearsal import rehearse
 
@@ -56,13 +57,13 @@ def outputs_of(task: "Task", data: DataModule, batch: MicroBatch, precision: Any
     Raises:
         ValueError: the network cannot take the data.
     """
-    inputs, modes = batch.inputs, [(module, module.training) for module in task.modules()]
-    task.eval()
     task._rehearses = data
     try:
-        with torch.no_grad(), precision.forward_context():
+        with kept_modes(task), torch.no_grad(), precision.forward_context():
+            task.eval()
             return task._outputs(batch)
     except RuntimeError as error:
+        inputs = batch.inputs
         shape = list(inputs.shape[1:]) if isinstance(inputs, Tensor) else type(inputs).__name__
         raise ValueError(
             f"model.network {type(task.network).__name__} cannot take the data, whose inputs are {shape} per "
@@ -70,8 +71,6 @@ def outputs_of(task: "Task", data: DataModule, batch: MicroBatch, precision: Any
         ) from error
     finally:
         task._rehearses = None
-        for module, training in modes:  # some parts may be in evaluation mode on purpose
-            module.training = training
 
 
 REFUSED: dict[type[Callback], str] = {

@@ -98,6 +98,17 @@ def test_right_tasks_are_left_alone(losses: Any) -> None:
         fit(made(losses), Points(micro_batch_size=4), max_steps=1)
 
 
+def test_a_transform_may_work_in_place() -> None:
+    class Halved(Points):
+        def transform(self, batch: MicroBatch, training: bool) -> MicroBatch:
+            batch.inputs.mul_(0.5)
+            return batch
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "losses|layers")
+        fit(made(each), Halved(micro_batch_size=4), max_steps=1)
+
+
 def test_it_changes_nothing() -> None:
     """The same training with and without it, with batch norm and a generator of the user's."""
 
