@@ -11,7 +11,6 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import Strategy
 from torch.optim import Optimizer
 
-from batchwise.batching.gradients import Number
 from batchwise.batching.loader import Batch
 from batchwise.callbacks.checkpoint import Last
 from batchwise.data.module import DataModule
@@ -30,18 +29,21 @@ class BatchOptimization(_AutomaticOptimization):
     def run(self, optimizer: Optimizer, batch_idx: int, kwargs: Any) -> Any:
         """Run one global batch; return its exact loss, for `on_train_batch_end`."""
         task: Any = self.trainer.lightning_module
-        loss = self.step(task, kwargs["batch"])
-        return {"loss": torch.as_tensor(loss, dtype=torch.float32 if task.device.type == "mps" else torch.float64)}
+        self.step(task, kwargs["batch"])
+        return {
+            "loss": torch.as_tensor(
+                task._step.loss(), dtype=torch.float32 if task.device.type == "mps" else torch.float64
+            )
+        }
 
-    def step(self, task: Task, batch: Batch) -> Number:
-        """Run one global batch and count it; return its exact loss."""
+    def step(self, task: Task, batch: Batch) -> None:
+        """Run one global batch and count it."""
         steps = self.optim_progress.optimizer.step  # which is `trainer.global_step`
         steps.increment_ready()
         if task._current_fx_name != "training_step":  # else `losses` could not log
             task._current_fx_name = "training_step"
-        loss = task._step.run(task, batch)
+        task._step.run(task, batch)
         steps.increment_completed()
-        return loss
 
 
 class EpochLoop(_TrainingEpochLoop):

@@ -58,6 +58,9 @@ class Trainer(pl.Trainer):
             with bf16. null: no, or the choice of `speed: auto`.
         compile: compile the network with `torch.compile`. The first steps then take up to minutes. null: no, or the
             choice of `speed: auto`.
+        capture: auto: on a CUDA device, the step is recorded as CUDA graphs and replayed, where that gives the same
+            result; one line says where not. `losses` must depend on nothing but the batch and tensors on the device.
+            The learning rate is rounded to float32. null: no.
         matmul_precision: precision of float32 matrix products: highest (float32), high (TF32, faster on recent GPUs) or
             medium (bfloat16); null: PyTorch's own setting.
         threads: number of PyTorch's threads on the CPU, per process; null: the processes of a machine share its cores.
@@ -79,6 +82,7 @@ class Trainer(pl.Trainer):
         profiler: Profiler | str | None = None,
         channels_last: bool | None = None,
         compile: bool | None = None,
+        capture: Literal["auto"] | None = None,
         matmul_precision: Literal["highest", "high", "medium"] | None = None,
         threads: PositiveInt | None = None,
         **kwargs: Any,
@@ -89,7 +93,7 @@ class Trainer(pl.Trainer):
             if kwargs.get(name):
                 raise ValueError(f"trainer.{name} is {kwargs[name]}: leave it out, and write {remedy}")
         self.accumulation = accumulate_grad_batches
-        self.channels_last, self.compile = bool(channels_last), bool(compile)
+        self.channels_last, self.compile, self.capture = bool(channels_last), bool(compile), capture
         if matmul_precision is not None:
             torch.set_float32_matmul_precision(matmul_precision)
         if threads is not None:

@@ -112,7 +112,7 @@ def gather(field: Tensor | Rows, index: Tensor, pinned: bool = False) -> Tensor:
     if pinned:
         out = torch.empty(len(index), *field.shape[1:], dtype=field.dtype, pin_memory=True)
         return torch.index_select(field, 0, index, out=out)
-    return field.index_select(0, index if field.is_cpu else index.to(field.device, non_blocking=True))
+    return field.index_select(0, index.to(field.device))
 
 
 _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
@@ -134,6 +134,7 @@ class InMemory:
         self.mapped = any(isinstance(field, np.memmap) or getattr(field, "mapped", False) for field in fields)
         self.fields = tuple(field if isinstance(field, Rows) else as_tensor(field) for field in fields)
         self.pinned = pinned
+        self.device = next((field.device for field in self.fields if isinstance(field, Tensor)), torch.device("cpu"))
         lengths = [len(field) for field in self.fields]
         if len(set(lengths)) != 1:
             raise ValueError(f"inputs and targets differ in length: {' and '.join(map(str, lengths))} examples")
@@ -172,6 +173,8 @@ class InMemory:
         return index.split_with_sizes(request.sizes)
 
     def _read(self, index: Tensor) -> Read:
+        if self.device.type == "cuda":
+            index = index.to(self.device, non_blocking=True)  # once for all fields
         return tuple(gather(field, index, self.pinned) for field in self.fields), None
 
 

@@ -48,6 +48,11 @@ def weighted_sum(losses: Tensor, weights: Tensor | None, target_weights: Tensor 
     return counted.sum(), target_weights.sum(dtype=losses.dtype)
 
 
+def parameters(optimizer: Any) -> list[nn.Parameter]:
+    """Return the parameters of an optimizer (to collect them from the network takes 50 times as long)."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def gradients_of(optimizer: Any) -> list[Tensor]:
     """Return the gradients of an optimizer's parameters, where they have one."""
     groups = optimizer.param_groups

@@ -52,10 +52,13 @@ class MicroBatch:
         In training they are a function of seed, step, position in the batch and `name`; in evaluation of example and
         `name`. So they are the same in any micro-batches, on any devices and after any resume.
         """
-        where = torch.arange(self.position, self.position + len(self)) if self.key else self.index
+        device = self._device()
+        home = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+        in_training = isinstance(self.key, Tensor) or self.key != 0
+        where = self.position + torch.arange(len(self), device=home) if in_training else self.index.to(home)
         keys = mix(self.key, int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "big"), where)
-        numbers = uniform(keys[:, None], torch.arange(prod(shape)))
-        return numbers.view(-1, *shape).to(self._device(), torch.get_default_dtype())
+        numbers = uniform(keys[:, None], torch.arange(prod(shape), device=home))
+        return numbers.view(-1, *shape).to(device, torch.get_default_dtype())
 
     def randn(self, name: str, *shape: int) -> Tensor:
         """Return numbers of the standard normal distribution, [N, *shape], drawn as those of `rand`."""

@@ -19,7 +19,7 @@ from batchwise.batching.noise import FEWEST, Estimate, NoiseMeter, Sample, noise
 from batchwise.errors import TrainingStopped
 from batchwise.ranges import PositiveInt
 from batchwise.tasks.hooks import row_is_due
-from batchwise.tasks.step import reduce
+from batchwise.tasks.sums import reduce
 from batchwise.tasks.task import Task
 
 

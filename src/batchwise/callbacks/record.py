@@ -38,6 +38,9 @@ class Record(Callback):
     2022, "PaLM", appendix B), if Lightning knows the peak.
     """
 
+    for_rows = True
+    """Looks at a step only with a row in the log."""
+
     def __init__(self) -> None:
         self.examples = 0
         self._row = Totals()

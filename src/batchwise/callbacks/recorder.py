@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from batchwise.callbacks.checkpoint import Last
 from batchwise.data.examples import SPLITS
+from batchwise.tasks.finite import Finite
 from batchwise.tasks.making import refuse, start_momenta, take_states
 from batchwise.tasks.rehearsal import rehearse
 from batchwise.tasks.task import Task
@@ -37,7 +38,7 @@ class Recorder(Callback):
         self._saved = None
         if stage == "fit":  # forget an earlier training; a checkpoint is loaded later
             pl_module._measures.start_training()
-            pl_module._step.finite.skipped_in_a_row = 0
+            pl_module._step.finite = Finite(pl_module._step.finite.most)
             pl_module._rates.taken = set()
         # Lightning would load the weights of 64-true into float32, because it converts the module afterwards.
         trainer.precision_plugin.convert_module(pl_module)
@@ -74,6 +75,7 @@ class Recorder(Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Task) -> None:
         """Log the exact mean loss of the epoch."""
+        pl_module._step.finite.settle(pl_module)
         mean = pl_module._measures.end_epoch()
         pl_module.record({"train/loss_epoch": torch.tensor(mean, dtype=torch.float64)})
 
@@ -94,7 +96,8 @@ class Recorder(Callback):
     # Checkpoints
 
     def on_train_end(self, trainer: Any, pl_module: Task) -> None:
-        """Save, before Lightning's averages replace the weights. A resumed training needs the weights."""
+        """Forget the recordings. Save, before Lightning's averages replace the weights, which a resume needs."""
+        pl_module._step.captured.forget()
         if any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks):
             for callback in trainer.callbacks:
                 if isinstance(callback, Last) and trainer.global_step != callback._saved_at:
@@ -106,6 +109,7 @@ class Recorder(Callback):
         PyTorch numbers them in the order of the optimizer's groups, and loads any numbers. A sharded strategy expects
         the order of the model.
         """
+        pl_module._step.finite.settle(pl_module)
         learning = _learning(pl_module)
         checkpoint[KEY] = {
             "sums": pl_module._measures.state(),

@@ -74,7 +74,7 @@ def mask(inputs: Tensor, p: float, number: int) -> Tensor:
     if place.current is None:
         return F.dropout(torch.ones_like(inputs), p, training=True)
     key, first, *_ = place.current
-    examples = mix(mix(key, number), torch.arange(first, first + len(inputs), device=inputs.device))
+    examples = mix(mix(key, number), first + torch.arange(len(inputs), device=inputs.device))
     values = torch.arange(inputs[0].numel(), device=inputs.device)
     # The keys of the examples are good hashes, so one round of multiply and shift per value is enough.
     bits = examples[:, None] ^ (values * 0x1E3779B97F4A7C15)

@@ -26,6 +26,7 @@ class GhostBatchNorm(nn.Module):
 
     running_mean: Tensor
     running_var: Tensor
+    sums: Tensor = None  # type: ignore[assignment]
 
     def __init__(self, num_features: int, ghost_batch_size: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
         super().__init__()
@@ -41,7 +42,10 @@ class GhostBatchNorm(nn.Module):
     def zero_sums(self) -> None:
         """Forget the statistics of the step so far."""
         # Rows: sum of means, sum of variances, number of ghost batches. Not part of the state.
-        self.sums = torch.zeros(3, len(self.running_mean), dtype=self.running_mean.dtype, device=self.weight.device)
+        like = {"dtype": self.running_mean.dtype, "device": self.weight.device}
+        self.sums = (
+            torch.zeros(3, len(self.running_mean), **like) if self.sums is None else self.sums.zero_().to(**like)
+        )
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map [N, C, ...] to the same shape."""
@@ -73,11 +77,11 @@ class GhostBatchNorm(nn.Module):
         scale = self.weight * torch.rsqrt(var + self.eps)
         return (inputs - mean.view(shape)) * scale.view(shape) + self.bias.view(shape[1:])
 
-    def move_running(self, sums: Tensor) -> None:
-        """Move the running statistics by the sums of one optimizer step over all devices, [3, C]."""
-        if sums[2, 0] > 0:
-            self.running_mean.lerp_(sums[0] / sums[2], self.momentum)
-            self.running_var.lerp_(sums[1] / sums[2], self.momentum)
+    def move_running(self, sums: Tensor, made: Tensor | bool = True) -> None:
+        """Move the running statistics by the sums of one optimizer step over all devices, [3, C], if it is made."""
+        moves = (sums[2] > 0) & made  # on the device, so that nothing waits
+        for running, total in ((self.running_mean, sums[0]), (self.running_var, sums[1])):
+            running.copy_(torch.where(moves, running.lerp(total / sums[2], self.momentum), running))
 
     def extra_repr(self) -> str:
         """Show the sizes."""

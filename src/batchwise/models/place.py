@@ -2,19 +2,21 @@
 
 from typing import NamedTuple
 
+from torch import Tensor
+
 
 class Place(NamedTuple):
     """The place of a micro-batch.
 
     Args:
-        key: a number made from (seed, optimizer step).
-        first: position of its first example in the global batch.
+        key: a number made from (seed, optimizer step). In a step that is recorded, it is on the device.
+        first: position of its first example in the global batch; likewise.
         counts: False if the examples only stand in, on a device without examples of its own.
         size: number of its examples.
     """
 
-    key: int
-    first: int
+    key: int | Tensor
+    first: int | Tensor
     counts: bool = True
     size: int = 0
 

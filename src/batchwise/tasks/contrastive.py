@@ -30,7 +30,8 @@ from batchwise.ranges import PositiveInt
 from batchwise.tasks.coupled import CoupledLoss, Pairs, retrieved
 from batchwise.tasks.groups import Ahead, Groups, join, present, spread
 from batchwise.tasks.memory import is_out_of_memory
-from batchwise.tasks.step import begin, reduce
+from batchwise.tasks.passes import begin
+from batchwise.tasks.sums import reduce
 from batchwise.tasks.task import Task
 from batchwise.tasks.trying import outputs_of
 

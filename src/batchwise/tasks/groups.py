@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from batchwise.batching.loader import MicroBatch
 from batchwise.batching.plan import cut
-from batchwise.tasks.step import reduce
+from batchwise.tasks.sums import reduce
 
 if TYPE_CHECKING:
     from batchwise.tasks.task import Task

@@ -8,7 +8,7 @@ from torchmetrics import Metric, MetricCollection
 
 from batchwise.models import place
 from batchwise.tasks.hooks import row_is_due
-from batchwise.tasks.step import Sums, reduce_sums
+from batchwise.tasks.sums import Sums, reduce_sums
 
 if TYPE_CHECKING:
     from batchwise.tasks.task import Task

@@ -3,6 +3,7 @@
 import math
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch.optim import Optimizer
 
 from batchwise.optim.scaling import RULES, scale
@@ -47,6 +48,7 @@ class Rates:
         self._set: list[float] = []
         self._follows: int | None = None
         self._total = math.inf
+        self._single = False
 
     def own(self, task: "Task", optimizer: Optimizer) -> None:
         """Set the rates of an optimizer that the task has made."""
@@ -63,6 +65,8 @@ class Rates:
         """
         trainer, optimizer, plan = task.trainer, self._optimizer, task.data.plan
         assert plan is not None
+        # A captured step reads the rate in single precision. So that it need not matter which steps are captured:
+        self._single = bool(getattr(trainer, "capture", None))
         if optimizer is None or optimizer is not trainer.optimizers[0]:
             self._optimizer = None
             if self.schedule != Schedule() or self.reference is not None:
@@ -106,7 +110,7 @@ class Rates:
         groups = optimizer.param_groups[: len(self._settings)]
         for number, (group, rate) in enumerate(zip(groups, self.base, strict=True)):
             if number not in self.taken:
-                group["lr"] = rate * factor
+                group["lr"] = float(np.float32(rate * factor)) if self._single else rate * factor
         self._set = [group["lr"] for group in groups]
 
     def _follow(self, task: "Task", batch_size: int) -> None:

@@ -19,7 +19,7 @@ from batchwise.models import place
 from batchwise.models.kept import kept_buffers, kept_modes
 from batchwise.models.norm import batchnorms
 from batchwise.tasks.memory import is_out_of_memory
-from batchwise.tasks.step import seed_generator
+from batchwise.tasks.passes import seed_generator
 
 if TYPE_CHECKING:
     from batchwise.tasks.task import Task

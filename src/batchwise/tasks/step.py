@@ -1,7 +1,7 @@
 """One optimizer step from one global batch. It is exact, whatever the micro-batches and devices are."""
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.plugins.precision import Precision
@@ -9,44 +9,26 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from batchwise.batching.gradients import Number, scale_gradients
-from batchwise.batching.loader import Batch, MicroBatch
+from batchwise.batching.gradients import Number, parameters, scale_gradients
+from batchwise.batching.loader import Batch
 from batchwise.batching.random import mix
 from batchwise.models import place
 from batchwise.models.dropout import Dropout
 from batchwise.models.norm import GhostBatchNorm
-from batchwise.tasks.finite import Finite
+from batchwise.tasks.captured import Captured, why_not
+from batchwise.tasks.finite import Finite, Made, skips_by_itself
 from batchwise.tasks.hooks import STEP_HOOKS, call_hook, is_ours, listeners, listens, values_are_due
 from batchwise.tasks.logs import Results
 from batchwise.tasks.memory import halve, is_out_of_memory, stop_if_another_ran_out
+from batchwise.tasks.passes import begin
 from batchwise.tasks.players import add_gradients
+from batchwise.tasks.sums import Sums, reduce, reduce_sums
 
 if TYPE_CHECKING:
     from batchwise.tasks.task import Task
 
 DRAWS = 0x647261
 """Salt that separates training draws from other draws with the same seed."""
-
-
-class Sums(NamedTuple):
-    """Sums over targets: numbers on the host, or tensors on the device."""
-
-    loss: Number = 0.0
-    count: Number = 0.0
-    stops: Number = 0.0
-    """Number of devices that were asked to stop."""
-    logs: Number = 0.0
-    """Number of devices on which something was logged."""
-
-    def plus(self, loss: Number, count: Number) -> "Sums":
-        """Return the sums with more targets. Values on a CPU become numbers."""
-        if isinstance(loss, Tensor) and loss.device.type != "mps":
-            loss = loss.item() if loss.device.type == "cpu" else loss.double()
-        return Sums(self.loss + loss, self.count + count)
-
-    def mean(self) -> float:
-        """Return the mean loss, or nan if there is no target. This waits for the device."""
-        return float(self.loss / self.count) if self.count else float("nan")
 
 
 class Step:
@@ -76,6 +58,7 @@ class Step:
         """Sums of the last step, over all devices. With several players, those of the first."""
         self.batch: Batch | None = None
         """The last batch."""
+        self.captured = Captured()
         self._wrapped: set[int] = set()
         self._results: Any = Results(None, True)
 
@@ -89,24 +72,34 @@ class Step:
         self._results = trainer.fit_loop.epoch_loop._results
         self.is_heard = not all(map(is_ours, listeners(trainer, STEP_HOOKS)))
         self._hears_zero = bool(listeners(trainer, ["on_before_zero_grad"]))
-        self._own_zero, self._own_step = listens(task, "optimizer_zero_grad"), listens(task, "optimizer_step")
+        self.own_zero, self.own_step = listens(task, "optimizer_zero_grad"), listens(task, "optimizer_step")
         # Use PyTorch's backward pass and step directly if nobody can notice the difference.
         plain = isinstance(trainer.strategy, SingleDeviceStrategy)
         plain &= getattr(trainer.precision_plugin, "scaler", None) is None
         quiet = not listens(task, "backward") and not listeners(trainer, ["on_before_backward", "on_after_backward"])
-        self._plain_backward = plain and quiet
+        self.plain_backward = plain and quiet
         # In full precision, Lightning's context of a training step does nothing.
         bare = plain and type(trainer.precision_plugin) is Precision
         self._forward: Any = task.training_step if bare else trainer.strategy.training_step
         self._no_sync = getattr(trainer.strategy, "block_backward_sync", nullcontext)
-        self._hear_step = listeners(trainer, ["on_before_optimizer_step"])
-        plain &= all(map(is_ours, self._hear_step)) and not listens(task, "configure_gradient_clipping")
-        self._plain_step = plain and not listens(task, "on_before_optimizer_step")
+        self.hear_step = listeners(trainer, ["on_before_optimizer_step"])
+        plain &= all(map(is_ours, self.hear_step)) and not listens(task, "configure_gradient_clipping")
+        self.plain_step = plain and not listens(task, "on_before_optimizer_step")
+        self.captured.start(task, why_not(self, task))
+        # Nobody looks at a step but with a row, and nothing waits for the device anyway.
+        self._is_unseen = (
+            task.device.type == "cuda"
+            and task.device_mesh is None
+            and getattr(trainer.precision_plugin, "scaler", None) is None
+            and not self.is_heard
+            and not self.own_step
+            and all(getattr(callback, "for_rows", False) for callback in self.hear_step)
+        )
 
-    def run(self, task: "Task", batch: Batch) -> Number:
-        """Train on this device's share of one global batch. Return the exact loss of the whole batch.
+    def run(self, task: "Task", batch: Batch) -> None:
+        """Train on this device's share of one global batch.
 
-        If the task has several optimizers, each takes its turns on the same batch. The loss is that of the first.
+        If the task has several optimizers, each takes its turns on the same batch.
         """
         step = task.trainer.global_step
         if batch.step != step:
@@ -114,13 +107,27 @@ class Step:
         self.batch = batch
         task._measures.start_step(task, step)
         task._rates.set(task, step)
+        turns = task._turns()
+        batch.cut(task.data.micro_batch_limit, task.data.plan.unit)  # type: ignore[union-attr]
+        captured = self.captured.step(task, batch, self._key(task, batch, 0), turns[0][1])
+        if captured is not None:
+            self.sums = captured
+            task._measures.add(captured)
+            return
         logs: Number = 0.0
-        for turn, (player, optimizer) in enumerate(task._turns()):
+        for turn, (player, optimizer) in enumerate(turns):
             logs += self._turn(task, batch, player, optimizer, turn)
         # Reading waits for the device, so only where somebody may look at the values.
         if task.trainer.world_size > 1 and values_are_due(task.trainer, step + 1) and logs > 0:
             self._results.add_up()
+
+    def loss(self) -> Number:
+        """Return the exact loss of the last batch, over all devices. With several players, that of the first."""
         return self.sums.loss / (self.sums.count + (self.sums.count == 0))
+
+    def _key(self, task: "Task", batch: Batch, turn: int) -> int:
+        """Return the key of the random numbers of a turn."""
+        return mix(task.data.seed or 0, DRAWS, batch.step, *([turn] if turn else []))
 
     def _turn(self, task: "Task", batch: Batch, player: str | None, optimizer: Optimizer, turn: int) -> Number:
         """Make one step of one optimizer with the exact gradient. Skip it if loss or gradient is not finite.
@@ -130,29 +137,46 @@ class Step:
         """
         logged = self._results.mark()
         sums = self._gradient(task, batch, player, optimizer, turn)
+        made = Made(batch.step, batch.epoch)
+        finite: Tensor | bool = True
+        if by_itself := self._may_skip_by_itself(task, optimizer):
+            sums, finite = self.finite.checked(sums, optimizer, self.finite.start(task.device))
+            self.finite.note_later(task, made)
         if turn == 0:
             self.sums = sums
-        if not self.finite.passes(task, batch, sums, optimizer):
+        if not by_itself and not self.finite.passes(task, made, sums, optimizer):
             drop_gradients(optimizer)
             self._results.rewind(logged)
             return sums.logs
         if turn == 0:
             task._measures.add(sums)
-        self._move_running_statistics(task)
+        self.move_running_statistics(task, finite)
         loss = sums.loss / (sums.count + (sums.count == 0))
         trainer: Any = task.trainer
-        if self._own_step and player is None:
+        if self.own_step and player is None:
             wrapped = task.optimizers()
             task.optimizer_step(trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_idx, wrapped, lambda: loss)  # type: ignore[arg-type]
-        elif not self._plain_step:
+        elif not self.plain_step:
             trainer.strategy.optimizer_step(optimizer, lambda: loss)
         else:
-            for callback in self._hear_step:
+            for callback in self.hear_step:
                 callback.on_before_optimizer_step(trainer, task, optimizer)
             if trainer.gradient_clip_val:
                 task.clip_gradients(optimizer, trainer.gradient_clip_val, trainer.gradient_clip_algorithm)
             optimizer.step()
+        if by_itself:
+            optimizer.found_inf = None  # type: ignore[attr-defined]
         return sums.logs
+
+    def _may_skip_by_itself(self, task: "Task", optimizer: Optimizer) -> bool:
+        """Return whether the device can decide on skipping the step: nobody needs to know before the next row."""
+        return (
+            self._is_unseen
+            and bool(self.finite.most)
+            and not task._measures.row_is_due
+            and skips_by_itself(optimizer)
+            and not self._results.has_news()
+        )
 
     # The gradient
 
@@ -190,7 +214,7 @@ class Step:
 
     def _zero(self, task: "Task", optimizer: Optimizer) -> None:
         drop_gradients(task.trainer.optimizers[0])  # those of all players
-        if self._own_zero:
+        if self.own_zero:
             trainer: Any = task.trainer
             task.optimizer_zero_grad(trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_idx, optimizer)
         task._measures.forget_step()
@@ -199,7 +223,7 @@ class Step:
 
     def _run_micro_batches(self, task: "Task", batch: Batch, player: str | None, turn: int) -> Sums | None:
         """Run all micro-batches forward and backward. Return None if they must be run again, in smaller ones."""
-        key = mix(task.data.seed or 0, DRAWS, batch.step, *([turn] if turn else []))
+        key = self._key(task, batch, turn)
         strategy: Any = task.trainer.strategy
         sums, last = Sums(), len(batch.micro_batches) - 1
         # Data-parallel strategies average over devices. The nominal count keeps half-precision gradients in range.
@@ -212,7 +236,7 @@ class Step:
                 # Gradients cross devices once per step, overlapped with the last backward pass.
                 with nullcontext() if number == last and player is None else self._no_sync():
                     loss, count = self._forward(micro_batch, number, *more)
-                    if self._plain_backward:
+                    if self.plain_backward:
                         loss.backward(torch.full_like(loss, scale))
                     else:
                         strategy.backward(loss * scale, None)
@@ -229,12 +253,13 @@ class Step:
         halve(task, batch, message)
         return None
 
-    def _move_running_statistics(self, task: "Task") -> None:
+    def move_running_statistics(self, task: "Task", made: Tensor | bool = True) -> None:
+        """Move the running statistics of ghost batch norms, if the step is made."""
         if self.ghosts:
             sums = reduce(task, torch.cat([ghost.sums for ghost in self.ghosts], dim=1))
             widths = [ghost.sums.shape[1] for ghost in self.ghosts]
             for ghost, own in zip(self.ghosts, sums.split(widths, dim=1), strict=True):
-                ghost.move_running(own)
+                ghost.move_running(own, made)
 
     def stop_agreed(self, task: "Task") -> bool:
         """Return whether any device was asked to stop before the last step. All devices get the same answer."""
@@ -246,51 +271,7 @@ class Step:
         return free and bool(self.sums.stops > 0)
 
 
-def begin(task: "Task", micro_batch: MicroBatch, key: int) -> None:
-    """Begin a pass of a micro-batch, so that each pass draws the same random numbers.
-
-    Random numbers of our own layers depend on the step and the example. Those of other layers also depend on where the
-    micro-batch begins.
-    """
-    place.current = place.Place(key, micro_batch.position, micro_batch.counts, len(micro_batch))
-    micro_batch.key = key
-    seed_generator(task.device, key ^ micro_batch.position)
-
-
-def reduce(task: "Task", values: Tensor) -> Tensor:
-    """Return the sum of a tensor over all devices."""
-    total = task.trainer.strategy.reduce(values, reduce_op="sum")
-    assert isinstance(total, Tensor)
-    return total
-
-
-def reduce_sums(task: "Task", sums: Sums) -> Sums:
-    """Return the sums over all devices: numbers on a CPU; else tensors on the device, so that nothing waits."""
-    if task.trainer.world_size > 1:
-        dtype = torch.float32 if task.device.type == "mps" else torch.float64
-        values = [torch.as_tensor(value, dtype=dtype, device=task.device) for value in sums]
-        sums = Sums(*reduce(task, torch.stack(values)).unbind())
-        if task.device.type == "cpu":
-            sums = Sums(*(float(value) for value in sums))
-    return sums
-
-
-def parameters(optimizer: Any) -> list[nn.Parameter]:
-    """Return the parameters of an optimizer (to collect them from the network takes 50 times as long)."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
 def drop_gradients(optimizer: Any) -> None:
     """Set all gradients to None, as `Optimizer.zero_grad` does, but without its profiler record."""
     for parameter in parameters(optimizer):
         parameter.grad = None
-
-
-def seed_generator(device: torch.device, seed: int) -> None:
-    """Seed the random generator of one device. `torch.manual_seed` is slower, because it seeds all accelerators."""
-    if device.type == "cpu":
-        torch.default_generator.manual_seed(seed)
-    elif device.type == "cuda":
-        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
-    else:
-        torch.manual_seed(seed)

@@ -195,6 +195,7 @@ class Task(pl.LightningModule, ABC):
     def train(self, mode: bool = True) -> "Task":
         """Set training mode; frozen batch norms stay in evaluation mode."""
         super().train(mode)
+        self._step.captured.stale = True
         self._tuning.hold_norms(self.network)
         return self
 
@@ -282,9 +283,8 @@ class Task(pl.LightningModule, ABC):
         return self._summed_loss(self.data.to_device(batch, self.device, training=True), *player)
 
     def _evaluate(self, batch: MicroBatch) -> None:
-        measures = self._measures
         loss, count = self._summed_loss(self.data.to_device(batch, self.device, training=False))
-        measures.evaluation = measures.evaluation.plus(loss, count)
+        self._measures.evaluation = self._measures.evaluation.plus(loss, count)
 
     def validation_step(self, batch: MicroBatch, batch_idx: int) -> None:
         """Add one batch to the sums and metrics."""

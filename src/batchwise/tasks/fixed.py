@@ -1,0 +1,120 @@
+"""Tensors that stay where they are on the device, so that recorded steps find them there."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from batchwise.batching.gradients import parameters
+from batchwise.batching.loader import MicroBatch
+from batchwise.tasks.sums import Sums
+
+if TYPE_CHECKING:
+    from batchwise.tasks.task import Task
+
+Replay = Callable[[], Any]
+
+
+class Unfit(Exception):
+    """The step cannot be recorded; the message says why."""
+
+
+class Fixed:
+    """Tensors that stay where they are, on the device. The recordings read and write them.
+
+    Args:
+        task: is in training.
+        optimizer: has made a step, with the gradients that the parameters still have.
+    """
+
+    def __init__(self, task: "Task", optimizer: Optimizer) -> None:
+        device = task.device
+
+        def number(dtype: torch.dtype = torch.float64) -> Tensor:
+            return torch.zeros((), dtype=dtype, device=device)
+
+        self.gradients = {one: torch.zeros_like(one) for one in parameters(optimizer) if one.grad is not None}
+        self.key, self.first = number(torch.int64), number(torch.int64)
+        self.size, self.loss, self.count = number(), number(), number()
+        self.sums = Sums(number(), number())
+        """Of the last step."""
+        self.rates = [number(torch.float32) for _ in optimizer.param_groups]  # PyTorch's fused kernels take float32
+        self.history = task._step.finite.start(device)
+        self._known: list[float] = []
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+    def set(self, key: int, size: int, optimizer: Optimizer) -> None:
+        """Set what is new in a step."""
+        self.key.fill_(key)
+        known = [size, *(group["lr"] for group in optimizer.param_groups)]
+        if known != self._known:
+            self._known = known
+            for tensor, value in zip([self.size, *self.rates], known, strict=True):
+                tensor.fill_(value)
+
+    def zero(self) -> None:
+        """Begin a step without gradients and sums."""
+        torch._foreach_zero_([*self.gradients.values(), self.loss, self.count])  # pyright: ignore[reportPrivateImportUsage]
+
+    @contextmanager
+    def own_gradients(self) -> Iterator[None]:
+        """Give the parameters these gradients."""
+        for parameter, gradient in self.gradients.items():
+            parameter.grad = gradient
+        try:
+            yield
+        finally:
+            for parameter in self.gradients:
+                parameter.grad = None
+
+    @contextmanager
+    def own_rates(self, optimizer: Optimizer) -> Iterator[None]:
+        """Let the optimizer read its learning rates from the device."""
+        before = [dict(group) for group in optimizer.param_groups]
+        for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate
+            if "capturable" in group:
+                group["capturable"] = True
+        try:
+            yield
+        finally:
+            for group, values in zip(optimizer.param_groups, before, strict=True):
+                group.update(values)
+
+    def graph(self, run: Callable[[], None]) -> Replay:
+        """Record what a function does on the device, without doing it."""
+        if self._pool is None:  # there are no graphs: the same, by Python
+
+            def replay() -> None:
+                with self.own_gradients():
+                    run()
+
+            return replay
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            run()
+        return graph.replay
+
+
+def take(fixed: MicroBatch, batch: MicroBatch) -> None:
+    """Copy a micro-batch to tensors that stay where they are."""
+    old, new = tensors_of(fixed), tensors_of(batch)
+    if [(one.shape, one.dtype) for one in old] != [(one.shape, one.dtype) for one in new]:
+        raise Unfit("transform, or an augmentation, gives examples of another shape in each step")
+    for one, value in zip([*old, fixed.index], [*new, batch.index], strict=True):
+        one.copy_(value, non_blocking=True)
+
+
+def tensors_of(batch: MicroBatch) -> list[Tensor]:
+    """Return the tensors of the examples."""
+    found: list[Tensor] = []
+    batch._map(lambda tensor: found.append(tensor) or tensor)
+    return found
+
+
+def shape_of(batch: MicroBatch) -> Any:
+    """Return what micro-batches must share to be run by one recording."""
+    return len(batch), batch.counts, tuple((one.shape, one.dtype) for one in tensors_of(batch))

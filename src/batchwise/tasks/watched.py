@@ -1,0 +1,83 @@
+"""What `losses` reads and changes on the host. A recording of the device's work would miss it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+if TYPE_CHECKING:
+    from batchwise.tasks.task import Task
+
+
+class Watched:
+    """Stands for a thing, and notes the names of what is read from it.
+
+    Args:
+        thing: what it stands for.
+        seen: gets the names.
+        prefix: put before each name.
+    """
+
+    def __init__(self, thing: Any, seen: set[str], prefix: str) -> None:
+        self.__dict__.update(_thing=thing, _seen=seen, _prefix=prefix)
+
+    def __getattr__(self, name: str) -> Any:
+        self._seen.add(self._prefix + name)
+        return getattr(self._thing, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._seen.add(self._prefix + name)
+        setattr(self._thing, name, value)
+
+    def __len__(self) -> int:
+        return len(self._thing)
+
+    def __bool__(self) -> bool:
+        return True
+
+
+def attributes_of(task: "Task") -> dict[str, Any]:
+    """Return the numbers, words and lengths that the task and its layers hold on the host, by name."""
+    found: dict[str, Any] = {}
+    for path, module in task.named_modules():
+        for name, value in vars(module).items():
+            if value is None or isinstance(value, bool | int | float | str):
+                found[f"{path}.{name}".strip(".")] = value
+            elif isinstance(value, list | dict | set | tuple):
+                found[f"{path}.{name}".strip(".")] = len(value)
+    return found
+
+
+def state_of(task: "Task") -> list[Any]:
+    """Return all that decides what the device does in a step, beside its inputs: places, modes, numbers on the host."""
+    optimizer = task.trainer.optimizers[0]
+    tensors = [*task.parameters(), *task.buffers()]
+    tensors += [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    counted = tuple(path for path, module in task.named_modules() if isinstance(module, Metric))
+    numbers = {name: value for name, value in attributes_of(task).items() if not (counted and name.startswith(counted))}
+    learns = [parameter.requires_grad for parameter in task.parameters()]
+    settings: Any = task.trainer
+    return [
+        [tensor.data_ptr() for tensor in tensors],
+        learns,
+        numbers,
+        settings.gradient_clip_val,
+        settings.gradient_clip_algorithm,
+    ]
+
+
+@contextmanager
+def waiting_is_an_error(device: torch.device) -> Iterator[None]:
+    """Raise RuntimeError where the host would wait for the device."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)

@@ -1,0 +1,193 @@
+"""Captured steps. On a CPU there are no graphs, so here Python repeats what a graph would: with the same fixed tensors.
+
+The graphs themselves are tested on a GPU, in `tests/batchwise/gpu`.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+
+from batchwise import MicroBatch
+from batchwise.models.dropout import Dropout
+from batchwise.optim.schedule import Schedule
+from batchwise.tasks import captured
+from tests.batchwise import small
+
+
+def adamw(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=0.05, fused=True)
+
+
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=0.01, fused=True)
+
+
+def make(task: Any = small.Classify, optimizer: Any = adamw, network: Any = small.network, **settings: Any) -> Any:
+    return task(network(), optimizer=optimizer, **settings)
+
+
+def norms() -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3)).double()
+
+
+class Weighted(small.Classify):
+    """Weights of the targets, and noise."""
+
+    def losses(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        noise = batch.randn("x", 5) + batch.rand("y", 5)
+        losses = F.cross_entropy(self(batch.inputs + 0.1 * noise), batch.targets, reduction="none")
+        return losses, 1.0 + batch.targets
+
+
+class Thaw(Callback):
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        pl_module.network[0].requires_grad_(trainer.current_epoch > 0)
+        pl_module.network[2].p = 0.1 * trainer.current_epoch
+
+
+class Planted(small.Points):
+    """One example is infinite."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.x[17] = float("inf")
+
+
+RIGHT: dict[str, Any] = {
+    "adamw": lambda: ({}, {}, {}),
+    "micro-batches": lambda: ({}, {"micro_batch_size": 3}, {}),
+    "sgd": lambda: ({"optimizer": sgd}, {"micro_batch_size": 4}, {}),
+    "schedule": lambda: ({"schedule": Schedule("cosine", warmup=0.2)}, {}, {}),
+    "clipping": lambda: ({}, {}, {"gradient_clip_val": 0.1}),
+    "batch norm": lambda: ({"network": norms}, {}, {}),
+    "ghost batch norm": lambda: ({"network": norms, "ghost_batch_size": 4}, {"micro_batch_size": 4}, {}),
+    "weights": lambda: ({"task": Weighted}, {"micro_batch_size": 3}, {}),
+    "thaw": lambda: ({}, {}, {"callbacks": [Thaw()]}),
+    "reference": lambda: ({"reference_batch_size": 64, "decay_matrices_only": True}, {}, {}),
+}
+
+
+def train(monkeypatch: pytest.MonkeyPatch, name: str, on: str, **more: Any) -> Any:
+    monkeypatch.setattr(captured, "DEVICES", (on,))
+    task, data, trainer = RIGHT[name]()
+    settings = {"capture": "auto", "max_epochs": 6, "log_every_n_steps": 10} | trainer | more
+    return small.fit(make(**task), small.Points(**data), **settings)[0]
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_captured_steps_are_the_ordinary_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ordinary, replayed = train(monkeypatch, name, "cuda"), train(monkeypatch, name, "cpu")
+    assert ordinary._step.captured.replays == 0
+    assert replayed._step.captured.replays >= 14
+    assert small.furthest(ordinary, replayed) < 1e-13
+    assert replayed._measures.epoch_loss == pytest.approx(ordinary._measures.epoch_loss, abs=1e-13)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    said, tasks = [], []
+    for on in ("cuda", "cpu"):
+        monkeypatch.setattr(captured, "DEVICES", (on,))
+        tasks.append(small.fit(make(), Planted(), capture="auto", max_epochs=6, log_every_n_steps=10)[0])
+        said.append([line for line in capsys.readouterr().out.splitlines() if "skipped" in line])
+    assert tasks[1]._step.captured.replays > 15
+    assert len(said[0]) == 6
+    assert said[0] == said[1]
+    assert small.furthest(*tasks) < 1e-13
+
+
+def test_training_stops_after_too_many_skipped_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    from batchwise.errors import TrainingStopped
+
+    class Breaks(small.Classify):
+        def losses(self, batch: MicroBatch) -> Tensor:
+            return super().losses(batch) * self.network.factor  # pyright: ignore[reportReturnType]
+
+    class Break(Callback):
+        def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+            if trainer.current_epoch == 3:
+                pl_module.network.factor.fill_(float("nan"))
+
+    def network() -> nn.Module:
+        made = small.network()
+        made.register_buffer("factor", torch.ones((), dtype=torch.float64))
+        return made
+
+    monkeypatch.setattr(captured, "DEVICES", ("cpu",))
+    task = make(Breaks, network=network, max_skipped_steps=5)
+    with pytest.raises(TrainingStopped, match="5 steps in a row, up to step 32"):
+        small.fit(task, capture="auto", max_epochs=20, log_every_n_steps=1000, callbacks=[Break()])
+
+
+# What cannot be captured runs in ordinary steps
+
+
+class ReadsTheEpoch(small.Classify):
+    def losses(self, batch: MicroBatch) -> Tensor:
+        return super().losses(batch) * (1 + self.current_epoch)
+
+
+class ReadsTheEpochOfTheBatch(small.Classify):
+    def losses(self, batch: MicroBatch) -> Tensor:
+        return super().losses(batch) * (1 + batch.epoch)
+
+
+class Logs(small.Classify):
+    def losses(self, batch: MicroBatch) -> Tensor:
+        losses = super().losses(batch)
+        self.log("mine", losses.mean(), on_step=False, on_epoch=True)
+        return losses
+
+
+class Counts(small.Classify):
+    calls = 0
+
+    def losses(self, batch: MicroBatch) -> Tensor:
+        self.calls += 1
+        return super().losses(batch) / self.calls**0.01
+
+
+class Listens(Callback):
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        pass
+
+
+def plain_adamw(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=0.05, foreach=True)
+
+
+UNFIT: dict[str, Any] = {
+    "self.trainer.current_epoch": ({"task": ReadsTheEpoch}, {}),
+    "batch.epoch": ({"task": ReadsTheEpochOfTheBatch}, {}),
+    "logs values": ({"task": Logs}, {}),
+    "changes its attribute calls": ({"task": Counts}, {}),
+    "listens to steps": ({}, {"callbacks": [Listens()]}),
+    "AdamW is not fused": ({"optimizer": plain_adamw}, {}),
+}
+
+
+@pytest.mark.parametrize("reason", UNFIT)
+def test_what_cannot_be_captured_is_ordinary_and_said_once(
+    reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    task, trainer = UNFIT[reason]
+    made = []
+    for on in ("cuda", "cpu"):
+        monkeypatch.setattr(captured, "DEVICES", (on,))
+        made.append(small.fit(make(**task), capture="auto", log_every_n_steps=10, **trainer)[0])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("trainer.capture")]
+    assert len(lines) == 2
+    assert reason in lines[1]
+    assert made[1]._step.captured.replays == 0
+    assert small.furthest(*made) == (pytest.approx(0, abs=0.1) if reason.startswith("changes") else 0)
+
+
+def test_a_cpu_runs_ordinary_steps(capsys: pytest.CaptureFixture) -> None:
+    small.fit(make(), capture="auto")
+    assert "steps are not captured, because cpu is no CUDA device" in capsys.readouterr().out
