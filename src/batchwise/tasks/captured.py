@@ -18,11 +18,11 @@ from batchwise.batching.loader import Batch, MicroBatch
 from batchwise.models import place
 from batchwise.models.kept import kept_buffers
 from batchwise.tasks.finite import Made, skips_by_itself
-from batchwise.tasks.fixed import Fixed, Replay, Unfit, shape_of, take
+from batchwise.tasks.fixed import Fixed, Recorded, Replay, Unfit, shape_of, tensors_of
 from batchwise.tasks.memory import is_out_of_memory
 from batchwise.tasks.passes import begin
 from batchwise.tasks.sums import Sums
-from batchwise.tasks.watched import Watched, attributes_of, state_of, waiting_is_an_error
+from batchwise.tasks.watched import Watched, attributes_of, only_the_device_decides, state_of
 
 if TYPE_CHECKING:
     from batchwise.tasks.step import Step
@@ -32,6 +32,10 @@ DEVICES = ("cuda",)
 """Kinds of devices on which steps are recorded."""
 ORDINARY_STEPS = 3
 """Steps with micro-batches of a shape before it is recorded. They also prepare libraries and the optimizer."""
+READ_IN_PLACE = {
+    f"batch.{name}" for name in ("inputs", "targets", "weights", "key", "position", "counts", "rand", "randn")
+}
+"""What `losses` may read from a micro-batch without needing the numbers of its examples."""
 MOST_SHAPES = 16
 """Shapes that are recorded. The others run in ordinary steps."""
 
@@ -51,7 +55,7 @@ class Captured:
 
     def forget(self) -> None:
         """Forget all recordings."""
-        self._passes: dict[Any, int | tuple[MicroBatch, Replay]] = {}
+        self._passes: dict[Any, int | Recorded] = {}
         self._end: Replay | None = None
         self._fixed: Fixed | None = None
 
@@ -121,8 +125,8 @@ class Captured:
 
     def _record_pass(
         self, task: "Task", fixed: "Fixed", micro_batch: MicroBatch, key: int, optimizer: Optimizer
-    ) -> tuple[MicroBatch, Replay]:
-        """Record one micro-batch, forward and backward. Return its tensors and the replay."""
+    ) -> "Recorded":
+        """Record one micro-batch, forward and backward."""
         begin(task, micro_batch, key)
         batch = task.data.to_device(micro_batch, task.device, training=True)._map(torch.clone)
         batch.index = batch.index.to(task.device)
@@ -140,13 +144,16 @@ class Captured:
             place.current = None
 
         with kept_buffers(task), fixed.own_gradients():
-            self._try(task, run, batch, optimizer)
+            read = self._try(task, run, batch, optimizer)
             replay = fixed.graph(run)
         fixed.zero()
-        return batch, replay
+        return Recorded(batch, tensors_of(batch) + [batch.index] * bool(read - READ_IN_PLACE), replay)
 
-    def _try(self, task: "Task", run: Callable[[Any], None], batch: MicroBatch, optimizer: Optimizer) -> None:
+    def _try(self, task: "Task", run: Callable[[Any], None], batch: MicroBatch, optimizer: Optimizer) -> set[str]:
         """Run a micro-batch as it will be recorded, to find what a recording would miss.
+
+        Returns:
+            The names of what it reads from the micro-batch.
 
         Raises:
             Unfit: the host decides something in it, or it reads or changes what is not on the device.
@@ -157,7 +164,7 @@ class Captured:
         before, trainer, seen = attributes_of(task), task._trainer, set[str]()
         task._trainer = Watched(trainer, seen, "self.trainer.")  # type: ignore[assignment]
         try:
-            with waiting_is_an_error(task.device):
+            with only_the_device_decides(task.device, is_compiled=trainer.compile):  # type: ignore[union-attr]
                 run(Watched(batch, seen, "batch."))
         except (RuntimeError, TypeError, AttributeError) as error:
             if is_out_of_memory(error):
@@ -173,6 +180,7 @@ class Captured:
             raise Unfit(f"losses, or the network, changes its attribute {changed[0]}")
         if any(p.grad is not None and p not in self._fixed.gradients for p in parameters(optimizer)):
             raise Unfit("some parameters have a gradient only in some steps")
+        return seen
 
     def _record_end(self, task: "Task", fixed: "Fixed", optimizer: Optimizer) -> Replay:
         """Record the end of a step: from sums and gradients to new weights."""
@@ -210,8 +218,8 @@ class Captured:
             fixed.first.fill_(micro_batch.position)
             recorded = self._passes[shape]
             assert not isinstance(recorded, int)
-            take(recorded[0], task.data.to_device(micro_batch, task.device, training=True))
-            recorded[1]()
+            recorded.take(task.data.to_device(micro_batch, task.device, training=True))
+            recorded.replay()
         place.current = None
         end()
         if task._step.finite.most:

@@ -128,8 +128,8 @@ class Finite:
         if self._answer is not None:
             (answer, event), made = self._answer, self._asked
             self._answer, self._asked = None, []
-            if event is not None:
-                event.synchronize()  # it happened long ago
+            if event is not None and not event.query():  # else it happened long ago
+                event.synchronize()
             self._handle(task, made, int(answer))
 
     def _handle(self, task: "Task", steps: list[Made], history: int) -> None:

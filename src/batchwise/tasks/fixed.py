@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -99,13 +99,32 @@ class Fixed:
         return graph.replay
 
 
-def take(fixed: MicroBatch, batch: MicroBatch) -> None:
-    """Copy a micro-batch to tensors that stay where they are."""
-    old, new = tensors_of(fixed), tensors_of(batch)
-    if [(one.shape, one.dtype) for one in old] != [(one.shape, one.dtype) for one in new]:
-        raise Unfit("transform, or an augmentation, gives examples of another shape in each step")
-    for one, value in zip([*old, fixed.index], [*new, batch.index], strict=True):
-        one.copy_(value, non_blocking=True)
+class Recorded(NamedTuple):
+    """A recorded micro-batch.
+
+    Args:
+        batch: reads the tensors.
+        tensors: stay where they are.
+        replay: runs the micro-batch forward and backward.
+    """
+
+    batch: MicroBatch
+    tensors: list[Tensor]
+    replay: Replay
+
+    def take(self, batch: MicroBatch) -> None:
+        """Copy another micro-batch to the tensors.
+
+        Raises:
+            Unfit: it has another shape.
+        """
+        new = tensors_of(batch)
+        if any(
+            one.shape != other.shape or one.dtype != other.dtype for one, other in zip(self.tensors, new, strict=False)
+        ):
+            raise Unfit("transform, or an augmentation, gives examples of another shape in each step")
+        for one, value in zip(self.tensors, [*new, batch.index], strict=False):
+            one.copy_(value, non_blocking=True)
 
 
 def tensors_of(batch: MicroBatch) -> list[Tensor]:

@@ -1,11 +1,13 @@
 """What `losses` reads and changes on the host. A recording of the device's work would miss it."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric
 
 if TYPE_CHECKING:
@@ -69,15 +71,25 @@ def state_of(task: "Task") -> list[Any]:
     ]
 
 
+class _NothingOnTheHost(TorchDispatchMode):
+    """Raises RuntimeError where an operation reads a tensor on the host."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(isinstance(one, Tensor) and one.is_cpu for one in tree_leaves((args, kwargs))):
+            raise RuntimeError("it reads a tensor on the host")
+        return func(*args, **(kwargs or {}))
+
+
 @contextmanager
-def waiting_is_an_error(device: torch.device) -> Iterator[None]:
-    """Raise RuntimeError where the host would wait for the device."""
+def only_the_device_decides(device: torch.device, is_compiled: bool) -> Iterator[None]:
+    """Raise RuntimeError where the host would wait for the device, or give it a tensor."""
     if device.type != "cuda":
         yield
         return
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        yield
+        with nullcontext() if is_compiled else _NothingOnTheHost():
+            yield
     finally:
         torch.cuda.set_sync_debug_mode(before)

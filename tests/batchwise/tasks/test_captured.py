@@ -12,7 +12,6 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from batchwise import MicroBatch
-from batchwise.models.dropout import Dropout
 from batchwise.optim.schedule import Schedule
 from batchwise.tasks import captured
 from tests.batchwise import small
