@@ -25,7 +25,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -80,6 +80,8 @@ class Setting:
     device: torch.device
     tiny: bool
     end: float
+    said: set[str] = field(default_factory=set)
+    """What a trainer has said about capturing."""
 
     @property
     def left(self) -> float:
@@ -252,7 +254,7 @@ class Data(DataModule):
 
 
 def fit(given: Setting, task: Any, data: DataModule, precision: str, max_steps: int, **settings: Any) -> str:
-    """Train with ours: a CSV log, and each step checked for finite numbers. Return what was printed."""
+    """Train with ours: a CSV log, and each step checked for finite numbers. Return what it printed."""
     said = io.StringIO()
     settings = {"log_every_n_steps": 50, **settings}
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(said):
@@ -268,6 +270,10 @@ def fit(given: Setting, task: Any, data: DataModule, precision: str, max_steps: 
             **settings,
         )
         trainer.fit(task, datamodule=data)
+    for line in said.getvalue().splitlines():
+        if "captur" in line and line not in given.said:  # such as why it was not done
+            given.said.add(line)
+            print(line, flush=True)
     return said.getvalue()
 
 
@@ -405,7 +411,7 @@ def shown(value: Any) -> str:
     """Return a number with at least three digits."""
     if not isinstance(value, float | int) or isinstance(value, bool):
         return "-" if value is None else str(value)
-    return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 or float(value).is_integer() else f"{value:.3g}"
 
 
 # The sections
@@ -523,6 +529,7 @@ def feed(given: Setting, keep: Callable[[dict], None]) -> None:
             shuffle=True,
             num_workers=1 if given.tiny else 4,
             pin_memory=device.type == "cuda",
+            persistent_workers=True,
         )
 
         def gathered(size: int = size) -> Iterator[Any]:
@@ -540,7 +547,7 @@ def feed(given: Setting, keep: Callable[[dict], None]) -> None:
             f"DataLoader, {workers.num_workers} workers": loaded,
         }
         title = f"batch {size}"
-        runs = {name: partial(speed, given, run, examples, size) for name, run in alternatives.items()}
+        runs = {name: partial(speed, given, run, examples) for name, run in alternatives.items()}
         found[title] = rounds(given, runs, 3)
         table(f"{title}: examples per second", found[title])
         keep(found)
@@ -559,16 +566,14 @@ def batches(given: Setting, fetch: Fetch, size: int) -> Callable[[], Iterable[An
     return run
 
 
-def speed(given: Setting, run: Callable[[], Iterable[Any]], examples: int, size: int) -> float:
-    """Return examples per second after the first batch, which starts threads and processes."""
-    all_of_them = iter(run())
-    next(all_of_them)
+def speed(given: Setting, run: Callable[[], Iterable[Any]], examples: int) -> float:
+    """Return examples per second over an epoch. The round of warm-up has started threads and processes."""
     given.wait()
     start = time.perf_counter()
-    for _ in all_of_them:
+    for _ in run():
         pass
     given.wait()
-    return (examples - size) / (time.perf_counter() - start)
+    return examples / (time.perf_counter() - start)
 
 
 def memory(given: Setting, keep: Callable[[dict], None]) -> None:

@@ -13,11 +13,15 @@ mkdir -p "$out"
 everything() {
     local failed=0
     if ! "$python" -c "import batchwise" 2>/dev/null; then
-        export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}"
+        export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}"
     fi
     nvidia-smi -L || echo "nvidia-smi found no GPU"
     "$python" - <<'PYTHON' || return 1
-import platform, lightning, torch, batchwise
+import platform, sys
+try:
+    import lightning, torch, batchwise.trainer
+except ModuleNotFoundError as error:
+    sys.exit(f"{error}: install it, or put its folder on PYTHONPATH")
 print(f"python {platform.python_version()}, torch {torch.__version__}, CUDA {torch.version.cuda}, "
       f"lightning {lightning.__version__}, batchwise {batchwise.__version__} from {batchwise.__path__[0]}")
 PYTHON
