@@ -24,7 +24,8 @@ WEEKLY = [name for name in ALTERNATIVES if name != "bench_step.py"]
 
 
 def test_all_benchmarks_are_here() -> None:
-    assert {path.name for path in (ROOT / "scripts" / "lab").glob("bench_*.py")} == ALTERNATIVES.keys()
+    found = {path.name for path in (ROOT / "scripts" / "lab").glob("bench_*.py")}
+    assert found == ALTERNATIVES.keys() | {"bench_gpu.py"}
 
 
 @pytest.mark.parametrize("name", ["bench_step.py", *(pytest.param(name, marks=pytest.mark.weekly) for name in WEEKLY)])
@@ -48,3 +49,32 @@ def test_benchmark(name: str) -> None:
         assert table.keys() >= ALTERNATIVES[name]
         assert len(table) > 1
         assert all(row["median"] > 0 and row["ratio"] > 0 for row in table.values())
+
+
+def test_the_gpu_benchmark_on_a_cpu() -> None:
+    command = [sys.executable, ROOT / "scripts" / "lab" / "bench_gpu.py", "--device", "cpu", "--tiny"]
+    done = subprocess.run([*command, "--json", "figures.json"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    written = json.loads(Path("figures.json").read_text())
+    assert written["machine"]["device"] == "CPU"
+    sections = written["sections"]
+    assert list(sections) == ["step", "idle", "feed", "memory", "target", "compiled"]
+    assert all(section["figures"] and "error" not in section for section in sections.values()), done.stdout
+    for title in ("step", "feed"):
+        for table in sections[title]["figures"].values():
+            rows = {name: row for name, row in table.items() if "captured" not in name}
+            assert len(rows) > 1
+            assert all(row["median"] > 0 and row["ratio"] > 0 for row in rows.values()), done.stdout
+    for row in sections["idle"]["figures"]["MLP 784-256-10, batch 8, 32-true"].values():
+        assert "error" in row or row["microseconds per step"] > 0
+    assert sections["memory"]["figures"]["largest"]["found"]["examples"] == 32
+    assert sections["target"]["figures"]["rows"]["ours, float32"]["steps"] == 8
+
+
+def test_the_gpu_benchmark_keeps_what_it_had_no_time_for() -> None:
+    command = [sys.executable, ROOT / "scripts" / "lab" / "bench_gpu.py", "--device", "cpu", "--tiny", "--seconds", "0"]
+    done = subprocess.run([*command, "--json", "figures.json"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    sections = json.loads(Path("figures.json").read_text())["sections"]
+    assert len(sections) == 6
+    assert all(section == {"skipped": "no time left"} for section in sections.values())
