@@ -163,18 +163,19 @@ class InMemory:
 
     def stream(self, requests: Iterable[Request], seed: int = 0) -> Iterator[Read]:
         """Yield each micro-batch. A thread reads ahead if the data goes to a GPU, or once a mapped file is slow."""
-        indices = (index for request in requests for index in self._checked(request))
+        indices = (index for request in requests for index in self._split(request))
         return _read_ahead(self._read, indices, self.pinned) if self.pinned or self.mapped else map(self._read, indices)
 
-    def _checked(self, request: Request) -> Sequence[Tensor]:
+    def _split(self, request: Request) -> Sequence[Tensor]:
+        """Return the examples of each micro-batch, on the device of the fields."""
         index = request.index
         if len(index) and (int(index.min()) < 0 or int(index.max()) >= len(self)):
             raise IndexError(f"examples {int(index.min())} to {int(index.max())} were asked for, of {len(self)}")
+        if self.device.type != "cpu":
+            index = index.to(self.device, non_blocking=True)
         return index.split_with_sizes(request.sizes)
 
     def _read(self, index: Tensor) -> Read:
-        if self.device.type == "cuda":
-            index = index.to(self.device, non_blocking=True)  # once for all fields
         return tuple(gather(field, index, self.pinned) for field in self.fields), None
 
 

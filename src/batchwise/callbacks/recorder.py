@@ -63,6 +63,7 @@ class Recorder(Callback):
         for name, learns in saved.get(KEY, {}).get("learning", {}).items():
             pl_module.get_parameter(name).requires_grad_(learns)
         pl_module._step.stop_requested = False
+        pl_module._measures.to(pl_module.device)
         if not pl_module._measures.rehearsed:
             rehearse(pl_module, pl_module.data)
         pl_module._rates.start(pl_module)

@@ -1,10 +1,16 @@
-"""Passes through a module that leave no trace in it."""
+"""Where a module is, and passes through it that leave no trace."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from torch import nn
+
+
+def home_of(module: nn.Module) -> torch.device:
+    """Return the device on which a module is. Lightning's `device` is the one to which it will move."""
+    return next(chain(module.parameters(), module.buffers()), torch.empty(0)).device
 
 
 @contextmanager

@@ -61,7 +61,7 @@ class Language(Task):
         """Return generated text `number`: a function of the weights, the seed and the number."""
         data: Any = self.data
         key = mix(data.seed or 0, _STREAM, number)
-        separator = torch.tensor([data.separator], device=self.device)
+        separator = torch.full((1,), data.separator, device=self.device)
         return data.decode(generate(self.network, separator, self.sample_length, data.sequence_length, key))
 
     def check(self, data: DataModule, outputs: Tensor) -> None:

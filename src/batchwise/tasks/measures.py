@@ -47,6 +47,12 @@ class Measures:
             single = {name: metric.clone() for name, metric in metrics.items() if not is_table(metric)}  # type: ignore[misc]
             self.step_metrics = MetricCollection(single).to(device) if single else None  # type: ignore[arg-type]
 
+    def to(self, device: torch.device) -> None:
+        """Move the metrics."""
+        for metrics in (self.metrics, self.step_metrics):
+            if metrics is not None:
+                metrics.to(device)
+
     def names(self) -> list[str]:
         """Return the names of the metrics that are single numbers."""
         return [name for name, metric in (self.metrics or {}).items() if not is_table(metric)]  # type: ignore[union-attr]
@@ -97,8 +103,9 @@ class Measures:
     def start_evaluation(self, task: "Task") -> None:
         """Begin an evaluation."""
         self.evaluation = Sums()
+        self.to(task.device)
         if self.metrics is not None:
-            self.metrics.to(task.device).reset()
+            self.metrics.reset()
 
     def end_evaluation(self, task: "Task", stage: str) -> dict[str, Tensor]:
         """Return the mean loss and the metrics over all devices, by their names in the log."""

@@ -16,7 +16,7 @@ from torchmetrics import Metric
 from batchwise.batching.loader import MicroBatch
 from batchwise.data.module import DataModule
 from batchwise.models import place
-from batchwise.models.kept import kept_buffers, kept_modes
+from batchwise.models.kept import home_of, kept_buffers, kept_modes
 from batchwise.models.norm import batchnorms
 from batchwise.tasks.memory import is_out_of_memory
 from batchwise.tasks.passes import seed_generator
@@ -74,7 +74,7 @@ def _rehearse(task: "Task", data: DataModule) -> None:
 def _as_it_was(task: "Task", data: DataModule) -> Iterator[None]:
     """Restore modes, buffers, metrics and the generator afterwards. Batch norm looks at no other example."""
     trainer, task._trainer, task._rehearses = task._trainer, data.trainer, data
-    devices = [task.device] if task.device.type == "cuda" else []
+    devices = [home_of(task)] if home_of(task).type == "cuda" else []
     try:
         with kept_modes(task), kept_buffers(task), torch.random.fork_rng(devices=devices):
             for _, norm in batchnorms(task.network):
@@ -92,7 +92,7 @@ def _losses(task: "Task", data: DataModule, batch: MicroBatch, size: int, player
     found = []
     # It is cut on the device, because an augmentation may mix examples, which the plan then keeps together.
     for part in _on_device(task, data, batch).split(size):
-        seed_generator(task.device, seed + part.position)
+        seed_generator(home_of(task), seed + part.position)
         with torch.no_grad():
             losses, weights = _call(task, part, player)
         found.append((losses if weights is None else losses * weights).double().cpu().flatten())
@@ -102,7 +102,7 @@ def _losses(task: "Task", data: DataModule, batch: MicroBatch, size: int, player
 def _on_device(task: "Task", data: DataModule, batch: MicroBatch) -> MicroBatch:
     copy = replace(batch._map(torch.clone), key=KEY)  # because a transform may work in place
     place.current = place.Place(KEY, 0, False, len(batch))
-    return data.to_device(copy, task.device, training=True)
+    return data.to_device(copy, home_of(task), training=True)
 
 
 def _call(task: "Task", part: MicroBatch, player: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:

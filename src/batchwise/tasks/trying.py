@@ -12,12 +12,13 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
 from batchwise.batching.loader import MicroBatch
 from batchwise.data.module import DataModule
 from batchwise.models.flops import count_flops
-from batchwise.models.kept import kept_modes
+from batchwise.models.kept import home_of, kept_modes
 from batchwise.models.norm import batchnorms, has_batchnorm
 from batchwise.tasks.rehearsal import rehearse
 
@@ -38,8 +39,10 @@ def try_task(task: "Task", data: DataModule, split: str) -> None:
         report = task._tuning.take(task.network)
         if report and (data.trainer is None or data.trainer.is_global_zero):
             print(report, flush=True)
+    if data.trainer is not None and isinstance(data.trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+        task.to(data.trainer.strategy.root_device)  # where it will be trained, whole
     with precision.forward_context():
-        batch = data.to_device(data.examples(split, 2), task.device, training=False)
+        batch = data.to_device(data.examples(split, 2), home_of(task), training=False)
     outputs, flops = count_flops(lambda: outputs_of(task, data, batch, precision))
     task._measures.flops_per_example = flops and flops / len(batch)
     task.check(data, outputs)
@@ -47,7 +50,7 @@ def try_task(task: "Task", data: DataModule, split: str) -> None:
         with precision.forward_context():
             _check_training(task, data)
             rehearse(task, data)
-    task._measures.make(task.make_metrics(outputs), task.device)
+    task._measures.make(task.make_metrics(outputs), home_of(task))
     task._measures.tried = data.plan or True
 
 
@@ -104,7 +107,7 @@ def _check_training(task: "Task", data: DataModule) -> None:
     plan, unit, trainer = data.plan, task._step.unit, data.trainer
     assert plan is not None
     if data.augment:
-        data.to_device(first, task.device, training=True)
+        data.to_device(first, home_of(task), training=True)
     if plan.unit % unit:
         raise ValueError(f"the plan keeps {plan.unit} examples together, but the network needs {unit}")
     frozen = [task.network.get_submodule(name) for name in task._tuning.frozen.norms]
