@@ -69,5 +69,11 @@ def scale_gradients(parameters: Iterable[nn.Parameter], factor: Number) -> None:
     if isinstance(factor, float) and factor == 1.0:
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if isinstance(factor, Tensor) and gradients:
+        if gradients[0].dtype.itemsize < 4:  # PyTorch would round the factor to half precision
+            for gradient in gradients:
+                gradient.copy_(gradient.float() * factor)
+            return
+        factor = factor.to(gradients[0].dtype)  # else there is no fused kernel
     if gradients:
         torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]

@@ -10,15 +10,15 @@ One graph runs a micro-batch forward and backward, another ends the step. Steps 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
-from batchwise.batching.gradients import parameters, scale_gradients
+from batchwise.batching.gradients import Number, parameters, scale_gradients
 from batchwise.batching.loader import Batch, MicroBatch
 from batchwise.models import place
 from batchwise.models.kept import kept_buffers
-from batchwise.tasks.finite import Made, skips_by_itself
 from batchwise.tasks.fixed import Fixed, Recorded, Replay, Unfit, shape_of, tensors_of
+from batchwise.tasks.ledger import Made, skips_by_itself
 from batchwise.tasks.memory import is_out_of_memory
 from batchwise.tasks.passes import begin
 from batchwise.tasks.sums import Sums
@@ -128,11 +128,13 @@ class Captured:
     ) -> "Recorded":
         """Record one micro-batch, forward and backward."""
         begin(task, micro_batch, key)
-        batch = task.data.to_device(micro_batch, task.device, training=True)._map(torch.clone)
+        batch = task.data.to_device(micro_batch, task.device, training=True)._map(Tensor.clone)
         batch.index = batch.index.to(task.device)
         batch.key, batch.position = fixed.key, fixed.first  # type: ignore[assignment]
         where = place.Place(fixed.key, fixed.first, batch.counts, len(batch))  # type: ignore[arg-type]
         context = task.trainer.precision_plugin.train_step_context
+
+        counts: list[Number] = [0.0]
 
         def run(seen: Any = batch) -> None:
             place.current = where
@@ -141,13 +143,15 @@ class Captured:
             loss.backward((1 / fixed.size).to(loss.dtype).expand_as(loss))
             fixed.loss.add_(loss.detach())
             fixed.count.add_(count)
+            counts[0] = count
             place.current = None
 
         with kept_buffers(task), fixed.own_gradients():
             read = self._try(task, run, batch, optimizer)
             replay = fixed.graph(run)
         fixed.zero()
-        return Recorded(batch, tensors_of(batch) + [batch.index] * bool(read - READ_IN_PLACE), replay)
+        tensors = tensors_of(batch) + [batch.index] * bool(read - READ_IN_PLACE)
+        return Recorded(tensors, replay, None if isinstance(counts[0], Tensor) else counts[0])
 
     def _try(self, task: "Task", run: Callable[[Any], None], batch: MicroBatch, optimizer: Optimizer) -> set[str]:
         """Run a micro-batch as it will be recorded, to find what a recording would miss.
@@ -185,20 +189,22 @@ class Captured:
     def _record_end(self, task: "Task", fixed: "Fixed", optimizer: Optimizer) -> Replay:
         """Record the end of a step: from sums and gradients to new weights."""
         trainer: Any = task.trainer
+        ledger = task._step.finite.start(task.device)
 
         def run() -> None:
             scale_gradients(fixed.gradients, fixed.size / (fixed.count + (fixed.count == 0)))
-            sums, made = Sums(fixed.loss, fixed.count), True
+            fixed.skipped.zero_()
             if task._step.finite.most:
-                sums, made = task._step.finite.checked(sums, optimizer, fixed.history)
-            task._step.move_running_statistics(task, made)
+                ledger.check(fixed.loss, optimizer, fixed.skipped)
+            task._step.move_running_statistics(task, fixed.skipped == 0)
             if trainer.gradient_clip_val:
                 task.clip_gradients(optimizer, trainer.gradient_clip_val, trainer.gradient_clip_algorithm)
             with fixed.own_rates(optimizer):
+                optimizer.found_inf = fixed.skipped  # type: ignore[attr-defined]
                 optimizer.step()
-            optimizer.found_inf = None  # type: ignore[attr-defined]
-            fixed.sums.loss.copy_(sums.loss)  # type: ignore[union-attr]
-            fixed.sums.count.copy_(sums.count)  # type: ignore[union-attr]
+                optimizer.found_inf = None  # type: ignore[attr-defined]
+            fixed.sums[0].copy_(fixed.loss)  # type: ignore[union-attr]
+            fixed.sums[1].copy_(fixed.count)  # type: ignore[union-attr]
             fixed.zero()
 
         with fixed.own_gradients():
@@ -213,17 +219,21 @@ class Captured:
         fixed.set(key, batch.size, optimizer)
         for ghost in task._step.ghosts:
             ghost.zero_sums()
+        count: float | None = 0.0
         for shape, micro_batch in zip(shapes, batch.micro_batches, strict=True):
             begin(task, micro_batch, key)
-            fixed.first.fill_(micro_batch.position)
+            fixed.start(micro_batch.position)
             recorded = self._passes[shape]
             assert not isinstance(recorded, int)
             recorded.take(task.data.to_device(micro_batch, task.device, training=True))
             recorded.replay()
+            count = None if count is None or recorded.count is None else count + recorded.count
         place.current = None
         end()
-        if task._step.finite.most:
-            task._step.finite.note_later(task, Made(batch.step, batch.epoch))
+        ledger = task._step.finite.start(task.device)
+        ledger.line.copy_(fixed.skipped)
+        made = Made(batch.step, batch.epoch, fixed.sums.count if count is None else count)
+        task._step.finite.add(task, made, fixed.sums.loss)
         self.replays += 1
         return fixed.sums
 

@@ -2,28 +2,17 @@
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-from torch.optim import SGD, Adam
 
-from batchwise.batching.gradients import full, gradients_of
+from batchwise.batching.gradients import Number, full, gradients_of
 from batchwise.errors import TrainingStopped
+from batchwise.tasks.ledger import Ledger, Made, Seen
+from batchwise.tasks.sums import Sums
 
 if TYPE_CHECKING:
-    from batchwise.tasks.sums import Sums
     from batchwise.tasks.task import Task
-
-ASKED = 32
-"""Steps between two looks at what the device has skipped by itself; at most 63, the bits of the history."""
-
-
-class Made(NamedTuple):
-    """A step that was checked on the device."""
-
-    step: int
-    epoch: int
 
 
 class Finite:
@@ -39,28 +28,24 @@ class Finite:
     def __init__(self, most: int) -> None:
         self.most = most
         self.skipped_in_a_row = 0
-        self.history: Tensor | None = None
-        """One bit for each step that was checked on the device, the newest last: 1 if it was skipped."""
-        self._unread: list[Made] = []
-        self._asked: list[Made] = []
-        self._answer: tuple[Tensor, torch.cuda.Event | None] | None = None
+        self.ledger: Ledger | None = None
 
     # While the host waits
 
-    def passes(self, task: "Task", made: Made, sums: "Sums", optimizer: Any) -> bool:
+    def passes(self, task: "Task", made: Made, sums: Sums, optimizer: Any) -> bool:
         """Return whether the step may be made. If not, print its examples. This waits for the device.
 
         Raises:
             TrainingStopped: too many steps in a row were skipped.
         """
+        self.settle(task)
         if not self.most:
             return True
-        self.settle(task)
         finite = self._is_finite(task, sums, optimizer)
         self._note(task, made, skipped=not finite)
         return finite
 
-    def _is_finite(self, task: "Task", sums: "Sums", optimizer: Any) -> bool:
+    def _is_finite(self, task: "Task", sums: Sums, optimizer: Any) -> bool:
         if getattr(task.trainer.precision_plugin, "scaler", None) is not None:  # it checks the gradient itself
             return math.isfinite(sums.loss)
         gradients = gradients_of(optimizer)
@@ -73,71 +58,33 @@ class Finite:
 
     # On the device
 
-    def checked(self, sums: "Sums", optimizer: Any, history: Tensor) -> tuple["Sums", Tensor]:
-        """Let the optimizer's next step find out by itself whether to be skipped. Nothing waits.
+    def start(self, device: torch.device) -> Ledger:
+        """Return what the device writes its decisions into."""
+        if self.ledger is None:
+            self.ledger = Ledger(device)
+        return self.ledger
 
-        Args:
-            sums: of the step.
-            optimizer: fused, with the gradient of the step.
-            history: gets one more bit.
-
-        Returns:
-            The sums, zero if the step is skipped; and whether it is made, a bool on the device.
-        """
-        loss = torch.as_tensor(sums.loss, device=history.device)
-        norms = torch._foreach_norm(gradients_of(optimizer))  # pyright: ignore[reportPrivateImportUsage]
-        finite = torch.isfinite(loss + torch.stack(norms).sum()) if norms else torch.isfinite(loss)
-        optimizer.found_inf = (~finite).float()
-        history.mul_(2).add_(~finite)
-        return sums._replace(loss=torch.where(finite, loss, 0.0), count=finite * sums.count), finite
-
-    def start(self, device: torch.device) -> Tensor:
-        """Return the history, on the device."""
-        if self.history is None or self.history.device != device:
-            self.history = torch.zeros((), dtype=torch.int64, device=device)
-        return self.history
-
-    def note_later(self, task: "Task", made: Made) -> None:
-        """Note a step that was checked on the device. Every 32 steps, look at the 32 before them."""
-        self._unread.append(made)
-        if len(self._unread) < ASKED:
-            return
-        self._hear(task)
-        assert self.history is not None
-        if self.history.is_cuda:
-            answer, event = torch.empty((), dtype=torch.int64, pin_memory=True), torch.cuda.Event()
-            answer.copy_(self.history, non_blocking=True)
-            event.record()
-        else:
-            answer, event = self.history.clone(), None
-        self._answer, self._asked, self._unread = (answer, event), self._unread, []
+    def add(self, task: "Task", made: Made, loss: Number) -> None:
+        """Add a step that the device has checked, and handle the steps of which the host now knows."""
+        assert self.ledger is not None
+        seen = self.ledger.add(made, loss)
+        if seen is not None:
+            self._handle(task, seen)
 
     def settle(self, task: "Task") -> None:
-        """Wait for the device, and handle the steps that it has skipped.
+        """Wait for the device, and handle all steps that it has checked.
 
         Raises:
             TrainingStopped: too many steps in a row were skipped.
         """
-        self._hear(task)
-        if self._unread:
-            assert self.history is not None
-            made, self._unread = self._unread, []
-            self._handle(task, made, int(self.history))
+        if self.ledger is not None and len(self.ledger):
+            for seen in self.ledger.settle():
+                self._handle(task, seen)
 
-    def _hear(self, task: "Task") -> None:
-        if self._answer is not None:
-            (answer, event), made = self._answer, self._asked
-            self._answer, self._asked = None, []
-            if event is not None and not event.query():  # else it happened long ago
-                event.synchronize()
-            self._handle(task, made, int(answer))
-
-    def _handle(self, task: "Task", steps: list[Made], history: int) -> None:
-        if not history & (2 ** len(steps) - 1):
-            self.skipped_in_a_row = 0
-            return
-        for bit, made in zip(reversed(range(len(steps))), steps, strict=True):
-            self._note(task, made, skipped=bool(history >> bit & 1))
+    def _handle(self, task: "Task", seen: Seen) -> None:
+        task._measures.add(Sums(seen.loss, seen.count))
+        for made, skipped in seen.steps:
+            self._note(task, made, skipped)
 
     # What was skipped
 
@@ -163,8 +110,3 @@ class Finite:
                 f"lower the learning rate, or look at the examples in {path}{saved}",
                 everywhere=True,
             )
-
-
-def skips_by_itself(optimizer: Any) -> bool:
-    """Return whether an optimizer's kernels can skip a step on the device: the attribute `found_inf` of PyTorch."""
-    return isinstance(optimizer, SGD | Adam) and all(group.get("fused") for group in optimizer.param_groups)

@@ -42,7 +42,9 @@ class Fixed:
         self.sums = Sums(number(), number())
         """Of the last step."""
         self.rates = [number(torch.float32) for _ in optimizer.param_groups]  # PyTorch's fused kernels take float32
-        self.history = task._step.finite.start(device)
+        self.skipped = torch.zeros((), device=device)
+        """Whether the step is skipped: 0 or 1."""
+        self._position = 0
         self._known: list[float] = []
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
@@ -54,6 +56,12 @@ class Fixed:
             self._known = known
             for tensor, value in zip([self.size, *self.rates], known, strict=True):
                 tensor.fill_(value)
+
+    def start(self, position: int) -> None:
+        """Begin a micro-batch."""
+        if position != self._position:
+            self._position = position
+            self.first.fill_(position)
 
     def zero(self) -> None:
         """Begin a step without gradients and sums."""
@@ -103,14 +111,14 @@ class Recorded(NamedTuple):
     """A recorded micro-batch.
 
     Args:
-        batch: reads the tensors.
-        tensors: stay where they are.
-        replay: runs the micro-batch forward and backward.
+        tensors: what it reads; they stay where they are.
+        replay: runs it forward and backward.
+        count: number of its targets; None: only the device knows it.
     """
 
-    batch: MicroBatch
     tensors: list[Tensor]
     replay: Replay
+    count: float | None
 
     def take(self, batch: MicroBatch) -> None:
         """Copy another micro-batch to the tensors.

@@ -15,9 +15,10 @@ from batchwise.batching.random import mix
 from batchwise.models import place
 from batchwise.models.dropout import Dropout
 from batchwise.models.norm import GhostBatchNorm
-from batchwise.tasks.captured import Captured, why_not
-from batchwise.tasks.finite import Finite, Made, skips_by_itself
+from batchwise.tasks.captured import DEVICES, Captured, why_not
+from batchwise.tasks.finite import Finite
 from batchwise.tasks.hooks import STEP_HOOKS, call_hook, is_ours, listeners, listens, values_are_due
+from batchwise.tasks.ledger import Made, skips_by_itself
 from batchwise.tasks.logs import Results
 from batchwise.tasks.memory import halve, is_out_of_memory, stop_if_another_ran_out
 from batchwise.tasks.passes import begin
@@ -59,6 +60,7 @@ class Step:
         self.batch: Batch | None = None
         """The last batch."""
         self.captured = Captured()
+        self._kept: dict[Any, Tensor] = {}
         self._wrapped: set[int] = set()
         self._results: Any = Results(None, True)
 
@@ -88,7 +90,7 @@ class Step:
         self.captured.start(task, why_not(self, task))
         # Nobody looks at a step but with a row, and nothing waits for the device anyway.
         self._is_unseen = (
-            task.device.type == "cuda"
+            task.device.type in DEVICES
             and task.device_mesh is None
             and getattr(trainer.precision_plugin, "scaler", None) is None
             and not self.is_heard
@@ -112,7 +114,6 @@ class Step:
         captured = self.captured.step(task, batch, self._key(task, batch, 0), turns[0][1])
         if captured is not None:
             self.sums = captured
-            task._measures.add(captured)
             return
         logs: Number = 0.0
         for turn, (player, optimizer) in enumerate(turns):
@@ -137,18 +138,21 @@ class Step:
         """
         logged = self._results.mark()
         sums = self._gradient(task, batch, player, optimizer, turn)
-        made = Made(batch.step, batch.epoch)
+        made = Made(batch.step, batch.epoch, sums.count)
         finite: Tensor | bool = True
-        if by_itself := self._may_skip_by_itself(task, optimizer):
-            sums, finite = self.finite.checked(sums, optimizer, self.finite.start(task.device))
-            self.finite.note_later(task, made)
+        if by_itself := self._may_skip_by_itself(task, player, optimizer):
+            ledger = self.finite.start(task.device)
+            optimizer.found_inf = ledger.line  # type: ignore[attr-defined]
+            ledger.check(sums.loss, optimizer, ledger.line)
+            if self.ghosts:
+                finite = ledger.line == 0
         if turn == 0:
             self.sums = sums
         if not by_itself and not self.finite.passes(task, made, sums, optimizer):
             drop_gradients(optimizer)
             self._results.rewind(logged)
             return sums.logs
-        if turn == 0:
+        if turn == 0 and not by_itself:
             task._measures.add(sums)
         self.move_running_statistics(task, finite)
         loss = sums.loss / (sums.count + (sums.count == 0))
@@ -166,12 +170,14 @@ class Step:
             optimizer.step()
         if by_itself:
             optimizer.found_inf = None  # type: ignore[attr-defined]
+            self.finite.add(task, made, sums.loss)
         return sums.logs
 
-    def _may_skip_by_itself(self, task: "Task", optimizer: Optimizer) -> bool:
+    def _may_skip_by_itself(self, task: "Task", player: str | None, optimizer: Optimizer) -> bool:
         """Return whether the device can decide on skipping the step: nobody needs to know before the next row."""
         return (
             self._is_unseen
+            and player is None
             and bool(self.finite.most)
             and not task._measures.row_is_due
             and skips_by_itself(optimizer)
@@ -237,7 +243,7 @@ class Step:
                 with nullcontext() if number == last and player is None else self._no_sync():
                     loss, count = self._forward(micro_batch, number, *more)
                     if self.plain_backward:
-                        loss.backward(torch.full_like(loss, scale))
+                        loss.backward(self._constant(scale, loss))
                     else:
                         strategy.backward(loss * scale, None)
                 sums = sums.plus(loss.detach(), count)
@@ -252,6 +258,13 @@ class Step:
         # Not in the except clause, in which the tensors of the failed pass are still alive.
         halve(task, batch, message)
         return None
+
+    def _constant(self, value: float, like: Tensor) -> Tensor:
+        """Return a scalar on the device. It is kept, because to make one takes as long as a small layer."""
+        kept = self._kept.get((value, like.dtype))
+        if kept is None or kept.device != like.device:
+            kept = self._kept[value, like.dtype] = torch.full_like(like, value)
+        return kept
 
     def move_running_statistics(self, task: "Task", made: Tensor | bool = True) -> None:
         """Move the running statistics of ghost batch norms, if the step is made."""

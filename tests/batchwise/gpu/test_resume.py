@@ -9,14 +9,14 @@ import small
 import torch
 from torch import nn
 
+from batchwise.models.dropout import Dropout
 from batchwise.optim.schedule import Schedule
 
 pytestmark = pytest.mark.gpu
 
 
 def task(optimizer: Any) -> small.Task:
-    net = small.network()
-    net.insert(1, nn.BatchNorm1d(8).double())
+    net = parts.mlp(nn.BatchNorm1d(8).double(), Dropout(0.2))  # no bias before the norm: it would be rounding alone
     return small.Classify(
         net, optimizer=optimizer, schedule=Schedule("cosine", warmup_examples=100), ghost_batch_size=5
     )
