@@ -428,7 +428,7 @@ def steps(given: Setting, keep: Callable[[dict], None]) -> None:
         alternatives[CAPTURED] = partial(ours, given, case, capture="auto")
         if number < 2:
             alternatives["Lightning as documented"] = partial(documented, given, case)
-        found[case.title] = rounds(given, alternatives)
+        found[case.title] = rounds(given, alternatives, 5 if number < 2 else 3)
         table(f"{case.title}: microseconds per step", found[case.title])
         keep(found)
 
@@ -787,9 +787,9 @@ def painted(*counts: int) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 SECTIONS: dict[str, Callable[[Setting, Callable[[dict], None]], None]] = {
-    "step": steps,
-    "idle": idle,
     "feed": feed,
+    "idle": idle,
+    "step": steps,
     "memory": memory,
     "target": target,
     "compiled": compiled,

@@ -69,11 +69,13 @@ def scale_gradients(parameters: Iterable[nn.Parameter], factor: Number) -> None:
     if isinstance(factor, float) and factor == 1.0:
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if isinstance(factor, Tensor) and gradients:
-        if gradients[0].dtype.itemsize < 4:  # PyTorch would round the factor to half precision
-            for gradient in gradients:
-                gradient.copy_(gradient.float() * factor)
-            return
-        factor = factor.to(gradients[0].dtype)  # else there is no fused kernel
-    if gradients:
-        torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
+    if not gradients:
+        return
+    dtype = gradients[0].dtype
+    if dtype.itemsize < 4:  # PyTorch would round the factor to half precision
+        for gradient in gradients:
+            gradient.copy_(gradient.float() * factor)
+        return
+    if isinstance(factor, Tensor):
+        factor = factor.to(dtype)  # else there is no fused kernel
+    torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
