@@ -42,7 +42,7 @@ class Fixed:
         self.sums = Sums(number(), number())
         """Of the last step."""
         self.rates = [number(torch.float32) for _ in optimizer.param_groups]  # PyTorch's fused kernels take float32
-        self.skipped = torch.zeros((), device=device)
+        self.skipped = number(torch.float32)
         """Whether the step is skipped: 0 or 1."""
         self._position = 0
         self._known: list[float] = []

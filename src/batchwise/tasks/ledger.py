@@ -50,11 +50,11 @@ class Ledger:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._skipped = torch.zeros(2, SIZE, device=device)
+        self._skipped = torch.zeros(2, SIZE, dtype=torch.float32, device=device)
         self._losses, self._counts = torch.zeros(2, 2, SIZE, dtype=torch.float64, device=device)
         self._page, self._steps = 0, list[Made]()
         self._sent: tuple[list[Made], Tensor, torch.cuda.Event | None] | None = None
-        self._one = torch.ones((), device=device)
+        self._one = torch.ones((), dtype=torch.float32, device=device)
 
     def __len__(self) -> int:
         """Return the number of steps of which the host knows nothing yet."""
@@ -86,7 +86,7 @@ class Ledger:
             return None
         seen, page = self._receive(), self._skipped[self._page]
         if page.is_cuda:
-            answer, event = torch.empty(SIZE, pin_memory=True), torch.cuda.Event()
+            answer, event = torch.empty(SIZE, dtype=torch.float32, pin_memory=True), torch.cuda.Event()
             answer.copy_(page, non_blocking=True)
             event.record()
         else:
