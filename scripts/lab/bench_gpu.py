@@ -712,9 +712,7 @@ class Reach(pl.Callback):
             "reached": self.best >= self.target,
             "steps": self.steps,
             "seconds": self.seconds,
-            "ms per step, with validation, after the first epoch": (self.seconds - self.first[1]) / later * 1e3
-            if later
-            else None,
+            "ms per step": (self.seconds - self.first[1]) / later * 1e3 if later else None,
         }
 
 
