@@ -16,6 +16,7 @@ from batchwise.batching.fetch import DataError, Example, Fetch, Request
 from batchwise.batching.order import Order
 from batchwise.batching.plan import BatchPlan, Part, cut
 from batchwise.batching.random import mix, uniform
+from batchwise.batching.structure import on_tensors, part, pick, tensors
 from batchwise.batching.tokens import SequencePlan
 
 
@@ -24,8 +25,9 @@ class MicroBatch:
     """Examples that go through the network together: one micro-batch.
 
     Args:
-        inputs: what the network takes, [N, ...]; a tuple of such where the data has several inputs.
-        targets: [N, ...], or None where there are none.
+        inputs: what the network takes, [N, ...]; a tuple or a dict of such where the data has several inputs. A list
+            holds one value per example.
+        targets: [N, ...] or nested in the same way, or None where there are none.
         index: numbers of the examples within their split, int64 [N], on the host.
         weights: factors of the examples' losses, [N]; None: all one.
         position: position of the first example in the batch.
@@ -63,41 +65,34 @@ class MicroBatch:
         return ((-2 * (1 - halves[:, 0]).log()).sqrt() * (2 * pi * halves[:, 1]).cos()).to(torch.get_default_dtype())
 
     def _device(self) -> torch.device:
-        found: list[torch.device] = [torch.device("cpu")]
-        self._map(lambda tensor: found.append(tensor.device) or tensor)
-        return found[-1]
+        return next((tensor.device for tensor in tensors((self.inputs, self.targets))), torch.device("cpu"))
 
     def to(self, device: torch.device, convert: Callable[[Tensor], Tensor] | None = None) -> "MicroBatch":
         """Return the micro-batch with its tensors on `device`, converted. `index` stays on the host."""
-        moved = self._map(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
-        return moved if convert is None else moved._map(convert)
+        moved = self._map(
+            lambda value: on_tensors(value, lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
+        )
+        return moved if convert is None else moved._map(lambda value: on_tensors(value, convert))
 
     def take(self, places: Tensor) -> "MicroBatch":
         """Return the examples at some places in the micro-batch, int64 [N]."""
-        return replace(self._map(lambda tensor: tensor[places]), index=self.index[places])
+        return replace(self._map(lambda value: pick(value, places)), index=self.index[places])
 
     def split(self, size: int, unit: int = 1) -> list["MicroBatch"]:
         """Return parts of at most `size` examples, in whole units. The last may be longer by half a unit."""
         starts = range(0, max(1, len(self) - (unit - 1) // 2), size)
         return [
             replace(
-                self._map(lambda tensor, start=start, stop=stop: tensor[start:stop]),
+                self._map(lambda value, start=start, stop=stop: part(value, start, stop)),
                 index=self.index[start:stop],
                 position=self.position + start,
             )
             for start, stop in pairwise([*starts, len(self)])
         ]
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> "MicroBatch":
-        def apply(value: Any) -> Any:
-            if isinstance(value, tuple | list):
-                items = [apply(item) for item in value]
-                return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-            if isinstance(value, dict):
-                return {key: apply(item) for key, item in value.items()}
-            return function(value) if isinstance(value, Tensor) else value
-
-        return replace(self, inputs=apply(self.inputs), targets=apply(self.targets), weights=apply(self.weights))
+    def _map(self, function: Callable[[Any], Any]) -> "MicroBatch":
+        inputs, targets, weights = function(self.inputs), function(self.targets), function(self.weights)
+        return replace(self, inputs=inputs, targets=targets, weights=weights)
 
 
 class Batch:

@@ -12,6 +12,7 @@ from torchmetrics import MetricCollection
 
 from batchwise.batching.gradients import Number, weighted_sum
 from batchwise.batching.loader import MicroBatch
+from batchwise.batching.structure import on_tensors
 from batchwise.data.module import DataModule
 from batchwise.models.compiled import compile_network
 from batchwise.models.norm import convert_batchnorm
@@ -39,6 +40,10 @@ THE_ENGINES = {
     "transfer_batch_to_device": "write transform in the data module",
 }
 """What a subclass must not override, and what it does instead."""
+
+
+def _channels_last(inputs: Tensor) -> Tensor:
+    return inputs.contiguous(memory_format=torch.channels_last) if inputs.ndim == 4 else inputs
 
 
 class Task(pl.LightningModule, ABC):
@@ -134,11 +139,20 @@ class Task(pl.LightningModule, ABC):
             raise TypeError("a Task trains from a batchwise.DataModule: pass datamodule= to the trainer")
         return data
 
-    def forward(self, inputs: Any) -> Tensor:
-        """Apply the network to the inputs; a tuple of inputs is passed as several arguments."""
-        if self._channels_last and isinstance(inputs, Tensor) and inputs.ndim == 4:
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
-        return self.network(*inputs) if isinstance(inputs, tuple) else self.network(inputs)
+    def forward(self, inputs: Any) -> Any:
+        """Apply the network to the inputs: a tuple is passed as several arguments, a dict as keyword arguments.
+
+        Of an object with `logits`, such as the outputs of Hugging Face's models, the logits are returned.
+        """
+        if self._channels_last:
+            inputs = on_tensors(inputs, _channels_last)
+        if isinstance(inputs, Tensor):
+            outputs = self.network(inputs)
+        elif isinstance(inputs, dict):
+            outputs = self.network(**inputs)
+        else:
+            outputs = self.network(*inputs) if isinstance(inputs, tuple) else self.network(inputs)
+        return outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", outputs)
 
     def measure(self, *values: Tensor) -> None:
         """Update the metrics: of the running evaluation, or in training of the step, where a row in the log is due."""

@@ -148,7 +148,7 @@ def test_memory_maps_are_read_where_they_are(tmp_path):
 
 def test_make_fetch_chooses():
     inputs, targets = torch.arange(4), np.arange(4)
-    for source, fields in ((inputs, 1), (targets, 1), ((inputs, targets), 2), ([inputs, targets, inputs], 3)):
+    for source, fields in ((inputs, 1), (targets, 1), ((inputs, targets), 2), ((inputs, targets, inputs), 3)):
         fetch = make_fetch(source, num_workers=2)
         assert isinstance(fetch, InMemory)
         assert len(fetch.fields) == fields
