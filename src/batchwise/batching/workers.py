@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
 from batchwise.batching.collate import Collate, checked, first, numbers, said, stack
 from batchwise.batching.fetch import DataError, Example, Read, Request
@@ -37,8 +37,7 @@ class Workers:
     def __init__(
         self, dataset: Dataset, num_workers: int = 0, max_unreadable: int = 0, collate: Collate | None = None
     ) -> None:
-        if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
-            raise ValueError(f"{type(dataset).__name__} has no __getitem__ and __len__: a data set must have both")
+        refuse(dataset)
         self.dataset = dataset
         self.max_unreadable = max_unreadable
         self.unreadable: set[int] = set()
@@ -100,6 +99,28 @@ class Workers:
                 f"(it is {self.max_unreadable})"
             )
         print(f"{line}; left out, {len(self.unreadable)} so far", flush=True)
+
+
+def refuse(source: object) -> None:
+    """Raise ValueError for what cannot be read by number; the message says what to give instead."""
+    kind = type(source).__name__
+    if isinstance(source, DataLoader):
+        instead = (
+            "return its data set, loader.dataset; batch_size, order and num_workers are keys under data, and its "
+            "collate_fn is the method collate of the data module"
+        )
+    elif isinstance(source, IterableDataset | Iterator):
+        instead = (
+            "any example must be there by its number, so that order and resume are exact: return a list of its "
+            "examples if they fit into memory, else a data set with __getitem__ and __len__"
+        )
+    elif hasattr(source, "__getitem__") and hasattr(source, "__len__"):
+        return
+    else:
+        instead = "return a tuple of inputs and targets, or a data set, which has both"
+    missing = "" if isinstance(source, DataLoader) else ", which has no __getitem__ and __len__"
+    article = "an" if kind[0].lower() in "aeiou" else "a"
+    raise ValueError(f"load gave {article} {kind}{missing}: {instead}")
 
 
 class _Requests(Sampler):
