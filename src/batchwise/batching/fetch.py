@@ -141,9 +141,11 @@ def _parts(field: Any) -> list[Any]:
 
 
 def _is_mapped(leaf: Any) -> bool:
-    while isinstance(leaf, np.ndarray) and not isinstance(leaf, np.memmap):  # a view of a memory map is none
-        leaf = leaf.base
-    return isinstance(leaf, np.memmap) or getattr(leaf, "mapped", False)
+    if getattr(leaf, "mapped", False):
+        return True
+    while leaf is not None and not isinstance(leaf, np.memmap):  # a view of a memory map is none
+        leaf = getattr(leaf, "base", None)
+    return leaf is not None
 
 
 def _as_field(leaf: Any) -> Any:
@@ -165,7 +167,7 @@ def _as_values(values: list[Any]) -> Any:
     return rebuild(values, lambda leaf: as_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf)
 
 
-def _moved(leaf: Any, device: torch.device) -> Any:
+def on_device(leaf: Any, device: torch.device) -> Any:
     """Return a leaf on a device. A view stays one."""
     if not isinstance(leaf, Tensor):
         return leaf.to(device) if isinstance(leaf, Rows) else leaf
@@ -218,7 +220,7 @@ class InMemory:
         if device.type != "cuda":
             return self
         if self.nbytes <= share * torch.cuda.mem_get_info(device)[0]:
-            return InMemory([rebuild(field, lambda leaf: _moved(leaf, device)) for field in self.fields])
+            return InMemory([rebuild(field, lambda leaf: on_device(leaf, device)) for field in self.fields])
         pinned = InMemory(self.fields, pinned=True)
         pinned.mapped = self.mapped
         return pinned

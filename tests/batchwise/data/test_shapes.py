@@ -2,19 +2,24 @@
 
 import pickle
 from collections import namedtuple
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from numpy.lib.stride_tricks import sliding_window_view
 from small import Classify, Points, adamw, fit, furthest, network
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import Dataset
 
 from batchwise import MicroBatch, Task
-from batchwise.batching.fetch import DataError, Request, make_fetch
+from batchwise.batching.fetch import DataError, Request, as_tensor, make_fetch, on_device
 from batchwise.batching.ragged import Ragged
 
 Pair = namedtuple("Pair", ["left", "right"])
@@ -82,6 +87,15 @@ class Items(Dataset):
 @pytest.fixture(scope="module")
 def plain() -> Task:
     return fit(Classify(network(), optimizer=adamw))[0]
+
+
+@contextmanager
+def most_allocated() -> Iterator[list[int]]:
+    """The bytes of each tensor that torch makes meanwhile."""
+    found = [0]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        yield found
+    found += [event.self_cpu_memory_usage for event in seen.events() or ()]
 
 
 FORMS = ["dict", "tuple", "named", "three"]
@@ -246,6 +260,56 @@ def test_what_collate_must_not_return(collate, line, num_workers):
     source = make_fetch(Images(), num_workers, collate=collate)
     with pytest.raises(DataError, match=line):
         next(iter(source.stream([Request.one(torch.arange(4))])))
+
+
+def windows(kind: str, path: Path) -> Any:
+    """Windows of 256 values, 256 MB as numbers of their own, over 1 MB."""
+    values = np.arange(2**18, dtype=np.float32)
+    if kind == "memory map":
+        np.save(path / "values.npy", values)
+        return sliding_window_view(np.load(path / "values.npy", mmap_mode="r"), 256)
+    return {
+        "array": lambda: sliding_window_view(values, 256),
+        "unfold": lambda: torch.from_numpy(values).unfold(0, 256, 1),
+        "channels": lambda: torch.from_numpy(values).view(-1, 2).unfold(0, 512, 1).transpose(1, 2),
+        "expand": lambda: torch.from_numpy(values[:256]).expand(2**18, 256),
+        "sixteen bits": lambda: torch.from_numpy(values).to(torch.uint16).unfold(0, 256, 1),
+        "dict": lambda: {"x": torch.from_numpy(values).unfold(0, 256, 1)},
+    }[kind]()
+
+
+KINDS = ["array", "unfold", "channels", "expand", "sixteen bits", "memory map", "dict"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_view_is_read_without_copying_the_whole_of_it(kind, tmp_path):
+    view = windows(kind, tmp_path)
+    index = torch.tensor([2**16, 5, 2**16])
+    with most_allocated() as most:
+        fetch = make_fetch((view, torch.arange(len(view["x"] if kind == "dict" else view))))
+        ((x, _), _), *_ = fetch.stream([Request.one(index)])
+    stored, x, view = (value["x"] if kind == "dict" else value for value in (fetch.fields[0], x, view))  # type: ignore[attr-defined]
+    assert torch.equal(x, as_tensor(view)[index])
+    assert stored.data_ptr() == as_tensor(view).data_ptr()
+    assert fetch.nbytes <= 2**20 + 8 * len(stored)  # type: ignore[attr-defined]
+    assert max(most) < 2**23
+    assert str(fetch) == ("mapped" if kind == "memory map" else "resident")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_view_stays_one_where_it_moves_to_a_device(kind, tmp_path):
+    """To the device that has no memory, which shows what would be there."""
+    field = make_fetch((windows(kind, tmp_path),)).fields[0]  # type: ignore[attr-defined]
+    field = field["x"] if kind == "dict" else field
+    moved = on_device(field, torch.device("meta"))
+    assert (moved.shape, moved.stride(), moved.dtype) == (field.shape, field.stride(), field.dtype)
+    assert moved.untyped_storage().nbytes() <= 2**20
+    assert torch.equal(on_device(field, torch.device("cpu"))[-3:], field[-3:])
+
+
+def test_an_array_may_run_backwards():
+    ((x,), _), *_ = make_fetch(np.arange(6).reshape(3, 2)[::-1, ::-1]).stream([Request.one(torch.tensor([0, 2]))])
+    assert x.tolist() == [[5, 4], [1, 0]]
 
 
 def test_ragged_sequences_with_nested_targets():
