@@ -67,12 +67,20 @@ class MicroBatch:
     def _device(self) -> torch.device:
         return next((tensor.device for tensor in tensors((self.inputs, self.targets))), torch.device("cpu"))
 
-    def to(self, device: torch.device, convert: Callable[[Tensor], Tensor] | None = None) -> "MicroBatch":
-        """Return the micro-batch with its tensors on `device`, converted. `index` stays on the host."""
-        moved = self._map(
-            lambda value: on_tensors(value, lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
-        )
-        return moved if convert is None else moved._map(lambda value: on_tensors(value, convert))
+    def to(self, device: torch.device) -> "MicroBatch":
+        """Return the micro-batch with its tensors on `device`. `index` stays on the host."""
+        at_once = device.type == "cuda"
+        return self._map(lambda value: on_tensors(value, lambda tensor: tensor.to(device, non_blocking=at_once)))
+
+    def cast(self, dtype: torch.dtype) -> "MicroBatch":
+        """Return the micro-batch with all floats of inputs and targets in one type; whole numbers stay as they are."""
+
+        def convert(tensor: Tensor) -> Tensor:
+            return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+        inputs, targets = on_tensors(self.inputs, convert), on_tensors(self.targets, convert)
+        same = inputs is self.inputs and targets is self.targets
+        return self if same else replace(self, inputs=inputs, targets=targets)
 
     def take(self, places: Tensor) -> "MicroBatch":
         """Return the examples at some places in the micro-batch, int64 [N]."""

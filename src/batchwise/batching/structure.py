@@ -79,3 +79,13 @@ def tensors(value: Any) -> Iterator[Tensor]:
     found: list[Tensor] = []
     on_tensors(value, found.append)
     yield from found
+
+
+def shape(value: Any) -> str:
+    """Return the shape of one example as text, such as `{'pixels': [3, 32, 32], 'age': []}`."""
+    kinds = rebuild(
+        value,
+        lambda leaf: list(leaf.shape[1:]) if isinstance(leaf, Tensor) else type(leaf).__name__,
+        lambda values: [type(values[0]).__name__ if values else "nothing", "..."],
+    )
+    return str(kinds)

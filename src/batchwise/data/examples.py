@@ -158,16 +158,27 @@ class Examples(Reserved, pl.LightningDataModule, ABC):
         return batch
 
     def to_device(self, batch: MicroBatch, device: torch.device, training: bool) -> MicroBatch:
-        """Return a micro-batch on the device, in the trainer's precision, transformed and, in training, augmented."""
-        plugin = self.trainer.precision_plugin if self.trainer else None
-        idle = Precision.convert_input  # does nothing
-        convert = plugin.convert_input if plugin and type(plugin).convert_input is not idle else None
-        stays = convert is None and device.type == "cpu"  # as most of what is read does
-        batch = replace(batch) if stays else batch.to(device, convert)
+        """Return a micro-batch on the device, transformed and, in training, augmented.
+
+        Its floats are in the precision of the trainer, whatever was stored, and whatever `transform` makes of them.
+        """
+        plugin, dtype = self.trainer.precision_plugin if self.trainer else None, None
+        if plugin is not None:
+            idle = type(plugin).convert_input is Precision.convert_input  # as in full and in mixed precision
+            dtype = torch.float32 if idle else plugin.convert_input(_ONE).dtype
+        if device.type == "mps":  # which has no float64
+            batch = batch.cast(torch.float32)
+        batch = replace(batch) if device.type == "cpu" else batch.to(device)
+        batch = batch if dtype is None else batch.cast(dtype)
         if not training or not self.augment:
-            return self.transform(batch, training)
-        batch = augment(batch, self.augment, False, self.seed or 0, self.order)
-        return augment(self.transform(batch, training), self.augment, True, self.seed or 0, self.order)
+            batch = self.transform(batch, training)
+        else:
+            batch = augment(batch, self.augment, False, self.seed or 0, self.order)
+            batch = augment(self.transform(batch, training), self.augment, True, self.seed or 0, self.order)
+        return batch if dtype is None else batch.cast(dtype)
+
+
+_ONE = torch.ones(())
 
 
 class _Collate:

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor
 
+from batchwise.batching.structure import shape
 from batchwise.data.module import DataModule
 from batchwise.models.flops import count_flops
 from batchwise.models.norm import has_batchnorm
@@ -46,10 +47,11 @@ def _outputs(task: "Task", inputs: Any, precision: Any) -> Tensor:
     try:
         with torch.no_grad(), precision.forward_context():
             return task(inputs)
-    except RuntimeError as error:
-        shape = list(inputs.shape[1:]) if isinstance(inputs, Tensor) else type(inputs).__name__
+    except (RuntimeError, TypeError) as error:
+        if isinstance(error, TypeError) and "argument" not in str(error):  # a fault within the network
+            raise
         raise ValueError(
-            f"model.network {type(task.network).__name__} cannot take the data, whose inputs are {shape} per "
+            f"model.network {type(task.network).__name__} cannot take the data, whose inputs are {shape(inputs)} per "
             f"example: {str(error).splitlines()[0]}"
         ) from error
     finally:

@@ -4,9 +4,9 @@ import pickle
 from collections import namedtuple
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -317,3 +317,61 @@ def test_ragged_sequences_with_nested_targets():
     ((tokens, targets), _), *_ = fetch.stream([Request.one(torch.tensor([2, 0]))])
     assert tokens.tolist() == [[3, 4, 5], [0, -1, -1]]
     assert (targets["a"].tolist(), targets["b"]) == ([2, 0], ["z", "x"])
+
+
+def test_a_network_that_lacks_an_argument_is_one_line():
+    line = r"Linear cannot take the data, whose inputs are \{'left': \[2\], 'right': \[3\]\} per .* argument 'left'"
+    with pytest.raises(ValueError, match=line):
+        fit(Nested(nn.Linear(5, 3), optimizer=adamw), Shaped("dict"))
+
+
+class Numbers(Points):
+    """The points, with a target that is a number, in a type of their own, and in another after `transform`."""
+
+    stored = torch.float64
+    made: torch.dtype | None = None
+    given: ClassVar[set] = set()
+
+    def load(self, split: str) -> Any:
+        inputs = {"x": self.x.to(self.stored).numpy(), "kind": self.y.to(torch.int16).numpy()}
+        return inputs, {"value": self.x.sum(1).to(self.stored).numpy(), "class": self.y}
+
+    def transform(self, batch: MicroBatch, training: bool) -> MicroBatch:
+        self.given.add(batch.inputs["x"].dtype)
+        made = {"x": batch.inputs["x"].to(self.made or self.stored) - 0.5, "kind": batch.inputs["kind"]}
+        return replace(batch, inputs=made)
+
+
+class OfX(nn.Linear):
+    def forward(self, x: Tensor, kind: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class Sum(Task):
+    seen: ClassVar[set] = set()
+
+    def losses(self, batch: MicroBatch) -> Tensor:
+        inputs, targets = batch.inputs, batch.targets
+        self.seen.add((inputs["x"].dtype, inputs["kind"].dtype, targets["value"].dtype, targets["class"].dtype))
+        return F.mse_loss(self(inputs).squeeze(1), targets["value"], reduction="none")
+
+
+@pytest.mark.parametrize("made", [None, torch.float32])
+@pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("precision", "expected"),
+    [
+        ("32-true", torch.float32),
+        ("64-true", torch.float64),
+        ("bf16-true", torch.bfloat16),
+        ("bf16-mixed", torch.float32),
+    ],
+)
+def test_floats_come_in_the_precision_of_the_run(precision, expected, stored, made, monkeypatch):
+    monkeypatch.setattr(Sum, "seen", set())
+    monkeypatch.setattr(Numbers, "given", set())
+    data = Numbers()
+    data.stored, data.made = stored, made
+    fit(Sum(OfX(5, 1), optimizer=adamw), data, precision=precision, max_epochs=1)
+    assert Sum.seen == {(expected, torch.int16, expected, torch.int64)}
+    assert Numbers.given == {expected}  # in training and in evaluation
