@@ -67,6 +67,8 @@ def affine(images: Tensor, matrices: Tensor, nearest: bool = False) -> Tensor:
         nearest: take the nearest pixel instead, and keep the type: for masks of whole numbers.
     """
     values = images.to(widest(images)) if nearest else _floats(images)
+    if not values.numel():  # which torch refuses, though an image may have no masks
+        return values.to(images.dtype if nearest else _float_type(images))
     with torch.autocast(images.device.type, enabled=False):
         grid = F.affine_grid(matrices.to(values), list(images.shape), align_corners=False)
         mode = "nearest" if nearest else "bilinear"

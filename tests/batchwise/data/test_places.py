@@ -19,7 +19,7 @@ COUNT, HEIGHT, WIDTH = 40, 12, 16
 MOVES: dict[str, Geometric] = {
     "flip": Flip(),
     "alternate": Flip(alternate=True),
-    "shift": ShiftCrop(3),
+    "shift": ShiftCrop(2),
     "affine": Affine(degrees=15, shear=5, scale=(0.8, 1.2), translate=0.1),
 }
 
@@ -32,7 +32,7 @@ def rectangles() -> tuple[Tensor, Tensor]:
     bottom, right = top + 2 + torch.arange(COUNT) % 3, left + 2 + torch.arange(COUNT) % 4
     rows, columns = torch.arange(HEIGHT)[None, :, None], torch.arange(WIDTH)[None, None]
     inside = (rows >= top[:, None, None]) & (rows < bottom[:, None, None])
-    inside &= (columns >= left[:, None, None]) & (columns < right[:, None, None])
+    inside = inside & (columns >= left[:, None, None]) & (columns < right[:, None, None])
     return inside, torch.stack([left, top, right, bottom], 1)
 
 
@@ -65,7 +65,7 @@ def test_a_mask_of_whole_numbers_takes_the_nearest_pixel_and_one_of_floats_is_an
     bilinear = made.inputs[:, 1]
     certain = ((bilinear - 7) / 60_000 - 0.5).abs() > 0.49  # all four neighbours are the same there
     assert certain.double().mean() > 0.5
-    assert torch.equal(made.targets["labels"][certain], bilinear[certain].round().int())
+    assert torch.equal(made.targets["labels"][certain] > 7, bilinear[certain] > 30_000)
     assert (made.targets["labels"] != labels).any()
 
 
@@ -86,8 +86,8 @@ def test_a_box_stays_around_its_mask(name, dtype):
 def test_a_box_is_cut_at_the_edge():
     box = torch.tensor([[0, 0, 2, 2]]).repeat(COUNT, 1)
     moved = augmented(ShiftCrop(3), images(), {"boxes": box}).targets["boxes"]
-    assert int(moved.min()) == 0
-    assert {tuple(each) for each in moved.tolist()} >= {(0, 0, 1, 1), (0, 0, 0, 0), (3, 3, 5, 5)}
+    assert (int(moved.min()), int(moved.max())) == (0, 5)
+    assert [0, 0, 0, 0] in moved.tolist()  # it has left the image, and keeps its place in the list
 
 
 def test_a_transformed_box_is_the_smallest_around_the_rectangle():
@@ -99,7 +99,7 @@ def test_a_transformed_box_is_the_smallest_around_the_rectangle():
         outside = (made.targets["boxes"] - found) * torch.tensor([-1, -1, 1, 1])
         assert outside.min() > -0.51  # the centre of the outermost pixel is inside
         assert outside.max() < most
-        assert (made.targets["boxes"] != box).all()
+        assert (made.targets["boxes"] != box).any(1).all()
     whole = augmented(MOVES["affine"], images(), {"boxes": box}).targets["boxes"]
     exact = augmented(MOVES["affine"], images(), {"boxes": box.double()}).targets["boxes"]
     assert torch.equal(whole, exact.round().long())
@@ -175,13 +175,13 @@ def test_what_has_no_places_stays():
 @pytest.mark.parametrize(
     ("step", "targets", "line"),
     [
-        (Flip(), torch.zeros(COUNT, 6, 8), r"^Flip moves the images, but targets \[40, 6, 8\] is no mask of 12 x 16 pixels"),
+        (Flip(), torch.zeros(COUNT, 6, 8), r"^Flip moves the images, but targets \[40, 6, 8\] is no mask of 12 x 16"),
         (Flip(), {"points": torch.zeros(COUNT, 5, 2)}, r"but targets\['points'\] \[40, 5, 2\] .* leave Flip out"),
         (Flip(), [torch.zeros(3, 5)] * COUNT, r"but targets \[1, 3, 5\] is no mask"),
         (Flip(), [[torch.zeros(3, 2)] * 2] * COUNT, r"but targets, a list is no mask"),
-        (nn.Dropout(), torch.zeros(COUNT, HEIGHT, WIDTH), r"^Dropout changes the images alone, but targets \[40, 12, 16\] has"),
-        (nn.Dropout(), [{"boxes": torch.zeros(3, 4)}] * COUNT, r"^Dropout changes the images alone, but targets\['boxes'\]"),
-        (CutMix(3), torch.zeros(COUNT, HEIGHT, WIDTH), r"^CutMix mixes class numbers .* the targets are \[40, 12, 16\]"),
+        (nn.Dropout(), torch.zeros(COUNT, HEIGHT, WIDTH), r"^Dropout changes the im.*, but targets \[40, 12, 16\]"),
+        (nn.Dropout(), [{"boxes": torch.zeros(3, 4)}] * COUNT, r"^Dropout changes the im.*, but targets\['boxes'\]"),
+        (CutMix(3), torch.zeros(COUNT, HEIGHT, WIDTH), r"^CutMix mixes class .* the targets are \[40, 12, 16\]"),
         (MixUp(3), {"class": torch.zeros(COUNT)}, r"^MixUp mixes targets in one tensor, but the data has a dict"),
     ],
 )  # fmt: skip
@@ -207,9 +207,9 @@ class Segments(DataModule):
         return replace(batch, inputs={"pixels": batch.inputs["pixels"].float()})
 
 
-@pytest.mark.parametrize("make", [lambda: Flip(), lambda: ShiftCrop(3)])
+@pytest.mark.parametrize("make", [lambda: Flip(), lambda: ShiftCrop(2)])
 def test_whole_batches_in_any_micro_batches(make: Callable[[], Geometric]):
-    def seen(size: int) -> dict[int, tuple[Tensor, Tensor]]:
+    def seen(size: int) -> dict[int, Tensor]:
         data = Segments(batch_size=20, micro_batch_size=size, seed=1, augment=[make()])
         data.setup("fit")
         found = {}
