@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.plugins.precision import Precision
-from torch import Tensor
+from torch import Tensor, nn
 
 from batchwise.batching.structure import shape
 from batchwise.data.module import DataModule
@@ -31,6 +31,8 @@ def try_task(task: "Task", data: DataModule, split: str) -> None:
             print(report, flush=True)
     with precision.forward_context():
         batch = data.to_device(data.examples(split, 2), task.device, training=False)
+    if data.trainer is None:  # whose precision it would have
+        batch = batch.cast(dtype_of(task.network))
     outputs, flops = count_flops(lambda: _outputs(task, batch.inputs, precision))
     task._measures.flops_per_example = flops and flops / len(batch)
     task.check(data, outputs)
@@ -39,6 +41,12 @@ def try_task(task: "Task", data: DataModule, split: str) -> None:
             _check_training(task, data)
     if task._measures.metrics is None:
         task._measures.make(task.make_metrics(outputs), task.device)
+
+
+def dtype_of(network: nn.Module) -> torch.dtype:
+    """Return the type of a network's floats."""
+    types = (parameter.dtype for parameter in network.parameters() if parameter.is_floating_point())
+    return next(types, torch.get_default_dtype())
 
 
 def _outputs(task: "Task", inputs: Any, precision: Any) -> Tensor:
