@@ -1,6 +1,7 @@
 """Data of any shape: nested inputs and targets, a variable number per example, views, the user's own collate."""
 
 import pickle
+import re
 from collections import namedtuple
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,15 +13,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import ROOT
 from numpy.lib.stride_tricks import sliding_window_view
 from small import Classify, Points, adamw, fit, furthest, network
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import Dataset
 
-from batchwise import MicroBatch, Task
+from batchwise import DataModule, MicroBatch, Task
 from batchwise.batching.fetch import DataError, Request, as_tensor, make_fetch, on_device
 from batchwise.batching.ragged import Ragged
+from batchwise.tasks.classification import Classification
 
 Pair = namedtuple("Pair", ["left", "right"])
 
@@ -375,3 +378,39 @@ def test_floats_come_in_the_precision_of_the_run(precision, expected, stored, ma
     fit(Sum(OfX(5, 1), optimizer=adamw), data, precision=precision, max_epochs=1)
     assert Sum.seen == {(expected, torch.int16, expected, torch.int64)}
     assert Numbers.given == {expected}  # in training and in evaluation
+
+
+def documented(name: str) -> DataModule:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.DOTALL)
+    space: dict[str, Any] = {"DataModule": DataModule, "torch": torch}
+    exec(next(block for block in blocks if f"class {name}" in block), space)
+    return space[name](batch_size=4, micro_batch_size=3)
+
+
+class OfImages(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 4)
+
+    def forward(self, pixels: Tensor, age: Tensor | None = None) -> Tensor:
+        return self.layer(pixels.mean((2, 3)))
+
+
+class CountBoxes(Task):
+    def losses(self, batch: MicroBatch) -> Tensor:
+        outputs = self(batch.inputs)
+        assert len(batch.targets["boxes"]) == len(batch)
+        counts = torch.tensor([len(boxes) for boxes in batch.targets["boxes"]])
+        return (outputs - counts[:, None]).square().sum(1)
+
+
+@pytest.mark.parametrize("name", ["Scenes", "Photos"])
+def test_the_classes_of_the_documents_train(name):
+    _, trainer = fit(CountBoxes(OfImages(), optimizer=adamw), documented(name))
+    assert trainer.global_step == 6
+
+
+def test_classification_of_nested_targets_is_one_line():
+    line = "the targets of the train split are a dict: write one tensor of whole numbers, or a task of your own"
+    with pytest.raises(ValueError, match=line):
+        fit(Classification(Split(), optimizer=adamw), Shaped("dict"))
