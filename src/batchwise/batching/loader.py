@@ -76,7 +76,7 @@ class MicroBatch:
         """Return the micro-batch with all floats of inputs and targets in one type; whole numbers stay as they are."""
 
         def convert(tensor: Tensor) -> Tensor:
-            return tensor.to(dtype) if tensor.is_floating_point() else tensor
+            return tensor.to(dtype) if tensor.dtype != dtype and tensor.is_floating_point() else tensor
 
         inputs, targets = on_tensors(self.inputs, convert), on_tensors(self.targets, convert)
         same = inputs is self.inputs and targets is self.targets
