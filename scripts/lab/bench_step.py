@@ -31,6 +31,7 @@ from batchwise.callbacks.checkpoint import Last
 from batchwise.callbacks.epoch_line import EpochLine
 from batchwise.callbacks.progress import ProgressBar
 from batchwise.data.module import DataModule
+from batchwise.models import place
 from batchwise.models.convnet import ConvNet
 from batchwise.tasks.classification import Classification
 from batchwise.trainer import Trainer
@@ -112,7 +113,8 @@ class Memory(DataModule):
 
     def transform(self, batch: MicroBatch, training: bool) -> MicroBatch:
         """Convert bytes to floats from 0 to 1, and tell the clock."""
-        if self.clock and batch.position == 0:
+        trains = place.current is not None and place.current.counts  # and does not try the losses before
+        if self.clock and batch.position == 0 and trains:
             self.clock.begin()
         return replace(batch, inputs=batch.inputs.float().mul_(1 / 255))
 

@@ -27,6 +27,7 @@ class Source(Digits):
     def load(self, split: str) -> Any:
         """Return tensors, or a map-style data set of the same examples."""
         fields = super().load(split)
+        assert fields is not None
         return TensorDataset(*fields) if self.num_workers else fields
 
 

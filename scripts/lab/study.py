@@ -54,12 +54,12 @@ class FewDigits(Digits):
     @cached_property
     def statistics(self) -> tuple[float, float]:
         """Mean and std of the training images, chosen or not."""
-        images = super().load("train")[0].double()
+        images = super().load("train")[0].double()  # type: ignore[index]
         return images.mean().item(), images.std().item()
 
     def load(self, split: str) -> tuple[Tensor, Tensor]:
         """Return images and digits."""
-        images, digits = super().load(split)
+        images, digits = super().load(split)  # type: ignore[misc]
         if split != "train":
             return images, digits
         generator = torch.Generator().manual_seed(self.split_seed)

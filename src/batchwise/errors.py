@@ -9,7 +9,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 
-class Mistake(Exception):
+class Mistake(ValueError):
     """The user's mistake, found before training: one line that names key, value and remedy. Exit code 2."""
 
 

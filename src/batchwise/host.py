@@ -1,4 +1,4 @@
-"""The cores and the memory that a process uses."""
+"""The cores, the memory and the files that a process uses."""
 
 import contextlib
 import os
@@ -14,6 +14,13 @@ def set_threads(count: int) -> None:
     """Let PyTorch compute with `count` threads, in this process and in those that it starts."""
     torch.set_num_threads(count)
     os.environ["OMP_NUM_THREADS"] = str(count)  # else Lightning shares the cores out among the processes it starts
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file so that nobody ever sees a part of it."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text)
+    part.replace(path)
 
 
 def available_memory() -> int:

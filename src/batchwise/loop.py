@@ -1,6 +1,6 @@
-"""Lightning's loop over an epoch, whose step is ours; where nobody listens to it, it costs next to nothing."""
+"""Lightning's loop over an epoch, with the exact step; it costs next to nothing while nobody listens to a step."""
 
-from typing import Any
+from typing import Any, cast
 
 import lightning
 import torch
@@ -15,29 +15,29 @@ from batchwise.batching.gradients import Number
 from batchwise.batching.loader import Batch
 from batchwise.callbacks.checkpoint import Last
 from batchwise.data.module import DataModule
+from batchwise.errors import Mistake
 from batchwise.tasks.hooks import STEP_HOOKS, is_ours, listeners, listens
+from batchwise.tasks.logs import Results
 from batchwise.tasks.task import Task
 
 KNOWN = ("2.6.6",)
-"""Versions of Lightning whose `advance` the short one below has been held against."""
+"""Versions of Lightning with which the short `advance` below has been compared."""
 
 
 class BatchOptimization(_AutomaticOptimization):
-    """One item of a data module is one optimizer step; of whatever else, Lightning's own closure makes one."""
+    """One item of a data module is one optimizer step."""
 
     def run(self, optimizer: Optimizer, batch_idx: int, kwargs: Any) -> Any:
         """Run one global batch; return its exact loss, for `on_train_batch_end`."""
-        task = self.trainer.lightning_module
-        if not isinstance(task, Task):
-            return super().run(optimizer, batch_idx, kwargs)
+        task: Any = self.trainer.lightning_module
         loss = self.step(task, kwargs["batch"])
         return {"loss": torch.as_tensor(loss, dtype=torch.float32 if task.device.type == "mps" else torch.float64)}
 
     def step(self, task: Task, batch: Batch) -> Number:
-        """Run one global batch, and count it; return its exact loss."""
+        """Run one global batch and count it; return its exact loss."""
         steps = self.optim_progress.optimizer.step  # which is `trainer.global_step`
         steps.increment_ready()
-        if task._current_fx_name != "training_step":  # so that `losses` may log; Lightning's hooks leave it as it is
+        if task._current_fx_name != "training_step":  # else `losses` could not log
             task._current_fx_name = "training_step"
         loss = task._step.run(task, batch)
         steps.increment_completed()
@@ -45,11 +45,12 @@ class BatchOptimization(_AutomaticOptimization):
 
 
 class EpochLoop(_TrainingEpochLoop):
-    """Lightning's loop. Its `advance` is Lightning's own wherever that could make a difference."""
+    """Lightning's loop. It has a short `advance`, and uses Lightning's own if somebody could notice the difference."""
 
     def __init__(self, trainer: Any, min_steps: int | None = None, max_steps: int = -1) -> None:
         super().__init__(trainer, min_steps=min_steps, max_steps=max_steps)
         self.automatic_optimization = BatchOptimization(trainer)
+        self._results = Results(trainer, training=True)
         self._is_short = False
         self._validates: bool | None = None
         self._at_start: list[Any] = []
@@ -58,9 +59,11 @@ class EpochLoop(_TrainingEpochLoop):
     def on_run_start(self, data_fetcher: Any) -> None:
         """Find out, at the start of each epoch, who listens."""
         super().on_run_start(data_fetcher)
+        trainer: Any = self.trainer
+        trainer.lightning_module._step.listen(trainer.lightning_module)
         self._validates = None
         self._is_short = self._may_be_short(data_fetcher)
-        own = [callback for callback in self.trainer.callbacks if is_ours(callback)]  # type: ignore[attr-defined]
+        own = [callback for callback in trainer.callbacks if is_ours(callback)]
         self._at_start = [c.on_train_batch_start for c in own if listens(c, "on_train_batch_start")]
         self._at_end = [c.on_train_batch_end for c in own if listens(c, "on_train_batch_end")]
 
@@ -70,37 +73,44 @@ class EpochLoop(_TrainingEpochLoop):
         moves = ("on_before_batch_transfer", "on_after_batch_transfer", "transfer_batch_to_device")
         return (
             lightning.__version__ in KNOWN
-            and isinstance(trainer.lightning_module, Task)
             and isinstance(data, DataModule)
             and all(getattr(type(data), hook) is getattr(DataModule, hook) for hook in moves)
             and not isinstance(data_fetcher, _DataLoaderIterDataFetcher)
             and isinstance(trainer.profiler, PassThroughProfiler)
             and type(trainer.strategy).on_train_batch_start is Strategy.on_train_batch_start
-            # Lightning tells all processes of a SIGTERM at each step; `Last` does so with the sums of the step.
+            # Lightning tells all processes of a SIGTERM at each step. `Last` does so together with the sums of losses.
             and (trainer.world_size == 1 or any(isinstance(callback, Last) for callback in trainer.callbacks))
             and all(map(is_ours, listeners(trainer, STEP_HOOKS)))
             and all(result.meta.fx == "on_train_epoch_end" for result in self._results.values())  # nobody logs steps
         )
 
     def _should_check_val_epoch(self) -> bool:
-        """Return Lightning's answer, which is the same throughout an epoch, and takes a while."""
+        """Return Lightning's answer. It is kept for the epoch, because it does not change and asking takes long."""
         if self._validates is None:
             self._validates = super()._should_check_val_epoch()
         return self._validates
 
     def teardown(self) -> None:
-        """Forget that answer, too."""
+        """Clean up, and forget whether to validate."""
         super().teardown()
         self._validates = None
 
     def advance(self, data_fetcher: Any) -> None:
         """Train on one global batch."""
         if not self._is_short or self.restarting:
-            done = self.global_step
-            super().advance(data_fetcher)
+            done, progress = self.global_step, cast(Any, self.batch_progress.current)
+            try:
+                super().advance(data_fetcher)
+            except StopIteration:
+                if progress.ready > progress.started:  # else there are no more batches
+                    raise Mistake(
+                        "on_train_batch_start returned -1, but no example of an epoch is left out: "
+                        "write trainer.limit_train_batches"
+                    ) from None
+                raise
             if self.global_step > done:
-                # Lightning holds back a ReduceLROnPlateau at the end of the epoch in which a training was resumed; but
-                # its metric is there, because validation comes after a step.
+                # In the epoch in which training was resumed, Lightning does not step a ReduceLROnPlateau. Here it must,
+                # and its metric is there, because validation comes after a step.
                 self.trainer.fit_loop._restarting = False
             return
         trainer: Any = self.trainer
@@ -124,8 +134,8 @@ class EpochLoop(_TrainingEpochLoop):
             if self._num_ready_batches_reached():
                 self.update_lr_schedulers("epoch", update_plateau_schedulers=False)
         for hook in self._at_end:
-            hook(trainer, task, None, batch, batch_idx)  # ours do not ask for the loss
-        self._is_short = len(self._results) == logged  # else somebody has begun to log at each step
+            hook(trainer, task, None, batch, batch_idx)  # our callbacks do not need the loss
+        self._is_short = len(self._results) == logged  # else somebody now logs at each step
         if not self._is_short:
             trainer._logger_connector.on_batch_end()
         self._results.batch = None
@@ -134,13 +144,13 @@ class EpochLoop(_TrainingEpochLoop):
             trainer._logger_connector.update_train_step_metrics()
 
     def on_advance_end(self, data_fetcher: Any) -> None:
-        """Validate, where it is due; save, where training ends here and the epoch does not.
+        """Validate if it is due. Save if training ends here, within an epoch.
 
-        Lightning then counts the epoch as done, so that training which goes on from there would end an epoch short.
+        When training has ended, Lightning counts the epoch as done. A training resumed from there would be too short.
         """
         super().on_advance_end(data_fetcher)
         trainer: Any = self.trainer
-        if self._num_ready_batches_reached() or not isinstance(trainer.lightning_module, Task):
+        if self._num_ready_batches_reached():
             return
         if self._is_training_done or (trainer.should_stop and trainer.fit_loop._can_stop_early):
             for callback in trainer.callbacks:

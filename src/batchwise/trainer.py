@@ -1,12 +1,13 @@
-"""Lightning's Trainer, with the defaults that an exact global batch needs."""
+"""Lightning's Trainer, with the loop and the defaults that an exact global batch needs."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.plugins import _PLUGIN_INPUT, CheckpointIO
 from lightning.pytorch.profilers import PassThroughProfiler, Profiler
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 
@@ -17,19 +18,26 @@ from batchwise.callbacks.record import Record
 from batchwise.callbacks.recorder import Recorder
 from batchwise.callbacks.samples import Samples
 from batchwise.checkpoints import DurableIO
+from batchwise.errors import Mistake
 from batchwise.loop import EpochLoop
 from batchwise.ranges import PositiveInt
+from batchwise.tasks.logs import Connector, Results
+
+REFUSED = {
+    "overfit_batches": "trainer.limit_train_batches, with data.order batchwise.batching.order.Sequential",
+    "barebones": "trainer.logger, enable_checkpointing and enable_progress_bar false",
+}
+"""Arguments of Lightning's trainer that this one does not take, and what to write instead."""
 
 
 class Unprofiled(PassThroughProfiler):
-    """Measures nothing, and costs less than Lightning's: it is asked 40 times per step."""
+    """Measures nothing. It is faster than Lightning's, which matters because it is called 40 times per step."""
 
-    def profile(self, action_name: str) -> Any:
+    _nothing = nullcontext()
+
+    def profile(self, action_name: str) -> nullcontext:
         """Return a context that does nothing."""
-        return _NOTHING
-
-
-_NOTHING = nullcontext()
+        return self._nothing
 
 
 class Trainer(pl.Trainer):
@@ -39,20 +47,24 @@ class Trainer(pl.Trainer):
         accumulate_grad_batches: micro-batches per device and optimizer step; null: derived from `data.batch_size` and
             `data.micro_batch_size`. It never changes the batch.
         log_every_n_steps: optimizer steps between two rows in the log.
-        num_sanity_val_steps: validation batches before training. The first examples are tried on the network anyway.
+        num_sanity_val_steps: validation batches to run before training. 0 is enough, because each run first tries the
+            network on a few examples.
         enable_model_summary: print a table of the network's layers.
-        use_distributed_sampler: must stay false: the data module cuts the batches.
-        callbacks: besides those that write the figures of training, pictures and texts to the log.
-        plugins: as in Lightning; checkpoints are written durably unless one of these is a checkpoint writer.
+        use_distributed_sampler: must stay false, because the data module cuts the batches.
+        callbacks: your callbacks. `Record`, `Pictures` and `Samples` are added, unless they are among them.
+        plugins: as in Lightning. Checkpoints are written durably, unless a CheckpointIO is among them.
         profiler: "simple", "advanced" or "pytorch", to see where the time goes.
-        channels_last: lay images out with the channels last, which convolutions like better on GPUs and with bf16.
-            Null, here and below, is no, but leaves it to `speed: auto`.
-        compile: compile the network (`torch.compile`); the first steps take up to minutes.
-        matmul_precision: of products of float32 matrices: highest; high (TF32, faster on recent GPUs) or medium
-            (bfloat16); null: as PyTorch has it.
-        threads: of PyTorch on the CPU, per process; null: the processes of a machine share its cores.
-        **kwargs: those of Lightning's Trainer.
+        channels_last: use the memory format "channels last" for images. Convolutions are faster with it on GPUs and
+            with bf16. null: no, or the choice of `speed: auto`.
+        compile: compile the network with `torch.compile`. The first steps then take up to minutes. null: no, or the
+            choice of `speed: auto`.
+        matmul_precision: precision of float32 matrix products: highest (float32), high (TF32, faster on recent GPUs) or
+            medium (bfloat16); null: PyTorch's own setting.
+        threads: number of PyTorch's threads on the CPU, per process; null: the processes of a machine share its cores.
+        **kwargs: arguments of Lightning's Trainer.
     """
+
+    callbacks: list[Callback]
 
     def __init__(
         self,
@@ -62,7 +74,7 @@ class Trainer(pl.Trainer):
         num_sanity_val_steps: int = 0,
         enable_model_summary: bool = False,
         use_distributed_sampler: bool = False,
-        plugins: Any = None,
+        plugins: _PLUGIN_INPUT | Sequence[_PLUGIN_INPUT] | None = None,
         callbacks: list[Callback] | Callback | None = None,
         profiler: Profiler | str | None = None,
         channels_last: bool | None = None,
@@ -73,15 +85,18 @@ class Trainer(pl.Trainer):
     ) -> None:
         if use_distributed_sampler:
             raise ValueError("trainer.use_distributed_sampler is true: leave it out, the data module cuts the batches")
+        for name, remedy in REFUSED.items():
+            if kwargs.get(name):
+                raise ValueError(f"trainer.{name} is {kwargs[name]}: leave it out, and write {remedy}")
         self.accumulation = accumulate_grad_batches
         self.channels_last, self.compile = bool(channels_last), bool(compile)
         if matmul_precision is not None:
             torch.set_float32_matmul_precision(matmul_precision)
         if threads is not None:
             host.set_threads(threads)
-        plugins = [] if plugins is None else list(plugins) if isinstance(plugins, list | tuple) else [plugins]
-        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-            plugins.append(DurableIO())
+        extras = [] if plugins is None else list(plugins) if isinstance(plugins, Sequence) else [plugins]
+        if not any(isinstance(extra, CheckpointIO) for extra in extras):
+            extras.append(DurableIO())
         given = [] if callbacks is None else list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
         usual = (Record(), Pictures(), Samples())
         own = [one for one in usual if not any(isinstance(callback, type(one)) for callback in given)]
@@ -92,7 +107,7 @@ class Trainer(pl.Trainer):
             num_sanity_val_steps=num_sanity_val_steps,
             enable_model_summary=enable_model_summary,
             use_distributed_sampler=False,
-            plugins=plugins,
+            plugins=extras,
             profiler=Unprofiled() if profiler is None else profiler,
             **kwargs,
         )
@@ -101,12 +116,26 @@ class Trainer(pl.Trainer):
                 f"trainer.strategy is {type(self.strategy).__name__}, which keeps gradients where the exact step does "
                 "not see them: write ddp, or lightning.pytorch.strategies.ModelParallelStrategy (FSDP2)"
             )
-        # As Lightning does with its own.
+        # Lightning makes its own loop with the same arguments.
         self.fit_loop.epoch_loop = EpochLoop(self, min_steps=self.min_steps, max_steps=self.max_steps)
+        for loop in (self.fit_loop.epoch_loop.val_loop, self.validate_loop, self.test_loop):
+            loop._results = Results(self, training=False)
+        self._logger_connector = Connector(self)
         self.phases = Phases()
 
+    def _run(self, *arguments: Any, **keywords: Any) -> Any:
+        try:
+            return super()._run(*arguments, **keywords)
+        except RuntimeError as error:
+            if "multiple optimizers" not in str(error):
+                raise
+            raise Mistake(
+                "configure_optimizers gives several optimizers: write a batchwise.tasks.adversarial.Adversarial, whose "
+                "optimizer is one for each part of the network"
+            ) from None
+
     def save_checkpoint(self, *arguments: Any, **keywords: Any) -> None:
-        """Save, on the clock of the checkpoints: Lightning has a hook for their beginning, not for their end."""
+        """Save, and time it. Lightning has a hook for the beginning of a save, but none for the end."""
         before = self.phases.enter("checkpoints")
         try:
             super().save_checkpoint(*arguments, **keywords)

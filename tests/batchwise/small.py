@@ -51,15 +51,16 @@ def adamw(parameters: Any) -> torch.optim.Optimizer:
 
 
 def trainer(**settings: Any) -> Trainer:
-    usual = {
+    usual: dict[str, Any] = {
         "accelerator": "cpu",
         "precision": "64-true",
         "logger": False,
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "default_root_dir": Path.cwd(),
+        "max_epochs": 3,
     }
-    return Trainer(**{"max_epochs": 3} | usual | settings)
+    return Trainer(**usual | settings)
 
 
 def fit(

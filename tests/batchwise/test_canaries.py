@@ -6,6 +6,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+import wandb
 from jsonargparse import ArgumentParser, _typehints
 from lightning.fabric.utilities import cloud_io
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
@@ -13,6 +14,7 @@ from lightning.pytorch.loops import fetchers, training_epoch_loop
 from lightning.pytorch.loops.optimization import automatic
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer import call
+from lightning.pytorch.trainer.connectors.logger_connector import logger_connector, result
 from torch.utils.data import DataLoader, TensorDataset
 
 QUIET: dict[str, Any] = {
@@ -109,6 +111,9 @@ PRIVATE = {
     "_TrainingEpochLoop": (training_epoch_loop, "loop.py is one; tests/batchwise/test_loop.py holds it against it"),
     "_AutomaticOptimization": (automatic, "loop.py is one"),
     "_DataLoaderIterDataFetcher": (fetchers, "takes the long way"),
+    "_LoggerConnector": (logger_connector, "tasks/logs.py is one"),
+    "_ResultCollection": (result, "tasks/logs.py is one"),
+    "_Metadata": (result, "the arguments of self.log"),
     "_call_callback_hooks": (call, "tasks/hooks.py calls on_before_zero_grad as Lightning does"),
     "_call_lightning_module_hook": (call, "the same for the task"),
     "_foreach_norm": (torch, "the check for finite numbers"),
@@ -122,6 +127,13 @@ PRIVATE = {
 def test_private_names_of_modules(name: str) -> None:
     module, _ = PRIVATE[name]
     assert callable(getattr(module, name))
+
+
+def test_wandb_counts_its_steps() -> None:
+    with wandb.init(mode="offline") as run:
+        assert (run.starting_step, run._local_step) == (0, 0)
+        run.log({"x": 1})
+        assert run._local_step == 1
 
 
 def test_private_names_of_objects() -> None:

@@ -26,7 +26,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 OVERLAYS = sorted((ROOT / "configs" / "overlays").glob("*.yaml"))
 PROCESSES = ("ddp.yaml", "fsdp.yaml", "two_cpus.yaml")
 """Overlays that start processes."""
-FILES = {"flowers": "class Flowers", "price": "class Price", "gan": "class GAN"}
+FILES = {"flowers": "class Flowers", "price": "class Price", "gan": "class GAN", "halves": "class Halves"}
 """Modules of a user's that the pages show whole, with words by which to find them."""
 SHORT = {
     "text.yaml": ("--trainer.limit_train_batches", 4, "--trainer.limit_val_batches", 2, "--model.sample_length", 20)
@@ -69,8 +69,9 @@ def own_files(project: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert f"`src/{project}/{name}.py`" in "".join(PAGES.values())
         (folder / f"{name}.py").write_text(code_of(marker))
         monkeypatch.delitem(sys.modules, f"{project}.{name}", raising=False)
-    (settings,) = blocks("yaml", DOCS["adversarial.md"])
-    Path("gan.yaml").write_text(settings)
+    for name, page in (("gan", "adversarial.md"), ("halves", "contrastive.md")):
+        (settings,) = blocks("yaml", DOCS[page])
+        Path(f"{name}.yaml").write_text(settings)
     package = importlib.import_module(project)
     monkeypatch.setattr(package, "__path__", [*package.__path__, str(folder)])
     generator = np.random.default_rng(0)

@@ -69,8 +69,7 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> "MicroBatch":
         """Return the micro-batch with its tensors on `device`. `index` stays on the host."""
-        at_once = device.type == "cuda"
-        return self._map(lambda value: on_tensors(value, lambda tensor: tensor.to(device, non_blocking=at_once)))
+        return self._map(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
 
     def cast(self, dtype: torch.dtype) -> "MicroBatch":
         """Return the micro-batch with all floats of inputs and targets in one type; whole numbers stay as they are."""
@@ -84,23 +83,23 @@ class MicroBatch:
 
     def take(self, places: Tensor) -> "MicroBatch":
         """Return the examples at some places in the micro-batch, int64 [N]."""
-        return replace(self._map(lambda value: pick(value, places)), index=self.index[places])
+        return self._of(lambda value: pick(value, places), self.index[places], self.position)
 
     def split(self, size: int, unit: int = 1) -> list["MicroBatch"]:
         """Return parts of at most `size` examples, in whole units. The last may be longer by half a unit."""
         starts = range(0, max(1, len(self) - (unit - 1) // 2), size)
         return [
-            replace(
-                self._map(lambda value, start=start, stop=stop: part(value, start, stop)),
-                index=self.index[start:stop],
-                position=self.position + start,
-            )
-            for start, stop in pairwise([*starts, len(self)])
+            self._of(lambda value, a=a, b=b: part(value, a, b), self.index[a:b], self.position + a)
+            for a, b in pairwise([*starts, len(self)])
         ]
 
-    def _map(self, function: Callable[[Any], Any]) -> "MicroBatch":
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "MicroBatch":
+        """Return the micro-batch with a function applied to each tensor, also within lists."""
+        return self._of(lambda value: on_tensors(value, function), self.index, self.position)
+
+    def _of(self, function: Callable[[Any], Any], index: Tensor, position: int) -> "MicroBatch":
         inputs, targets, weights = function(self.inputs), function(self.targets), function(self.weights)
-        return replace(self, inputs=inputs, targets=targets, weights=weights)
+        return replace(self, inputs=inputs, targets=targets, weights=weights, index=index, position=position)
 
 
 class Batch:

@@ -1,4 +1,4 @@
-"""The checkpoint from which training resumes as if it had not stopped: when it is taken, and that it is on a signal."""
+"""The checkpoint from which training resumes as if it had not stopped, and the signals that ask for one."""
 
 import os
 import signal
@@ -9,25 +9,29 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loops.fit_loop import _FitLoop
 
+from batchwise.batching.loader import Batch
 from batchwise.checkpoints import read_checkpoint, unreadable
 from batchwise.errors import TrainingStopped
 from batchwise.ranges import PositiveInt
+from batchwise.tasks.task import Task
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Last(Checkpoint):
-    """Keeps `last.ckpt`, from which training resumes exactly, and `previous.ckpt`, the one before it.
+    """Keeps `last.ckpt`, from which training resumes exactly, and `previous.ckpt`, the checkpoint before it.
 
-    A checkpoint is taken when the next step is about to begin: only then is everything that belongs to the steps before
-    (validation, schedules, the end of an epoch) done and counted.
+    A checkpoint is saved just before a step begins. By then all that belongs to the steps before it (validation,
+    schedules, the end of an epoch) is done and counted.
 
-    SIGTERM and SIGUSR1, to any of the processes, let the step finish, save, and end the run with exit code 143. Under
-    SLURM, SIGUSR1 (`sbatch --signal=USR1@90`) also puts the job back into the queue.
+    After SIGTERM or SIGUSR1 to any process, the running step finishes, a checkpoint is saved, and the run ends with
+    exit code 143. Under SLURM, SIGUSR1 (`sbatch --signal=USR1@90`) also puts the job back into the queue.
 
     Args:
-        every_n_steps: save every so many optimizer steps; null: at the start of each epoch. Always at the end.
+        every_n_steps: optimizer steps between two checkpoints; null: one at the start of each epoch. The end of
+            training is always saved.
     """
 
     def __init__(self, every_n_steps: PositiveInt | None = None) -> None:
@@ -38,14 +42,14 @@ class Last(Checkpoint):
         self._rotate: bool | None = None
         self._within_epoch = False
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Listen for signals. There is nothing to save where training starts or resumes."""
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Task) -> None:
+        """Listen for signals. The step at which training starts or resumes counts as saved."""
         self._saved_at = trainer.global_step
         self._rotate, self._within_epoch = None, False
         _leave_whole_epochs(trainer.fit_loop)
 
-        def note(number: int, _: Any) -> None:
-            # A handler runs between any two instructions, so it only leaves a note.
+        def note(number: int, _: object) -> None:
+            # A handler may run between any two instructions, so it only sets flags.
             self._signal, pl_module._step.stop_requested = number, True
 
         if threading.current_thread() is threading.main_thread():
@@ -56,12 +60,12 @@ class Last(Checkpoint):
             signal.signal(number, handler)
         self._handlers = {}
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Save the state after the steps before, if it is due; stop, if a signal came."""
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Task, batch: Batch, batch_idx: int) -> None:
+        """Save the state after the steps so far, if a checkpoint is due. Stop, if a signal came."""
         step = trainer.global_step
         stop = pl_module._step.stop_agreed(pl_module)
-        every = self.every_n_steps
-        due = step % every == 0 if every else step == pl_module.data.plan.first_step(batch.epoch)
+        every, plan = self.every_n_steps, pl_module.data.plan
+        due = step % every == 0 if every else step == plan.first_step(batch.epoch)  # type: ignore[union-attr]
         if step != self._saved_at and (stop or due):
             self.save(trainer)
         if stop:
@@ -74,12 +78,12 @@ class Last(Checkpoint):
             )
 
     def save_within_epoch(self, trainer: pl.Trainer) -> None:
-        """Save where training is about to end within an epoch: afterwards Lightning counts the epoch as done."""
+        """Save before training ends within an epoch, because afterwards Lightning counts the epoch as done."""
         if trainer.global_step != self._saved_at:
             self.save(trainer)
         self._within_epoch = True
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Task) -> None:
         """Save the end of training."""
         if trainer.global_step != self._saved_at:
             self.save(trainer)
@@ -87,15 +91,15 @@ class Last(Checkpoint):
             self._refresh(trainer)
         self._stop_listening()
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Leave the signals as they were."""
+    def on_exception(self, trainer: pl.Trainer, pl_module: Task, exception: BaseException) -> None:
+        """Restore the signal handlers."""
         self._stop_listening()
 
     def save(self, trainer: pl.Trainer) -> None:
-        """Write `last.ckpt`; what it was before becomes `previous.ckpt`, if it can be read."""
+        """Write `last.ckpt`. The old one becomes `previous.ckpt`, if it can be read."""
         last = _path(trainer)
         if trainer.is_global_zero and last.exists():
-            if self._rotate is None:  # an unreadable one of an earlier process must not take a readable one's place
+            if self._rotate is None:  # an unreadable file of an earlier process must not replace a readable one
                 self._rotate = unreadable(last) is None
             if self._rotate:
                 spare = last.with_name(".previous.part")
@@ -107,12 +111,14 @@ class Last(Checkpoint):
         self._saved_at = trainer.global_step
 
     def _refresh(self, trainer: pl.Trainer) -> None:
-        """Bring what callbacks know up to date: the best score, where a validation came after the last save."""
+        """Update the callbacks' states in `last.ckpt`, because a validation may have changed the best score since."""
         if trainer.is_global_zero and _path(trainer).exists():
             checkpoint = read_checkpoint(_path(trainer))
             states = {callback.state_key: callback.state_dict() for callback in trainer.callbacks}  # type: ignore[attr-defined]
             states = {key: state for key, state in states.items() if state}
-            if checkpoint["global_step"] == trainer.global_step and _differ(states, checkpoint["callbacks"]):
+            saved = checkpoint["callbacks"]
+            changed = any(str(state) != str(saved.get(key)) for key, state in states.items())
+            if checkpoint["global_step"] == trainer.global_step and changed:
                 checkpoint["callbacks"] = states
                 trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, _path(trainer))
         trainer.strategy.barrier("refresh")
@@ -122,17 +128,13 @@ def _path(trainer: pl.Trainer) -> Path:
     return Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
 
 
-def _differ(new: dict[str, Any], old: dict[str, Any]) -> bool:
-    return any(str(state) != str(old.get(key)) for key, state in new.items())
+def _leave_whole_epochs(loop: _FitLoop) -> None:
+    """Begin the next epoch, if the checkpoint was saved between two epochs.
 
-
-def _leave_whole_epochs(loop: Any) -> None:
-    """Let the next epoch begin where a checkpoint holds whole epochs only.
-
-    Lightning takes any checkpoint of a training that is bounded by `max_steps` for one from within an epoch, and would
-    count an epoch without steps.
+    If training is bounded by `max_steps`, Lightning takes each checkpoint for one from within an epoch. It would count
+    an epoch without steps.
     """
     done = loop.epoch_progress.current
-    if loop.restarting and done.ready == done.completed == done.processed:
+    if loop.restarting and done.ready == done.completed == done.processed:  # type: ignore[attr-defined]
         loop._restarting = False
         loop.epoch_loop.restarting = False

@@ -1,4 +1,4 @@
-"""The exponential moving average of the weights: what is evaluated, while training goes on with the weights."""
+"""An exponential moving average of the weights. Validation uses the average, and training goes on with the weights."""
 
 import math
 from typing import Any
@@ -9,48 +9,49 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
+from batchwise.batching.loader import Batch
 from batchwise.errors import TrainingStopped
 from batchwise.ranges import PositiveFloat
+from batchwise.tasks.task import Task
 
 RAW = "raw_weights"
-"""Where a checkpoint keeps the weights from which training goes on; its `state_dict` is the average."""
+"""The key under which a checkpoint has the weights. Its `state_dict` is the average."""
 
 
 class EMA(Callback):
-    """Averages the weights, and the running statistics, over the steps; validation and what is saved use the average.
+    """Averages the weights and the running statistics over the steps. Validation uses the average.
 
-    After n examples the weights of each step count half as much as those n + `half_life_examples` later, whatever the
-    batch size: a step of b examples keeps 0.5 ** (b / half life) of the average (Karras et al. 2022, arXiv 2206.00364,
-    in their code; the same rule follows the batch size in Busbridge et al. 2023, arXiv 2307.13813). The initial weights
-    do not count (Kingma and Ba 2015, section 3), so the average is right from the first step, after which it is equal
-    to the weights. A skipped step does not count.
+    A step of b examples keeps 0.5 ** (b / `half_life_examples`) of the average (Karras et al. 2022, arXiv 2206.00364,
+    in their code). So the half-life in examples is the same at any batch size (Busbridge et al. 2023, arXiv
+    2307.13813). The initial weights do not count (Kingma and Ba 2015, section 3), so the average is equal to the
+    weights after the first step. A skipped step does not count.
 
-    Checkpoints: the `state_dict` is the average, which `test`, `predict` and `model.init_from` take; training resumes
-    from the weights beside it. When training has ended, the network has the average.
+    The `state_dict` of a checkpoint is the average. `test`, `predict` and `model.init_from` use it. The weights are
+    beside it, and training resumes from them. After training, the network has the average.
 
     Args:
-        half_life_examples: after so many examples, the weights of a step count half as much.
+        half_life_examples: number of examples after which the weights of a step count half as much.
     """
 
     def __init__(self, half_life_examples: PositiveFloat) -> None:
-        if not half_life_examples > 0:  # from Python, it would grow the average without a word
+        if not half_life_examples > 0:  # Python does not check a PositiveFloat
             raise ValueError(f"EMA half_life_examples is {half_life_examples}: write a number of examples above 0")
         self.half_life = half_life_examples
         self._forget()
 
     def _forget(self) -> None:
         self.examples = 0
-        """Examples of the steps that are in the average."""
+        """Number of examples that the averaged steps have trained on."""
         self.average: list[Tensor] = []
-        """In single precision at least: in half precision, small changes would be lost. Empty before the first step."""
+        """Empty at first. At least in single precision, because half precision would lose small changes."""
         self._current: list[Tensor] = []
-        self._names: list[list[str]] = []  # of each tensor: tied weights have several
+        self._names: list[list[str]] = []  # of each tensor; tied weights have several
         self._restored: dict[str, Tensor] = {}
         self._swapped = False
         self._scale = 0.0
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Begin without an average; a checkpoint's comes after."""
+    def setup(self, trainer: pl.Trainer, pl_module: Task, stage: str) -> None:
+        """Begin without an average. That of a checkpoint is loaded later."""
         self._forget()
         if stage == "fit" and not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
             raise TrainingStopped(
@@ -60,17 +61,17 @@ class EMA(Callback):
             )
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ModelCheckpoint) and callback.save_weights_only:
-                # Lightning does not ask callbacks what belongs into it.
+                # Lightning calls no `on_save_checkpoint` for it.
                 raise TrainingStopped("save_weights_only would not save the average: leave it out", everywhere=True)
 
-    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Task, checkpoint: dict[str, Any]) -> None:
         """Take the average from a checkpoint, and give the network the weights of training."""
         if RAW in checkpoint and trainer.state.fn == "fit":
             self._restored = {name: checkpoint["state_dict"][name] for name in checkpoint[RAW]}
             pl_module.load_state_dict(checkpoint[RAW], strict=False)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find the tensors, which by now are where they stay."""
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Task) -> None:
+        """Find the tensors. They are on their device by now."""
         names: dict[int, list[str]] = {}
         tensors: dict[int, Tensor] = {}
         for name, tensor in pl_module.state_dict(keep_vars=True).items():
@@ -83,13 +84,16 @@ class EMA(Callback):
                 self._restored[names[0]].to(tensor.device, _wide(tensor))
                 for names, tensor in zip(self._names, self._current, strict=True)
             ]
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        self._scale = 0.0 if scaler is None else scaler.get_scale()
+        self._scale = _loss_scale(trainer)
 
     @torch.no_grad()
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Task, outputs: object, batch: Batch, batch_idx: int
+    ) -> None:
         """Move the average, unless the step was skipped."""
-        if pl_module._step.finite.skipped_in_a_row or self._scaler_skipped(trainer):
+        before, self._scale = self._scale, _loss_scale(trainer)
+        # fp16's scaler lowers its scale when it skips a step.
+        if pl_module._step.finite.skipped_in_a_row or self._scale < before:
             return
         if not self.average:
             self.average = [torch.zeros_like(tensor, dtype=_wide(tensor)) for tensor in self._current]
@@ -100,14 +104,6 @@ class EMA(Callback):
         current = [tensor.to(mean.dtype) for tensor, mean in zip(self._current, self.average, strict=True)]
         torch._foreach_lerp_(self.average, current, weight)  # pyright: ignore[reportPrivateImportUsage]
 
-    def _scaler_skipped(self, trainer: pl.Trainer) -> bool:
-        """Return whether fp16's scaler skipped the step: it then lowers its scale."""
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        if scaler is None:
-            return False
-        before, self._scale = self._scale, scaler.get_scale()
-        return self._scale < before
-
     @torch.no_grad()
     def _swap(self) -> None:
         if self.average:
@@ -117,21 +113,21 @@ class EMA(Callback):
                 mean.copy_(kept)
             self._swapped = not self._swapped
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Put the average in place."""
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: Task) -> None:
+        """Evaluate the average."""
         self._swap()
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Put the weights back, before a checkpoint is taken."""
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Task) -> None:
+        """Put the weights back, before a checkpoint is saved."""
         self._swap()
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leave the average in the network: it is what training was for."""
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: Task) -> None:
+        """Leave the average in the network."""
         self._swap()
         self._forget()
 
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Save both."""
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Task, checkpoint: dict[str, Any]) -> None:
+        """Save the average and the weights."""
         if not self.average:
             return
         means, weights = (self._current, self.average) if self._swapped else (self.average, self._current)
@@ -142,12 +138,17 @@ class EMA(Callback):
                 checkpoint[RAW][name] = weight
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the average is over."""
+        """Return the number of examples in the average, and the half-life, which must not change on resume."""
         return {"examples": self.examples, "half_life_examples": self.half_life}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the average of a checkpoint."""
         self.examples = state_dict["examples"]
+
+
+def _loss_scale(trainer: pl.Trainer) -> float:
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return 0.0 if scaler is None else scaler.get_scale()
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""The gradient noise scale while training, from the micro-batches that are run anyway."""
+"""The gradient noise scale during training, from the gradients of the micro-batches."""
 
 import math
 import warnings
@@ -11,29 +11,31 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from batchwise.batching.gradients import gradients_of
+from batchwise.batching.loader import Batch
 from batchwise.batching.noise import FEWEST, Estimate, NoiseMeter, Sample, noise_scale, sample
 from batchwise.errors import TrainingStopped
 from batchwise.ranges import PositiveInt
-from batchwise.tasks.measures import row_is_due
+from batchwise.tasks.hooks import row_is_due
 from batchwise.tasks.step import reduce
 from batchwise.tasks.task import Task
 
 
 class NoiseScale(Callback, NoiseMeter):
-    """Logs `noise_scale`, `noise_scale_low` and `noise_scale_high` (95%), in examples; where the signal is lost in the
-    noise, `noise_scale_low` alone: the noise scale is more than that.
+    """Logs the gradient noise scale in examples: `noise_scale`, and the ends of its 95% interval, `noise_scale_low` and
+    `noise_scale_high`. If the signal is lost in the noise, only the lower end is known, and only that is logged.
 
-    On sampled steps, a hook on each parameter sees each micro-batch's own gradient on its way to where gradients are
-    added up, and takes its norm. Nothing is run twice, nothing is copied, and the gradient trained on is not touched.
-    It is seen before it crosses devices, so one micro-batch on each of several devices is enough.
+    On sampled steps, a hook on each parameter takes the norm of each micro-batch's gradient before it is accumulated.
+    Nothing is run twice or copied, and training is not changed. The hook runs before gradients cross devices, so one
+    micro-batch on each of several devices is enough.
 
-    An example's gradient is that of the sum of its losses. What is drawn in training (dropout) counts as noise.
+    The gradient of an example is that of the sum of its losses. Random layers such as dropout count as noise.
 
     Args:
         every_n_steps: steps between two samples.
-        window: samples that are pooled, the newest ones. Nothing is logged before there are `FEWEST`.
+        window: the number of newest samples that are pooled. Nothing is logged before there are `FEWEST`.
 
     Raises:
         ValueError: `window` is below `FEWEST`.
@@ -46,8 +48,8 @@ class NoiseScale(Callback, NoiseMeter):
         self.every_n_steps = every_n_steps
         self.samples: deque[Sample] = deque(maxlen=window)
         self._unread: list[tuple[int, Tensor]] = []
-        self._handles: list[Any] = []
-        self._norms: list[Tensor] = []  # of the micro-batch that is due, one per parameter
+        self._handles: list[RemovableHandle] = []
+        self._norms: list[Tensor] = []  # of the current micro-batch, one per parameter
         self._squares: list[Tensor] = []  # one per micro-batch
         self._was_lost = False
 
@@ -63,7 +65,7 @@ class NoiseScale(Callback, NoiseMeter):
     # Lightning's hooks, in the order of a step
 
     def setup(self, trainer: pl.Trainer, pl_module: Task, stage: str) -> None:
-        """Begin without samples; a checkpoint's come after."""
+        """Begin without samples. Those of a checkpoint are loaded later."""
         if stage == "fit" and not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
             raise TrainingStopped(
                 f"NoiseScale cannot see the whole gradient under {type(trainer.strategy).__name__}: "
@@ -74,7 +76,7 @@ class NoiseScale(Callback, NoiseMeter):
         self._unread.clear()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Task) -> None:
-        """Warn where there is nothing to compare."""
+        """Warn if each batch is one micro-batch, because then there is nothing to compare."""
         plan = pl_module.data.plan
         assert plan is not None
         if plan.accumulation * plan.devices == 1:
@@ -84,8 +86,8 @@ class NoiseScale(Callback, NoiseMeter):
                 stacklevel=2,
             )
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Task, batch: Any, batch_idx: int) -> None:
-        """Begin to look, if a sample is due."""
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Task, batch: Batch, batch_idx: int) -> None:
+        """Add the hooks, if a sample is due."""
         if batch.step % self.every_n_steps == 0:
             self._squares.clear()
             groups = trainer.optimizers[0].param_groups
@@ -96,7 +98,7 @@ class NoiseScale(Callback, NoiseMeter):
         self._norms.append(norm(gradient))
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: Task, loss: Tensor) -> None:
-        """Forget what a backward pass that ran out of memory has left."""
+        """Forget the norms of a backward pass that ran out of memory."""
         self._norms.clear()
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: Task) -> None:
@@ -105,12 +107,12 @@ class NoiseScale(Callback, NoiseMeter):
             self._squares.append(torch.stack(self._norms).square().sum())
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Task, optimizer: Optimizer) -> None:
-        """Compare the parts with the whole, over all devices. A skipped step does not come here."""
+        """Compare the micro-batches with the whole batch, over all devices. It is not called for a skipped step."""
         if not self._squares:
             return
         batch, sums = pl_module._step.batch, pl_module._step.sums
         assert batch is not None
-        # After a pass that ran out of memory, the last ones are those of the step. A stand-in is no part.
+        # After a pass that ran out of memory, only the last ones belong to the step. A stand-in does not count.
         squares = zip(batch.micro_batches, self._squares[-len(batch.micro_batches) :], strict=True)
         small = torch.stack([square * (part.counts / len(part)) for part, square in squares]).sum()
         parts = torch.full_like(small, sum(part.counts for part in batch.micro_batches))
@@ -120,14 +122,16 @@ class NoiseScale(Callback, NoiseMeter):
         if scaler is not None:
             small = small / scaler.scale(torch.ones_like(small)) ** 2
         small, parts = reduce(pl_module, torch.stack([small, parts])).unbind()
-        # This gradient is per target that counts; the parts' are per example.
+        # This gradient is per target that counts. Those of the micro-batches are per example.
         norms = [norm(gradient) for gradient in gradients_of(optimizer)]
         whole = (torch.stack(norms) * (sums.count / batch.size)).square()
         self._unread.append((batch.size, torch.stack([small, whole.sum().to(small), parts])))
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Task, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Stop looking; write the row, where it is due."""
-        self._stop_looking()
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Task, outputs: object, batch: Batch, batch_idx: int
+    ) -> None:
+        """Remove the hooks. Write the row, if it is due."""
+        self._remove_hooks()
         step = trainer.global_step
         if not self._unread or not row_is_due(trainer, step):
             return
@@ -144,10 +148,10 @@ class NoiseScale(Callback, NoiseMeter):
             logger.log_metrics(row, step=step)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Task, exception: BaseException) -> None:
-        """Stop looking."""
-        self._stop_looking()
+        """Remove the hooks."""
+        self._remove_hooks()
 
-    def _stop_looking(self) -> None:
+    def _remove_hooks(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -165,5 +169,5 @@ class NoiseScale(Callback, NoiseMeter):
 
 
 def norm(gradient: Tensor) -> Tensor:
-    """Return the norm in single precision at least: noise is a small difference between squares."""
+    """Return the norm at least in single precision, because noise is a small difference between squares."""
     return torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""The host's clock, phase by phase."""
+"""The time that a run spends in each of its phases."""
 
 from time import perf_counter
 
@@ -6,7 +6,7 @@ from batchwise import STARTED
 
 
 class Phases:
-    """Seconds spent so far in each phase of a run, which is in one of them at any time, from the import on."""
+    """The seconds spent in each phase of a run so far. A run is always in one phase, and the first begins at import."""
 
     def __init__(self) -> None:
         phases = "start", "training", "validation", "checkpoints", "end"
@@ -15,7 +15,7 @@ class Phases:
         self._since = STARTED
 
     def enter(self, phase: str) -> str:
-        """Go over to a phase (or stay in it, which brings `seconds` up to date); return the one before."""
+        """Begin a phase and return the one before. Entering the current phase again updates `seconds`."""
         time, before = perf_counter(), self.now
         self.seconds[before] += time - self._since
         self._since, self.now = time, phase

@@ -1,19 +1,27 @@
-"""Pictures of what a classifier says of the validation split, for loggers that take pictures."""
+"""Draws the validation results of a classifier, and logs the pictures to the loggers that accept images."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 
 from batchwise.ranges import PositiveInt
 from batchwise.tasks.task import Task
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 class Pictures(Callback):
-    """Logs at the end of training `val/confusion`, what the last validation took for what, over all examples; and
-    `val/predictions`, a few images with what they are taken for, where inputs are images.
+    """Logs two pictures at the end of training.
+
+    `val/confusion` is the confusion matrix of the last validation, over all examples. `val/predictions` has a few
+    images with their predicted classes, if the inputs are images.
 
     Args:
         count: images in the picture.
@@ -22,10 +30,10 @@ class Pictures(Callback):
     def __init__(self, count: PositiveInt = 24) -> None:
         self.count = count
 
-    def on_train_end(self, trainer: Any, pl_module: Task) -> None:
-        """Draw and log, on the first device; a network that is cut over devices needs all of them to run."""
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Task) -> None:
+        """Draw and log on the first device. All devices run the network, because it may be sharded."""
         counts = pl_module._measures.tables.get("val/confusion")
-        takers = [logger for logger in trainer.loggers if hasattr(logger, "log_image") or _is_tensorboard(logger)]
+        takers = [one for one in trainer.loggers if isinstance(one, TensorBoardLogger) or hasattr(one, "log_image")]
         data = pl_module.data
         if not takers or data.split("val") is None:
             return
@@ -46,31 +54,25 @@ class Pictures(Callback):
             _log(takers, "val/predictions", picture, trainer.global_step)
 
 
-def _is_tensorboard(logger: Any) -> bool:
-    return hasattr(logger.experiment, "add_image") if type(logger).__name__ == "TensorBoardLogger" else False
-
-
-def _log(loggers: list[Any], name: str, picture: np.ndarray, step: int) -> None:
+def _log(loggers: Sequence[Logger], name: str, picture: np.ndarray, step: int) -> None:
     for logger in loggers:
-        if _is_tensorboard(logger):
+        if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_image(name, picture, step, dataformats="HWC")
         else:
-            logger.log_image(name, [picture], step=step)
+            logger.log_image(name, [picture], step=step)  # type: ignore[attr-defined]
 
 
 def draw_confusion(counts: Tensor) -> np.ndarray:
-    """Return a confusion matrix as RGB bytes [height, width, 3]: rows are what it is, columns what it is taken for.
+    """Return a confusion matrix as RGB bytes [height, width, 3]. Rows are true classes, columns predicted ones.
 
     Args:
         counts: examples, whole numbers [C, C]. A cell is as dark as its share of its row.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     classes = len(counts)
     side = max(3.0, min(12.0, 1 + 0.42 * classes))  # inches
     figure = Figure(figsize=(side, side), dpi=100, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     axis = figure.subplots()
     shares = counts / counts.sum(dim=1, keepdim=True).clamp_min(1)
     axis.imshow(shares.numpy(), cmap="Greys", vmin=0, vmax=1)
@@ -82,8 +84,7 @@ def draw_confusion(counts: Tensor) -> np.ndarray:
         for row, column in counts.nonzero().tolist():
             color = "white" if shares[row, column] > 0.5 else "black"
             axis.text(column, row, str(int(counts[row, column])), ha="center", va="center", fontsize=8, color=color)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    return _pixels(figure)
 
 
 def draw(images: Tensor, probabilities: Tensor, targets: Tensor, columns: int = 8) -> np.ndarray:
@@ -95,12 +96,10 @@ def draw(images: Tensor, probabilities: Tensor, targets: Tensor, columns: int = 
         targets: class numbers [N].
         columns: images in a row.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows = -(-len(images) // columns)
     figure = Figure(figsize=(1.1 * columns, 1.35 * rows), dpi=100, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes:
         axis.axis("off")
@@ -112,5 +111,12 @@ def draw(images: Tensor, probabilities: Tensor, targets: Tensor, columns: int = 
         right = int(predicted) == target
         title = f"{target}" if right else f"{target}, not {int(predicted)}"
         axis.set_title(f"{title} ({share:.0%})", fontsize=8, color="black" if right else "red", pad=2)
+    return _pixels(figure)
+
+
+def _pixels(figure: "Figure") -> np.ndarray:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -1,4 +1,4 @@
-"""Predictions as a file: one row per example, in order, from all devices."""
+"""A file of predictions, with one row per example, in order, from all devices."""
 
 import csv
 import json
@@ -12,31 +12,34 @@ import numpy as np
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from batchwise.batching.loader import MicroBatch
 from batchwise.batching.structure import rebuild
 from batchwise.errors import optional
+from batchwise.tasks.task import Task
 
 Columns = dict[str, np.ndarray | list]
 
 
 class Predictions(Callback):
-    """Writes of each example its number, what the data module says of it, and what the task predicts.
+    """Writes a row per example: its number, the columns of `data.describe`, and the predictions of the task.
 
-    Each device writes the rows of its own contiguous shard as they come, so memory stays flat; then they are joined.
+    Each device writes the rows of its own contiguous shard batch by batch, so memory stays flat. At the end the parts
+    are joined.
 
     Args:
         file: a name or path that ends in .csv or .parquet; a name alone is a file in the run's folder.
     """
 
     def __init__(self, file: str = "predictions.csv") -> None:
-        self.name, kinds = file, {".csv": CsvFile, ".parquet": ParquetFile}
+        kinds = {".csv": CsvFile, ".parquet": ParquetFile}
         if Path(file).suffix not in kinds:
             raise ValueError(f"predictions is {file}: write a file that ends in .csv or .parquet")
-        self.kind = kinds[Path(file).suffix]
+        self.name, self.kind = file, kinds[Path(file).suffix]
         if self.kind is ParquetFile:
             optional("pyarrow", "table")
 
-    def on_predict_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Begin this device's part."""
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: Task) -> None:
+        """Open the file of this device."""
         self.target = Path("" if os.path.dirname(self.name) else trainer.default_root_dir, self.name)
         self.target.parent.mkdir(parents=True, exist_ok=True)
         self.file = self.kind(self._part(trainer.global_rank), header=trainer.is_global_zero)
@@ -45,7 +48,13 @@ class Predictions(Callback):
         return self.target.with_name(f".{self.target.name}.{rank}.part")
 
     def on_predict_batch_end(
-        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: pl.Trainer,
+        pl_module: Task,
+        outputs: dict,
+        batch: MicroBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Write the rows of one batch."""
         data, index = pl_module.data, outputs["index"]
@@ -55,8 +64,8 @@ class Predictions(Callback):
             columns["label"] = [data.class_names[number] for number in predicted["predicted"]]
         self.file.write(columns | predicted)
 
-    def on_predict_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Join the parts in the order of the devices, and put the file in its place."""
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: Task) -> None:
+        """Join the parts in the order of the devices, and give the file its name."""
         self.file.close()
         trainer.strategy.barrier("predictions")
         if trainer.is_global_zero:
@@ -68,7 +77,7 @@ class Predictions(Callback):
 
 
 class CsvFile:
-    """Rows of a CSV file, with or without names in the first line."""
+    """Writes rows to a CSV file. Only the first part has a line with the names."""
 
     def __init__(self, path: Path, header: bool) -> None:
         self.file, self.header = path.open("w", newline=""), header
@@ -85,7 +94,7 @@ class CsvFile:
         self.rows.writerows(zip(*lists, strict=True))
 
     def close(self) -> None:
-        """End the file."""
+        """Close the file."""
         self.file.close()
 
     @staticmethod
@@ -103,7 +112,7 @@ def _text(value: Any) -> Any:
 
 
 class ParquetFile:
-    """Rows of a Parquet file, written `ROWS` and more at a time."""
+    """Writes rows to a Parquet file, at least `ROWS` at a time."""
 
     ROWS = 2**16
 
@@ -127,7 +136,7 @@ class ParquetFile:
         self.waiting = []
 
     def close(self) -> None:
-        """Write what is left, and end the file."""
+        """Write the remaining rows, and close the file."""
         if self.waiting:
             self._write()
         if self.writer:
@@ -149,7 +158,7 @@ class ParquetFile:
 
 
 def columns_of(predictions: dict[str, Any]) -> Columns:
-    """Return one column [N] per number that is predicted: [N, C] becomes `name_0` to `name_C-1`.
+    """Return one column [N] per predicted number. [N, C] becomes `name_0` to `name_C-1`.
 
     What is nested in dicts and tuples becomes `name_key` and `name_0`. A list of one value per example becomes one
     column of nested lists, such as the boxes of each image; in a CSV file they are JSON.

@@ -1,39 +1,41 @@
-"""What goes into the log while training: one row every `log_every_n_steps` optimizer steps."""
+"""The log of training, with one row every `log_every_n_steps` optimizer steps."""
 
 import warnings
 from typing import Any, NamedTuple
 
+import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch.callbacks import Callback
 from torch.optim import Optimizer
 
 from batchwise.batching.gradients import full, gradients_of
+from batchwise.batching.loader import Batch
 from batchwise.callbacks.phases import Phases
 from batchwise.host import peak_memory
 from batchwise.tasks.task import Task
 
 
 class Totals(NamedTuple):
-    """What training came to so far, in this process."""
+    """The examples and seconds of training so far, in this process."""
 
     examples: int = 0
     seconds: float = 0.0
     waited: float = 0.0
-    """Seconds of those in which it waited for data."""
+    """The part of `seconds` in which training waited for data."""
 
 
 class Record(Callback):
     """Writes loss, learning rate, gradient norm, speed and peak memory.
 
-    The loss is exact: the mean over all targets since the row before, over all micro-batches and devices; the task's
-    metrics are of the row's own batch. The step is the number of optimizer steps done. Steps between rows cost nothing:
-    nothing is read from the device.
+    The loss is exact: the mean over all targets since the last row, over all micro-batches and devices. The metrics are
+    those of the newest batch. The step is the number of optimizer steps done. Steps between two rows cost nothing,
+    because nothing is read from the device.
 
-    Speed is of training alone, without validation and checkpoints, and of all devices together. `data_wait` is the
-    share of that time in which this process waited for its next batch. `model_flops_per_second` takes the backward pass
-    for twice the forward pass, and `mfu` is its share of the devices' peak (model FLOPs utilization: Chowdhery et al.,
-    "PaLM", 2022, appendix B), where Lightning knows that.
+    Speed is that of all devices together. The time of validation and checkpoints does not count. `data_wait` is the
+    share of the time in which this process waited for its next batch. For `model_flops_per_second`, a backward pass
+    counts as two forward passes. `mfu` is its share of the devices' peak (model FLOPs utilization: Chowdhery et al.
+    2022, "PaLM", appendix B), if Lightning knows the peak.
     """
 
     def __init__(self) -> None:
@@ -50,7 +52,7 @@ class Record(Callback):
         trainer.phases.enter("training")
 
     def on_validation_start(self, trainer: Any, pl_module: Task) -> None:
-        """Stop the clock: only training counts as training."""
+        """Stop the clock of training."""
         self._before_validation = trainer.phases.enter("validation")
 
     def on_validation_end(self, trainer: Any, pl_module: Task) -> None:
@@ -62,13 +64,13 @@ class Record(Callback):
         trainer.phases.enter("end")
 
     def totals(self, pl_module: Task) -> Totals:
-        """Return what training came to so far."""
+        """Return the totals of now."""
         phases: Phases = pl_module.trainer.phases  # type: ignore[attr-defined]
-        phases.enter(phases.now)
+        phases.enter(phases.now)  # updates the seconds
         return Totals(self.examples, phases.seconds["training"], pl_module.data.waited)
 
     def figures(self, pl_module: Task, since: Totals, until: Totals) -> dict[str, float]:
-        """Return speed and peak memory, by their names in the log."""
+        """Return speed and peak memory between two totals, by their names in the log."""
         seconds = until.seconds - since.seconds
         rate = (until.examples - since.examples) / seconds
         figures = {"examples_per_second": rate, "data_wait": (until.waited - since.waited) / seconds}
@@ -79,14 +81,16 @@ class Record(Callback):
         figures["peak_memory_mib"] = peak_memory(pl_module.trainer.strategy.root_device) / 2**20
         return figures
 
-    def on_before_optimizer_step(self, trainer: Any, pl_module: Task, optimizer: Optimizer) -> None:
-        """Where a row is due, take the rate of this step, and the norm of its divided gradient before clipping."""
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Task, optimizer: Optimizer) -> None:
+        """If a row is due, note the learning rate, and the norm of the exact gradient before clipping."""
         if pl_module._measures.row_is_due:
             self._learning_rate = optimizer.param_groups[0]["lr"]
             self._gradient_norm = full(torch.nn.utils.get_total_norm(gradients_of(optimizer)))
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Task, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Write the row, where it is due."""
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Task, outputs: object, batch: Batch, batch_idx: int
+    ) -> None:
+        """Write the row, if it is due."""
         self.examples += batch.size
         if not pl_module._measures.row_is_due:
             return
@@ -107,10 +111,10 @@ class Record(Callback):
         self._row = totals
 
 
-def peak_flops(trainer: Any) -> float | None:
-    """Return the most operations per second of all devices together, in the run's precision; None: it is not known."""
+def peak_flops(trainer: pl.Trainer) -> float | None:
+    """Return the peak FLOP/s of all devices together, in the precision of the run; None: not known."""
     types = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32, "64": torch.float64}
     dtype = types.get(str(trainer.precision).split("-")[0])
-    with warnings.catch_warnings(action="ignore"):  # it warns of what it does not know
+    with warnings.catch_warnings(action="ignore"):  # about devices that it does not know
         one = get_available_flops(trainer.strategy.root_device, dtype) if dtype else None
     return one * trainer.world_size if one else None

@@ -1,118 +1,143 @@
-"""The engine's own hooks: when an epoch, an evaluation or a training begins and ends, and what a checkpoint keeps."""
+"""The engine's own hooks, at the beginning and end of a training, an epoch and an evaluation, and in checkpoints."""
 
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.trainer.states import TrainerStatus
 from torch.nn.parallel import DistributedDataParallel
 
+from batchwise.callbacks.checkpoint import Last
 from batchwise.data.examples import SPLITS
 from batchwise.tasks.making import refuse, start_momenta, take_states
+from batchwise.tasks.rehearsal import rehearse
 from batchwise.tasks.task import Task
 
 KEY = "batchwise"
-"""Under which a checkpoint keeps what it is to know."""
+"""The key of the engine's state in a checkpoint."""
 
 
 class Recorder(Callback):
-    """Runs the measures, the rates and the step of a task. The trainer has it as its first callback.
+    """Starts and ends the measures, the rates and the step of a task. It is the trainer's first callback.
 
-    It is no hook of the task, so that a user's subclass may override any of those without a thought.
+    None of this is in a hook of the task, so a subclass may override all hooks.
     """
 
     def __init__(self) -> None:
-        self._saved: dict[str, Any] | None = None
+        self._saved: dict | None = None
+        self._learnt: dict[str, bool] = {}
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Prepare the task, unless that was done before."""
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Prepare the task, unless the command line has done so."""
         if not isinstance(pl_module, Task):
-            return
+            raise TypeError(
+                f"{type(pl_module).__name__} is no batchwise.Task: write `losses` in one, or use lightning.Trainer"
+            )
         self._saved = None
-        if stage == "fit":  # nothing of a training before, which may have stopped anywhere; a checkpoint comes later
+        if stage == "fit":  # forget an earlier training; a checkpoint is loaded later
             pl_module._measures.start_training()
             pl_module._step.finite.skipped_in_a_row = 0
             pl_module._rates.taken = set()
-        # Lightning loads the weights before it converts the module: into float32, which 64-true would not survive.
+        # Lightning would load the weights of 64-true into float32, because it converts the module afterwards.
         trainer.precision_plugin.convert_module(pl_module)
-        if pl_module._measures.metrics is None:
+        tried, plan = pl_module._measures.tried, pl_module.data.plan
+        if not tried or (stage == "fit" and tried is not plan):
             pl_module.prepare(pl_module.data, SPLITS[stage][0])
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Refuse what an overridden `configure_optimizers` must not give."""
-        if isinstance(pl_module, Task):
-            pl_module._step.wrapped(pl_module)
-            for optimizer in trainer.optimizers:
-                refuse(optimizer)
-            if isinstance(trainer.strategy.model, DistributedDataParallel):
-                # Each device computes the same running statistics, or none. To copy those of the first device over
-                # the others before every forward pass is a cost, and would undo exact ones.
-                trainer.strategy.model.broadcast_buffers = False
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Task) -> None:
+        """Refuse an optimizer that cannot take the exact gradient."""
+        self._learnt = _learning(pl_module)
+        pl_module._step.wrapped(pl_module)
+        for optimizer in trainer.optimizers:
+            refuse(optimizer)
+        if isinstance(trainer.strategy.model, DistributedDataParallel):
+            # DDP would copy the running statistics of the first device before each forward pass. This takes time, and
+            # would overwrite exact statistics.
+            trainer.strategy.model.broadcast_buffers = False
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Any, pl_module: Task) -> None:
         """Begin a training."""
-        if isinstance(pl_module, Task):
-            pl_module._step.start(pl_module)
-            pl_module._rates.start(pl_module)
-            states = (self._saved or {}).get("optimizer_states") or [None] * len(trainer.optimizers)
-            for optimizer, state in zip(trainer.optimizers, states, strict=False):
-                take_states(optimizer, state if pl_module.device_mesh is None else None)
-                start_momenta(optimizer)
-            self._saved = None
+        saved, self._saved = self._saved or {}, None
+        for name, learns in saved.get(KEY, {}).get("learning", {}).items():
+            pl_module.get_parameter(name).requires_grad_(learns)
+        pl_module._step.stop_requested = False
+        if not pl_module._measures.rehearsed:
+            rehearse(pl_module, pl_module.data)
+        pl_module._rates.start(pl_module)
+        states = saved.get("optimizer_states") or [None] * len(trainer.optimizers)
+        for optimizer, state in zip(trainer.optimizers, states, strict=False):
+            take_states(optimizer, state if pl_module.device_mesh is None else None)
+            start_momenta(optimizer)
+        logs = saved.get(KEY, {}).get("logs", [])
+        trainer.fit_loop.epoch_loop._results.restore(logs, trainer.is_global_zero)
 
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Give the exact mean loss of the epoch."""
-        if isinstance(pl_module, Task):
-            mean = pl_module._measures.end_epoch()
-            pl_module.record({"train/loss_epoch": torch.tensor(mean, dtype=torch.float64)})
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Task) -> None:
+        """Log the exact mean loss of the epoch."""
+        mean = pl_module._measures.end_epoch()
+        pl_module.record({"train/loss_epoch": torch.tensor(mean, dtype=torch.float64)})
 
-    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: Task) -> None:
         """Begin an evaluation."""
-        if isinstance(pl_module, Task):
-            pl_module._measures.start_evaluation(pl_module)
+        pl_module._measures.start_evaluation(pl_module)
 
-    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Give the exact loss and the metrics."""
-        if isinstance(pl_module, Task):
-            pl_module.record(pl_module._measures.end_evaluation(pl_module, "val"))
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Task) -> None:
+        """Log the exact loss and the metrics."""
+        pl_module.record(pl_module._measures.end_evaluation(pl_module, "val"))
 
-    def on_test_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Begin an evaluation."""
-        self.on_validation_epoch_start(trainer, pl_module)
+    on_test_epoch_start = on_validation_epoch_start  # type: ignore[assignment]
 
-    def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Give the exact loss and the metrics."""
-        if isinstance(pl_module, Task):
-            pl_module.record(pl_module._measures.end_evaluation(pl_module, "test"))
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: Task) -> None:
+        """Log the exact loss and the metrics."""
+        pl_module.record(pl_module._measures.end_evaluation(pl_module, "test"))
 
     # Checkpoints
 
-    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Keep the sums; number the optimizer's parameters as the model has them.
+    def on_train_end(self, trainer: Any, pl_module: Task) -> None:
+        """Save, before Lightning's averages replace the weights. A resumed training needs the weights."""
+        if any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks):
+            for callback in trainer.callbacks:
+                if isinstance(callback, Last) and trainer.global_step != callback._saved_at:
+                    callback.save(trainer)
 
-        PyTorch numbers them as the optimizer's groups have them, and takes any numbers where it loads; a sharded
-        strategy takes those of the model for granted.
+    def on_save_checkpoint(self, trainer: Any, pl_module: Task, checkpoint: dict) -> None:
+        """Save the sums, and which parameters learn. Number the optimizer's parameters in the order of the model.
+
+        PyTorch numbers them in the order of the optimizer's groups, and loads any numbers. A sharded strategy expects
+        the order of the model.
         """
-        if not isinstance(pl_module, Task):
-            return
+        learning = _learning(pl_module)
         checkpoint[KEY] = {
             "sums": pl_module._measures.state(),
             "skipped_in_a_row": pl_module._step.finite.skipped_in_a_row,
             "rates_taken": sorted(pl_module._rates.taken),
+            # Of parameters that callbacks have thawed or frozen. After a resume they may not do so again.
+            "learning": {name: now for name, now in learning.items() if now != self._learnt.get(name, now)},
         }
+        if pl_module._measures.epoch.count:  # the epoch has begun, and has not ended
+            # In an exception the other devices need not be here.
+            together = trainer.state.status == TrainerStatus.RUNNING
+            checkpoint[KEY]["logs"] = trainer.fit_loop.epoch_loop._results.state(together)
         if pl_module.device_mesh is not None:
-            return  # it has
+            return  # the strategy has numbered them so
         numbers = {parameter: number for number, parameter in enumerate(pl_module.parameters())}
         for optimizer, state in zip(trainer.optimizers, checkpoint.get("optimizer_states", []), strict=False):
-            ours = [numbers[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            # A parameter may be none of the model's.
+            ours = [numbers.setdefault(parameter, len(numbers)) for parameter in parameters]
             state["state"] = {ours[number]: values for number, values in state["state"].items()}
             for group in state["param_groups"]:
                 group["params"] = [ours[number] for number in group["params"]]
 
-    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Go on with the sums."""
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Task, checkpoint: dict) -> None:
+        """Restore the sums."""
         state = checkpoint.get(KEY)
-        if isinstance(pl_module, Task) and state and trainer.state.fn == "fit":
+        if state and trainer.state.fn == "fit":
             pl_module._measures.restore(state["sums"])
             pl_module._step.finite.skipped_in_a_row = state["skipped_in_a_row"]
             pl_module._rates.taken = set(state["rates_taken"])
             self._saved = checkpoint
+
+
+def _learning(module: Task) -> dict[str, bool]:
+    return {name: parameter.requires_grad for name, parameter in module.named_parameters()}

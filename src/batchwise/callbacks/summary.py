@@ -1,4 +1,4 @@
-"""What a training took, in one table at its end."""
+"""A table of speed, memory and time at the end of training."""
 
 from typing import Any
 
@@ -7,24 +7,26 @@ from lightning.pytorch.callbacks import Callback
 
 from batchwise.callbacks.record import Record, Totals
 from batchwise.errors import TrainingStopped
+from batchwise.tasks.task import Task
 
 
 class Summary(Callback):
     """Prints speed, memory and the seconds of each phase at the end, and logs them once, as `summary/...`.
 
-    All are of this process: a resumed training counts from its resumption. What stops by a signal also has its summary.
+    The figures are those of this process, so a resumed training counts from its resumption. A training that a signal
+    stops has a summary too.
     """
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Conclude."""
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: Task) -> None:
+        """Print and log."""
         self._conclude(trainer, pl_module)
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Conclude, where training was stopped and did not fail."""
+    def on_exception(self, trainer: pl.Trainer, pl_module: Task, exception: BaseException) -> None:
+        """Print and log, if training was stopped and did not fail."""
         if isinstance(exception, TrainingStopped | KeyboardInterrupt):
             self._conclude(trainer, pl_module)
 
-    def _conclude(self, trainer: Any, pl_module: Any) -> None:
+    def _conclude(self, trainer: Any, pl_module: Task) -> None:
         record = next((callback for callback in trainer.callbacks if isinstance(callback, Record)), None)
         if record is None or not record.examples or not trainer.is_global_zero:
             return

@@ -1,1 +1,1 @@
-"""Choosing the batch size: what fits, what is fast, what the gradient noise says, what a sweep shows."""
+"""Choosing the batch size by memory, speed and gradient noise, or by a sweep."""

@@ -1,11 +1,10 @@
-"""`speed: auto` and `micro_batch_size: auto`: what is measured before a training."""
+"""Measures speed and memory before training, and chooses by them if `speed` or `micro_batch_size` is auto."""
 
 import math
 import os
 import platform
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -13,7 +12,7 @@ import yaml
 from batchwise.choosing import fits, speed
 from batchwise.choosing.speed import Settings, Stopwatch, Way
 from batchwise.data.module import DataModule
-from batchwise.host import reset_peak_memory
+from batchwise.host import reset_peak_memory, write_whole
 from batchwise.tasks.task import Task
 
 FILE = "speed.yaml"
@@ -32,7 +31,7 @@ def measure(
         path: file of the choice; if it exists, it stays.
         device: where the task is to be trained.
         processes: processes on this machine, which share its cores.
-        everything: choose all that is not set (`speed: auto`), and not the micro-batch alone.
+        everything: choose all settings that are not set (`speed: auto`), not only the micro-batch.
 
     Raises:
         ValueError: this cannot be measured.
@@ -84,15 +83,13 @@ def measure(
             lines.append(f"{each.speed:>14,.0f}{ratio:>7.2f}  {run}{mark}")
     said = [f"{key}: auto, forward and backward pass:", *lines, f"chosen: {way}; written to {path}"]
     print("\n".join(said), flush=True)
-    overlay: dict[str, Any] = {
+    overlay: dict[str, dict | None] = {
         "speed": None,
         "trainer": {key: value for key, value in asdict(way).items() if key in tried and key != "size"},
     }
     if "size" in tried or data.finds_micro_batch:
         overlay["data"] = {"micro_batch_size": way.size}
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(f"# measured on {platform.node()}\n" + yaml.safe_dump(overlay, sort_keys=False))
-    part.replace(path)
+    write_whole(path, f"# measured on {platform.node()}\n" + yaml.safe_dump(overlay, sort_keys=False))
     if device.type == "cuda":
         torch.cuda.empty_cache()
     reset_peak_memory(device)

@@ -1,4 +1,4 @@
-"""`inspect`: look at the data and at whole batches as the network will see them, and say in a line what is wrong."""
+"""`inspect`: look at the data and at whole batches as the network will see them, and print a line for each fault."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -64,7 +64,7 @@ class Batches:
                 break
 
     def problems(self, train: Look) -> Iterator[str]:
-        """Say what is wrong with the batches, beyond what is wrong with the training examples themselves."""
+        """Yield the faults of the batches that are no faults of the training examples."""
         repeated = [number for number, count in enumerate(self.repeats) if count]
         if repeated and len(set(train.hashes)) > 1:
             some = f"such as batch {repeated[0]}, in {self.repeats[repeated[0]]} examples"
@@ -74,7 +74,7 @@ class Batches:
 
 
 def inspect(trainer: pl.Trainer, model: Task, data: DataModule, seconds: float) -> None:
-    """Print what the data is and what is wrong with it; draw `inspect.png` into the run's folder, and log it to W&B.
+    """Print figures and faults of the data. Draw `inspect.png` into the run's folder, and log it to W&B.
 
     Args:
         trainer: has the run's folder and the loggers.

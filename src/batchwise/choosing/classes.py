@@ -39,7 +39,7 @@ class Classes:
         )
 
     def problems(self, order: str) -> Iterator[str]:
-        """Say where batches are less like the data set than random ones, which some orders intend."""
+        """Yield a line if batches are less like the data set than random batches. Some orders intend this."""
         if (distance := self.distances.mean()) > 2 * self.by_chance:
             yield (
                 f"the classes of a batch are {distance:.2f} from those of the data set (total variation), those of a "

@@ -59,7 +59,9 @@ def draw(path: Path, findings: Findings) -> None:
     rate.set(xscale="log", xlabel="learning rate", ylabel="training loss", title="What the rate does")
     for panel in panels:
         if panel.get_legend_handles_labels()[0]:
-            panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)  # below, where no point is
+            panel.legend(
+                loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2
+            )  # below the panel, away from the points
     figure.savefig(path)
 
 

@@ -1,4 +1,4 @@
-"""The findings of `tune`, and what follows from them."""
+"""The findings of `tune`, and the batch size that follows from them."""
 
 import math
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ class Choice(NamedTuple):
 
 @dataclass
 class Findings:
-    """What is known so far of a task on a machine."""
+    """The facts about a task on a machine that are known so far."""
 
     batch_size: int
     """The configured batch size."""

@@ -38,13 +38,8 @@ def free_memory(device: torch.device, processes: int) -> float:
     return 0.8 * available_memory() / processes + peak_memory(device) if device.type == "cpu" else math.inf
 
 
-def alone(value: float) -> float:
-    """Return the value: there is no other device to agree with."""
-    return value
-
-
 def what_fits(
-    watch: Stopwatch, way: Way, most: int, budget: float, unit: int, largest: Callable[[float], float] = alone
+    watch: Stopwatch, way: Way, most: int, budget: float, unit: int, largest: Callable[[float], float] = float
 ) -> Iterator[Size]:
     """Yield micro-batches by doubling, then the largest that fits by bisection (to one part in 16). Each was run.
 
@@ -57,8 +52,8 @@ def what_fits(
         most: the most examples.
         budget: the most bytes at the peak; the same on all devices.
         unit: examples that must stay together.
-        largest: returns the largest of the values of all devices, so that the slowest and the fullest device decide. No
-            device waits for another within a micro-batch, so a device that runs out of memory keeps none waiting.
+        largest: returns the largest of the values of all devices, so that the slowest and the fullest device decide.
+            No device waits for another within a micro-batch, so a device that runs out of memory keeps none waiting.
     """
     size, fits, fails = unit, 0, most + 1
     seen: list[Size] = []

@@ -1,4 +1,4 @@
-"""Looking at the examples of a split as they are stored: values, copies, classes, and what is wrong with them."""
+"""The examples of a split as they are stored: their values, copies, classes and faults."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -44,7 +44,7 @@ def is_table(inputs: object) -> bool:
 
 
 def hashes(inputs: object) -> list[int]:
-    """Return a hash of the exact content of each example. With 64 bits, no two are equal by chance."""
+    """Return a hash of the exact content of each example. It has 64 bits, so no two are equal by chance."""
     whole = [field for field in fields(inputs) if isinstance(field, Tensor)]
     count = len(fields(inputs)[0])
     flat = [field.reshape(count, -1).contiguous().view(torch.uint8) for field in whole if field.numel()]
@@ -71,7 +71,7 @@ def _bytes(value: object) -> bytes:
 
 
 def classes_of(targets: object) -> list[int]:
-    """Return the class of each example, or nothing where targets are not whole numbers [N]."""
+    """Return the class of each example, or nothing if targets are not whole numbers [N]."""
     if not isinstance(targets, Tensor) or targets.ndim != 1 or targets.is_floating_point():
         return []
     return targets.tolist()
@@ -146,7 +146,7 @@ def _flat(value: object) -> Tensor:
 
 @dataclass
 class Look:
-    """What was seen of a split. The lists are over the examples that were looked at.
+    """The facts about a split. The lists are over the examples that were looked at.
 
     Args:
         split: its name.
@@ -202,7 +202,7 @@ class Look:
         return list(zip(numbers[again].tolist(), firsts[again].tolist(), strict=True))
 
     def leaks(self, other: "Look") -> Iterator[str]:
-        """Say whether examples of this split have the inputs of examples of another."""
+        """Yield a line if examples of this split have the inputs of examples of another."""
         (numbers, keys), (others, their_keys) = self.sorted(), other.sorted()
         known, first = np.unique(their_keys, return_index=True)
         place = np.searchsorted(known, keys).clip(max=len(known) - 1)
@@ -214,7 +214,7 @@ class Look:
             )
 
     def problems(self) -> Iterator[str]:
-        """Say what is wrong with the split, a line each."""
+        """Yield a line for each fault of the split."""
         count, columns = f"{len(self.examples):,} {self.split} examples", self.values.low.numel()
         if self.not_finite:
             some = f"such as example {min(self.not_finite)}"

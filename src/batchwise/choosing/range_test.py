@@ -1,4 +1,4 @@
-"""The learning-rate range test (Smith 2017, arXiv 1506.01186): at which rate does the loss fall fastest?"""
+"""The learning-rate range test (Smith 2017, arXiv 1506.01186), which finds the rate at which the loss falls fastest."""
 
 import math
 from collections.abc import Callable

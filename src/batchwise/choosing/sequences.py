@@ -1,4 +1,4 @@
-"""Sequences of tokens, as `inspect` shows them: how long they are, how much is padding, and what they say."""
+"""Sequences of tokens, as `inspect` shows them: their lengths, their padding and their text."""
 
 from statistics import median
 from typing import Protocol, runtime_checkable

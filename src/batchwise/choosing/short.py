@@ -1,4 +1,4 @@
-"""A short training of a copy, in this process, so that what is tuned or swept stays as it was."""
+"""Short trainings of a copy, in this process. The task and the data of the caller stay as they were."""
 
 import contextlib
 import copy

@@ -19,8 +19,8 @@ from batchwise.data.module import DataModule
 from batchwise.models.compiled import compile_network
 from batchwise.models.norm import has_batchnorm
 from batchwise.tasks.memory import is_out_of_memory
+from batchwise.tasks.rehearsal import dtype_of
 from batchwise.tasks.task import Task
-from batchwise.tasks.trying import dtype_of
 
 _GAIN = 1.05  # a way replaces another if it is at least so many times as fast
 _TURN = 0.1  # the least seconds of measuring at a time

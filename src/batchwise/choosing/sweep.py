@@ -29,7 +29,7 @@ Number = TypeVar("Number", int, float)
 
 
 class Recipe(NamedTuple):
-    """How the command line makes a model, and what identifies its training."""
+    """A maker of models, and a digest that identifies their training."""
 
     model: Callable[[int], Task]
     """Makes a new task, with the initial weights of a seed."""
@@ -119,7 +119,7 @@ def sweep(
     rates: str,
     val_share: float,
 ) -> list[Run]:
-    """Do the runs that are due, print the table, draw `sweep.png` in the run's folder, and return all wanted runs.
+    """Do the runs that are missing, print the table, draw `sweep.png` in the run's folder, and return all runs.
 
     Args:
         trainer: has the run's folder, device and precision, and the length of a training.

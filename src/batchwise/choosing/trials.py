@@ -1,4 +1,4 @@
-"""The runs of a sweep: which are due, the file that has them, and what follows from them."""
+"""The runs of a sweep: the due ones, their file, and their results."""
 
 import csv
 import math

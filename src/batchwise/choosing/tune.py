@@ -1,4 +1,4 @@
-"""`tune`: which batch size to train with, from what fits, what is fast and how noisy the gradient is."""
+"""`tune`: which batch size to train with, by memory, speed and gradient noise."""
 
 import copy
 import math
@@ -94,13 +94,16 @@ def _tune(trainer: pl.Trainer, task: Task, data: DataModule, steps: int, memory_
         values = torch.tensor(value, dtype=torch.float64, device=device)
         return float(trainer.strategy.reduce(values, reduce_op="max"))  # type: ignore[arg-type]
 
-    agreed = largest if trainer.world_size > 1 else fits.alone
+    agreed = largest if trainer.world_size > 1 else float
     budget = -agreed(-(memory_gib * 2**30 if memory_gib else fits.free_memory(device, trainer.num_devices)))
     most = min(len(train), 2**14) // unit * unit
     if most == 0:
         raise ValueError(f"there are {len(train)} training examples, of which {unit} must stay together: give it more")
     way = Way(unit, str(trainer.precision), getattr(trainer, "channels_last", False), threads=torch.get_num_threads())
-    findings, interrupted, console = Findings(batch_size, most // 4, plan.devices, unit), False, Console()
+    findings, console = Findings(batch_size, most // 4, plan.devices, unit), Console()
+    lacks = f"it needs {FEWEST} steps of at least two micro-batches"
+    if task._couples:
+        lacks = "the loss couples the examples of a batch, so that no part of it has a gradient of its own"
     with Progress(console=console, transient=True, disable=not trainer.is_global_zero) as bars:
 
         def bar(name: str, total: float) -> Callable[[float], None]:
@@ -131,20 +134,28 @@ def _tune(trainer: pl.Trainer, task: Task, data: DataModule, steps: int, memory_
             findings.overhead = agreed(max(0.0, pace.seconds - findings.seconds(batch_size)))
             total = int(min(steps, data.total_steps()))
             noise, part = NoiseScale(every_n_steps=1), max(unit, batch_size // PARTS // unit * unit)
-            train_copy(batch_size, part, total, [noise, Pace(findings, noise, bar("what the gradient says", total))])
+            pace = Pace(findings, noise, bar("what the gradient says", total))
+            if not task._couples:
+                train_copy(batch_size, part, total, [noise, pace])
             best = findings.best()
             findings.rates = RangeTest(bar("what the rate does", range_test.STEPS))
             size = best.batch_size if best else batch_size
             train_copy(size, knee, range_test.STEPS, [findings.rates], whatever_comes=True)
         except (KeyboardInterrupt, SystemExit):  # Lightning turns the former into the latter
-            interrupted = True
+            lacks = "interrupted"
     if findings.sizes and trainer.is_global_zero:
-        report(console, findings, interrupted)
+        report(console, findings, lacks)
         _leave(Path(trainer.default_root_dir), findings, task, data)
 
 
-def report(console: Console, findings: Findings, interrupted: bool) -> None:
-    """Print the findings."""
+def report(console: Console, findings: Findings, lacks: str) -> None:
+    """Print the findings.
+
+    Args:
+        console: for the tables.
+        findings: the measurements.
+        lacks: the reason why there is no noise scale; not used if there is one.
+    """
     knee, best, noise = findings.knee(), findings.best(), findings.noise_scale()
     table = Table("micro-batch", "examples/s", "peak MiB", "", title="what fits, what is fast", box=None)
     for size in findings.sizes:
@@ -154,8 +165,9 @@ def report(console: Console, findings: Findings, interrupted: bool) -> None:
     end = "all of the training examples at once" if findings.all_fit else "more would not fit"
     print(f"largest micro-batch that was run: {findings.sizes[-1].examples:,} ({end})")
     if best is None or noise is None:
-        why = "interrupted" if interrupted else f"it needs {FEWEST} steps of at least two micro-batches"
-        print(f"no noise scale ({why}): no batch size is recommended")
+        print(f"no noise scale ({lacks}): no batch size is recommended")
+        if findings.rates:
+            print(f"learning rate at batch_size {findings.batch_size}: {findings.rates}")
         return
     table = Table("batch_size", "steps", "examples", "time", "", title="to a target, against the least", box=None)
     for choice in findings.choices():

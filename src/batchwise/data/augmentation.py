@@ -22,7 +22,7 @@ class Draws:
         epoch: from 0.
         index: numbers of the examples, int64 [N], on the host.
         places: positions of the examples in the global batch, if the order may repeat an example in an epoch, because
-            its copies must differ; else 0, so that not even the batch size matters.
+            copies must differ. Otherwise 0, so that the batch size does not matter.
         copies: number of neighbouring positions that hold the same example.
     """
 
@@ -37,7 +37,7 @@ class Draws:
         return uniform(mix(self.key, self.epoch, self.index, self.places), torch.arange(count)[:, None])
 
     def partners(self) -> Tensor:
-        """Return where in the micro-batch each example's partner is, int64 [N]: see `mixing.Mixing`."""
+        """Return the place of each example's partner in the micro-batch, int64 [N]: see `mixing.Mixing`."""
         own = torch.arange(len(self.index))
         partner = (own // self.copies ^ 1) * self.copies + own % self.copies
         return torch.where(partner < len(own), partner, own)

@@ -1,4 +1,4 @@
-"""The examples of each split: where they are, and how they reach a device."""
+"""The examples of each split, and their way to a device."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -153,7 +153,7 @@ class Examples(Reserved, pl.LightningDataModule, ABC):
         whole = isinstance(target, Tensor) and target.ndim == 1 and not target.is_floating_point()
         return target if whole else None
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+    def transfer_batch_to_device(self, batch: object, device: torch.device, dataloader_idx: int) -> object:
         """Leave batches on the host. The task moves each micro-batch with `to_device`."""
         return batch
 

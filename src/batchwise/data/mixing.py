@@ -14,15 +14,15 @@ from batchwise.data.augmentation import Augmentation, Draws, on, share
 
 
 class Mixing(Augmentation):
-    """Mix each example with a partner, and its target likewise.
+    """Mix each example with a partner, and its target with the partner's.
 
-    The partner is the neighbour in the global batch: positions 0 and 1 are partners, 2 and 3, and so on. (With the
-    order `Repeated`, whole groups of copies are. The last of an odd number stays as it is.) The order is random, so the
-    partner is. The plan has partners in the same micro-batch, because they are one `unit`. So mixing is exact on any
-    devices with any accumulation, and nothing is read or sent twice.
+    The partner is the neighbour in the global batch: positions 0 and 1 are partners, 2 and 3, and so on. It is random,
+    because the order is. With the order `Repeated`, whole groups of copies are partners. The last of an odd number is
+    not mixed. Partners are in the same micro-batch, because the plan keeps them together as one `unit`. So mixing is
+    exact on any devices with any accumulation, and nothing is read or sent twice.
 
-    An example has at least half of the mixture: if its share is less, one minus the share is taken. Over both partners
-    this changes nothing. The larger part then decides the class that metrics see.
+    An example has at least half of its mixture. If its share is less, one minus the share is used. Over both partners
+    this changes nothing. The larger part decides the class that metrics see.
 
     Args:
         num_classes: number of classes, if targets are class numbers; they become probabilities [N, num_classes]. null:

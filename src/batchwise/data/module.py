@@ -1,4 +1,4 @@
-"""The base of all data modules: it says what a batch is. A subclass says where the examples are."""
+"""The base of all data modules. It defines the batch, and a subclass loads the examples."""
 
 import math
 import os
@@ -25,9 +25,9 @@ LIMIT_FILE = "micro_batch_limit"
 
 
 class DataModule(Examples):
-    """Owns the batch. A subclass says where the examples of each split are, in `load`.
+    """Owns the batch. A subclass loads the examples of each split, in `load`.
 
-    A subclass writes `load` and, where it likes, `transform`, `class_names`, `has_predict_split`, `describe`, `check`
+    A subclass writes `load` and, if it likes, `transform`, `class_names`, `has_predict_split`, `describe`, `check`
     and `labels`. It may call `split`, `examples`, `to_device`, `plan`, `position`, `total_steps` and `total_examples`.
     Besides the methods of this class and the arguments below, all names are free for attributes of its own.
 
@@ -47,11 +47,11 @@ class DataModule(Examples):
         order: the order of the training examples.
         drop_last: leave out the short batch at the end of an epoch. It is trained on, exactly, by default.
         num_workers: processes per device that read a map-style data set; tensors need none.
-        max_unreadable: examples of a map-style data set that may turn out unreadable and are left out of training.
-        batch_size_schedule: how the batch size changes in the course of the training, which begins with `batch_size`.
-        seed: of the order; null: that of `seed_everything`.
+        max_unreadable: the most examples of a map-style data set that may be unreadable. They are left out of training.
+        batch_size_schedule: changes of the batch size during training, which begins with `batch_size`.
+        seed: seed of the order; null: that of `seed_everything`.
         resident_share: a split is held on a GPU if it takes at most this share of the GPU's free memory.
-        augment: what is done to training inputs, in order: from batchwise.data.augment or mixing, or any module.
+        augment: augmentations of the training inputs, in order: from batchwise.data.augment or mixing, or any module.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class DataModule(Examples):
     @property
     @final
     def limit_file(self) -> Path:
-        """Where a run on several devices leaves the micro-batch size with which a restart may fit into memory."""
+        """The file where a run on several devices leaves a micro-batch size that may fit into memory on a restart."""
         return Path(self.trainer.default_root_dir if self.trainer else ".") / LIMIT_FILE
 
     def __read_limit(self) -> int | None:
@@ -121,7 +121,7 @@ class DataModule(Examples):
 
     @final
     def attach(self, trainer: pl.Trainer | None, unit: int = 1) -> None:
-        """Begin anew, for a trainer. `setup` does so for a new trainer; the command line does it before any setup.
+        """Forget the plan and the position, and take a new trainer. `setup` and the command line call this.
 
         Args:
             trainer: has the devices and the limits.
@@ -243,7 +243,7 @@ class DataModule(Examples):
         return max(self.__restored_step, self.trainer.global_step if self.trainer else 0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position, the changes of batch size, and a fingerprint of all that decides what a batch is."""
+        """Return the position, the changes of batch size, and a fingerprint of the batches."""
         return {
             "step": self.position(),
             "changes": [list(change) for change in self.plan.changes] if self.plan else [],
@@ -252,14 +252,14 @@ class DataModule(Examples):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the position, and what was decided on the way."""
+        """Restore the position, the limit and the changes of batch size."""
         self.__restored_step, self.__limit = state_dict["step"], state_dict["micro_batch_limit"]
         if isinstance(self.batch_size_schedule, Adaptive) and self.__plan is not None:
             self.__plan = replace(self.__plan, changes=tuple((seen, size) for seen, size in state_dict["changes"]))
 
     @final
     def fingerprint(self) -> dict[str, Any]:
-        """Return what decides which examples form a batch; it must be the same when training is resumed."""
+        """Return all that decides which examples form a batch. It must be the same when training is resumed."""
         plan = self.__first_plan
         if plan is None:
             return {}

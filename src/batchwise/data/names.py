@@ -1,4 +1,4 @@
-"""Names that a base class keeps for itself: a subclass that takes one hears of it at once."""
+"""Names that a base class keeps for itself. A subclass that uses one is refused at once."""
 
 from inspect import isfunction
 
@@ -7,7 +7,7 @@ class Reserved:
     """A base class whose methods are not replaced by accident.
 
     A method with `typing.final` cannot be overridden, and no method can be hidden by an attribute of the same name.
-    What a class keeps in attributes of its own begins with two underscores, so that it cannot collide with a subclass.
+    Private attributes begin with two underscores, so that they cannot collide with those of a subclass.
     """
 
     def __init_subclass__(cls, **kwargs: object) -> None:

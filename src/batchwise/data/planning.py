@@ -1,4 +1,4 @@
-"""The making of a batch plan: from configured sizes, the limits of a trainer, and the examples."""
+"""Batch plans, from configured sizes, the limits of a trainer, and the examples."""
 
 import math
 from dataclasses import replace
@@ -42,7 +42,7 @@ def make_plan(
         examples: how many there are.
         labels: class of each, integers [examples]; None: not known.
         lengths: tokens of each, int64 [examples]; None: they are not sequences.
-        batch_tokens: as in `DataModule`; and so the next two.
+        batch_tokens: as in `DataModule`.
         micro_batch_tokens: most tokens on one device at once.
         drop_last: leave out the short batch.
         **sizes: those of `BatchPlan.derive`.
@@ -64,11 +64,13 @@ def make_plan(
         if batch_tokens:  # the number of examples that they are on average
             sizes["batch_size"] = max(1, round(batch_tokens * len(lengths) / max(1, int(lengths.sum()))))
     batch_size = BatchPlan.derive(examples=examples, **sizes).batch_size
-    # An order may deal classes into batches. It deals parts that batches of all sizes are whole numbers of.
+    # An order may deal classes into batches. It deals them into parts, and each batch is a whole number of parts.
     order.prepare(examples, math.gcd(batch_size, *schedule.sizes), seed, labels, lengths)
     plan = BatchPlan.derive(examples=len(order), drop_last=drop_last, **sizes)
     if lengths is not None:
         plan = SequencePlan.of(plan, lengths, order, batch_tokens=batch_tokens, micro_batch_tokens=micro_batch_tokens)
+    if limit == 0:
+        raise ValueError("trainer.limit_train_batches is 0: write at least 1, or a share above 0")
     plan = replace(plan, limit=max(1, int(plan.steps_per_epoch * limit)) if isinstance(limit, float) else limit)
     total = math.inf if max_epochs in (None, -1) else max_epochs * plan.examples_per_epoch
     return replace(plan, changes=schedule.changes(total))
@@ -81,7 +83,7 @@ def noise_meter(trainer: pl.Trainer | None) -> NoiseMeter | None:
 
 
 def adapted(plan: BatchPlan, schedule: Adaptive, step: int, trainer: pl.Trainer | None) -> BatchPlan:
-    """Return a plan with the batch size of the epoch that begins with a step. It is decided once for each epoch."""
+    """Return a plan with the batch size of the epoch that begins with a step. It is chosen once for each epoch."""
     noise, seen = noise_meter(trainer), plan.examples_at(step)
     estimate = noise.estimate() if noise else None
     if estimate is None or not plan.begins_epoch(step) or (plan.changes and plan.changes[-1][0] == seen):
@@ -93,7 +95,10 @@ def adapted(plan: BatchPlan, schedule: Adaptive, step: int, trainer: pl.Trainer 
 
 
 class LimitedLoader(TrainLoader):
-    """A loader whose length becomes that of the epoch when Lightning takes its share, `limit_train_batches`, of it."""
+    """A loader for a `limit_train_batches` that is a share, which Lightning multiplies by the length of the loader.
+
+    The length is chosen so that the product is the number of steps in the epoch.
+    """
 
     limit: int | float | None = None
 

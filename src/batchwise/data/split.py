@@ -1,4 +1,4 @@
-"""Which examples are in which split: fractions of each class, drawn by a seed alone."""
+"""Splits as random fractions of each class, which depend on a seed alone."""
 
 import torch
 from torch import Tensor
@@ -61,15 +61,16 @@ class Fractions(DataModule):
         self.fractions = {"val": val_fraction, "test": test_fraction}
         self.split_seed = split_seed
 
-    def divide(self, labels: Tensor, test: bool = True) -> dict[str, Tensor]:
+    def divide(self, labels: Tensor, test: bool = True, most_per_class: int | None = None) -> dict[str, Tensor]:
         """Return the numbers of the examples of each split; a fraction of 0 makes no split.
 
         Args:
             labels: class of each example, integers [N].
             test: make a test split too.
+            most_per_class: the most training examples of each class; None: all.
         """
         fractions = self.fractions if test else self.fractions | {"test": 0.0}
-        parts = split_examples(labels, fractions["val"], fractions["test"], self.split_seed)
+        parts = split_examples(labels, fractions["val"], fractions["test"], self.split_seed, most_per_class)
         return {split: index for split, index in parts.items() if fractions.get(split, 1) > 0}
 
     def say(self, line: str) -> None:

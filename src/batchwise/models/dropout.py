@@ -1,5 +1,7 @@
 """Dropout that does not depend on how the batch is executed."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -39,11 +41,39 @@ class Dropout(nn.Module):
         return f"p={self.p}"
 
 
+class ChannelDropout(Dropout):
+    """Zeroes whole channels of [N, C, ...], as `torch.nn.Dropout2d` does; otherwise it is `Dropout`."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map [N, C, ...] to [N, C, ...]."""
+        kept = super().forward(torch.ones(inputs.shape[:2], dtype=inputs.dtype, device=inputs.device))
+        return inputs * kept.view(*kept.shape, *[1] * (inputs.ndim - 2))
+
+
+EXACT: dict[type, type[Dropout]] = {nn.Dropout: Dropout} | dict.fromkeys(
+    (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d), ChannelDropout
+)
+"""The layers of PyTorch, and those that stand in for them."""
+
+
+def convert_dropout(network: nn.Module) -> int:
+    """Replace PyTorch's dropout layers in a network by exact ones; return their number."""
+    found: list[tuple[nn.Module, str, Any]] = [
+        (parent, name, layer)
+        for parent in network.modules()
+        for name, layer in parent.named_children()
+        if type(layer) in EXACT
+    ]
+    for parent, name, layer in found:
+        setattr(parent, name, EXACT[type(layer)](layer.p).train(layer.training))
+    return len(found)
+
+
 def mask(inputs: Tensor, p: float, number: int) -> Tensor:
     """Return the factors for the inputs [N, ...] of layer `number`: 0 or 1 / (1 - p), in the shape of the inputs."""
     if place.current is None:
         return F.dropout(torch.ones_like(inputs), p, training=True)
-    key, first, _ = place.current
+    key, first, *_ = place.current
     examples = mix(mix(key, number), torch.arange(first, first + len(inputs), device=inputs.device))
     values = torch.arange(inputs[0].numel(), device=inputs.device)
     # The keys of the examples are good hashes, so one round of multiply and shift per value is enough.

@@ -33,7 +33,7 @@ def randn_like(values: Tensor, name: str) -> Tensor:
 def _numbers(values: Tensor, name: str, normal: bool) -> Tensor:
     if place.current is None:
         return torch.randn_like(values) if normal else torch.rand_like(values)
-    key, first, _ = place.current
+    key, first, *_ = place.current
     # A device without float64 gets its numbers from the host, so that they are the same.
     device = torch.device("cpu") if values.device.type == "mps" else values.device
     salt = int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "big")

@@ -10,11 +10,13 @@ class Place(NamedTuple):
         key: a number made from (seed, optimizer step).
         first: position of its first example in the global batch.
         counts: False if the examples only stand in, on a device without examples of its own.
+        size: number of its examples.
     """
 
     key: int
     first: int
     counts: bool = True
+    size: int = 0
 
 
 current: Place | None = None

@@ -1,4 +1,4 @@
-"""The groups of parameters that an optimizer gets: those with a rate of their own, those without weight decay."""
+"""Groups of parameters for an optimizer, with learning rates of their own or without weight decay."""
 
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
@@ -8,7 +8,7 @@ from torch import nn
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Return whether a pattern, such as `layers.1` or `*.bias`, names a module or parameter, or what it is part of."""
+    """Return whether a pattern, such as `layers.1` or `*.bias`, matches a parameter's name or a module that has it."""
     parts = name.split(".")
     return any(fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))
 
@@ -16,12 +16,12 @@ def matches(name: str, pattern: str) -> bool:
 def parameter_groups(
     parameters: Iterable[tuple[str, nn.Parameter]], lr_factors: dict[str, float], decay_matrices_only: bool
 ) -> list[dict[str, Any]]:
-    """Return groups, those with the full rate first; the caller is to take `lr_factor` out and multiply the rate by it.
+    """Return the groups, first those with the full rate. The caller removes `lr_factor` and multiplies the rate by it.
 
     Args:
-        parameters: with their names; those that need no gradient are left out.
-        lr_factors: by pattern (discriminative rates: Howard and Ruder 2018, "ULMFiT", arXiv 1801.06146). Of several
-            that match a name, the first counts.
+        parameters: parameters with their names. Those that need no gradient are left out.
+        lr_factors: factors on the learning rate by pattern (discriminative rates: Howard and Ruder 2018, "ULMFiT",
+            arXiv 1801.06146). The first pattern that matches counts.
         decay_matrices_only: no weight decay for parameters with fewer than two dimensions.
     """
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}

@@ -1,4 +1,4 @@
-"""Muon for hidden weight matrices and AdamW for all else, from parameters as a task gives them."""
+"""Muon for the weight matrices of hidden layers, and AdamW for all other parameters."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -8,19 +8,19 @@ from torch import Tensor
 
 
 class Muon(pytorch_optimizer.Muon):
-    """Muon (Jordan et al. 2024), which has to be told which parameters are matrices of hidden layers.
+    """Muon (Jordan et al. 2024), which finds the matrices of hidden layers by itself.
 
-    Those are all with two or more dimensions, but for the first and the last ones: the embedding, where there is one,
-    and the output layer.
+    These are all parameters with two or more dimensions, except those of the embedding, which come first, and of the
+    output layer, which come last.
 
     Args:
-        params: parameters, or groups of them, in the order of the network.
-        lr: of the matrices.
-        adamw_lr: of the rest.
-        weight_decay: of matrices, under both; a group's own goes before.
-        first: matrices at the beginning that are embeddings.
-        last: matrices at the end that are output layers.
-        **kwargs: those of `pytorch_optimizer.Muon`.
+        params: parameters, or groups of parameters, in the order of the network.
+        lr: learning rate of Muon.
+        adamw_lr: learning rate of AdamW.
+        weight_decay: weight decay of all matrices, also of those under AdamW. A group's own value takes precedence.
+        first: number of matrices at the beginning that are embeddings.
+        last: number of matrices at the end that are output layers.
+        **kwargs: arguments of `pytorch_optimizer.Muon`.
     """
 
     def __init__(

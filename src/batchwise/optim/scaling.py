@@ -1,4 +1,4 @@
-"""The learning rate follows the batch: quoted at one batch size, used at another."""
+"""The learning rate follows the batch size. It is quoted at one batch size and used at another."""
 
 from math import sqrt
 from typing import Any
@@ -9,25 +9,25 @@ RULES = ("linear", "sqrt", "none")
 
 
 def default_rule(optimizer: Optimizer) -> str:
-    """Return the rule for an optimizer: sqrt for those whose steps have a size of their own, else linear.
+    """Return "sqrt" for adaptive optimizers and Muon, whose step size does not depend on the gradient's scale.
 
-    Linear is for SGD and what is built on it (Goyal et al. 2017, arXiv 1706.02677), sqrt for adaptive methods
-    (Malladi et al. 2022, arXiv 2205.10287; for LAMB, You et al. 2020, arXiv 1904.00962) and Muon.
+    For all others, such as SGD, return "linear" (Goyal et al. 2017, arXiv 1706.02677). The square root is derived in
+    Malladi et al. 2022, arXiv 2205.10287 (for LAMB: You et al. 2020, arXiv 1904.00962).
     """
-    divides = {"betas", "beta2_decay", "rho", "lr_decay"} & optimizer.defaults.keys()  # Adam's, Adafactor, Adadelta
-    return "sqrt" if divides or type(optimizer).__name__ in ("RMSprop", "Muon") else "linear"
+    adaptive = {"betas", "beta2_decay", "rho", "lr_decay"} & optimizer.defaults.keys()  # Adam's, Adafactor, Adadelta
+    return "sqrt" if adaptive or type(optimizer).__name__ in ("RMSprop", "Muon") else "linear"
 
 
 def scale(optimizer: Optimizer, batch_size: int, reference: int, rule: str | None = None) -> str:
-    """Move the rate of each group from the reference batch size to `batch_size`; return the rule that was used.
+    """Scale the rate of each group from the reference batch size to `batch_size`. Return the rule that was used.
 
-    Weight decay that is multiplied by the rate (AdamW) follows too: weights shrink as much per example at any batch
-    size (Wang and Aitchison 2024, arXiv 2405.13698).
+    Weight decay that is multiplied by the rate (AdamW) is scaled too, so that weights shrink as much per example at any
+    batch size (Wang and Aitchison 2024, arXiv 2405.13698).
 
     Args:
-        optimizer: its rates are those for `reference` examples per step.
+        optimizer: the optimizer, with the rates for `reference` examples per step.
         batch_size: examples per step.
-        reference: examples per step at which the rates are quoted.
+        reference: examples per step for which the rates are quoted.
         rule: linear, sqrt or none; None: `default_rule`.
     """
     rule = rule or default_rule(optimizer)

@@ -1,4 +1,4 @@
-"""The learning rate as a function of examples seen, so that it does not depend on the batch size."""
+"""The learning rate as a function of the examples seen, which makes it independent of the batch size."""
 
 import math
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ class Schedule:
     Args:
         shape: constant, cosine (Loshchilov and Hutter 2017, without restarts) or linear.
         warmup: share of the training in which the rate rises to its full value.
-        warmup_examples: the same as a number of examples; goes before `warmup`.
+        warmup_examples: the same as a number of examples. It takes precedence over `warmup`.
         floor: the factor at the end, as a share of the full rate.
     """
 
@@ -46,7 +46,7 @@ class Schedule:
 
         Args:
             before: examples seen before the step.
-            after: examples seen after the step; so the first step of a warm-up moves.
+            after: examples seen after the step. The warm-up counts these, so that its first step has a rate above 0.
             total: examples in the whole training.
         """
         warmup = self.warmup * total if self.warmup_examples is None and self.warmup else self.warmup_examples or 0

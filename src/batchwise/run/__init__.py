@@ -1,1 +1,1 @@
-"""The command line: where a run is placed, checked, started, and how it ends."""
+"""The command line, which places, checks, starts and ends a run."""

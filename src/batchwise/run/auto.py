@@ -7,21 +7,22 @@ import torch
 import yaml
 
 from batchwise.choosing import automatic
+from batchwise.choosing.speed import Settings
 from batchwise.data.module import DataModule
 from batchwise.tasks.task import Task
 
 
 def choose_settings(
-    model: Task, data: DataModule, trainer: Any, config: dict[str, Any], folder: Path, everything: bool
+    model: Task, data: DataModule, trainer: Settings, config: dict[str, Any], folder: Path, everything: bool
 ) -> None:
-    """Measure the settings that the user has left open, and set the fastest of each.
+    """Measure the settings that the user has left open, and set each to the fastest value.
 
     Args:
         model: the model that is to be trained.
         data: its data.
         trainer: the settings of the trainer; changed.
-        config: the configuration that the run's folder keeps; changed, so that it gives the same run.
-        folder: the run's folder, which keeps the choice.
+        config: the configuration in the run's folder; changed, so that it gives the same run.
+        folder: the run's folder, where the choice is written.
         everything: choose all open settings (`--speed auto`), or the micro-batch alone.
     """
     path = folder / automatic.FILE
@@ -32,7 +33,7 @@ def choose_settings(
     if isinstance(devices, list):
         processes = len(devices)
     elif str(devices).isdecimal():
-        processes = int(devices)
+        processes = int(str(devices))
     else:
         processes = torch.cuda.device_count() if gpu else 1
     device = torch.device("cuda" if gpu else "cpu")

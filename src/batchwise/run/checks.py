@@ -1,6 +1,7 @@
-"""What is checked before anything is trained, so that a mistake costs seconds and one line."""
+"""Checks before training, so that a mistake costs seconds and one line."""
 
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 from batchwise.callbacks.ema import EMA
@@ -34,12 +35,12 @@ def check(
 ) -> int:
     """Load the data, try the network on it, and compare the checkpoint and the monitors with them.
 
-    The first process of each machine does, and says a mistake for all.
+    Only the first process of each machine does this. It reports a mistake for all processes.
 
     Args:
         trainer: has the callbacks whose monitors are checked.
         model: tried on the first examples.
-        data: where they come from.
+        data: has the examples.
         stage: fit, validate, test or predict.
         checkpoint: the file that the run starts from; None: it starts afresh.
         config: the configuration of this training, if the checkpoint must be of the same one.
@@ -62,18 +63,25 @@ def check(
     return done
 
 
-def _check_monitors(trainer: Any, model: Task) -> None:
+def _check_monitors(trainer: Trainer, model: Task) -> None:
     known = model.metric_names()
     for callback in trainer.callbacks:
         monitor = getattr(callback, "monitor", None)
-        if monitor is not None and monitor not in known:
+        if monitor is not None and monitor not in known and not any(map(_logs, [model, *trainer.callbacks])):
             raise ValueError(
                 f"{type(callback).__name__} monitors '{monitor}', which is not measured: write one of "
                 f"{', '.join(known)}"
             )
 
 
-def _check_checkpoint(path: Path, trainer: Any, model: Task, data: DataModule, config: dict | None) -> int:
+def _logs(thing: Any) -> bool:
+    """Return whether a user's task or callback logs values in its hooks, whose names are not known before training."""
+    own = [kind for kind in type(thing).__mro__ if kind.__module__.split(".")[0] not in ("batchwise", "lightning")]
+    methods = [one for kind in own for one in vars(kind).values() if isinstance(one, FunctionType)]
+    return any({"log", "log_dict"} & set(method.__code__.co_names) for method in methods)
+
+
+def _check_checkpoint(path: Path, trainer: Trainer, model: Task, data: DataModule, config: dict | None) -> int:
     checkpoint = read_checkpoint(path)
     differences = weight_differences(checkpoint["state_dict"], model.state_dict())
     if differences:

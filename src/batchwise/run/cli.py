@@ -7,16 +7,18 @@ import warnings
 from pathlib import Path
 from typing import Any, Literal
 
+import lightning.pytorch as pl
 import yaml
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from batchwise.callbacks.checkpoint import Last
 from batchwise.callbacks.epoch_line import EpochLine
 from batchwise.callbacks.predictions import Predictions
 from batchwise.callbacks.progress import ProgressBar
 from batchwise.callbacks.summary import Summary
+from batchwise.data.examples import SPLITS
 from batchwise.data.module import DataModule
 from batchwise.errors import Mistake, mistakes
 from batchwise.run import checks, folders, report, resume
@@ -84,7 +86,7 @@ class CLI(LightningCLI):
         verbs = LightningCLI.subcommands() | {"inspect": own, "tune": own, "sweep": own}
         return {self.verb: verbs[self.verb]} if self.verb in verbs else verbs
 
-    def add_arguments_to_parser(self, parser: Any) -> None:
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the arguments of the run, which are not the trainer's."""
         parser.add_argument("--name", type=str, default="run", help="name of the experiment: a folder in the root")
         parser.add_argument(
@@ -102,14 +104,11 @@ class CLI(LightningCLI):
         parser.set_defaults({"trainer.default_root_dir": "runs", "trainer.logger": LOGGER})
 
     def _parse_ckpt_path(self) -> None:
-        """Do nothing. Lightning lets values of a checkpoint override the command line; here differences are errors."""
+        """Do nothing. Lightning lets a checkpoint override the command line, but here differences are errors."""
 
+    @mistakes()
     def before_instantiate_classes(self) -> None:
         """Find the checkpoint and the folder, and put the loggers there."""
-        with mistakes():
-            self._place()
-
-    def _place(self) -> None:
         settings, command = self.settings, self.config.subcommand
         root = Path(settings.trainer.default_root_dir or "runs")
         folders.check_name(settings.name, root)
@@ -124,15 +123,17 @@ class CLI(LightningCLI):
         self.plain_config = redact(yaml.safe_load(self.parser.dump(self.config, skip_none=False)))[command]
         if resumable:
             self.plain_config["ckpt_path"] = None  # the configuration of a run does not say how often it was resumed
+        if "verbose" in settings:  # the command prints the metrics itself
+            settings.verbose = False
         settings.trainer.default_root_dir = str(self.folder)
         folders.place_loggers(settings.trainer.logger, self.folder)
 
+    @mistakes()
     def instantiate_classes(self) -> None:
         """Make model, data module and trainer."""
-        with mistakes():
-            super().instantiate_classes()
+        super().instantiate_classes()
 
-    def instantiate_trainer(self, **kwargs: Any) -> Any:
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Make the trainer, with the callbacks that every run has."""
         settings = self._get(self.config_init, "trainer")
         if self.checkpoint is not None:
@@ -154,13 +155,13 @@ class CLI(LightningCLI):
         settings["callbacks"] = [*callbacks, RunRecord(self.plain_config, str(self.subcommand))]
         return super().instantiate_trainer(**(plain(vars(settings)) | kwargs))
 
-    def _usual_callbacks(self, given: list[Any], saving: bool) -> list[Any]:
-        """Return what training needs and the user has not given; put the user's checkpoints into the run's folder."""
+    def _usual_callbacks(self, given: list[Callback], saving: bool) -> list[Callback]:
+        """Return the usual callbacks that are missing. Let all best checkpoints go into the run's folder."""
 
         def missing(kind: type) -> bool:
             return not any(isinstance(callback, kind) for callback in given)
 
-        usual: list[Any] = []
+        usual: list[Callback] = []
         if saving and missing(Last):
             usual.append(Last())
         if saving and missing(ModelCheckpoint):
@@ -174,60 +175,54 @@ class CLI(LightningCLI):
 
     # What happens before and after each verb
 
-    def _check(self, stage: str) -> int:
+    def _check(self) -> int:
         """Check the run before it starts; return the steps that its checkpoint has done."""
+        stage = str(self.subcommand) if self.subcommand in SPLITS else "fit"
         strict = self.subcommand == "fit" and not self.settings.force
         config = self.plain_config if strict else None
         return checks.check(self.trainer, self.model, self.datamodule, stage, self.checkpoint, config)
 
     def before_fit(self) -> None:
         """Check, then print the plan."""
-        done = self._check("fit")
-        report.plan(self.model, self.datamodule, done, self.checkpoint)
+        report.plan(self.model, self.datamodule, self._check(), self.checkpoint)
 
     def before_validate(self) -> None:
         """Check."""
-        self._check("validate")
+        self._check()
 
-    def before_test(self) -> None:
-        """Check."""
-        self._check("test")
+    before_test = before_tune = before_validate
 
     def before_predict(self) -> None:
         """Check."""
-        self._check("predict")
-        self.config_init["predict"]["return_predictions"] = False  # each batch of them is written to the file
+        self._check()
+        self.config_init["predict"]["return_predictions"] = False  # because they are written to a file
 
     def before_inspect(self) -> None:
-        """Load the data alone: a mistake in the model should not keep anyone from looking at the data."""
+        """Load the data alone, because a mistake in the model should not prevent a look at the data."""
         checks.load(self.trainer, self.model, self.datamodule, "fit")
 
-    def before_tune(self) -> None:
-        """Check."""
-        self._check("fit")
-
     def before_sweep(self) -> None:
-        """Check, and keep how to make the model anew."""
-        self._check("fit")
+        """Check, and tell the trainer how to make new models."""
+        self._check()
         make = self._parser("sweep").instantiate_classes
         self.trainer.recipe = recipe(make, self.settings.model, self.model, self.datamodule, self.plain_config)
 
     def after_fit(self) -> None:
-        """Say what came of it, where it is, and what to do next."""
+        """Print the results, the run's folder and the next commands."""
         report.training(self.trainer, self.folder, self.settings.config)
 
     def after_validate(self) -> None:
-        """Print what was measured."""
+        """Print the metrics."""
         report.metrics(self.trainer)
 
     after_test = after_validate
 
     def after_inspect(self) -> None:
-        """Write the configuration, and say where the picture is."""
+        """Write the configuration, and print the path of the picture."""
         self._conclude("inspect.png")
 
     def after_tune(self) -> None:
-        """Write the configuration, and say where the findings are."""
+        """Write the configuration, and print the path of the findings."""
         self._conclude()
 
     after_sweep = after_tune

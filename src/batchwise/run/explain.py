@@ -10,6 +10,7 @@ KINDS = {
     "bool": "true or false",
     "str": "a text",
     "list": "a list",
+    "collections.abc.Sequence": "a list",
     "PositiveInt": "a whole number of at least 1",
     "NonNegativeInt": "a whole number of at least 0",
     "PositiveFloat": "a number above 0",

@@ -4,12 +4,12 @@ import contextlib
 import os
 import time
 from pathlib import Path
-from typing import Any
 
 from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_only
 
 from batchwise.data.module import LIMIT_FILE
+from batchwise.host import write_whole
 
 FOLDER = "BATCHWISE_RUN_FOLDER"
 """The environment variable that tells the processes of a training the folder that the first of them made."""
@@ -43,7 +43,10 @@ def choose_folder(root: Path, name: str, checkpoint: Path | None, restart: bool)
     theirs = wait_for_folder(root / name)
     if theirs is not None:
         return theirs
-    folder = _folder_of(checkpoint) if checkpoint else _out_of_memory(root / name) if restart else None
+    if checkpoint and checkpoint.parent.name == "checkpoints":
+        folder = checkpoint.parent.parent
+    else:
+        folder = _out_of_memory(root / name) if restart and not checkpoint else None
     if folder is None:
         folder = _new_folder(root, name)
     else:
@@ -52,7 +55,7 @@ def choose_folder(root: Path, name: str, checkpoint: Path | None, restart: bool)
     return folder
 
 
-def place_loggers(loggers: Any, folder: Path) -> None:
+def place_loggers(loggers: list | Namespace | bool | None, folder: Path) -> None:
     """Let the `save_dir` of each configured logger lie in the run's folder, and name W&B's run after the folder."""
     for logger in loggers if isinstance(loggers, list) else [loggers]:
         arguments = logger.get("init_args") if isinstance(logger, Namespace) else None
@@ -100,13 +103,11 @@ def _share(folder: Path) -> None:
     os.environ[FOLDER] = str(folder)
     note = _note(folder.parent)
     if note:
-        part = note.with_suffix(".part")
-        part.write_text(folder.name)
-        part.replace(note)
+        write_whole(note, folder.name)
 
 
 def _note(parent: Path) -> Path | None:
-    """Return where process 0 leaves a note for the processes that it has not started; None: there are none."""
+    """Return the file of process 0's note for the processes that it has not started; None: there are none."""
     for names in (("SLURM_JOB_ID", "SLURM_STEP_ID"), ("TORCHELASTIC_RUN_ID", "MASTER_PORT")):
         if all(name in os.environ for name in names):
             return parent / f".{'-'.join(os.environ[name] for name in names)}.folder"
@@ -127,10 +128,6 @@ def _new_folder(root: Path, name: str) -> Path:
         else:
             return folder
     raise ValueError(_unwritable(stem, "a file is in the way"))
-
-
-def _folder_of(checkpoint: Path) -> Path | None:
-    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else None
 
 
 def _out_of_memory(parent: Path) -> Path | None:

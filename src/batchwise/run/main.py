@@ -42,12 +42,12 @@ examples:
 
 
 class _OnDemand(ModuleType):
-    """Stands in for scipy.signal while torchmetrics is imported, which only asks whether it has a name."""
+    """Stands in for scipy.signal while torchmetrics is imported. That only asks whether the module has `hamming`."""
 
-    hamming = None  # the name
+    hamming = None
 
     def __getattr__(self, name: str) -> Any:
-        """Give way to the module itself: another version of torchmetrics may need it."""
+        """Import the module itself, because another version of torchmetrics may need it."""
         if name.startswith("__"):
             raise AttributeError(name)
         if sys.modules.get(self.__name__) is self:

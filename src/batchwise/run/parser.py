@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, get_origin
 
@@ -46,7 +47,7 @@ def plain(value: Any) -> Any:
     return value
 
 
-def _instantiate(kind: Any, /, *args: Any, **kwargs: Any) -> Any:
+def _instantiate(kind: Callable[..., object], /, *args: object, **kwargs: object) -> object:
     return kind(*plain(args), **plain(kwargs))
 
 
@@ -54,8 +55,8 @@ def _outer_keys() -> str:
     """Return the keys of the classes around a nested parser, such as `model.network.`.
 
     Each class has a parser of its own, and jsonargparse does not tell it where it stands. But the outer parsers are
-    on the stack, each checking the value of a key. Should the name of that function change one day, the keys in
-    messages are short.
+    on the stack, each checking the value of a key. If that function is renamed one day, the keys in messages are
+    short.
     """
     keys, frame = "", inspect.currentframe()
     while frame is not None:
@@ -90,12 +91,12 @@ def _names(argument: str) -> bool:
     return argument in ("--config", "-c") or argument.startswith("--config=")
 
 
-def _forget_settings(_: Any, old: Any, new: Any) -> None:
+def _forget_settings(_: object, old: Any, new: Any) -> None:
     """Drop the settings of a class when another class takes its place, and say so.
 
     jsonargparse keeps the settings that the new class takes too. SGD would get the learning rate and the weight decay
-    that were chosen for AdamW, without a word. jsonargparse has no option for this, so this function takes the place of
-    its own. Should the name change one day, the test of it fails, and all else works.
+    that were chosen for AdamW, without a word. jsonargparse has no option for this, so this function replaces
+    jsonargparse's own. If jsonargparse renames it one day, the test of this function fails, and all else works.
     """
     if not old or "init_args" not in old or old["class_path"] == new["class_path"]:
         return

@@ -7,8 +7,10 @@ import lightning.pytorch as pl
 import yaml
 from lightning.pytorch.callbacks import Callback
 
+from batchwise.host import write_whole
 from batchwise.run import folders
 from batchwise.run.wandb import WandbLogger
+from batchwise.tasks.task import Task
 
 
 class RunRecord(Callback):
@@ -23,26 +25,24 @@ class RunRecord(Callback):
         self.config = config
         self.command = command
 
-    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: pl.Trainer, pl_module: Task, stage: str) -> None:
         """Write and log the configuration."""
         if not trainer.is_global_zero:
             return
         folders.all_have_met()
         path = Path(trainer.default_root_dir) / ("config.yaml" if self.command == "fit" else f"{self.command}.yaml")
-        part = path.with_name(f".{path.name}.part")
-        part.write_text(yaml.safe_dump(self.config, sort_keys=False))
-        part.replace(path)
+        write_whole(path, yaml.safe_dump(self.config, sort_keys=False))
         if self.command == "fit":
-            plan = pl_module.data.plan.table(pl_module.data.total_steps())
+            plan = pl_module.data.plan.table(pl_module.data.total_steps())  # type: ignore[union-attr]
             for logger in trainer.loggers:
                 logger.log_hyperparams({"config": self.config, "plan": plan})
 
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Task, checkpoint: dict[str, Any]) -> None:
         """Keep the configuration of model and data, to compare on resume, and the last rows of the log."""
         checkpoint["config"] = {key: self.config[key] for key in ("model", "data")}
         checkpoint["log"] = next((logger.recent() for logger in trainer.loggers if isinstance(logger, WandbLogger)), [])
 
-    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Task, checkpoint: dict[str, Any]) -> None:
         """Log the rows that a crash may have lost."""
         if self.command != "fit":
             return

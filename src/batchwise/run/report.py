@@ -1,10 +1,9 @@
-"""What the command line says: the plan before training, the results after it, and one line for a failure."""
+"""The texts of the command line: the plan before training, the results after it, and one line for a failure."""
 
 import os
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
@@ -17,10 +16,11 @@ from batchwise.run.explain import explain
 from batchwise.run.redact import hide
 from batchwise.run.wandb import WandbLogger
 from batchwise.tasks.task import Task
+from batchwise.trainer import Trainer
 
 
 def plan(model: Task, data: DataModule, done: int, checkpoint: Path | None) -> None:
-    """Print the batch plan as a table, and where a resumed training goes on. Only the process that made the plan does.
+    """Print the batch plan as a table, and the step from which training resumes. Only the process with the plan does.
 
     Args:
         model: its parameters are counted.
@@ -41,14 +41,14 @@ def plan(model: Task, data: DataModule, done: int, checkpoint: Path | None) -> N
         print(f"already trained for {done:,} of {total:,} steps: write a larger trainer.max_epochs to go on")
 
 
-def metrics(trainer: Any) -> None:
-    """Print what was measured."""
+def metrics(trainer: Trainer) -> None:
+    """Print the metrics."""
     if trainer.is_global_zero:
         for name, value in trainer.callback_metrics.items():
             print(f"{name} {value:.4f}")
 
 
-def training(trainer: Any, folder: Path, configs: list[Any] | None) -> None:
+def training(trainer: Trainer, folder: Path, configs: list | None) -> None:
     """Print the best metric, the run's folder, and the commands that test the run and continue it.
 
     Args:
@@ -73,8 +73,8 @@ def training(trainer: Any, folder: Path, configs: list[Any] | None) -> None:
     _upload(trainer)
 
 
-def findings(trainer: Any, folder: Path, picture: str | None) -> None:
-    """Print where the findings of `inspect`, `tune` or `sweep` are: the run's folder, and a picture in it."""
+def findings(trainer: Trainer, folder: Path, picture: str | None) -> None:
+    """Print the run's folder, which has the findings of `inspect`, `tune` or `sweep`, and the path of a picture."""
     if trainer.is_global_zero:
         print(f"run folder: {folder}")
         if picture:
@@ -82,16 +82,16 @@ def findings(trainer: Any, folder: Path, picture: str | None) -> None:
         _upload(trainer)
 
 
-def _upload(trainer: Any) -> None:
+def _upload(trainer: Trainer) -> None:
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger) and logger.offline_folder:
             print(f"upload it:  wandb sync {os.path.relpath(logger.offline_folder)}")
 
 
 def failure(error: Exception) -> int | None:
-    """Print one line about an error that is the user's to mend, and return the exit code; None: it is a fault of code.
+    """Print one line about an error that the user can mend, and return the exit code; None: the error is a bug.
 
-    If all processes have failed in the same way, the first of them says it.
+    If all processes have failed in the same way, only the first of them prints the line.
     """
     code = 1
     if isinstance(error, Mistake):

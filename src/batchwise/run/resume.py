@@ -111,7 +111,7 @@ def _without(settings: dict[str, Any] | None, names: tuple[str, ...]) -> dict[st
     return settings | {"init_args": kept}
 
 
-def _changed(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+def _changed(old: object, new: object, key: str = "") -> Iterator[tuple[str, object, object]]:
     if isinstance(old, dict) and isinstance(new, dict):
         for name in [*old, *(name for name in new if name not in old)]:
             yield from _changed(old.get(name), new.get(name), f"{key}.{name}" if key else name)

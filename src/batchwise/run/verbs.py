@@ -24,13 +24,13 @@ class CommandTrainer(Trainer):
     """A trainer that also looks at batches and chooses their size. Each method is a verb of the command line."""
 
     recipe: Recipe | None = None
-    """How `sweep` makes a model anew; the command line sets it."""
+    """How `sweep` makes new models; the command line sets it."""
 
     def inspect(self, model: Task, datamodule: DataModule, seconds: PositiveFloat = 10.0) -> None:
-        """Look at the batches without training: what is in them, what is wrong with them, a picture.
+        """Look at the batches without training. Print their contents and their faults, and draw a picture.
 
         Args:
-            model: is tried on the data.
+            model: the model, which is tried on the data.
             datamodule: the data, with its plan.
             seconds: most time for reading each split. Of a larger split a random part is looked at.
         """
@@ -41,7 +41,7 @@ class CommandTrainer(Trainer):
     def tune(
         self, model: Task, datamodule: DataModule, steps: int = 400, memory_gib: PositiveFloat | None = None
     ) -> None:
-        """Choose the batch size: what fits, what is fast, what the gradient says, what follows from it.
+        """Choose the batch size by memory, speed and gradient noise scale.
 
         Args:
             model: the model that is to be trained; it is not changed.
@@ -90,9 +90,13 @@ class CommandTrainer(Trainer):
 
 
 def recipe(
-    instantiate: Callable[[Namespace], Any], settings: Namespace, model: Task, data: DataModule, config: dict[str, Any]
+    instantiate: Callable[[Namespace], Namespace | dict],
+    settings: Namespace,
+    model: Task,
+    data: DataModule,
+    config: dict[str, Any],
 ) -> Recipe:
-    """Return how `sweep` makes a model anew, and a digest of all that makes its training differ from others.
+    """Return a maker of new models for `sweep`, and a digest of all settings that make its training differ from others.
 
     Args:
         instantiate: makes the objects of a configuration: `instantiate_classes` of the parser.

@@ -4,13 +4,14 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch.loggers as loggers
 from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_only
 
 from batchwise.run import program
@@ -80,6 +81,7 @@ class WandbLogger(loggers.WandbLogger):
         self._broken = False
         self._recent: deque[tuple[float, int, dict[str, Any]]] = deque()  # time, step, metrics
         self._step, self._row = -1, {}  # the row that is not handed over yet
+        self._taken = -1  # the newest step of a row in W&B's own count
         self._ended_at = -1  # the last step that W&B had when an earlier part of this training ended
 
     @property
@@ -120,13 +122,13 @@ class WandbLogger(loggers.WandbLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        """Log metrics; a failure of W&B is said once and ends the logging, not the training."""
+        """Log metrics. A failure of W&B is reported once, and ends the logging but not the training."""
         self._safely(self._log, dict(metrics), step)
 
     def _log(self, metrics: dict[str, Any], step: int | None) -> None:
         run = self.experiment
         if step is None:
-            self._hand_over()  # W&B takes no step after it that comes before
+            self._hand_over()  # W&B accepts no earlier step afterwards
             run.log(metrics)
         elif step <= self._ended_at or all(name.startswith("summary/") for name in metrics):
             run.summary.update(metrics)  # no new point of a curve
@@ -142,15 +144,20 @@ class WandbLogger(loggers.WandbLogger):
     def _hand_over(self) -> None:
         """Give W&B the row of a step that is over."""
         if self._row:
-            self.experiment.log(self._row | {"trainer/global_step": self._step}, step=self._step)
+            run = self.experiment
+            # W&B drops a row whose step is below its own count. `run.log` without a step raises that count. In a
+            # resumed run, W&B is to drop the rows that it has already.
+            step = self._step if self._step < run.starting_step else max(self._step, run._local_step, self._taken + 1)
+            self._taken = step
+            run.log(self._row | {"trainer/global_step": self._step}, step=step)
         self._row = {}
 
     def _end_file(self) -> Path:
         return Path(self._experiment.dir).parents[1] / f"{self._experiment.id}.last-step"
 
     @rank_zero_only
-    def recent(self) -> list[list[Any]]:
-        """Return what was logged lately, for a checkpoint: lists of a step and its metrics, of which the numbers."""
+    def recent(self) -> list[list]:
+        """Return the rows of the last minute for a checkpoint: lists of a step and its metrics that are numbers."""
         rows = [[step, {k: v for k, v in row.items() if isinstance(v, int | float)}] for _, step, row in self._recent]
         return [row for row in rows if row[1]]
 
@@ -160,21 +167,21 @@ class WandbLogger(loggers.WandbLogger):
         self._safely(super().log_hyperparams, params)
 
     @rank_zero_only
-    def log_image(self, key: str, images: list[Any], step: int | None = None, **kwargs: Any) -> None:
+    def log_image(self, key: str, images: list, step: int | None = None, **kwargs: Any) -> None:
         """Log pictures."""
         self._safely(super().log_image, key, images, step, **kwargs)
 
-    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
+    def after_save_checkpoint(self, checkpoint_callback: Checkpoint) -> None:
         """Do nothing: checkpoints are uploaded at the end."""
 
     @rank_zero_only
     def log_table(self, key: str, *args: Any, **kwargs: Any) -> None:
-        """Log a table, which texts are too."""
+        """Log a table. Texts are logged as tables too."""
         self._safely(super().log_table, key, *args, **kwargs)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Finish the W&B run, so that its file is whole when training ends.
+        """Finish the W&B run, so that its file is complete when training ends.
 
         If training has failed, the row of the last step is not handed over: metrics may be missing in it. The resumed
         training has them, from the checkpoint.
@@ -215,7 +222,7 @@ class WandbLogger(loggers.WandbLogger):
         parts = list(folder.parent.glob(f"*run-*-{self._id}"))
         return str(folder if len(parts) == 1 else folder.with_name(f"*run-*-{self._id}"))
 
-    def _safely(self, function: Any, *args: Any, **kwargs: Any) -> None:
+    def _safely(self, function: Callable[..., object], *args: object, **kwargs: object) -> None:
         if self._broken:
             return
         try:

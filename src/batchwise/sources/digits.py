@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from batchwise.batching.loader import MicroBatch
-from batchwise.data.module import DataModule
-from batchwise.data.split import split_examples
+from batchwise.data.split import Fractions
 from batchwise.ranges import PositiveInt
 
 
@@ -27,48 +26,32 @@ def read_digits() -> tuple[Tensor, Tensor]:
     return table[:, :-1].reshape(-1, 1, 8, 8).contiguous(), table[:, -1].long()
 
 
-class Digits(DataModule):
+class Digits(Fractions):
     """Handwritten digits (Alpaydin and Kaynak 1998), from the copy inside scikit-learn.
 
     Inputs are grey values [N, 1, 8, 8], normalised with mean and std of the training split. Targets are the digits [N].
     Each split has each digit in its proportion.
 
     Args:
-        val_fraction: share of the images for validation.
-        test_fraction: share of the images for the test.
-        split_seed: decides which images are in which split. It is not `seed`, so that runs with different seeds are
-            comparable.
         classes: only these digits; the target of a digit is its place in this list; null: all ten.
         examples_per_class: the most training images of each digit; null: all.
-        **kwargs: those of `DataModule`.
+        **kwargs: those of `Fractions`.
     """
 
     def __init__(
-        self,
-        val_fraction: float = 0.15,
-        test_fraction: float = 0.15,
-        split_seed: int = 0,
-        classes: list[int] | None = None,
-        examples_per_class: PositiveInt | None = None,
-        **kwargs,
+        self, classes: list[int] | None = None, examples_per_class: PositiveInt | None = None, **kwargs
     ) -> None:
         super().__init__(**kwargs)
-        if not (val_fraction > 0 and test_fraction > 0 and val_fraction + test_fraction < 1):
-            raise ValueError(
-                f"data.val_fraction {val_fraction} and data.test_fraction {test_fraction} leave no training images: "
-                "write two fractions above 0 that add up to less than 1"
-            )
-        self.fractions = {"val": val_fraction, "test": test_fraction}
         self.classes = list(range(10)) if classes is None else classes
         if not self.classes or sorted(set(self.classes) & {*range(10)}) != sorted(self.classes):
             raise ValueError(f"data.classes is {classes}: write different digits from 0 to 9")
         self.examples_per_class = examples_per_class
-        self.split_seed = split_seed
 
-    def load(self, split: str) -> tuple[Tensor, Tensor]:
+    def load(self, split: str) -> tuple[Tensor, Tensor] | None:
         """Return images uint8 [N, 1, 8, 8] with values 0 to 16 and targets int64 [N]."""
-        images, digits = read_digits()
-        index = self._index[split]
+        if split not in self._index:
+            return None
+        (images, digits), index = read_digits(), self._index[split]
         targets = torch.empty(10, dtype=torch.int64)
         targets[self.classes] = torch.arange(len(self.classes))
         return images[index], targets[digits[index]]
@@ -80,9 +63,8 @@ class Digits(DataModule):
 
     @cached_property
     def _index(self) -> dict[str, Tensor]:
-        digits, val, test = read_digits()[1], self.fractions["val"], self.fractions["test"]
-        parts = split_examples(digits, val, test, self.split_seed, self.examples_per_class)
-        wanted = torch.tensor(self.classes)
+        digits, wanted = read_digits()[1], torch.tensor(self.classes)
+        parts = self.divide(digits, most_per_class=self.examples_per_class)
         return {split: index[torch.isin(digits[index], wanted)] for split, index in parts.items()}
 
     @cached_property

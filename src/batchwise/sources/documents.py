@@ -110,9 +110,10 @@ def key_of(text: str, seed: int) -> int:
 
 
 def split_keys(keys: set[int], fractions: dict[str, float]) -> dict[str, int]:
-    """Return for each split the border that its keys lie below, in rising order. The keys above are for training.
+    """Return a border for each split, in rising order. A key is in the first split whose border is above it.
 
-    So copies of a document are in the same split, and a new document moves few others. No split is empty.
+    Keys above all borders are for training. So copies of a document are in the same split, and a new document moves few
+    others. No split is empty.
 
     Args:
         keys: the keys of all documents.

@@ -176,13 +176,13 @@ class Columns(Dataset):
         """Return the targets of all examples, [N]."""
         return self._targets(self.view.with_format("numpy")[self.target][:])[self.index]
 
-    def _tensor(self, values: Any, name: str) -> Tensor:
+    def _tensor(self, values: object, name: str) -> Tensor:
         array = np.asarray(values)
         if array.dtype.kind not in "biuf":
             raise TypeError(f"column '{name}' holds {array.dtype}: numbers, arrays of one shape, or images are needed")
         return torch.from_numpy(array).float()
 
-    def _targets(self, values: Any) -> Tensor:
+    def _targets(self, values: np.ndarray | list) -> Tensor:
         if self.numbers and np.asarray(values).dtype.kind not in "iu":
             return torch.tensor([self.numbers[label] for label in values])
         targets = torch.as_tensor(np.asarray(values))

@@ -74,7 +74,9 @@ class ImageFormat(NamedTuple):
 def cached_images(
     root: Path, names: list[str], form: ImageFormat, folder: Path, max_unreadable: int = 0
 ) -> tuple[np.memmap, dict[str, str]]:
-    """Return the images, uint8 [N, C, H, W] in a memory map, and why some cannot be read, by name (they are black).
+    """Return the images, uint8 [N, C, H, W] in a memory map, and the errors of those that cannot be read, by name.
+
+    Images that cannot be read are black.
 
     The name of the cache is a hash of the names, sizes and times of the files and of the format. One process makes the
     cache while others wait. It goes on where it was interrupted. The file has its name only when it is complete.
@@ -141,7 +143,9 @@ def _decode(root: Path, names: list[str], form: ImageFormat, part: Path, unreada
             return blank, str(error).replace(str(root / name), name) or type(error).__name__
 
     part.touch()
-    with part.open("r+b") as images, ThreadPoolExecutor() as threads, _Bar(len(names)) as bar:
+    bar = Progress(*Progress.get_default_columns(), MofNCompleteColumn(), disable=not sys.stdout.isatty())
+    task, said = bar.add_task("decoding images", total=len(names)), perf_counter()
+    with part.open("r+b") as images, ThreadPoolExecutor() as threads, bar:
         done = images.seek(0, os.SEEK_END) // len(blank)
         if (len(names) - done) * len(blank) > shutil.disk_usage(part).free:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -162,7 +166,11 @@ def _decode(root: Path, names: list[str], form: ImageFormat, part: Path, unreada
             for number, (_, problem) in read_now.items():
                 if not problem:
                     problems.pop(names[number], None)
-            bar.move(chunk[-1] + 1)
+            so_far = chunk[-1] + 1
+            bar.update(task, completed=so_far)
+            if bar.disable and (perf_counter() - said > 10 or so_far == len(names)):  # no terminal: a line at times
+                print(f"{so_far:,} of {len(names):,} images decoded", flush=True)
+                said = perf_counter()
         _write(unreadable, problems)
 
 
@@ -187,25 +195,3 @@ def _check(names: list[str], path: Path, max_unreadable: int) -> dict[str, str]:
             f"data.max_unreadable {len(problems)} leaves them out"
         )
     return problems
-
-
-class _Bar:
-    """A progress bar on a terminal, or else a line every ten seconds."""
-
-    def __init__(self, total: int) -> None:
-        self.bar = Progress(*Progress.get_default_columns(), MofNCompleteColumn(), disable=not sys.stdout.isatty())
-        self.task, self.total, self.said = self.bar.add_task("decoding images", total=total), total, perf_counter()
-
-    def __enter__(self) -> "_Bar":
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    def move(self, done: int) -> None:
-        """Show the number of images that are done."""
-        self.bar.update(self.task, completed=done)
-        if self.bar.disable and (perf_counter() - self.said > 10 or done == self.total):
-            print(f"{done:,} of {self.total:,} images decoded", flush=True)
-            self.said = perf_counter()

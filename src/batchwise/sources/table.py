@@ -3,7 +3,7 @@
 import warnings
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -11,6 +11,10 @@ from torch import Tensor
 
 from batchwise.data.split import ALIASES, Fractions
 from batchwise.errors import optional
+
+if TYPE_CHECKING:
+    from pyarrow import ChunkedArray
+    from pyarrow import Table as ArrowTable
 
 MOST_CATEGORIES = 1000
 
@@ -22,7 +26,7 @@ class Column(NamedTuple):
         name: name of the column.
         mean: mean of the numbers, without missing ones.
         std: standard deviation of the numbers, without missing ones; 0 if all are the same.
-        missing: some numbers are missing.
+        missing: whether some numbers are missing.
         categories: the values of a column of categories, in order; None for a column of numbers.
     """
 
@@ -32,23 +36,17 @@ class Column(NamedTuple):
     missing: bool = False
     categories: list[str] | None = None
 
-    def inputs(self, column: Any) -> np.ndarray:
-        """Return the inputs [N, 1 or more] for a column of pyarrow: one-hot, or standardised, with 0 if missing."""
+    def inputs(self, values: np.ndarray) -> np.ndarray:
+        """Return the inputs [N, 1 or more] for the values [N]: one-hot, or standardised, with 0 if missing."""
         if self.categories is not None:
-            return np.array(self.categories) == texts(column)[:, None]
-        values = numbers(column)
+            return np.array(self.categories) == values[:, None]
         there = ~np.isnan(values)
         known = np.where(there, (values - self.mean) / self.std if self.std else 0.0, 0.0)
         return np.column_stack([known, ~there]) if self.missing else known[:, None]
 
 
-def numbers(column: Any) -> np.ndarray:
-    """Return a column of pyarrow as float64 [N]. A missing value is NaN."""
-    return column.cast("float64").to_numpy().astype(np.float64)
-
-
-def texts(column: Any) -> np.ndarray:
-    """Return a column of pyarrow as text [N]. A missing value is empty."""
+def texts(column: "ChunkedArray") -> np.ndarray:
+    """Return a column as text [N]. A missing value is empty."""
     return column.cast("string").fill_null("").to_numpy().astype(str)
 
 
@@ -116,7 +114,7 @@ class Table(Fractions):
         """The labels, in the order of their numbers; None if targets are numbers."""
         return None if self._labels is None else [str(label) for label in self._labels]
 
-    def _read(self, path: str) -> Any:
+    def _read(self, path: str) -> "ArrowTable":
         optional("pyarrow", "table")
         from pyarrow import ArrowException, csv, parquet
 
@@ -133,7 +131,7 @@ class Table(Fractions):
             raise ValueError(f"{path} cannot be read: {error}") from error
 
     @cached_property
-    def _table(self) -> Any:
+    def _table(self) -> "ArrowTable":
         table = self._read(self.path)
         for key, names in {
             "target": self.targets,
@@ -182,9 +180,10 @@ class Table(Fractions):
         targets = torch.from_numpy(np.column_stack(columns)).float()
         return targets if self.several else targets.squeeze(1)
 
-    def _numbers(self, column: Any, name: str, path: str) -> np.ndarray:
+    def _numbers(self, column: "ChunkedArray", name: str, path: str) -> np.ndarray:
+        """Return a column as float64 [N]. A missing value is NaN."""
         try:
-            values = numbers(column)
+            values = column.cast("float64").to_numpy().astype(np.float64)
         except (ValueError, NotImplementedError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(
@@ -228,7 +227,7 @@ class Table(Fractions):
             )
         return columns
 
-    def _fit(self, name: str, column: Any) -> Column:
+    def _fit(self, name: str, column: "ChunkedArray") -> Column:
         from pyarrow import types
 
         index, kind = self._index["train"].numpy(), column.type
@@ -247,14 +246,14 @@ class Table(Fractions):
             return Column(name, missing=len(known) < len(values) and len(known) > 0)
         return Column(name, known.mean(), known.std(), missing=len(known) < len(values))
 
-    def _inputs(self, table: Any, path: str) -> Tensor:
+    def _inputs(self, table: "ArrowTable", path: str) -> Tensor:
         columns = []
         for column in self._columns:
             if column.name not in table.column_names:
                 raise ValueError(f"{path} has no column '{column.name}', which {self.path} has")
-            if column.categories is None:
-                self._numbers(table[column.name], column.name, path)
-            columns.append(column.inputs(table[column.name]).astype(np.float32))
+            values = table[column.name]
+            values = self._numbers(values, column.name, path) if column.categories is None else texts(values)
+            columns.append(column.inputs(values).astype(np.float32))
         return torch.from_numpy(np.concatenate(columns, 1))
 
     @cached_property

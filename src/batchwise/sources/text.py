@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from batchwise.batching.loader import MicroBatch
 from batchwise.batching.ragged import PADDING, Ragged
 from batchwise.data.examples import Source
-from batchwise.data.module import DataModule
+from batchwise.data.split import Fractions
 from batchwise.sources.documents import find_files
 from batchwise.sources.tokens import Tokens
 from batchwise.sources.vocabulary import Vocabulary, make_vocabulary
@@ -22,7 +22,7 @@ END = "<|end|>"
 """The separator as text."""
 
 
-class Text(DataModule):
+class Text(Fractions):
     """Documents as tokens.
 
     The separator is the token after those of the vocabulary. Past the end of a sequence stands -1.
@@ -74,14 +74,9 @@ class Text(DataModule):
         cache: str = ".cache",
         **kwargs,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(val_fraction, test_fraction, split_seed, **kwargs)
         if sequence_length < 2:
             raise ValueError(f"data.sequence_length is {sequence_length}: write a number of tokens of at least 2")
-        if not (val_fraction >= 0 and test_fraction >= 0 and val_fraction + test_fraction < 1):
-            raise ValueError(
-                f"data.val_fraction {val_fraction} and data.test_fraction {test_fraction} leave nothing to train on: "
-                "write two fractions that add up to less than 1"
-            )
         if label_column is not None and packing is not None:
             raise ValueError(f"data.packing is {packing}, but each text has a label of its own: write packing: null")
         if document_mask and packing is None:
@@ -96,7 +91,6 @@ class Text(DataModule):
             "split_seed": split_seed,
         }
         self.patterns = {"train": files, "val": val_files, "test": test_files}
-        self.fractions = {"val": val_fraction, "test": test_fraction}
         self.vocabulary_name, self.sequence_length, self.packing = vocabulary, sequence_length, packing
         self.document_mask, self.labelled, self.cache = document_mask, label_column is not None, cache
 

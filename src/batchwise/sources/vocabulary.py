@@ -1,6 +1,5 @@
 """Text to tokens and back: bytes, characters, or a file of the `tokenizers` library."""
 
-from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,11 +33,6 @@ class Characters:
     def __init__(self, characters: str) -> None:
         self.characters = "".join(sorted(characters))
         self._known = _codes(self.characters)
-
-    @classmethod
-    def of(cls, texts: Iterable[str]) -> "Characters":
-        """Return the characters of texts."""
-        return cls("".join(set().union(*texts)))
 
     @property
     def size(self) -> int:

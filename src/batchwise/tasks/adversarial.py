@@ -1,4 +1,4 @@
-"""Several networks that are trained against one another, each with an optimizer of its own, such as a GAN."""
+"""Several networks that train against each other, such as a GAN. Each has its own optimizer."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
@@ -14,25 +14,25 @@ from batchwise.tasks.task import Losses, Task
 
 
 class Adversarial(Task):
-    """Players take turns on each global batch; each step has the exact gradient of its player's own loss.
+    """Players take turns on each global batch. Each step has the exact gradient of its player's own loss.
 
-    A player is a part of the network, by the name of the attribute: `network.generator`, `network.discriminator`. On
-    each batch the players step one after the other, in the order of `optimizer`. So one batch is one step for
-    schedules, checkpoints and the log; the losses that are logged are those of the first player. (Goodfellow et al.
-    2014, "Generative adversarial nets", arXiv 1406.2661, algorithm 1.)
+    A player is an attribute of the network, such as `network.generator` and `network.discriminator`. On each batch the
+    players step one after the other, in the order of `optimizer`. One batch is one step for schedules, checkpoints and
+    the log. The logged training loss is that of the first player. (Goodfellow et al. 2014, "Generative adversarial
+    nets", arXiv 1406.2661, algorithm 1.)
 
     Args:
         network: has each player as an attribute.
-        optimizer: that of each player, by its name; a mapping from names to classes as under `Task`.
-        steps: steps of a player per batch, where they are not one.
-        **kwargs: those of `Task`.
+        optimizer: the optimizer of each player, by the player's name.
+        steps: steps per batch, by the player's name; one by default.
+        **kwargs: arguments of `Task`.
 
     Raises:
-        ValueError: a player is no part of the network, or has no step.
+        ValueError: a player is no part of the network, or has no step; two players share a parameter.
     """
 
     players: ClassVar[tuple[str, ...]] = ()
-    """What a subclass may fix: the names of its players."""
+    """Names of the players, which a subclass may fix."""
 
     def __init__(
         self,
@@ -50,19 +50,27 @@ class Adversarial(Task):
                     f"model.optimizer has {', '.join(optimizer)}, and the network {', '.join(parts)}: {name} must be "
                     "in both"
                 )
+        owners: dict[nn.Parameter, str] = {}
+        for name in optimizer:
+            for parameter in network.get_submodule(name).parameters():
+                if (other := owners.setdefault(parameter, name)) != name:
+                    raise ValueError(f"the players {other} and {name} share a parameter: make it part of one of them")
         if min(self._steps.values(), default=1) < 1:
             raise ValueError(f"model.steps is {steps}: write whole numbers of at least 1")
 
     @abstractmethod
     def losses(self, batch: MicroBatch, player: str = "") -> Losses:  # type: ignore[override]
-        """Return one loss per target of a player; in evaluation, where `player` is "", of what is to be measured."""
+        """Return one loss per target of a player. In evaluation `player` is "": return the loss to measure."""
 
     def _new_optimizer(self) -> Optimizer:
         made = {}
         for name, make in self._make_optimizers.items():
-            part = self.network.get_submodule(name)
-            made[name] = finish(make(self._tuning.groups(part, self._decay_matrices_only)))
+            parameters = self.network.get_submodule(name).named_parameters(prefix=f"network.{name}")
+            made[name] = finish(make(self._tuning.groups(parameters, self._decay_matrices_only)))
         return Players(made)
+
+    def _players(self) -> list[tuple[str, ...]]:
+        return [(name,) for name in self._steps]
 
     def _turns(self) -> list[tuple[str | None, Optimizer]]:
         players: Any = self.trainer.optimizers[0]

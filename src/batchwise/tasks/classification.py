@@ -21,16 +21,16 @@ class Classification(Task):
 
     Args:
         label_smoothing: share of the target spread evenly over all classes (Szegedy et al. 2016, section 7).
-        class_weights: what an example of each class counts in the loss, in training and evaluation: the mean is by
-            weight, over the whole global batch. balanced: training examples / (classes * those of the class), so that
-            each class counts alike (as in scikit-learn).
-        **kwargs: those of `Task`.
+        class_weights: weight of each class in the loss, in training and evaluation. The loss is the weighted mean over
+            the global batch. balanced: training examples / (classes * training examples of the class), so that all
+            classes count alike (as in scikit-learn).
+        **kwargs: arguments of `Task`.
     """
 
     monitor: ClassVar[tuple[str, str]] = ("val/accuracy", "max")
 
     weights: Tensor | None
-    """Of each class, [C]; None: all one."""
+    """Weight of each class, [C]; None: all are one."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class Classification(Task):
         if isinstance(class_weights, list) and not (sum(class_weights) > 0 and min(class_weights) >= 0):
             raise ValueError(f"model.class_weights is {class_weights}: write a number of at least 0 for each class")
         self.class_weights = class_weights
-        # Those that are counted go into checkpoints: an evaluation need not have the training examples.
+        # Balanced weights go into the checkpoint, because an evaluation may not have the training examples.
         self.register_buffer("weights", None, persistent=class_weights == "balanced")
 
     def losses(self, batch: MicroBatch) -> Losses:
@@ -56,7 +56,7 @@ class Classification(Task):
         if self.weights is None or not mixed:
             losses = F.cross_entropy(logits, batch.targets, reduction="none", label_smoothing=smoothing)
             return losses if self.weights is None else (losses, self.weights[batch.targets].to(losses))
-        # Each part of a mixture has the weight of its own class; so their sum divides, and not that of main classes.
+        # Each class in a mixture has its own weight. So the divisor is the sum of these weights.
         each = self.weights.to(logits)
         weights = (batch.targets.to(each) @ each).clamp_min(torch.finfo(each.dtype).tiny)
         return F.cross_entropy(
@@ -69,7 +69,7 @@ class Classification(Task):
         return {"predicted": probability.argmax(dim=1), "probability": probability}
 
     def make_metrics(self, outputs: Tensor) -> MetricCollection:
-        """Top-1 accuracy over all examples, the mean over classes of their F1, and what is taken for what."""
+        """Top-1 accuracy over all examples, the mean F1 over the classes, and the confusion matrix."""
         classes = outputs.shape[1]
         return MetricCollection(
             {
@@ -94,7 +94,7 @@ class Classification(Task):
             self._weigh(data, outputs)
 
     def _weigh(self, data: DataModule, outputs: Tensor) -> None:
-        """Set the weights of the classes; for an evaluation, the checkpoint has those that were counted."""
+        """Set the weights of the classes. In an evaluation, balanced weights come from the checkpoint later."""
         weights, classes = self.class_weights, outputs.shape[1]
         if weights == "balanced":
             labels = data.labels() if data.plan is not None else torch.arange(classes)
@@ -107,7 +107,7 @@ class Classification(Task):
 
 
 def check_labels(data: DataModule, classes: int) -> None:
-    """Check that the targets in memory are class numbers below `classes`; warn of splits with strange classes.
+    """Check that the targets in memory are class numbers below `classes`. Warn of classes that training does not have.
 
     Raises:
         ValueError: a target is not a class number.

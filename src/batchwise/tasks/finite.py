@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 class Finite:
-    """Decides whether a step is made or skipped; all devices decide alike, because they look at reduced numbers.
+    """Decides whether a step is made or skipped. All devices decide alike, because the numbers are already reduced.
 
     Args:
-        most: after so many skipped steps in a row training stops. 0: do not look.
+        most: after this many skipped steps in a row, training stops. 0: no check.
     """
 
     def __init__(self, most: int) -> None:
@@ -27,7 +27,7 @@ class Finite:
         self.skipped_in_a_row = 0
 
     def passes(self, task: "Task", batch: Batch, sums: "Sums", optimizer: Any) -> bool:
-        """Return whether the step may be made; if not, say which examples were in it.
+        """Return whether the step may be made. If not, print its examples.
 
         Raises:
             TrainingStopped: too many steps in a row were skipped.
@@ -39,7 +39,7 @@ class Finite:
         return False
 
     def _is_finite(self, task: "Task", sums: "Sums", optimizer: Any) -> bool:
-        if getattr(task.trainer.precision_plugin, "scaler", None) is not None:  # it looks at the gradient itself
+        if getattr(task.trainer.precision_plugin, "scaler", None) is not None:  # it checks the gradient itself
             return math.isfinite(sums.loss)
         gradients = gradients_of(optimizer)
         if not gradients:

@@ -1,4 +1,4 @@
-"""Who listens to Lightning's hooks, and calling them where Lightning's own loop does not."""
+"""Which callbacks listen to Lightning's hooks, and calls of these hooks from our own loop."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -18,29 +18,42 @@ STEP_HOOKS = (
 
 
 def listens(thing: Any, hook: str) -> bool:
-    """Return whether a callback or module has a hook of its own, in its class or set on the object."""
+    """Return whether a callback or module overrides a hook, in its class or on the object."""
     base = Callback if isinstance(thing, Callback) else pl.LightningModule
     own = getattr(thing, hook, None)
     if own is None or getattr(own, "__func__", own) is getattr(base, hook):
         return False
-    if isinstance(thing, ModelCheckpoint) and hook == "on_train_batch_end":  # where it saves by epochs, it is idle
+    if isinstance(thing, ModelCheckpoint) and hook == "on_train_batch_end":  # idle, unless it saves by steps or time
         return thing._every_n_train_steps > 0 or thing._train_time_interval is not None
     return True
 
 
 def listeners(trainer: Any, hooks: Iterable[str]) -> list[Any]:
-    """Return the callbacks and the module that have at least one of these hooks, in the order of Lightning's calls."""
+    """Return the callbacks and the module that override one of these hooks, in the order of Lightning's calls."""
     names = list(hooks)
     things = (*trainer.callbacks, trainer.lightning_module)
     return [thing for thing in things if any(listens(thing, hook) for hook in names)]
 
 
 def is_ours(thing: Any) -> bool:
-    """Return whether a callback or task is the engine's own, which needs none of what Lightning does around a hook."""
+    """Return whether a callback or task belongs to the engine. These need nothing that Lightning does around a hook."""
     return type(thing).__module__.startswith("batchwise.")
 
 
+def row_is_due(trainer: Any, steps: int) -> bool:
+    """Return whether a row is written to the log after so many optimizer steps."""
+    return steps % trainer.log_every_n_steps == 0 or steps == trainer.max_steps
+
+
+def values_are_due(trainer: Any, steps: int) -> bool:
+    """Return whether somebody may read what a step has logged: a logger, or the monitor of a checkpoint."""
+    return row_is_due(trainer, steps) or any(
+        isinstance(callback, ModelCheckpoint) and listens(callback, "on_train_batch_end")
+        for callback in trainer.callbacks
+    )
+
+
 def call_hook(trainer: Any, hook: str, *arguments: Any) -> None:
-    """Call a hook of all callbacks, then of the module, as Lightning does: so that they may log in it."""
+    """Call a hook of all callbacks, then of the module. It is done in Lightning's way, so that they may log in it."""
     call._call_callback_hooks(trainer, hook, *arguments)
     call._call_lightning_module_hook(trainer, hook, *arguments)

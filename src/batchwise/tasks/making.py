@@ -1,4 +1,4 @@
-"""What is done to an optimizer when it is made, and when a checkpoint is loaded into it."""
+"""Adjustments of an optimizer: when it is made, and when a checkpoint is loaded."""
 
 from typing import Any
 
@@ -6,17 +6,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adam, Optimizer
 
+from batchwise.errors import Mistake
+
 
 def finish(optimizer: Optimizer) -> Optimizer:
-    """Multiply the rates by the factors of their groups, and take the fused kernels, where there are any.
+    """Multiply the rate of each group by its factor. Use fused kernels if there are any.
 
     Raises:
-        ValueError: the optimizer evaluates the loss several times per step.
+        Mistake: the optimizer evaluates the loss several times per step.
     """
     refuse(optimizer)
     for group in optimizer.param_groups:
         group["lr"] *= group.pop("lr_factor", 1.0)
-        # One kernel for all parameters, unless something else was asked for.
+        # One kernel for all parameters, unless the user chose something else.
         free = isinstance(optimizer, SGD | Adam) and group["fused"] is None
         if free and not group["foreach"] and not group["differentiable"]:
             group["fused"] = all(_has_fused(parameter) for parameter in group["params"])
@@ -24,17 +26,19 @@ def finish(optimizer: Optimizer) -> Optimizer:
 
 
 def refuse(optimizer: Any) -> None:
-    """Raise ValueError for an optimizer that evaluates the loss several times per step."""
+    """Raise Mistake for an optimizer that evaluates the loss several times per step, and for none."""
     if isinstance(optimizer, LBFGS):
-        raise ValueError("model.optimizer LBFGS evaluates the loss several times per step: write another optimizer")
+        raise Mistake("model.optimizer LBFGS evaluates the loss several times per step: write another optimizer")
+    if not optimizer.param_groups:  # Lightning's stand-in
+        raise Mistake("configure_optimizers gives None: return an optimizer")
 
 
 def start_momenta(optimizer: Optimizer) -> None:
-    """Give fused SGD the momenta that it has not, as zeros: a first step from zero is the gradient, as without.
+    """Give fused SGD the missing momenta, as zeros.
 
-    Fused SGD fails where some parameters of a group have a momentum and others have none yet: those that had no
-    gradient so far, such as an expert that no batch has used. With dampening a first step is another one, so then the
-    kernel is not fused.
+    Fused SGD fails if some parameters of a group have a momentum and others have none yet. A parameter has none if it
+    has had no gradient, such as an expert that no batch has used. The first step from a momentum of zero is the same as
+    without. This is not so with dampening; then the kernel is not fused.
     """
     if isinstance(optimizer, SGD):
         for group in optimizer.param_groups:
@@ -47,10 +51,14 @@ def start_momenta(optimizer: Optimizer) -> None:
 
 
 def take_states(optimizer: Optimizer, saved: dict[str, Any] | None) -> None:
-    """Bring what a checkpoint put into an optimizer in line with the parameters, and with what was saved.
+    """Correct the states that PyTorch has loaded from a checkpoint into an optimizer.
 
-    A state has the memory format of its parameter, which fused kernels take for granted. And it has the type that was
-    saved: PyTorch rounds it to that of the parameter, though some optimizers count in another.
+    A state gets the memory format of its parameter, because fused kernels need that. It gets back the type that was
+    saved: PyTorch converts it to the type of the parameter, but some optimizers use another type on purpose.
+
+    Args:
+        optimizer: has loaded a checkpoint.
+        saved: its state in the checkpoint; None: leave the types.
     """
     types: dict[int, dict[str, Any]] = {}
     if saved:
@@ -69,6 +77,6 @@ def take_states(optimizer: Optimizer, saved: dict[str, Any] | None) -> None:
 
 
 def _has_fused(parameter: nn.Parameter) -> bool:
-    # On a CPU, fused SGD leaves most of a half-precision parameter as it was (torch 2.13), without a word.
+    # On a CPU, fused SGD does not update most of a half-precision parameter, without an error (torch 2.13).
     kinds = ("cpu", "cuda") if parameter.dtype.itemsize >= 4 else ("cuda",)
     return parameter.device.type in kinds and parameter.is_floating_point()

@@ -1,4 +1,4 @@
-"""What a training measures: sums over targets, and metrics, over all micro-batches and devices."""
+"""Losses and metrics of a training, summed over all micro-batches and devices."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -7,6 +7,7 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from batchwise.models import place
+from batchwise.tasks.hooks import row_is_due
 from batchwise.tasks.step import Sums, reduce_sums
 
 if TYPE_CHECKING:
@@ -14,65 +15,71 @@ if TYPE_CHECKING:
 
 
 class Measures:
-    """The sums and metrics of a task: an object that it has, so that no hook of a user's subclass touches them."""
+    """The sums and metrics of a task. It is an object of its own, so that no hook of a user's subclass can break it."""
 
     def __init__(self) -> None:
         self.window, self.epoch, self.evaluation = Sums(), Sums(), Sums()
-        """Since the last row in the log; since the epoch began; of the running evaluation."""
+        """Sums since the last row in the log; since the epoch began; of the running evaluation."""
         self.epoch_loss = float("nan")
-        """The mean loss of the newest epoch that has ended."""
+        """Mean loss of the last epoch that has ended."""
         self.metrics: MetricCollection | None = None
         self.step_metrics: MetricCollection | None = None
-        """The same metrics, of one training batch."""
+        """The same metrics, over one training batch."""
         self.tables: dict[str, Tensor] = {}
-        """Of the newest evaluation, such as `val/confusion`: metrics that are no single number."""
+        """Metrics of the last evaluation that are not a single number, such as `val/confusion`."""
         self.shown: dict[str, float] = {}
-        """What the progress bar shows."""
+        """Values for the progress bar."""
         self.flops_per_example: float | None = None
-        """Of the forward pass; None: not known."""
+        """FLOPs of the forward pass; None: not known."""
+        self.tried: Any = False
+        """The plan of the training for which the task was tried; True: tried for an evaluation; False: not tried."""
+        self.logged: set[str] = set()
+        """Names that `losses` logs, as far as they are known before training."""
+        self.rehearsed = False
+        """Whether the losses of some examples were computed before training."""
         self.row_is_due = False
         """Whether a row in the log is due after this step."""
 
     def make(self, metrics: MetricCollection | None, device: torch.device) -> None:
-        """Take what a task's `make_metrics` gives."""
+        """Take the metrics that `make_metrics` of a task has made."""
         if metrics is not None:
             self.metrics = metrics.to(device)
             single = {name: metric.clone() for name, metric in metrics.items() if not is_table(metric)}  # type: ignore[misc]
             self.step_metrics = MetricCollection(single).to(device) if single else None  # type: ignore[arg-type]
 
     def names(self) -> list[str]:
-        """Return the names of the metrics that are numbers."""
+        """Return the names of the metrics that are single numbers."""
         return [name for name, metric in (self.metrics or {}).items() if not is_table(metric)]  # type: ignore[union-attr]
 
     # Training
 
     def start_training(self) -> None:
-        """Forget the sums of a training before."""
+        """Forget the sums of an earlier training."""
         self.window, self.epoch = Sums(), Sums()
 
     def start_step(self, task: "Task", step: int) -> None:
-        """Measure the step, if a row in the log is due after it."""
+        """Measure this step if a row in the log is due after it."""
         self.row_is_due = row_is_due(task.trainer, step + 1)
 
     def forget_step(self) -> None:
-        """Forget the metrics of a pass over the micro-batches, which is to be made anew."""
+        """Forget the metrics of the step, because its micro-batches are run again."""
         if self.row_is_due and self.step_metrics is not None:
             self.step_metrics.reset()
 
     def add(self, sums: Sums) -> None:
-        """Add a step that was made."""
+        """Add the sums of a step that was made."""
         self.window = self.window.plus(sums.loss, sums.count)
         self.epoch = self.epoch.plus(sums.loss, sums.count)
 
     def update(self, training: bool, values: tuple[Tensor, ...]) -> None:
-        """Update the metrics: of the running evaluation; in training those of the step, where they are wanted."""
+        """Update the metrics of the running evaluation, or in training those of the step if a row is due."""
         stands_in = place.current is not None and not place.current.counts
         metrics = self.metrics if not training else self.step_metrics if self.row_is_due else None
         if metrics is not None and not stands_in:
             metrics.update(*values)
 
     def row(self) -> dict[str, float]:
-        """Return the mean loss since the row before, and the metrics of the newest batch; begin a new row."""
+        """Return the mean loss since the last row and the metrics of the last batch. Begin a new row."""
         values = {"train/loss": self.window.mean()}
         self.window = Sums()
         if self.step_metrics is not None:
@@ -95,6 +102,7 @@ class Measures:
 
     def end_evaluation(self, task: "Task", stage: str) -> dict[str, Tensor]:
         """Return the mean loss and the metrics over all devices, by their names in the log."""
+        task._conclude_evaluation()
         mean = reduce_sums(task, self.evaluation).mean()
         values = {f"{stage}/loss": torch.tensor(mean, dtype=torch.float64)}
         if self.metrics is not None:
@@ -103,19 +111,14 @@ class Measures:
         return {name: value for name, value in values.items() if value.numel() == 1}
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps, so that mean losses are exact after a resume."""
+        """Return the sums for a checkpoint, so that mean losses are exact after a resume."""
         return {"epoch": [float(value) for value in self.epoch], "window": [float(value) for value in self.window]}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on with the sums of a checkpoint."""
+        """Restore the sums from a checkpoint."""
         self.epoch, self.window = Sums(*state["epoch"]), Sums(*state["window"])
 
 
-def row_is_due(trainer: Any, steps: int) -> bool:
-    """Return whether a row is written to the log after so many optimizer steps."""
-    return steps % trainer.log_every_n_steps == 0 or steps == trainer.max_steps
-
-
 def is_table(metric: Metric) -> bool:
-    """Return whether a metric is no single number, but a confusion matrix."""
+    """Return whether a metric is a confusion matrix, and not a single number."""
     return type(metric).__name__.endswith("ConfusionMatrix")

@@ -1,4 +1,4 @@
-"""Steps that run out of memory: on one device the batch is run again in smaller micro-batches."""
+"""Steps that run out of memory. On one device, the batch is run again in smaller micro-batches."""
 
 from typing import TYPE_CHECKING
 
@@ -11,29 +11,29 @@ if TYPE_CHECKING:
     from batchwise.tasks.task import Task
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Return whether an error says that a device, or the machine, has no memory left."""
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether an error means that a device or the machine is out of memory."""
     words = ("out of memory", "can't allocate memory", "not enough memory")
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def stop_if_another_ran_out(task: "Task", error: RuntimeError) -> None:
-    """Raise TrainingStopped where an error only means that another process of this run has run out of memory."""
+    """Raise TrainingStopped if the error is only a consequence: another process of this run is out of memory."""
     if task.trainer.world_size > 1 and task.data.ran_out_of_memory():
         raise TrainingStopped("another process ran out of memory", everywhere=True) from error
 
 
 def halve(task: "Task", batch: Batch, message: str) -> None:
-    """Set half the limit for micro-batches.
+    """Cut a batch that ran out of memory into micro-batches of half the size, and keep this size as the limit.
 
     Args:
         task: its data module keeps the limit.
-        batch: has just run out of memory; it is cut.
-        message: of the error.
+        batch: ran out of memory; it is cut.
+        message: text of the error.
 
     Raises:
-        TrainingStopped: a micro-batch cannot be smaller; or there are several devices, which wait for one another in
-            the middle of a backward pass.
+        TrainingStopped: a micro-batch cannot be smaller, or there are several devices. They wait for one another in
+            the backward pass, so a batch cannot be run again.
     """
     data, trainer = task.data, task.trainer
     assert data.plan is not None

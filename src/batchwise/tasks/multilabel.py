@@ -1,4 +1,4 @@
-"""Say for each of several labels whether it applies: binary cross-entropy, F1."""
+"""Multi-label classification: binary cross-entropy, F1, accuracy."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,7 +12,7 @@ from batchwise.tasks.task import Task
 
 
 class MultiLabel(Task):
-    """Each example has any number of C labels. Targets are [N, C] of 0 and 1; the network gives logits [N, C]."""
+    """Decide for each of C labels whether it applies. Targets are 0 or 1 [N, C]; the network gives logits [N, C]."""
 
     monitor = ("val/f1", "max")
 
@@ -23,12 +23,12 @@ class MultiLabel(Task):
         return F.binary_cross_entropy_with_logits(logits, batch.targets.to(logits.dtype), reduction="none")
 
     def predictions(self, batch: MicroBatch) -> dict[str, Tensor]:
-        """The probability of each label [N, C], and whether it is at least one half."""
+        """The probability of each label [N, C], and the decision [N, C]: 1 from a probability of one half on."""
         probability = self(batch.inputs).float().sigmoid()
         return {"predicted": (probability >= 0.5).long(), "probability": probability}
 
     def make_metrics(self, outputs: Tensor) -> MetricCollection:
-        """F1 and accuracy at a probability of one half: the mean over labels."""
+        """F1 and accuracy of the decisions, as means over the labels."""
         count = outputs.shape[1]
         return MetricCollection(
             {

@@ -1,4 +1,4 @@
-"""Several optimizers as one: what Lightning, checkpoints and schedules see of them."""
+"""Several optimizers that look like one to Lightning, checkpoints and schedules."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -9,13 +9,13 @@ from torch.optim import Optimizer
 
 
 class Players(Optimizer):
-    """Optimizers of different parameters, each of which steps by itself.
+    """Optimizers of different parameters. Each steps by itself.
 
-    To Lightning they are one optimizer, with the groups and the states of all. So steps, schedules and checkpoints
-    count batches, and a checkpoint is one as of any other training.
+    To Lightning they are one optimizer, with the groups and the states of all. So one batch is one step for schedules
+    and checkpoints, and a checkpoint looks like that of any other training.
 
     Args:
-        players: the optimizers by name; no parameter may be in two of them.
+        players: the optimizers by name. No parameter may be in two of them.
     """
 
     def __init__(self, players: dict[str, Optimizer]) -> None:
@@ -25,7 +25,7 @@ class Players(Optimizer):
         self._share(groups)
 
     def _share(self, groups: list[dict[str, Any]]) -> None:
-        """Let the players have these very groups, and one state."""
+        """Let all players use these groups and one common state."""
         self.param_groups = groups
         each = iter(groups)
         for optimizer in self.players.values():
@@ -47,10 +47,10 @@ class Players(Optimizer):
 
 
 def add_gradients(parameters: Iterable[nn.Parameter], add: Callable[[Tensor], Tensor]) -> None:
-    """Replace each gradient by its sum over all devices; a parameter that has none anywhere keeps none.
+    """Replace each gradient by its sum over all devices. A parameter without a gradient on any device keeps none.
 
     Args:
-        parameters: the same on all devices.
+        parameters: the same parameters on all devices.
         add: returns the sum of a tensor over all devices.
     """
     every = list(parameters)

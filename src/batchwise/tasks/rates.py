@@ -1,4 +1,4 @@
-"""The learning rate of each step: a function of the number of the step, unless somebody else sets it."""
+"""The learning rate of each step. It is a function of the step number, unless the user sets it."""
 
 import math
 from typing import TYPE_CHECKING, Any
@@ -10,20 +10,21 @@ from batchwise.optim.schedule import Schedule
 from batchwise.tasks.players import Players
 
 if TYPE_CHECKING:
+    from batchwise.batching.plan import BatchPlan
     from batchwise.data.module import DataModule
     from batchwise.tasks.task import Task
 
 
 class Rates:
-    """Lets the rate follow the batch size and the schedule.
+    """Sets the rate from the batch size and the schedule.
 
-    What a user sets himself goes before: an optimizer or scheduler of his own `configure_optimizers`, a group of
-    parameters that a callback adds, a rate that a callback sets. Then one line says so.
+    What the user sets has priority: an optimizer or scheduler from an overridden `configure_optimizers`, and groups,
+    rates and schedulers from callbacks. One line then says so.
 
     Args:
         schedule: the learning rate over the training.
-        reference: the batch size at which the optimizer's rate is quoted; None: it is used as it stands.
-        rule: how the rate follows the batch from there; None: by the class of the optimizer.
+        reference: the batch size for which the optimizer's rate is given; None: the rate does not follow the batch.
+        rule: how the rate follows the batch; None: by the class of the optimizer.
 
     Raises:
         ValueError: the rule is not known, or has no reference.
@@ -38,9 +39,9 @@ class Rates:
             raise ValueError(f"model.scaling is {rule}, but model.reference_batch_size is not set: write it too")
         self.schedule, self.reference, self.rule = schedule, reference, rule
         self.base: list[float] = []
-        """The rate of each group at the batch size of now, before the schedule."""
+        """The rate of each group at the current batch size, without the schedule."""
         self.taken: set[int] = set()
-        """Groups whose rate somebody else sets."""
+        """Numbers of the groups whose rate a callback sets."""
         self._optimizer: Optimizer | None = None
         self._settings: list[dict[str, Any]] = []
         self._set: list[float] = []
@@ -48,7 +49,7 @@ class Rates:
         self._total = math.inf
 
     def own(self, task: "Task", optimizer: Optimizer) -> None:
-        """Take an optimizer that the task has made."""
+        """Set the rates of an optimizer that the task has made."""
         self._optimizer = optimizer
         self._settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         if task.data.plan is not None:
@@ -56,9 +57,9 @@ class Rates:
         self._total = self.examples_in_all(task.data)
 
     def start(self, task: "Task") -> None:
-        """Begin a training, from a checkpoint or from the start.
+        """Begin a training, also one that is resumed.
 
-        The settings are those of the configuration, whatever the checkpoint has: with --force they may be new.
+        The settings come from the configuration and not from the checkpoint, because --force allows new ones.
         """
         trainer, optimizer, plan = task.trainer, self._optimizer, task.data.plan
         assert plan is not None
@@ -75,15 +76,19 @@ class Rates:
         for number, (group, settings) in enumerate(zip(optimizer.param_groups, self._settings, strict=False)):
             if number not in self.taken:
                 group.update(settings)
-        self._follow(task, plan.size_at(trainer.global_step))
-        self._set = [group["lr"] for group in optimizer.param_groups[: len(self._settings)]]
+        before = max(0, trainer.global_step - 1)  # callbacks may read the rate of the last step
+        self._follow(task, plan.size_at(before))
+        self._apply(optimizer, plan, before)
 
     def set(self, task: "Task", step: int) -> None:
-        """Set the rates of a step, which follow the size of its batch."""
+        """Set the rates of a step."""
         optimizer, plan = self._optimizer, task.data.plan
         if optimizer is None or plan is None:
             return
         groups = optimizer.param_groups[: len(self._settings)]  # callbacks may have added others
+        if task.trainer.lr_scheduler_configs and len(self.taken) < len(groups):
+            self.taken = set(range(len(groups)))
+            self._say(task, f"step {step:,}: a callback gives a scheduler, which sets the learning rate from here")
         for number, (group, before) in enumerate(zip(groups, self._set, strict=False)):
             if group["lr"] != before and number not in self.taken:
                 self.taken.add(number)
@@ -91,16 +96,21 @@ class Rates:
         if plan.changes and plan.size_at(step) != self._follows:
             self._say(task, f"step {step:,}: batch_size {plan.size_at(step)} from here")
             self._follow(task, plan.size_at(step))
+        self._apply(optimizer, plan, step)
+
+    def _apply(self, optimizer: Optimizer, plan: "BatchPlan", step: int) -> None:
+        """Set the rates for a step: base rate times schedule, except where a callback sets the rate."""
         factor = 1.0
         if not self.schedule.is_constant:
             factor = self.schedule.factor(plan.examples_at(step), plan.examples_at(step + 1), self._total)
+        groups = optimizer.param_groups[: len(self._settings)]
         for number, (group, rate) in enumerate(zip(groups, self.base, strict=True)):
             if number not in self.taken:
                 group["lr"] = rate * factor
         self._set = [group["lr"] for group in groups]
 
     def _follow(self, task: "Task", batch_size: int) -> None:
-        """Let the rate of each group follow the batch size; what it becomes is a function of the size alone."""
+        """Set the base rate of each group for a batch size. The result depends on the size alone."""
         optimizer = self._optimizer
         assert optimizer is not None
         free = [number for number in range(len(self._settings)) if number not in self.taken]
@@ -130,7 +140,7 @@ class Rates:
         """Return the number of examples in the whole training.
 
         Raises:
-            ValueError: the schedule needs an end, and there is none.
+            ValueError: the schedule needs the length of the training, but there is no limit.
         """
         if data.total_steps() == math.inf and self.schedule.needs_end:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Predict numbers: squared error; MSE, MAE and R2 in the units of the targets."""
+"""Regression: squared error; MSE, MAE and R2 in the units of the targets."""
 
 from typing import Any
 
@@ -14,12 +14,11 @@ from batchwise.tasks.task import Task
 
 
 class Regression(Task):
-    """Predict one number for each example, or several. Targets are [N] or [N, K]; the network gives [N, 1] or [N, K].
+    """Predict one or several numbers per example. Targets are [N] or [N, K]; the network gives [N, 1] or [N, K].
 
-    The network learns standardised targets, with mean and std of the training split, where the targets are in
-    memory or in memory maps; a data set that is read example by example is learnt as it stands. So a loss of 1 is that
-    of always saying the mean. Metrics and predictions are in the units of the targets. The checkpoint has mean and
-    std.
+    The network learns standardised targets: their mean over the training split is 0, and their std is 1. So a network
+    that always predicts the mean has a loss of 1. Metrics and predictions are in the units of the targets. The
+    checkpoint has mean and std. If targets are neither in memory nor in memory maps, they are not standardised.
     """
 
     target_mean: Tensor
@@ -34,7 +33,7 @@ class Regression(Task):
         """One squared error per target [N, K], of standardised targets."""
         outputs = self(batch.inputs)
         targets = (batch.targets.reshape(outputs.shape) - self.target_mean) / self.target_std
-        # Relative to the mean, which changes none of the metrics: R2 takes the difference of two sums of squares.
+        # Without the mean, for the precision of R2: it subtracts two sums of squares. No metric depends on the mean.
         self.measure(outputs * self.target_std, targets * self.target_std)
         return F.mse_loss(outputs, targets, reduction="none")
 
@@ -44,11 +43,11 @@ class Regression(Task):
         return {"predicted": predicted.squeeze(1) if predicted.shape[1] == 1 else predicted}
 
     def make_metrics(self, outputs: Tensor) -> MetricCollection:
-        """Mean squared and mean absolute error; R2, the share of the variance that is explained (the mean over K)."""
+        """Mean squared error; mean absolute error; R2, the explained share of the variance (the mean over K)."""
         return MetricCollection({"mse": MeanSquaredError(), "mae": MeanAbsoluteError(), "r2": R2Score()})
 
     def check(self, data: DataModule, outputs: Tensor) -> None:
-        """Check that there is an output for each target and that targets are finite; take their mean and std."""
+        """Check that there is an output for each target and that targets are finite. Set their mean and std."""
         if outputs.ndim != 2:
             raise ValueError(f"model.network gives the shape {list(outputs.shape)}: numbers [N, K] are needed")
         count = outputs.shape[1]
@@ -69,7 +68,7 @@ class Regression(Task):
 
 
 def targets_of(data: DataModule) -> list[tuple[str, Tensor]]:
-    """Return the targets of each split that is loaded and that is made of tensors, by name of the split.
+    """Return the targets of each loaded split that consists of tensors, with the name of the split.
 
     Raises:
         ValueError: a target is not finite.

@@ -1,4 +1,4 @@
-"""One optimizer step from one global batch: exact, in whatever parts it is run."""
+"""One optimizer step from one global batch. It is exact, whatever the micro-batches and devices are."""
 
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from batchwise.batching.gradients import Number, scale_gradients
-from batchwise.batching.loader import Batch
+from batchwise.batching.loader import Batch, MicroBatch
 from batchwise.batching.random import mix
 from batchwise.models import place
 from batchwise.models.dropout import Dropout
 from batchwise.models.norm import GhostBatchNorm
 from batchwise.tasks.finite import Finite
-from batchwise.tasks.hooks import call_hook, is_ours, listeners, listens
+from batchwise.tasks.hooks import STEP_HOOKS, call_hook, is_ours, listeners, listens, values_are_due
+from batchwise.tasks.logs import Results
 from batchwise.tasks.memory import halve, is_out_of_memory, stop_if_another_ran_out
 from batchwise.tasks.players import add_gradients
 
@@ -28,33 +29,35 @@ DRAWS = 0x647261
 
 
 class Sums(NamedTuple):
-    """Sums over targets: numbers on the host, or tensors that are still on the device."""
+    """Sums over targets: numbers on the host, or tensors on the device."""
 
     loss: Number = 0.0
     count: Number = 0.0
     stops: Number = 0.0
-    """Devices that were asked to stop."""
+    """Number of devices that were asked to stop."""
+    logs: Number = 0.0
+    """Number of devices on which something was logged."""
 
     def plus(self, loss: Number, count: Number) -> "Sums":
-        """Return the sums with more targets: of what is on a CPU, as numbers."""
+        """Return the sums with more targets. Values on a CPU become numbers."""
         if isinstance(loss, Tensor) and loss.device.type != "mps":
             loss = loss.item() if loss.device.type == "cpu" else loss.double()
-        return Sums(self.loss + loss, self.count + count, self.stops)
+        return Sums(self.loss + loss, self.count + count)
 
     def mean(self) -> float:
-        """Return the mean loss, nan where there is no target; waits for the device."""
+        """Return the mean loss, or nan if there is no target. This waits for the device."""
         return float(self.loss / self.count) if self.count else float("nan")
 
 
 class Step:
-    """Runs the micro-batches of a global batch, adds up, divides once, steps.
+    """Runs the micro-batches of a global batch, adds the gradients, divides once, and makes the optimizer step.
 
-    It is an object that the task has, and no module: no attribute and no hook of a user's subclass touches its state.
+    It is an object of its own, so that no attribute and no hook of a user's subclass can break its state.
 
     Args:
-        network: what is trained.
-        max_skipped_steps: a step whose loss or gradient is not finite is skipped; after so many in a row training
-            stops. 0: do not look (on a GPU, looking waits for the device at each step).
+        network: the network that is trained.
+        max_skipped_steps: a step is skipped if its loss or gradient is not finite. After this many skipped steps in a
+            row, training stops. 0: no check (on a GPU, the check waits for the device at each step).
     """
 
     def __init__(self, network: nn.Module, max_skipped_steps: int) -> None:
@@ -64,28 +67,30 @@ class Step:
         if len(sizes) > 1:
             raise ValueError(f"the network has ghost batches of {sorted(sizes)} examples: write one size")
         self.unit = sizes.pop() if sizes else 1
-        """Examples that the network needs together."""
+        """Number of examples that must stay together."""
         for number, layer in enumerate(layer for layer in network.modules() if isinstance(layer, Dropout)):
             layer.number = number
         self.stop_requested = False
-        """Set on any device, it makes all of them stop after the same step."""
+        """If it is set on any device, all devices stop after the same step."""
         self.sums = Sums()
-        """Of the newest step, over all devices; of several players, those of the first."""
+        """Sums of the last step, over all devices. With several players, those of the first."""
         self.batch: Batch | None = None
-        """The newest one."""
+        """The last batch."""
         self._wrapped: set[int] = set()
+        self._results: Any = Results(None, True)
 
     def wrapped(self, task: "Task") -> None:
-        """Note which parameters the strategy knows, as soon as it has wrapped the module."""
+        """Note which parameters need a gradient when the strategy wraps the module."""
         self._wrapped = {id(parameter) for parameter in task.parameters() if parameter.requires_grad}
 
-    def start(self, task: "Task") -> None:
-        """Begin a training: find out who listens to the parts of a step."""
+    def listen(self, task: "Task") -> None:
+        """Find the hooks that somebody overrides; the step skips all others."""
         trainer = task.trainer
-        self.stop_requested = False
+        self._results = trainer.fit_loop.epoch_loop._results
+        self.is_heard = not all(map(is_ours, listeners(trainer, STEP_HOOKS)))
         self._hears_zero = bool(listeners(trainer, ["on_before_zero_grad"]))
         self._own_zero, self._own_step = listens(task, "optimizer_zero_grad"), listens(task, "optimizer_step")
-        # PyTorch's own backward pass and step, where nobody would notice the difference to Lightning's.
+        # Use PyTorch's backward pass and step directly if nobody can notice the difference.
         plain = isinstance(trainer.strategy, SingleDeviceStrategy)
         plain &= getattr(trainer.precision_plugin, "scaler", None) is None
         quiet = not listens(task, "backward") and not listeners(trainer, ["on_before_backward", "on_after_backward"])
@@ -99,9 +104,9 @@ class Step:
         self._plain_step = plain and not listens(task, "on_before_optimizer_step")
 
     def run(self, task: "Task", batch: Batch) -> Number:
-        """Train on this device's share of one global batch; return the exact loss of the whole batch.
+        """Train on this device's share of one global batch. Return the exact loss of the whole batch.
 
-        Where the task has several optimizers, each takes its turns on the same batch; the loss is that of the first.
+        If the task has several optimizers, each takes its turns on the same batch. The loss is that of the first.
         """
         step = task.trainer.global_step
         if batch.step != step:
@@ -109,18 +114,28 @@ class Step:
         self.batch = batch
         task._measures.start_step(task, step)
         task._rates.set(task, step)
+        logs: Number = 0.0
         for turn, (player, optimizer) in enumerate(task._turns()):
-            self._turn(task, batch, player, optimizer, turn)
+            logs += self._turn(task, batch, player, optimizer, turn)
+        # Reading waits for the device, so only where somebody may look at the values.
+        if task.trainer.world_size > 1 and values_are_due(task.trainer, step + 1) and logs > 0:
+            self._results.add_up()
         return self.sums.loss / (self.sums.count + (self.sums.count == 0))
 
-    def _turn(self, task: "Task", batch: Batch, player: str | None, optimizer: Optimizer, turn: int) -> None:
-        """Make one step of one optimizer with the exact gradient; skip it where loss or gradient is not finite."""
+    def _turn(self, task: "Task", batch: Batch, player: str | None, optimizer: Optimizer, turn: int) -> Number:
+        """Make one step of one optimizer with the exact gradient. Skip it if loss or gradient is not finite.
+
+        Returns:
+            The number of devices on which something was logged.
+        """
+        logged = self._results.mark()
         sums = self._gradient(task, batch, player, optimizer, turn)
         if turn == 0:
             self.sums = sums
         if not self.finite.passes(task, batch, sums, optimizer):
             drop_gradients(optimizer)
-            return
+            self._results.rewind(logged)
+            return sums.logs
         if turn == 0:
             task._measures.add(sums)
         self._move_running_statistics(task)
@@ -137,30 +152,34 @@ class Step:
             if trainer.gradient_clip_val:
                 task.clip_gradients(optimizer, trainer.gradient_clip_val, trainer.gradient_clip_algorithm)
             optimizer.step()
+        return sums.logs
 
     # The gradient
 
     def _gradient(self, task: "Task", batch: Batch, player: str | None, optimizer: Optimizer, turn: int) -> Sums:
-        """Leave the exact gradient of the global batch in the parameters; return the sums over all devices."""
+        """Put the exact gradient of the global batch into the parameters. Return the sums over all devices."""
         if self._hears_zero:
             call_hook(task.trainer, "on_before_zero_grad", optimizer)
-        done = None
+        done, logged = None, self._results.mark()
         while done is None:
+            self._results.rewind(logged)
             self._zero(task, optimizer)
             batch.cut(task.data.micro_batch_limit, task.data.plan.unit)  # type: ignore[union-attr]
             done = self._run_micro_batches(task, batch, player, turn)
-        sums = done._replace(stops=float(self.stop_requested))
+        sums = done
         if task.trainer.world_size > 1:
+            sums = done._replace(stops=float(self.stop_requested), logs=float(self._results.has_news()))
             self._add_what_the_strategy_does_not(task, player, optimizer)
             sums = reduce_sums(task, sums)
-        # Where no target counts, loss and gradient are zero.
+        # If no target counts, loss and gradient are zero.
         scale_gradients(parameters(optimizer), batch.size / (sums.count + (sums.count == 0)))
         return sums
 
     def _add_what_the_strategy_does_not(self, task: "Task", player: str | None, optimizer: Optimizer) -> None:
-        """Add gradients over the devices: those of a player, and those of parameters that were frozen at first.
+        """Sum gradients over the devices that DDP does not average.
 
-        DDP averages the gradients of the parameters that needed one when it wrapped the module, all of them each time.
+        DDP averages the gradients of the parameters that needed one when it wrapped the module, and always all of
+        them. So parameters that were frozen then are left over, and so are the parameters of a single player.
         """
         devices = task.trainer.world_size
         if player is not None:
@@ -170,7 +189,7 @@ class Step:
             add_gradients(late, lambda values: reduce(task, values) / devices)
 
     def _zero(self, task: "Task", optimizer: Optimizer) -> None:
-        drop_gradients(task.trainer.optimizers[0])  # of all players
+        drop_gradients(task.trainer.optimizers[0])  # those of all players
         if self._own_zero:
             trainer: Any = task.trainer
             task.optimizer_zero_grad(trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_idx, optimizer)
@@ -179,7 +198,7 @@ class Step:
             ghost.zero_sums()
 
     def _run_micro_batches(self, task: "Task", batch: Batch, player: str | None, turn: int) -> Sums | None:
-        """Run all micro-batches forward and backward; None if they must be run again, in smaller ones."""
+        """Run all micro-batches forward and backward. Return None if they must be run again, in smaller ones."""
         key = mix(task.data.seed or 0, DRAWS, batch.step, *([turn] if turn else []))
         strategy: Any = task.trainer.strategy
         sums, last = Sums(), len(batch.micro_batches) - 1
@@ -187,12 +206,9 @@ class Step:
         scale = (1 if player else task.data.replicas[0]) / batch.size
         more = () if player is None else (player,)
         try:
+            task._look_ahead(batch, key)
             for number, micro_batch in enumerate(batch.micro_batches):
-                # What our own layers draw depends on the step and the example; what others draw, also on where their
-                # micro-batch begins.
-                place.current = place.Place(key, micro_batch.position, micro_batch.counts)
-                micro_batch.key = key
-                seed_generator(task.device, key ^ micro_batch.position)
+                begin(task, micro_batch, key)
                 # Gradients cross devices once per step, overlapped with the last backward pass.
                 with nullcontext() if number == last and player is None else self._no_sync():
                     loss, count = self._forward(micro_batch, number, *more)
@@ -209,7 +225,7 @@ class Step:
             message = str(error).splitlines()[0]
         finally:
             place.current = None
-        # Outside the except clause, where the failed pass and its tensors are gone.
+        # Not in the except clause, in which the tensors of the failed pass are still alive.
         halve(task, batch, message)
         return None
 
@@ -221,13 +237,24 @@ class Step:
                 ghost.move_running(own)
 
     def stop_agreed(self, task: "Task") -> bool:
-        """Return whether any device was asked to stop, as of the last step; all devices get the same answer."""
+        """Return whether any device was asked to stop before the last step. All devices get the same answer."""
         trainer: Any = task.trainer
         if trainer.world_size == 1:
             return self.stop_requested
-        # Reading waits for the device. On a CPU that is free; elsewhere it is done where a row in the log waits anyway.
+        # Reading waits for the device. On a CPU that is free. Elsewhere it is done with a row in the log, which waits.
         free = task.device.type == "cpu" or trainer.global_step % trainer.log_every_n_steps == 0
         return free and bool(self.sums.stops > 0)
+
+
+def begin(task: "Task", micro_batch: MicroBatch, key: int) -> None:
+    """Begin a pass of a micro-batch, so that each pass draws the same random numbers.
+
+    Random numbers of our own layers depend on the step and the example. Those of other layers also depend on where the
+    micro-batch begins.
+    """
+    place.current = place.Place(key, micro_batch.position, micro_batch.counts, len(micro_batch))
+    micro_batch.key = key
+    seed_generator(task.device, key ^ micro_batch.position)
 
 
 def reduce(task: "Task", values: Tensor) -> Tensor:
@@ -238,7 +265,7 @@ def reduce(task: "Task", values: Tensor) -> Tensor:
 
 
 def reduce_sums(task: "Task", sums: Sums) -> Sums:
-    """Return the sums over all devices: on a CPU as numbers, elsewhere on the device, so that nothing waits."""
+    """Return the sums over all devices: numbers on a CPU; else tensors on the device, so that nothing waits."""
     if task.trainer.world_size > 1:
         dtype = torch.float32 if task.device.type == "mps" else torch.float64
         values = [torch.as_tensor(value, dtype=dtype, device=task.device) for value in sums]
@@ -249,18 +276,18 @@ def reduce_sums(task: "Task", sums: Sums) -> Sums:
 
 
 def parameters(optimizer: Any) -> list[nn.Parameter]:
-    """Return the parameters that an optimizer moves (walking over a network's modules takes 50 times as long)."""
+    """Return the parameters of an optimizer (to collect them from the network takes 50 times as long)."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def drop_gradients(optimizer: Any) -> None:
-    """Set all gradients to None; what `Optimizer.zero_grad` does, without its entry for profilers."""
+    """Set all gradients to None, as `Optimizer.zero_grad` does, but without its profiler record."""
     for parameter in parameters(optimizer):
         parameter.grad = None
 
 
 def seed_generator(device: torch.device, seed: int) -> None:
-    """Seed the generator that random layers on `device` draw from (`torch.manual_seed` visits all accelerators)."""
+    """Seed the random generator of one device. `torch.manual_seed` is slower, because it seeds all accelerators."""
     if device.type == "cpu":
         torch.default_generator.manual_seed(seed)
     elif device.type == "cuda":

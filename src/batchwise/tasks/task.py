@@ -1,4 +1,4 @@
-"""The base of all tasks: a subclass gives one loss per target; the exact batch gradient is inherited."""
+"""The base class of all tasks. A subclass gives one loss per target, and inherits the exact gradient of the batch."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
@@ -11,22 +11,22 @@ from torch.optim import AdamW, Optimizer
 from torchmetrics import MetricCollection
 
 from batchwise.batching.gradients import Number, weighted_sum
-from batchwise.batching.loader import MicroBatch
-from batchwise.batching.structure import on_tensors
+from batchwise.batching.loader import Batch, MicroBatch
 from batchwise.data.module import DataModule
+from batchwise.models.call import call
 from batchwise.models.compiled import compile_network
+from batchwise.models.dropout import convert_dropout
 from batchwise.models.norm import convert_batchnorm
 from batchwise.models.shard import shard
 from batchwise.optim.schedule import Schedule
 from batchwise.tasks.finetuning import FineTuning
+from batchwise.tasks.logs import as_lightning_takes_it
+from batchwise.tasks.losses import Losses, checked
 from batchwise.tasks.making import finish
 from batchwise.tasks.measures import Measures
 from batchwise.tasks.rates import Rates
 from batchwise.tasks.step import Step
 from batchwise.tasks.trying import try_task
-
-Losses = Tensor | tuple[Tensor, Tensor]
-"""One loss per target, or the losses and their weights."""
 
 THE_ENGINES = {
     "training_step": "write losses",
@@ -34,49 +34,49 @@ THE_ENGINES = {
     "test_step": "write losses, and make_metrics",
     "predict_step": "write predictions",
     "configure_model": "make the layers in __init__ of the network",
-    "automatic_optimization": "for several optimizers, see batchwise.tasks.adversarial",
+    "automatic_optimization": "leave it out, or for several optimizers write batchwise.tasks.adversarial.Adversarial",
     "on_before_batch_transfer": "write transform in the data module",
     "on_after_batch_transfer": "write transform in the data module",
     "transfer_batch_to_device": "write transform in the data module",
 }
-"""What a subclass must not override, and what it does instead."""
-
-
-def _channels_last(inputs: Tensor) -> Tensor:
-    return inputs.contiguous(memory_format=torch.channels_last) if inputs.ndim == 4 else inputs
+"""Names that a subclass must not override, and what to do instead."""
 
 
 class Task(pl.LightningModule, ABC):
     """Owns network, loss, optimizer and metrics. A subclass gives one loss per target, in `losses`.
 
-    All of Lightning's hooks are yours: the engine keeps its state in objects of its own (`_step`, `_measures`,
-    `_rates`, `_tuning`), and none of its work is in a hook. What must not be overridden is refused when the class is
+    You may override all of Lightning's hooks, with or without `super()`: the engine keeps its state in objects of its
+    own (`_step`, `_measures`, `_rates`, `_tuning`). An override that would break the step is refused when the class is
     made.
 
     Args:
         network: any module that takes `batch.inputs`.
-        optimizer: any class from `torch.optim`, or another that is called in the same way.
+        optimizer: a class from `torch.optim`, or another callable with the same arguments.
         schedule: the learning rate over the training.
-        decay_matrices_only: leave biases and norms (parameters with fewer than two dimensions) out of weight decay.
-        reference_batch_size: the batch size at which the optimizer's rate is quoted; null: it is used as it stands.
-        scaling: how the rate follows the batch from there: linear, sqrt or none; null: by the class of the optimizer.
-        init_from: begin with the weights of this file, where they fit by name and shape: see `take_weights`.
-        freeze: patterns of modules or parameters of the network that do not learn, such as `layers.1` or `*.bias`; a
-            frozen batch norm uses and keeps its running statistics.
-        lr_factors: factors on the learning rate by such patterns; of several that match, the first counts.
-        ghost_batch_size: replace the network's batch norms by ghost batch norms over so many examples.
-        max_skipped_steps: a step whose loss or gradient is not finite is skipped; after so many in a row training
-            stops. 0: do not look (on a GPU, looking waits for the device at each step).
+        decay_matrices_only: no weight decay for biases and norms (parameters with fewer than two dimensions).
+        reference_batch_size: the batch size for which the optimizer's rate is given; null: the rate does not follow the
+            batch.
+        scaling: how the rate follows the batch: linear, sqrt or none; null: by the class of the optimizer.
+        init_from: file of initial weights, which are used if name and shape fit: see `take_weights`.
+        freeze: patterns of modules or parameters of the network that do not learn, such as `layers.1` or `*.bias`. A
+            frozen batch norm uses its running statistics and does not change them.
+        lr_factors: factors on the learning rate, by such patterns. If several match, the first counts.
+        exact_dropout: replace PyTorch's dropout layers in the network by layers that draw the same numbers in any
+            micro-batches and on any devices.
+        ghost_batch_size: replace the network's batch norms by ghost batch norms over this many examples.
+        max_skipped_steps: a step is skipped if its loss or gradient is not finite. After this many skipped steps in a
+            row, training stops. 0: no check (on a GPU, the check waits for the device at each step).
     """
 
     monitor: ClassVar[tuple[str, str]] = ("val/loss", "min")
-    """The metric that decides which checkpoint is the best, and whether it should be "min" or "max"."""
+    """The metric that decides which checkpoint is the best, and its direction: "min" or "max"."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for name, remedy in THE_ENGINES.items():
-            if name in vars(cls) and not cls.__module__.startswith("batchwise."):
-                raise TypeError(f"{cls.__name__}.{name} would take the place of the exact step: {remedy}")
+            owner = next(base for base in cls.__mro__ if name in vars(base))  # may be a mixin
+            if not owner.__module__.startswith(("batchwise.", "lightning.")):
+                raise TypeError(f"{owner.__name__}.{name} would take the place of the exact step: {remedy}")
 
     def __init__(
         self,
@@ -89,6 +89,7 @@ class Task(pl.LightningModule, ABC):
         init_from: str | None = None,
         freeze: list[str] | None = None,
         lr_factors: dict[str, float] | None = None,
+        exact_dropout: bool = False,
         ghost_batch_size: int | None = None,
         max_skipped_steps: int = 10,
     ) -> None:
@@ -97,6 +98,8 @@ class Task(pl.LightningModule, ABC):
             raise ValueError(
                 f"model.ghost_batch_size is {ghost_batch_size}, but the network has no batch norm: leave it out"
             )
+        if exact_dropout and not convert_dropout(network):
+            raise ValueError("model.exact_dropout is true, but the network has no dropout layer: leave it out")
         self.network = network
         self._make_optimizer, self._decay_matrices_only = optimizer, decay_matrices_only
         self._tuning = FineTuning(network, init_from, freeze or [], lr_factors or {})
@@ -104,13 +107,14 @@ class Task(pl.LightningModule, ABC):
         self._step = Step(network, max_skipped_steps)
         self._measures = Measures()
         self._channels_last = False
+        self._rehearses: DataModule | None = None
         self._tuning.hold_norms(network)
 
     # What a subclass writes
 
     @abstractmethod
     def losses(self, batch: MicroBatch) -> Losses:
-        """Return one loss per target, [N] or [N, T], never averaged; or (losses, weights) shaped alike.
+        """Return one loss per target, [N] or [N, T], never averaged; or (losses, weights) of the same shape.
 
         Call `measure` with the arguments of the metrics.
         """
@@ -118,60 +122,77 @@ class Task(pl.LightningModule, ABC):
     def make_metrics(self, outputs: Tensor) -> MetricCollection | None:
         """Return the evaluation metrics, given the network's outputs for a few examples.
 
-        A confusion matrix among them is not logged as a number, but drawn.
+        Each is logged as a number. A confusion matrix is drawn as a picture.
         """
         return None
 
     def predictions(self, batch: MicroBatch) -> dict[str, Tensor]:
-        """Return what `predict` writes for each example: columns [N] or [N, ...] by name."""
+        """Return the columns that `predict` writes, [N] or [N, ...], by name."""
         return {"output": self(batch.inputs)}
 
     def check(self, data: DataModule, outputs: Tensor) -> None:
-        """Raise ValueError where the data does not suit the task, given the network's outputs for a few examples."""
+        """Raise ValueError if the data does not fit the task, given the network's outputs for a few examples."""
 
     # What it may use
 
     @property
     def data(self) -> DataModule:
-        """The data module that owns the batching."""
-        data = getattr(self.trainer, "datamodule", None)
+        """The data module, which owns the batch."""
+        data = self._rehearses or getattr(self.trainer, "datamodule", None)
         if not isinstance(data, DataModule):
             raise TypeError("a Task trains from a batchwise.DataModule: pass datamodule= to the trainer")
         return data
 
-    def forward(self, inputs: Any) -> Any:
-        """Apply the network to the inputs: a tuple is passed as several arguments, a dict as keyword arguments.
+    @property
+    def automatic_optimization(self) -> bool:
+        """Always True: Lightning's schedulers and counters depend on it."""
+        return True
 
-        Of an object with `logits`, such as the outputs of Hugging Face's models, the logits are returned.
-        """
-        if self._channels_last:
-            inputs = on_tensors(inputs, _channels_last)
-        if isinstance(inputs, Tensor):
-            outputs = self.network(inputs)
-        elif isinstance(inputs, dict):
-            outputs = self.network(**inputs)
-        else:
-            outputs = self.network(*inputs) if isinstance(inputs, tuple) else self.network(inputs)
-        return outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", outputs)
+    @automatic_optimization.setter
+    def automatic_optimization(self, value: bool) -> None:
+        if not value:
+            raise ValueError(f"automatic_optimization is {value}: {THE_ENGINES['automatic_optimization']}")
+
+    def forward(self, inputs: Any) -> Any:
+        """Apply the network: a tuple of inputs is passed as several arguments, a dict as keyword arguments."""
+        return call(self.network, inputs, self._channels_last)
 
     def measure(self, *values: Tensor) -> None:
-        """Update the metrics: of the running evaluation, or in training of the step, where a row in the log is due."""
+        """Update the metrics of the running evaluation, or in training those of the step if a row in the log is due."""
         self._measures.update(self.training, values)
 
     def metric_names(self) -> list[str]:
-        """Return the names that a checkpoint or early stopping may monitor; add what a subclass gives to `record`."""
-        return ["val/loss", *(f"val/{name}" for name in self._measures.names()), "train/loss_epoch"]
+        """Return the names that callbacks may monitor. A subclass adds the names that it gives to `record`."""
+        measured = [f"val/{name}" for name in self._measures.names()]
+        return ["val/loss", *measured, "train/loss_epoch", *sorted(self._measures.logged)]
 
     def record(self, values: dict[str, Tensor]) -> None:
-        """Give values to the callbacks (as `monitor` keys) and to the loggers, at the number of steps done."""
-        self.log_dict({name: value.detach().float() for name, value in values.items()}, logger=False, batch_size=1)
-        if self.trainer.is_global_zero and not self.trainer.sanity_checking:
-            numbers = {name: value.item() for name, value in values.items()}
-            for logger in self.trainer.loggers:
-                logger.log_metrics(numbers, step=self.trainer.global_step)
+        """Give values to the callbacks (as `monitor` keys) and to the loggers, with the number of steps done."""
+        self.log_dict(values, rank_zero_only=True)
+
+    def log(self, name: str, value: Any, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Log a value, in `losses` or in any hook of Lightning's that may log.
+
+        The value of a step, of an epoch or of an evaluation is exact over all micro-batches and devices. Loggers get it
+        with the number of optimizer steps done, and callbacks may monitor it.
+
+        Args:
+            name: its name everywhere; `name_step` and `name_epoch` where it is logged in both ways.
+            value: a number or scalar tensor, the mean over the examples of the micro-batch (in hooks: of the batch);
+                or one value per example [N, ...]; or a torchmetrics metric, of which the epoch's value is logged.
+            **kwargs: those of Lightning's `log`. `batch_size` and `sync_dist` are not needed. In an evaluation there
+                are no steps, so `on_step` is left out there.
+
+        Raises:
+            ValueError: a name is logged with different arguments, or a metric object for each step.
+        """
+        if self._rehearses is not None:
+            self._measures.logged.add(name)
+            return
+        super().log(name, **as_lightning_takes_it(value, kwargs))
 
     def train(self, mode: bool = True) -> "Task":
-        """Set training mode, but not for frozen batch norms."""
+        """Set training mode; frozen batch norms stay in evaluation mode."""
         super().train(mode)
         self._tuning.hold_norms(self.network)
         return self
@@ -182,20 +203,29 @@ class Task(pl.LightningModule, ABC):
         """Try the network on the first examples of a split and make the metrics, before anything is trained.
 
         Raises:
-            ValueError: the network cannot take the data, or the data does not suit the task.
+            ValueError: the network cannot take the data, or the data does not fit the task.
         """
         try_task(self, data, split)
 
     def configure_model(self) -> None:
-        """Lay the network out, shard it, and compile it, as the trainer says."""
-        self._lay_out(getattr(self.trainer, "channels_last", False))
+        """Set the memory format of the network, shard it and compile it, as the trainer says."""
+        trainer: Any = self._trainer  # None in `load_from_checkpoint`
+        self._lay_out(getattr(trainer, "channels_last", False))
         if self.device_mesh is not None:
             shard(self.network, self.device_mesh)
-        if getattr(self.trainer, "compile", False):
-            compile_network(self.network, self.trainer.strategy.root_device)
+        if getattr(trainer, "compile", False):
+            compile_network(self.network, trainer.strategy.root_device)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load. Buffers with statistics of the data, such as a mean, take the shape that was saved."""
+        for name in self._buffers:
+            saved = state_dict.get(prefix + name)
+            if saved is not None:
+                self._buffers[name] = torch.empty_like(saved, device=self.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _lay_out(self, channels_last: bool) -> None:
-        """Lay images and the weights of convolutions out with the channels last, or not. Changes speed alone."""
+        """Set the memory format of images and convolutions. This changes only the speed."""
         self._channels_last = channels_last
         layout = torch.channels_last if channels_last else torch.contiguous_format
         for parameter in self.network.parameters():
@@ -203,34 +233,49 @@ class Task(pl.LightningModule, ABC):
                 parameter.data = parameter.data.contiguous(memory_format=layout)
 
     def configure_optimizers(self) -> Any:
-        """Return the optimizer, whose rate the engine sets before each step.
+        """Return the optimizer. The engine sets its rate before each step.
 
-        Override it as Lightning documents it to give an optimizer or a scheduler of your own: then they decide.
+        Override it, as Lightning documents it, for an optimizer or a scheduler of your own. Then they set the rate.
         """
         optimizer = self._new_optimizer()
         self._rates.own(self, optimizer)
         return optimizer
 
     def _new_optimizer(self) -> Optimizer:
-        return finish(self._make_optimizer(self._tuning.groups(self, self._decay_matrices_only)))
+        return finish(self._make_optimizer(self._tuning.groups(self.named_parameters(), self._decay_matrices_only)))
+
+    _couples: ClassVar[bool] = False
+    """Whether a loss depends on other examples of the batch, on purpose and exactly."""
 
     def _turns(self) -> list[tuple[str | None, Optimizer]]:
-        """Return who steps on a batch, one after the other, and with which optimizer."""
+        """Return the players that step on a batch, in order, with their optimizers."""
         return [(None, self.trainer.optimizers[0])]
 
+    def _outputs(self, batch: MicroBatch) -> Any:
+        """Return the network's outputs, by which the task is tried before training."""
+        return self(batch.inputs)
+
+    def _look_ahead(self, batch: Batch, key: int) -> None:
+        """Do what needs the whole batch before its first backward pass; `key` is that of its random numbers."""
+
+    def _conclude_evaluation(self) -> None:
+        """Add what only the end of an evaluation completes. All devices come here."""
+
     def _summed_loss(self, batch: MicroBatch, *player: str) -> tuple[Tensor, Number]:
-        """Return the loss sum and the count of a micro-batch on the device."""
-        losses = self.losses(batch, *player)
-        losses, weights = losses if isinstance(losses, tuple) else (losses, None)
-        if losses.ndim == 0 or len(losses) != len(batch):
-            raise ValueError(
-                f"{type(self).__name__}.losses gave the shape {list(losses.shape)} for {len(batch)} examples: return "
-                "one loss per target (reduction='none'), with the examples in the first dimension"
-            )
+        """Return the sum of losses and the count of a micro-batch that is on the device."""
+        losses, weights = self._checked_losses(batch, *player)
         return weighted_sum(losses, batch.weights, weights)
 
+    def _checked_losses(self, batch: MicroBatch, *player: str) -> tuple[Tensor, Tensor | None]:
+        """Return the losses of a micro-batch on the device, and their weights (None: all one)."""
+        return checked(self.losses(batch, *player), len(batch), type(self).__name__)
+
+    def _players(self) -> list[tuple[str, ...]]:
+        """Return the further arguments of `losses` in training, for each optimizer."""
+        return [()]
+
     def training_step(self, batch: MicroBatch, batch_idx: int, *player: str) -> tuple[Tensor, Number]:  # type: ignore[override]
-        """Return the loss sum and the count of one micro-batch, which is still on the host."""
+        """Return the sum of losses and the count of one micro-batch that is still on the host."""
         if not isinstance(batch, MicroBatch):
             raise TypeError(f"a Task trains with batchwise.Trainer, not with {type(self.trainer).__module__}.Trainer")
         return self._summed_loss(self.data.to_device(batch, self.device, training=True), *player)

@@ -1,26 +1,36 @@
-"""A task is tried on a few examples, before anything is trained."""
+"""A trial of a task on a few examples, before training."""
 
 import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    Callback,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.plugins.precision import Precision
-from torch import Tensor, nn
+from torch import Tensor
 
+from batchwise.batching.loader import MicroBatch
 from batchwise.batching.structure import shape
 from batchwise.data.module import DataModule
 from batchwise.models.flops import count_flops
-from batchwise.models.norm import has_batchnorm
+from batchwise.models.kept import kept_modes
+from batchwise.models.norm import batchnorms, has_batchnorm
+from batchwise.tasks.rehearsal import on_device, rehearse
 
 if TYPE_CHECKING:
     from batchwise.tasks.task import Task
 
 
 def try_task(task: "Task", data: DataModule, split: str) -> None:
-    """Take the first weights, apply the network to two examples, check the data, make the metrics.
+    """Load the initial weights, apply the network to two examples, check the data, make the metrics.
 
     Raises:
-        ValueError: the network cannot take the data, or the data does not suit the task.
+        ValueError: the network cannot take the data, the data does not fit the task, or a callback does not work.
     """
     data.check(task.network)
     precision: Any = data.trainer.precision_plugin if data.trainer is not None else Precision()
@@ -30,44 +40,63 @@ def try_task(task: "Task", data: DataModule, split: str) -> None:
         if report and (data.trainer is None or data.trainer.is_global_zero):
             print(report, flush=True)
     with precision.forward_context():
-        batch = data.to_device(data.examples(split, 2), task.device, training=False)
-    if data.trainer is None:  # whose precision it would have
-        batch = batch.cast(dtype_of(task.network))
-    outputs, flops = count_flops(lambda: _outputs(task, batch.inputs, precision))
+        batch = on_device(task, data, data.examples(split, 2), training=False)
+    outputs, flops = count_flops(lambda: outputs_of(task, data, batch, precision))
     task._measures.flops_per_example = flops and flops / len(batch)
     task.check(data, outputs)
     if data.plan is not None:
         with precision.forward_context():
             _check_training(task, data)
-    if task._measures.metrics is None:
-        task._measures.make(task.make_metrics(outputs), task.device)
+            rehearse(task, data)
+    task._measures.make(task.make_metrics(outputs), task.device)
+    task._measures.tried = data.plan or True
 
 
-def dtype_of(network: nn.Module) -> torch.dtype:
-    """Return the type of a network's floats."""
-    types = (parameter.dtype for parameter in network.parameters() if parameter.is_floating_point())
-    return next(types, torch.get_default_dtype())
+def outputs_of(task: "Task", data: DataModule, batch: MicroBatch, precision: Any) -> Any:
+    """Return the outputs for a batch that is on the device, without a graph and in evaluation mode.
 
-
-def _outputs(task: "Task", inputs: Any, precision: Any) -> Tensor:
-    modes = [(module, module.training) for module in task.modules()]
-    task.eval()
+    Raises:
+        ValueError: the network cannot take the data.
+    """
+    task._rehearses = data
     try:
-        with torch.no_grad(), precision.forward_context():
-            return task(inputs)
+        with kept_modes(task), torch.no_grad(), precision.forward_context():
+            task.eval()
+            return task._outputs(batch)
     except (RuntimeError, TypeError) as error:
         if isinstance(error, TypeError) and "argument" not in str(error):  # a fault within the network
             raise
         raise ValueError(
-            f"model.network {type(task.network).__name__} cannot take the data, whose inputs are {shape(inputs)} per "
-            f"example: {str(error).splitlines()[0]}"
+            f"model.network {type(task.network).__name__} cannot take the data, whose inputs are "
+            f"{shape(batch.inputs)} per example: {str(error).splitlines()[0]}"
         ) from error
     finally:
-        for module, training in modes:  # a part may be meant to stay in evaluation mode
-            module.training = training
+        task._rehearses = None
+
+
+REFUSED: dict[type[Callback], str] = {
+    GradientAccumulationScheduler: "cannot change a batch: write data.batch_size_schedule",
+    LearningRateFinder: "cannot run the exact step: leave it out; the command tune finds a learning rate",
+    BatchSizeFinder: "cannot run the exact step: leave it out; the command tune finds a batch size",
+}
+"""Callbacks of Lightning that do not work with a task, and what to do instead."""
+
+
+def _refuse_callbacks(task: "Task", callbacks: list[Callback]) -> None:
+    """Raise ValueError if a callback would not do what it says."""
+    for callback in callbacks:
+        for kind, remedy in REFUSED.items():
+            if isinstance(callback, kind):
+                raise ValueError(f"trainer.callbacks: {kind.__name__} {remedy}")
+        if isinstance(callback, StochasticWeightAveraging) and any(batchnorms(task.network)):
+            raise ValueError(
+                "trainer.callbacks: StochasticWeightAveraging leaves the statistics of batch norm as they are: write "
+                "batchwise.callbacks.ema.EMA, which averages them too"
+            )
 
 
 def _check_training(task: "Task", data: DataModule) -> None:
+    _refuse_callbacks(task, getattr(data.trainer, "callbacks", []))
     task._new_optimizer()
     task._rates.examples_in_all(data)
     first = data.examples("train", 32)
@@ -76,7 +105,7 @@ def _check_training(task: "Task", data: DataModule) -> None:
     plan, unit, trainer = data.plan, task._step.unit, data.trainer
     assert plan is not None
     if data.augment:
-        data.to_device(first, task.device, training=True)
+        on_device(task, data, first, training=True)
     if plan.unit % unit:
         raise ValueError(f"the plan keeps {plan.unit} examples together, but the network needs {unit}")
     frozen = [task.network.get_submodule(name) for name in task._tuning.frozen.norms]

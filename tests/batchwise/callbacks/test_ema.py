@@ -69,7 +69,7 @@ def test_a_step_that_the_scaler_skips_does_not_count() -> None:
         scaler.scale(weight.sum() * factor).backward()
         scaler.step(optimizer)
         scaler.update()
-        ema.on_train_batch_end(trainer, module, None, SimpleNamespace(size=5), 0)
+        ema.on_train_batch_end(trainer, module, None, SimpleNamespace(size=5), 0)  # type: ignore[arg-type]
         counted.append(ema.examples)
     assert counted == [5, 5, 10]
 

@@ -136,7 +136,7 @@ def test_the_peak_is_of_all_devices_in_the_precision_of_the_run(
     monkeypatch: pytest.MonkeyPatch, precision: str, dtype: torch.dtype
 ) -> None:
     monkeypatch.setattr(record, "get_available_flops", lambda device, asked: 3e12 if asked is dtype else None)
-    trainer = SimpleNamespace(precision=precision, world_size=4, strategy=SimpleNamespace(root_device=None))
+    trainer: Any = SimpleNamespace(precision=precision, world_size=4, strategy=SimpleNamespace(root_device=None))
     assert record.peak_flops(trainer) == 12e12
     trainer.precision = "transformer-engine"
     assert record.peak_flops(trainer) is None

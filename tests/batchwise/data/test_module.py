@@ -55,7 +55,7 @@ class Taken(Points):
 def fit(data: DataModule, **trainer: Any) -> tuple[Trainer, dict[str, Tensor]]:
     torch.manual_seed(0)
     task = Classification(MLP(4, 3, [8], dropout=0.2))
-    trained = Trainer(**QUIET, **{"max_epochs": 2, "accumulate_grad_batches": 2} | trainer)
+    trained = Trainer(**QUIET, **{"max_epochs": 2, "accumulate_grad_batches": 2} | trainer)  # type: ignore[arg-type]
     trained.fit(task, datamodule=data)
     trained.test(task, datamodule=data, verbose=False)
     return trained, task.state_dict()

@@ -69,6 +69,8 @@ def line_of_an_epoch(copy: Any) -> Path:
 @pytest.fixture
 def template(copy: Any) -> Any:
     """A repository of the template with two versions: this one, and one that changes, adds and removes."""
+    for patch in copy.root.glob("*.patch"):  # which an earlier upgrade of this project has left
+        patch.unlink()
     write(copy, **{"src/batchwise/models/old.py": "VALUE = 1\n", "docs/page.md": f"`python -m {copy.package} fit`\n"})
     copy.commit("this version")
     copy.git("tag", f"v{OLD}")

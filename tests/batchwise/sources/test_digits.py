@@ -1,3 +1,4 @@
+# pyright: reportOptionalSubscript=false, reportGeneralTypeIssues=false
 from copy import copy
 
 import pytest
@@ -41,7 +42,7 @@ def test_every_image_is_that_of_scikit_learn(source):
 
 @pytest.mark.parametrize("fractions", FRACTIONS)
 def test_the_splits_are_the_whole_and_do_not_overlap(fractions):
-    index = [index_of(Digits(*fractions), split) for split in SPLITS]
+    index = [index_of(Digits(val_fraction=fractions[0], test_fraction=fractions[1]), split) for split in SPLITS]
     assert sum(map(len, index)) == 1797
     assert torch.equal(torch.cat(index).sort().values, torch.arange(1797))
 
@@ -52,7 +53,7 @@ def test_sizes_by_default():
 
 @pytest.mark.parametrize("fractions", FRACTIONS)
 def test_each_split_has_each_digit_in_its_proportion(fractions, source):
-    data, classes = Digits(*fractions), source[1].bincount()
+    data, classes = Digits(val_fraction=fractions[0], test_fraction=fractions[1]), source[1].bincount()
     assert classes.tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
     for split, fraction in zip(SPLITS, (1 - sum(fractions), *fractions), strict=True):
         off = data.load(split)[1].bincount(minlength=10) - fraction * classes
@@ -101,13 +102,17 @@ def test_predict_is_the_test_split():
     assert [name for name, _ in data.loaded()] == ["predict", "train"]
 
 
-@pytest.mark.parametrize(
-    "fractions", [(0, 0.2), (0.2, 0), (-0.1, 0.2), (0.2, -0.1), (0.5, 0.5), (0.9, 0.2), (1, 0.1), (float("nan"), 0.1)]
-)
+@pytest.mark.parametrize("fractions", [(-0.1, 0.2), (0.2, -0.1), (0.5, 0.5), (0.9, 0.2), (1, 0.1), (float("nan"), 0.1)])
 def test_fractions_that_leave_nothing_are_refused(fractions):
-    message = f"val_fraction {fractions[0]} and data.test_fraction {fractions[1]} leave no training images: write two"
+    message = f"val_fraction {fractions[0]} and data.test_fraction {fractions[1]} leave no training examples: write two"
     with pytest.raises(ValueError, match=message):
-        Digits(*fractions)
+        Digits(val_fraction=fractions[0], test_fraction=fractions[1])
+
+
+def test_a_fraction_of_zero_makes_no_split():
+    data = Digits(val_fraction=0, test_fraction=0)
+    assert (data.load("val"), data.load("test")) == (None, None)
+    assert len(data.load("train")[1]) == 1797
 
 
 def test_a_split_without_images_is_refused():

@@ -138,7 +138,7 @@ def test_a_write_that_fails_leaves_nothing() -> None:
     ("arguments", "message"),
     [
         ({"sequence_length": 1}, "data.sequence_length is 1: write a number of tokens of at least 2"),
-        ({"val_fraction": 0.6, "test_fraction": 0.4}, "leave nothing to train on"),
+        ({"val_fraction": 0.6, "test_fraction": 0.4}, "leave no training examples"),
         ({"packing": "cut", "label_column": "label"}, "write packing: null"),
         ({"document_mask": True}, "data.document_mask is set, but sequences are not packed"),
     ],

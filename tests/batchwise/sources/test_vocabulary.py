@@ -16,7 +16,7 @@ def test_bytes_take_any_text() -> None:
 
 
 def test_characters_are_in_rising_order_and_others_are_one_token() -> None:
-    vocabulary = Characters.of(["banana", "cab🙂"])
+    vocabulary = Characters("nabc🙂")
     assert vocabulary.characters == "abcn🙂"
     assert vocabulary.size == 6
     assert vocabulary.encode("a🙂zn").tolist() == [0, 4, 5, 3]

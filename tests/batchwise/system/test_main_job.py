@@ -55,7 +55,7 @@ def test_predict_writes_one_row_per_example_in_order(trained: Result) -> None:
     assert result.code == 0, result.err
     with (trained.folder / "predictions.csv").open() as file:
         rows = list(csv.DictReader(file))
-    _, digits = Digits().load("test")
+    _, digits = Digits().load("test")  # type: ignore[misc]
     assert [int(row["example"]) for row in rows] == list(range(len(digits)))
     right = sum(int(row["predicted"]) == digit for row, digit in zip(rows, digits.tolist(), strict=True))
     assert right / len(digits) >= 0.96

@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,7 @@ def spy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (folder / "spy.py").write_text(SPY)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
+        import_module("spy")
         yield folder
     sys.modules.pop("spy", None)
 

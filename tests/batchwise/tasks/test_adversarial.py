@@ -164,7 +164,7 @@ def test_each_turn_draws_anew() -> None:
     class Draws(Game):
         def losses(self, batch: MicroBatch, player: str = "") -> Tensor:
             if self.training and place.current is not None:
-                keys.append(place.current.key)
+                keys.extend([place.current.key] * place.current.counts)
             return super().losses(batch, player)
 
     small.fit(Draws(Pair(), optimizer={"first": made(0.1), "second": made(0.1)}), max_epochs=1)
@@ -183,3 +183,16 @@ def test_each_turn_draws_anew() -> None:
 def test_players_that_do_not_fit_are_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Game(Pair(), **settings)
+
+
+def test_players_that_share_a_parameter_are_refused() -> None:
+    pair = Pair()
+    pair.second.bias = pair.first.bias
+    with pytest.raises(ValueError, match="the players first and second share a parameter"):
+        Game(pair, optimizer={"first": made(0.1), "second": made(0.1)})
+
+
+def test_rates_of_parts_of_a_player() -> None:
+    optimizers = {"first": made(0.1), "second": made(0.01)}
+    _, trainer = small.fit(Game(Pair(), optimizer=optimizers, lr_factors={"first.bias": 0.5}), max_epochs=1)
+    assert [group["lr"] for group in trainer.optimizers[0].param_groups] == pytest.approx([0.1, 0.05, 0.01])

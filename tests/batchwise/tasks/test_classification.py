@@ -37,7 +37,7 @@ def test_the_mean_is_by_weight_as_in_torch() -> None:
 
 def test_balanced_gives_each_class_the_same_weight_in_all() -> None:
     task = prepared("balanced", order=None)
-    counts = torch.bincount(Digits(batch_size=1).load("train")[1])
+    counts = torch.bincount(Digits(batch_size=1).load("train")[1])  # type: ignore[index]
     assert len(counts.unique()) > 1
     torch.testing.assert_close(task.weights * counts, torch.full((10,), 125.9))
 

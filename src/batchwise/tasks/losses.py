@@ -1,0 +1,29 @@
+"""What `losses` of a task may return."""
+
+from typing import Any
+
+from torch import Tensor
+
+Losses = Tensor | tuple[Tensor, Tensor]
+"""One loss per target, or the losses and their weights."""
+
+
+def checked(given: Any, examples: int, name: str) -> tuple[Tensor, Tensor | None]:
+    """Return losses and weights (None: all one).
+
+    Args:
+        given: what `losses` has returned.
+        examples: of the micro-batch.
+        name: of the task's class.
+
+    Raises:
+        ValueError: it is not one loss per target.
+    """
+    losses, weights = given if isinstance(given, tuple) else (given, None)
+    if not isinstance(losses, Tensor) or losses.ndim == 0 or len(losses) != examples:
+        what = f"the shape {list(losses.shape)}" if isinstance(losses, Tensor) else f"a {type(given).__name__}"
+        raise ValueError(
+            f"{name}.losses gave {what} for {examples} examples: return one loss per target (reduction='none'), with "
+            "the examples in the first dimension"
+        )
+    return losses, weights

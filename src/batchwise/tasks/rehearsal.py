@@ -1,0 +1,169 @@
+"""The losses of a few examples are computed whole, in parts and twice, before anything is trained."""
+
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from batchwise.batching.loader import MicroBatch
+from batchwise.data.module import DataModule
+from batchwise.models import place
+from batchwise.models.kept import kept_buffers, kept_modes
+from batchwise.models.norm import batchnorms
+from batchwise.tasks.memory import is_out_of_memory
+from batchwise.tasks.step import seed_generator
+
+if TYPE_CHECKING:
+    from batchwise.tasks.task import Task
+
+EXAMPLES = 6
+KEY = 1
+"""Stands for (seed, step) in the numbers that keyed layers draw."""
+
+
+def rehearse(task: "Task", data: DataModule) -> None:
+    """Compute the losses of the first training examples in training mode; change nothing.
+
+    It waits for another call if a hook that has not run yet must come first, or if memory is short, which training can
+    handle.
+
+    Raises:
+        ValueError: `losses` fails, or gives something else than one loss per target; or an example's loss depends on
+            the others in its micro-batch, and the plan cuts the batch; or a parameter has no gradient, which processes
+            that train together would wait for.
+    """
+    try:
+        with _as_it_was(task, data):
+            _rehearse(task, data)
+    except (AttributeError, TypeError, KeyError):
+        return
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    task._measures.rehearsed = True
+
+
+def _rehearse(task: "Task", data: DataModule) -> None:
+    plan = data.plan
+    assert plan is not None
+    batch, is_cut = data.examples("train", max(EXAMPLES, 2 * plan.unit)), plan.accumulation * plan.devices > 1
+    for player in task._players():
+        whole = _losses(task, data, batch, len(batch), player, 0)
+        if not _close(whole, _losses(task, data, batch, len(batch), player, 1)):
+            _warn_of_randomness(task)
+        elif not task._couples and is_cut:
+            half = max(1, len(batch) // 2 // plan.unit) * plan.unit
+            if not _close(whole, _losses(task, data, batch, half, player, 0)):
+                raise ValueError(
+                    f"{type(task).__name__}.losses gives an example another loss when other examples are in its "
+                    "micro-batch, so the result depends on how the batch is executed: write a task of "
+                    "batchwise.tasks.contrastive, or run each batch whole on one device (data.micro_batch_size null)"
+                )
+    _check_gradients(task, data, batch)
+
+
+@contextmanager
+def _as_it_was(task: "Task", data: DataModule) -> Iterator[None]:
+    """Restore modes, buffers, metrics and the generator afterwards. Batch norm looks at no other example."""
+    trainer, task._trainer, task._rehearses = task._trainer, data.trainer, data
+    devices = [task.device] if task.device.type == "cuda" else []
+    try:
+        with kept_modes(task), kept_buffers(task), torch.random.fork_rng(devices=devices):
+            for _, norm in batchnorms(task.network):
+                norm.eval()
+            yield
+    finally:
+        task._trainer, task._rehearses, place.current = trainer, None, None
+        for module in task.modules():
+            if isinstance(module, Metric):
+                module.reset()
+
+
+def _losses(task: "Task", data: DataModule, batch: MicroBatch, size: int, player: tuple[str, ...], seed: int) -> Tensor:
+    """Return the losses of all examples, weighted, [N, ...] flat, in micro-batches of a size."""
+    found = []
+    # It is cut on the device, because an augmentation may mix examples, which the plan then keeps together.
+    for part in _on_device(task, data, batch).split(size):
+        seed_generator(task.device, seed + part.position)
+        with torch.no_grad():
+            losses, weights = _call(task, part, player)
+        found.append((losses if weights is None else losses * weights).double().cpu().flatten())
+    return torch.cat(found)
+
+
+def _on_device(task: "Task", data: DataModule, batch: MicroBatch) -> MicroBatch:
+    copy = replace(batch._map(torch.clone), key=KEY)  # because a transform may work in place
+    place.current = place.Place(KEY, 0, False, len(batch))
+    return on_device(task, data, copy, training=True)
+
+
+def on_device(task: "Task", data: DataModule, batch: MicroBatch, training: bool) -> MicroBatch:
+    """Return a micro-batch on the device of a task. Without a trainer, its floats are of the type of the network's."""
+    moved = data.to_device(batch, task.device, training)
+    return moved.cast(dtype_of(task.network)) if data.trainer is None else moved
+
+
+def dtype_of(network: nn.Module) -> torch.dtype:
+    """Return the type of a network's floats."""
+    types = (parameter.dtype for parameter in network.parameters() if parameter.is_floating_point())
+    return next(types, torch.get_default_dtype())
+
+
+def _call(task: "Task", part: MicroBatch, player: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
+    place.current = place.Place(KEY, part.position, False, len(part))
+    try:
+        return task._checked_losses(part, *player)
+    except (RuntimeError, IndexError) as error:
+        if is_out_of_memory(error):
+            raise
+        frames = [one for one in traceback.extract_tb(error.__traceback__) if "site-packages" not in one.filename]
+        raise ValueError(
+            f"{type(task).__name__}.losses fails on the first examples: "
+            f"{(str(error) or type(error).__name__).splitlines()[0]} "
+            f"({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
+        ) from error
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    """Return whether losses are equal but for the rounding of other micro-batches."""
+    if one.shape != other.shape:
+        return False
+    half = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+    rounding = 0.05 if half or torch.get_default_dtype().itemsize < 4 else 1e-4
+    usual = float(one.abs().nan_to_num().mean())
+    return torch.allclose(one, other, rtol=rounding, atol=rounding * usual + 1e-12, equal_nan=True)
+
+
+def _warn_of_randomness(task: "Task") -> None:
+    layers = [name for name, module in task.named_modules() if isinstance(module, nn.modules.dropout._DropoutNd)]
+    source = f"layers such as {', '.join(layers[:3])} draw" if layers else "losses, or the network, draws"
+    remedy = "model.exact_dropout true" if layers else "batch.rand and batch.randn, or batchwise.models.dropout.Dropout"
+    warnings.warn(
+        f"{source} random numbers that depend on how the batch is executed (micro-batches, devices): write {remedy}",
+        stacklevel=2,
+    )
+
+
+def _check_gradients(task: "Task", data: DataModule, batch: MicroBatch) -> None:
+    """Raise ValueError where processes would wait for the gradient of a parameter that has none."""
+    strategy: Any = getattr(data.trainer, "strategy", None)
+    waits = isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters")
+    if not waits or task._couples or task._players() != [()]:
+        return
+    losses, _ = _call(task, _on_device(task, data, batch), ())
+    learning = {name: parameter for name, parameter in task.named_parameters() if parameter.requires_grad}
+    found = torch.autograd.grad(losses.sum(), list(learning.values()), allow_unused=True)
+    unused = [name for name, gradient in zip(learning, found, strict=True) if gradient is None]
+    if unused:
+        raise ValueError(
+            f"{len(unused)} parameter(s) had no gradient in the first examples, such as {unused[0]}, and processes "
+            "that train together wait for it: write trainer.strategy ddp_find_unused_parameters_true, or model.freeze"
+        )

@@ -1,0 +1,184 @@
+"""The losses of a few examples are computed before training: planted faults are named, right tasks are left alone."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small import Classify, Points, adamw, fit, furthest, network, trainer
+from torch import Tensor, nn
+
+from batchwise import MicroBatch, Task
+
+
+def torch_network() -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.3), nn.Tanh(), nn.Linear(8, 3)).double()
+
+
+class Functional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 3).double()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return F.dropout(self.layer(inputs), 0.3, self.training)
+
+
+def made(losses: Callable[[Task, MicroBatch], Any], net: Callable[[], nn.Module] = network, **settings: Any) -> Task:
+    """A task with these losses."""
+    return type("Own", (Classify,), {"losses": losses})(net(), optimizer=adamw, **settings)
+
+
+def each(task: Task, batch: MicroBatch) -> Tensor:
+    return F.cross_entropy(task(batch.inputs), batch.targets, reduction="none")
+
+
+def coupled(task: Task, batch: MicroBatch) -> Tensor:
+    embedded = F.normalize(task(batch.inputs), dim=1)
+    return F.cross_entropy(embedded @ embedded.T, torch.arange(len(batch)), reduction="none")
+
+
+def noisy(task: Task, batch: MicroBatch) -> Tensor:
+    return F.cross_entropy(task(batch.inputs + torch.randn_like(batch.inputs)), batch.targets, reduction="none")
+
+
+FAULTS = {
+    "coupled": (coupled, network, "another loss when other examples are in its micro-batch"),
+    "a mean": (lambda task, batch: each(task, batch).mean(), network, r"the shape \[\] for 6 examples"),
+    "a mean of one": (lambda task, batch: each(task, batch).mean()[None], network, r"the shape \[1\] for 6 examples"),
+    "a dict": (lambda task, batch: {"loss": each(task, batch)}, network, "a dict for 6 examples"),
+    "nothing": (lambda task, batch: None, network, "a NoneType for 6 examples"),
+    "classes first": (lambda task, batch: task(batch.inputs).T, network, r"the shape \[3, 6\] for 6 examples"),
+    "wrong targets": (
+        lambda task, batch: F.cross_entropy(task(batch.inputs), batch.targets + 7, reduction="none"),
+        network,
+        r"losses fails on the first examples: Target . is out of bounds.*test_rehearsal.py, line \d+",
+    ),
+}
+RANDOM = {
+    "nn.Dropout": (each, torch_network, "layers such as network.1 draw.*model.exact_dropout true"),
+    "F.dropout": (each, Functional, r"losses, or the network, draws.*batch\.rand"),
+    "randn_like": (noisy, network, r"losses, or the network, draws.*batch\.rand"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_named(fault: str) -> None:
+    losses, net, message = FAULTS[fault]
+    task = made(losses, net)
+    with pytest.raises(ValueError, match=message):
+        fit(task, Points(micro_batch_size=5))
+
+
+@pytest.mark.parametrize("fault", RANDOM)
+def test_random_numbers_without_a_key_are_named(fault: str) -> None:
+    losses, net, message = RANDOM[fault]
+    with pytest.warns(UserWarning, match=message):
+        fit(made(losses, net), Points(), max_steps=1)
+
+
+def test_a_whole_batch_on_one_device_may_couple() -> None:
+    fit(made(coupled), Points(), max_steps=1)
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        each,
+        lambda task, batch: (each(task, batch), torch.ones(len(batch))),
+        lambda task, batch: task(batch.inputs + batch.randn("noise", 5)).square(),
+    ],
+)
+def test_right_tasks_are_left_alone(losses: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "losses|layers")
+        fit(made(losses), Points(micro_batch_size=4), max_steps=1)
+
+
+def test_a_transform_may_work_in_place() -> None:
+    class Halved(Points):
+        def transform(self, batch: MicroBatch, training: bool) -> MicroBatch:
+            batch.inputs.mul_(0.5)
+            return batch
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "losses|layers")
+        fit(made(each), Halved(micro_batch_size=4), max_steps=1)
+
+
+def test_it_changes_nothing() -> None:
+    """The same training with and without it, with batch norm and a generator of the user's."""
+
+    def net() -> nn.Module:
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)).double()
+
+    class Waits(Classify):
+        def losses(self, batch: MicroBatch) -> Tensor:
+            if self._rehearses is not None and waits:
+                raise AttributeError
+            return super().losses(batch)
+
+    waits = False
+    first, _ = fit(Waits(net(), optimizer=adamw))
+    waits = True
+    second, _ = fit(Waits(net(), optimizer=adamw))
+    assert furthest(first, second) == 0
+
+
+def test_a_parameter_without_a_gradient_is_named_before_processes_wait_for_it() -> None:
+    class Spare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.spare = nn.Linear(5, 3).double(), nn.Linear(5, 3).double()
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.used(inputs)
+
+    def prepare(strategy: str) -> None:
+        data = Points()
+        data.attach(trainer(strategy=strategy, devices=1), 1)
+        data.setup("fit")
+        made(each, Spare).prepare(data, "train")
+
+    prepare("auto")
+    prepare("ddp_find_unused_parameters_true")
+    with pytest.raises(ValueError, match=r"2 parameter\(s\) had no gradient.*network\.spare\.weight.*find_unused"):
+        prepare("ddp")
+
+
+def test_exact_dropout() -> None:
+    whole = fit(made(each, torch_network, exact_dropout=True))[0]
+    parts = fit(made(each, torch_network, exact_dropout=True), Points(micro_batch_size=3))[0]
+    assert furthest(whole, parts) < 1e-12
+    assert furthest(whole, fit(made(each, torch_network))[0]) > 1e-3
+    with pytest.raises(ValueError, match="exact_dropout is true, but the network has no dropout layer"):
+        made(each, lambda: nn.Linear(5, 3), exact_dropout=True)
+
+
+def test_channels_are_dropped_whole() -> None:
+    layer = nn.Sequential(nn.Dropout2d(0.5))
+    from batchwise.models.dropout import convert_dropout
+
+    assert convert_dropout(layer) == 1
+    torch.manual_seed(0)
+    dropped = layer(torch.ones(64, 8, 3, 3))
+    assert set(dropped.flatten(2).unique(dim=2).shape[2:]) <= {1, 2}
+    per_channel = dropped.flatten(2)
+    assert (per_channel == per_channel[..., :1]).all()
+    assert 0.4 < (per_channel[..., 0] == 2).float().mean() < 0.6
+
+
+def test_it_costs_as_much_as_two_micro_batches() -> None:
+    """Counted, not timed: examples that go through the network."""
+    seen = []
+
+    def counting(task: Task, batch: MicroBatch) -> Tensor:
+        seen.append(len(batch) if task._rehearses is not None else 0)
+        return each(task, batch)
+
+    fit(made(counting), Points(micro_batch_size=5), max_steps=1)
+    assert sum(seen) == 18
