@@ -3,9 +3,8 @@
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from hashlib import blake2b
 from itertools import chain, pairwise
-from math import ceil, pi, prod
+from math import ceil, prod
 from time import perf_counter
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from batchwise.batching.fetch import DataError, Example, Fetch, Request
 from batchwise.batching.order import Order
 from batchwise.batching.plan import BatchPlan, Part, cut
-from batchwise.batching.random import mix, uniform
+from batchwise.batching.random import keyed, mix
 from batchwise.batching.structure import on_tensors, part, pick, tensors
 from batchwise.batching.tokens import SequencePlan
 
@@ -54,18 +53,17 @@ class MicroBatch:
         In training they are a function of seed, step, position in the batch and `name`; in evaluation of example and
         `name`. So they are the same in any micro-batches, on any devices and after any resume.
         """
-        where = torch.arange(self.position, self.position + len(self)) if self.key else self.index
-        keys = mix(self.key, int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "big"), where)
-        numbers = uniform(keys[:, None], torch.arange(prod(shape)))
-        return numbers.view(-1, *shape).to(self._device(), torch.get_default_dtype())
+        return self._drawn(name, shape, False)
 
     def randn(self, name: str, *shape: int) -> Tensor:
         """Return numbers of the standard normal distribution, [N, *shape], drawn as those of `rand`."""
-        halves = self.rand(name, 2, *shape).double()  # Box and Muller 1958; the logarithm is of a number above 0
-        return ((-2 * (1 - halves[:, 0]).log()).sqrt() * (2 * pi * halves[:, 1]).cos()).to(torch.get_default_dtype())
+        return self._drawn(name, shape, True)
 
-    def _device(self) -> torch.device:
-        return next((tensor.device for tensor in tensors((self.inputs, self.targets))), torch.device("cpu"))
+    def _drawn(self, name: str, shape: tuple[int, ...], normal: bool) -> Tensor:
+        where = torch.arange(self.position, self.position + len(self)) if self.key else self.index
+        drawn = keyed(self.key, name, where, prod(shape), normal, torch.get_default_dtype())
+        device = next((tensor.device for tensor in tensors((self.inputs, self.targets))), drawn.device)
+        return drawn.view(len(self), *shape).to(device)
 
     def to(self, device: torch.device) -> "MicroBatch":
         """Return the micro-batch with its tensors on `device`. `index` stays on the host."""

@@ -189,7 +189,8 @@ def augment(
             alone = not step.for_images or step.in_pairs  # it takes all of the inputs
             whole = batch.inputs if isinstance(batch.inputs, Tensor) else None
             if (image is None and step.for_images) or (whole is None and alone):
-                raise ValueError(f"{type(step).__name__} takes images [N, C, H, W], but the inputs are {_said(batch)}")
+                what = "images [N, C, H, W]" if step.for_images else "one tensor"
+                raise ValueError(f"{type(step).__name__} takes {what}, but the inputs are {_said(batch)}")
             nth = 0 if order.once else batch.position + torch.arange(len(batch))
             draws = Draws(key, batch.epoch, batch.index, nth, order.copies)
             if whole is not None or isinstance(step, Geometric):

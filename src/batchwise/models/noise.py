@@ -1,13 +1,12 @@
 """Noise inside a network that does not depend on how the batch is executed."""
 
 from collections.abc import Callable
-from hashlib import blake2b
-from math import pi
+from math import prod
 
 import torch
 from torch import Tensor
 
-from batchwise.batching.random import mix, uniform
+from batchwise.batching.random import keyed
 from batchwise.models import place
 
 
@@ -15,8 +14,8 @@ def rand_like(values: Tensor, name: str) -> Tensor:
     """Return uniform numbers in [0, 1), shaped like `values`, [N, ...], with one row per example.
 
     In training, the numbers of an example are a function of (seed, step, position of the example in the global batch,
-    `name`). So they are the same on any device, in any micro-batch and after any resume. Outside a training step they
-    are those of `torch.rand_like`.
+    `name`), as those of `MicroBatch.rand`. So they are the same on any device, in any micro-batch and after any resume.
+    Outside a training step they are those of `torch.rand_like`.
 
     Args:
         values: floats with the examples of the micro-batch in the first dimension. Type and device are taken from it.
@@ -36,16 +35,9 @@ def _numbers(values: Tensor, name: str, normal: bool) -> Tensor:
     key, first, *_ = place.current
     # A device without float64 gets its numbers from the host, so that they are the same.
     device = torch.device("cpu") if values.device.type == "mps" else values.device
-    salt = int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "big")
-    examples = mix(key, salt, torch.arange(first, first + len(values), device=device))
-    each = values[0].numel() if len(values) else 0
-    draws = uniform(examples[:, None], torch.arange(each * (1 + normal), device=device))
-    if normal:
-        radius, angle = draws[:, :each], draws[:, each:]  # Box and Muller 1958; the logarithm is of a number above 0
-        draws = (-2 * (1 - radius).log()).sqrt() * (2 * pi * angle).cos()
-    else:
-        draws = draws.clamp_max(1 - torch.finfo(values.dtype).eps / 2)  # which no type rounds to 1
-    return draws.view(values.shape).to(values)
+    where = torch.arange(first, first + len(values), device=device)
+    drawn = keyed(key, name, where, prod(values.shape[1:]), normal, values.dtype)
+    return drawn.view(values.shape).to(values.device)
 
 
 # A compiler must not look into it, because the place changes at each step.

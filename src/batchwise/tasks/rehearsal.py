@@ -145,7 +145,8 @@ def _close(one: Tensor, other: Tensor) -> bool:
 def _warn_of_randomness(task: "Task") -> None:
     layers = [name for name, module in task.named_modules() if isinstance(module, nn.modules.dropout._DropoutNd)]
     source = f"layers such as {', '.join(layers[:3])} draw" if layers else "losses, or the network, draws"
-    remedy = "model.exact_dropout true" if layers else "batch.rand and batch.randn, or batchwise.models.dropout.Dropout"
+    ours = "batch.rand and batch.randn; in the network batchwise.models.noise, or batchwise.models.dropout.Dropout"
+    remedy = "model.exact_dropout true" if layers else ours
     warnings.warn(
         f"{source} random numbers that depend on how the batch is executed (micro-batches, devices): write {remedy}",
         stacklevel=2,

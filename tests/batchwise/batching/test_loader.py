@@ -311,3 +311,16 @@ def test_random_numbers_have_their_distributions() -> None:
     assert normal.var().item() == pytest.approx(1, abs=4 * (2 / 200_000) ** 0.5)
     assert (normal**4).mean().item() == pytest.approx(3, abs=4 * (96 / 200_000) ** 0.5)
     assert torch.corrcoef(torch.stack([uniform, normal]))[0, 1].abs() < 4 / 200_000**0.5
+
+
+def test_random_numbers_of_half_precision_are_below_one_and_finite() -> None:
+    """In the steps of a training in bf16-true, what is close to 1 would become 1, of which there is no logarithm."""
+    batch = MicroBatch(torch.zeros(1), None, torch.arange(20_000), key=7)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        uniform, normal = batch.rand("u"), batch.randn("u")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert uniform.dtype == normal.dtype == torch.bfloat16
+    assert uniform.max() < 1
+    assert normal.isfinite().all()

@@ -5,6 +5,7 @@ import torch
 from small import Classify, Points, adamw, fit, furthest, network
 from torch import Tensor, nn
 
+from batchwise import MicroBatch
 from batchwise.models import noise, place
 
 
@@ -72,6 +73,14 @@ def test_the_distributions(at):
         ):  # neighbours know nothing of another
             correlation = (one * other).mean() / drawn.var()
             assert abs(correlation) < 4 / one.numel() ** 0.5
+
+
+def test_a_network_draws_as_the_micro_batch_does(at):
+    """From one source; so in two places they need two names."""
+    batch = MicroBatch(torch.zeros(6, 4), None, torch.arange(6), position=10, key=7)
+    at(7, 10)
+    assert torch.equal(batch.randn("z", 4), noise.randn_like(batch.inputs, "z"))
+    assert torch.equal(batch.rand("z", 4), noise.rand_like(batch.inputs, "z"))
 
 
 def test_outside_training_it_is_plain():
