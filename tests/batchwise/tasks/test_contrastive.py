@@ -15,7 +15,7 @@ from helpers import CSV, TWO, Result, run_here, run_process
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from batchwise import MicroBatch
+from batchwise import DataModule, MicroBatch
 from batchwise.batching.fetch import InMemory, Read, Request, gather
 from batchwise.batching.random import mix
 from batchwise.batching.schedule import Milestones
@@ -549,7 +549,7 @@ def test_embeddings_are_predicted() -> None:
 # What is refused
 
 
-def refused(task: Contrastive, data: small.Points | None = None, **settings: Any) -> str:
+def refused(task: Contrastive, data: DataModule | None = None, **settings: Any) -> str:
     with pytest.raises(ValueError) as caught:  # noqa: PT011 (the test looks at the words)
         small.fit(task, data, **settings)
     return str(caught.value)
@@ -632,7 +632,7 @@ def test_views_of_what_is_no_image_or_of_mixtures_are_refused() -> None:
     )
     masks = WithMasks(classes=[3, 8], batch_size=100, augment=[Views([ShiftCrop(1)])])
     assert refused(Contrastive(ConvNet(num_classes=4, channels=[4]).double(), SupCon(supervised=False)), masks) == (
-        "Views moves each view in its own way, but targets [32, 8, 8] has places: leave it out"
+        "Views moves each view in its own way, but targets [4, 8, 8] has places: leave it out"
     )
     with pytest.raises(ValueError, match=r"Views.steps has MixUp, which mixes examples: leave it out"):
         Views([MixUp()])
