@@ -51,7 +51,7 @@ def uniform(key: int | Tensor, counters: Tensor) -> Tensor:
     return (mix(key, counters) >> 10).to(torch.float64) * 2.0**-53
 
 
-def keyed(key: int, name: str, examples: Tensor, count: int, normal: bool, dtype: torch.dtype) -> Tensor:
+def keyed(key: int | Tensor, name: str, examples: Tensor, count: int, normal: bool, dtype: torch.dtype) -> Tensor:
     """Return random numbers for examples, [N, count], on their device: a function of key, name and example.
 
     Args:

@@ -35,7 +35,7 @@ def _numbers(values: Tensor, name: str, normal: bool) -> Tensor:
     key, first, *_ = place.current
     # A device without float64 gets its numbers from the host, so that they are the same.
     device = torch.device("cpu") if values.device.type == "mps" else values.device
-    where = torch.arange(first, first + len(values), device=device)
+    where = first + torch.arange(len(values), device=device)
     drawn = keyed(key, name, where, prod(values.shape[1:]), normal, values.dtype)
     return drawn.view(values.shape).to(values.device)
 
