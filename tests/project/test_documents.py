@@ -173,13 +173,15 @@ def test_readme_shows_what_the_first_command_prints(first_run: tuple) -> None:
 
 
 @pytest.mark.usefixtures("own_files")
-def test_readme_task_learns(run: Callable, project: str) -> None:
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "64-true"])
+def test_readme_task_learns(run: Callable, project: str, precision: str) -> None:
     """The two classes of README together: the number of the kind of a flower, as a number."""
     result = run(
         "fit", "--data", f"{project}.flowers.Flowers", "--data.batch_size", 16, "--model", f"{project}.price.Price",
         "--model.network", f"{project}.model.Network", "--model.network.in_features", 4,
         "--model.network.num_classes", 1, "--model.optimizer.lr", 0.01, "--trainer.max_epochs", 10,
         "--trainer.accelerator", "cpu", "--trainer.logger", "false",
+        "--trainer.precision", precision,
     )  # fmt: skip
     assert result.code == 0, result.err
     losses = [float(loss) for loss in re.findall(r"val/loss ([\d.]+)", result.out)]

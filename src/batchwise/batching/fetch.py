@@ -4,13 +4,15 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from time import perf_counter
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+
+from batchwise.batching.structure import named, rebuild, tensors
 
 Example = tuple[Any, ...]
 """The fields of a micro-batch: inputs first, targets last; only inputs where there are no targets."""
@@ -94,6 +96,8 @@ def as_tensor(field: Tensor | np.ndarray) -> Tensor:
     """Return a tensor that shares the memory of an array."""
     with warnings.catch_warnings():  # about files that are mapped for reading only: nothing here writes to them
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        if isinstance(field, np.ndarray) and any(stride < 0 for stride in field.strides):
+            field = field.copy()  # torch has no negative strides
         return torch.as_tensor(field)
 
 
@@ -112,7 +116,66 @@ def gather(field: Tensor | Rows, index: Tensor, pinned: bool = False) -> Tensor:
     if pinned:
         out = torch.empty(len(index), *field.shape[1:], dtype=field.dtype, pin_memory=True)
         return torch.index_select(field, 0, index, out=out)
-    return field.index_select(0, index.to(field.device))
+    return field.index_select(0, index if index.device == field.device else index.to(field.device, non_blocking=True))
+
+
+def select(field: Any, index: Tensor, pinned: bool = False) -> Any:
+    """Return the examples `index`, int64 [N], of a field: what `gather` takes, nested, and lists."""
+    if isinstance(field, Tensor):
+        return gather(field, index, pinned)
+    return rebuild(
+        field, lambda leaf: gather(leaf, index, pinned), lambda values: [values[place] for place in index.tolist()]
+    )
+
+
+def bytes_of(leaf: Any) -> int:
+    """Return the bytes that a leaf takes. Those of a view are those of the memory that it looks at."""
+    return min(leaf.nbytes, leaf.untyped_storage().nbytes()) if isinstance(leaf, Tensor) else getattr(leaf, "nbytes", 0)
+
+
+def _parts(field: Any) -> list[Any]:
+    """Return all leaves, also those within lists."""
+    found: list[Any] = []
+    rebuild(field, found.append)
+    return found
+
+
+def _is_mapped(leaf: Any) -> bool:
+    if getattr(leaf, "mapped", False):
+        return True
+    while leaf is not None and not isinstance(leaf, np.memmap):  # a view of a memory map is none
+        leaf = getattr(leaf, "base", None)
+    return leaf is not None
+
+
+def _as_field(leaf: Any) -> Any:
+    if isinstance(leaf, Rows):
+        return leaf
+    if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "OUS":  # text, or arrays of unequal shapes
+        return _as_values(list(leaf))
+    if not isinstance(leaf, Tensor | np.ndarray) or leaf.ndim == 0:
+        raise ValueError(
+            f"load gave a {type(leaf).__name__} among inputs and targets: write tensors or arrays with the examples "
+            "in the first dimension, dicts or tuples of them, or a list with one value per example"
+        )
+    return as_tensor(leaf)
+
+
+def _as_values(values: list[Any]) -> Any:
+    if values and all(isinstance(value, int | float | np.number) for value in values):
+        return torch.tensor(values)
+    return rebuild(values, lambda leaf: as_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf)
+
+
+def on_device(leaf: Any, device: torch.device) -> Any:
+    """Return a leaf on a device. A view stays one."""
+    if not isinstance(leaf, Tensor):
+        return leaf.to(device) if isinstance(leaf, Rows) else leaf
+    storage = leaf.untyped_storage()
+    if storage.nbytes() >= leaf.nbytes:
+        return leaf.to(device)
+    whole = leaf.as_strided((storage.nbytes() // leaf.itemsize,), (1,), 0)
+    return whole.to(device).as_strided(leaf.shape, leaf.stride(), leaf.storage_offset())
 
 
 _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
@@ -120,27 +183,30 @@ _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: t
 
 
 class InMemory:
-    """Tensors [N, ...] with one row per example, in memory or in memory-mapped files.
+    """Tensors [N, ...] with one row per example, in memory or in memory-mapped files. A view is read as a view.
 
     Args:
-        fields: inputs first, targets last.
+        fields: inputs first, targets last: tensors or arrays, dicts or tuples of them, or lists of one value per
+            example.
         pinned: return pinned memory, from which a GPU copies while the host goes on.
 
     Raises:
-        ValueError: the tensors differ in length.
+        ValueError: the tensors differ in length, or something is no tensor.
     """
 
-    def __init__(self, fields: Sequence[Tensor | np.ndarray | Rows], pinned: bool = False) -> None:
-        self.mapped = any(isinstance(field, np.memmap) or getattr(field, "mapped", False) for field in fields)
-        self.fields = tuple(field if isinstance(field, Rows) else as_tensor(field) for field in fields)
+    def __init__(self, fields: Sequence[Any], pinned: bool = False) -> None:
+        self.mapped = any(map(_is_mapped, chain.from_iterable(map(_parts, fields))))
+        self.fields = tuple(rebuild(field, _as_field, _as_values) for field in fields)
         self.pinned = pinned
-        self.device = next((field.device for field in self.fields if isinstance(field, Tensor)), torch.device("cpu"))
-        lengths = [len(field) for field in self.fields]
+        self.home = next((leaf.device for leaf in tensors(self.fields)), torch.device("cpu"))
+        self.has_lists = any(isinstance(leaf, list) for _, leaf in named(self.fields))
+        lengths = [len(leaf) for _, leaf in named(self.fields)]
         if len(set(lengths)) != 1:
             raise ValueError(f"inputs and targets differ in length: {' and '.join(map(str, lengths))} examples")
+        self.length = lengths[0]
 
     def __len__(self) -> int:
-        return len(self.fields[0])
+        return self.length
 
     def __str__(self) -> str:
         """Return how the data is fed, for the plan's table."""
@@ -148,15 +214,15 @@ class InMemory:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all examples."""
-        return sum(field.nbytes for field in self.fields)
+        """Bytes of all examples. A view, such as overlapping windows, takes those of the memory that it looks at."""
+        return sum(map(bytes_of, chain.from_iterable(map(_parts, self.fields))))
 
     def on(self, device: torch.device, share: float) -> "InMemory":
         """Return what feeds `device`: a copy on it if that takes at most `share` of its free memory, else pinned."""
         if device.type != "cuda":
             return self
         if self.nbytes <= share * torch.cuda.mem_get_info(device)[0]:
-            return InMemory([field.to(device) for field in self.fields])
+            return InMemory([rebuild(field, lambda leaf: on_device(leaf, device)) for field in self.fields])
         pinned = InMemory(self.fields, pinned=True)
         pinned.mapped = self.mapped
         return pinned
@@ -167,16 +233,16 @@ class InMemory:
         return _read_ahead(self._read, indices, self.pinned) if self.pinned or self.mapped else map(self._read, indices)
 
     def _split(self, request: Request) -> Sequence[Tensor]:
-        """Return the examples of each micro-batch, on the device of the fields."""
+        """Return the examples of each micro-batch, where the fields are."""
         index = request.index
         if len(index) and (int(index.min()) < 0 or int(index.max()) >= len(self)):
             raise IndexError(f"examples {int(index.min())} to {int(index.max())} were asked for, of {len(self)}")
-        if self.device.type != "cpu":
-            index = index.to(self.device, non_blocking=True)
+        if self.home.type == "cuda" and not self.has_lists:
+            index = index.to(self.home, non_blocking=True)  # once for all fields
         return index.split_with_sizes(request.sizes)
 
     def _read(self, index: Tensor) -> Read:
-        return tuple(gather(field, index, self.pinned) for field in self.fields), None
+        return tuple(select(field, index, self.pinned) for field in self.fields), None
 
 
 def _read_ahead(read: Callable[[Tensor], Read], indices: Iterator[Tensor], slow: bool) -> Iterator[Read]:
@@ -195,7 +261,7 @@ def _read_ahead(read: Callable[[Tensor], Read], indices: Iterator[Tensor], slow:
             return
         start = perf_counter()
         made = read(index)
-        slow = perf_counter() - start > _SLOW + sum(field.nbytes for field in made[0]) / _DISK
+        slow = perf_counter() - start > _SLOW + sum(leaf.nbytes for leaf in tensors(made[0])) / _DISK
         yield made
     reads, thread = map(read, indices), ThreadPoolExecutor(1)
     try:
@@ -212,15 +278,23 @@ _AHEAD = 4  # micro-batches
 
 
 def make_fetch(
-    source: Fetch | Dataset | Sequence[Tensor | np.ndarray | Rows], num_workers: int = 0, max_unreadable: int = 0
+    source: Any, num_workers: int = 0, max_unreadable: int = 0, collate: Callable[[list], Any] | None = None
 ) -> Fetch:
-    """Return a way to read `source`: tensors and arrays are gathered, a map-style data set is read by workers."""
+    """Return a way to read `source`: tensors and arrays are gathered, a map-style data set is read by workers.
+
+    Raises:
+        ValueError: it is nothing of which each example can be read by its number.
+    """
     from batchwise.batching.workers import Workers  # here, because workers need the names above
 
-    if isinstance(source, Tensor | np.ndarray):
+    if isinstance(source, Tensor | np.ndarray | dict):
         return InMemory((source,))
-    if isinstance(source, tuple | list) and all(isinstance(field, Tensor | np.ndarray | Rows) for field in source):
+    if isinstance(source, tuple):
         return InMemory(source)
-    if hasattr(source, "stream"):
-        return source  # type: ignore[return-value]
-    return Workers(source, num_workers, max_unreadable)  # type: ignore[arg-type]
+    dataset: Any = source
+    if isinstance(source, list) and source and all(isinstance(item, Tensor | np.ndarray | Rows) for item in source):
+        raise ValueError(
+            f"load gave a list of {len(source)} tensors: return a tuple of inputs and targets; one tensor per example "
+            "is (list,), or (list, targets)"
+        )
+    return dataset if hasattr(dataset, "stream") else Workers(dataset, num_workers, max_unreadable, collate)

@@ -3,9 +3,8 @@
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from hashlib import blake2b
 from itertools import chain, pairwise
-from math import ceil, pi, prod
+from math import ceil, prod
 from time import perf_counter
 from typing import Any
 
@@ -15,7 +14,8 @@ from torch import Tensor
 from batchwise.batching.fetch import DataError, Example, Fetch, Request
 from batchwise.batching.order import Order
 from batchwise.batching.plan import BatchPlan, Part, cut
-from batchwise.batching.random import mix, uniform
+from batchwise.batching.random import keyed, mix
+from batchwise.batching.structure import on_tensors, part, pick, tensors
 from batchwise.batching.tokens import SequencePlan
 
 
@@ -24,8 +24,9 @@ class MicroBatch:
     """Examples that go through the network together: one micro-batch.
 
     Args:
-        inputs: what the network takes, [N, ...]; a tuple of such where the data has several inputs.
-        targets: [N, ...], or None where there are none.
+        inputs: what the network takes, [N, ...]; a tuple or a dict of such where the data has several inputs. A list
+            holds one value per example.
+        targets: [N, ...] or nested in the same way, or None where there are none.
         index: numbers of the examples within their split, int64 [N], on the host.
         weights: factors of the examples' losses, [N]; None: all one.
         position: position of the first example in the batch.
@@ -52,55 +53,53 @@ class MicroBatch:
         In training they are a function of seed, step, position in the batch and `name`; in evaluation of example and
         `name`. So they are the same in any micro-batches, on any devices and after any resume.
         """
-        device = self._device()
-        home = torch.device("cpu") if device.type == "mps" else device  # which has no float64
-        in_training = isinstance(self.key, Tensor) or self.key != 0
-        where = self.position + torch.arange(len(self), device=home) if in_training else self.index.to(home)
-        keys = mix(self.key, int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "big"), where)
-        numbers = uniform(keys[:, None], torch.arange(prod(shape), device=home))
-        return numbers.view(-1, *shape).to(device, torch.get_default_dtype())
+        return self._drawn(name, shape, False)
 
     def randn(self, name: str, *shape: int) -> Tensor:
         """Return numbers of the standard normal distribution, [N, *shape], drawn as those of `rand`."""
-        halves = self.rand(name, 2, *shape).double()  # Box and Muller 1958; the logarithm is of a number above 0
-        return ((-2 * (1 - halves[:, 0]).log()).sqrt() * (2 * pi * halves[:, 1]).cos()).to(torch.get_default_dtype())
+        return self._drawn(name, shape, True)
 
-    def _device(self) -> torch.device:
-        found: list[torch.device] = [torch.device("cpu")]
-        self._map(lambda tensor: found.append(tensor.device) or tensor)
-        return found[-1]
+    def _drawn(self, name: str, shape: tuple[int, ...], normal: bool) -> Tensor:
+        device = next((tensor.device for tensor in tensors((self.inputs, self.targets))), torch.device("cpu"))
+        home = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+        in_training = isinstance(self.key, Tensor) or self.key != 0
+        where = self.position + torch.arange(len(self), device=home) if in_training else self.index.to(home)
+        drawn = keyed(self.key, name, where, prod(shape), normal, torch.get_default_dtype())
+        return drawn.view(len(self), *shape).to(device)
 
-    def to(self, device: torch.device, convert: Callable[[Tensor], Tensor] | None = None) -> "MicroBatch":
-        """Return the micro-batch with its tensors on `device`, converted. `index` stays on the host."""
-        moved = self._map(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
-        return moved if convert is None else moved._map(convert)
+    def to(self, device: torch.device) -> "MicroBatch":
+        """Return the micro-batch with its tensors on `device`. `index` stays on the host."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
+
+    def cast(self, dtype: torch.dtype) -> "MicroBatch":
+        """Return the micro-batch with all floats of inputs and targets in one type; whole numbers stay as they are."""
+
+        def convert(tensor: Tensor) -> Tensor:
+            return tensor.to(dtype) if tensor.dtype != dtype and tensor.is_floating_point() else tensor
+
+        inputs, targets = on_tensors(self.inputs, convert), on_tensors(self.targets, convert)
+        same = inputs is self.inputs and targets is self.targets
+        return self if same else replace(self, inputs=inputs, targets=targets)
 
     def take(self, places: Tensor) -> "MicroBatch":
         """Return the examples at some places in the micro-batch, int64 [N]."""
-        return replace(self._map(lambda tensor: tensor[places]), index=self.index[places])
+        return self._of(lambda value: pick(value, places), self.index[places], self.position)
 
     def split(self, size: int, unit: int = 1) -> list["MicroBatch"]:
         """Return parts of at most `size` examples, in whole units. The last may be longer by half a unit."""
         starts = range(0, max(1, len(self) - (unit - 1) // 2), size)
         return [
-            replace(
-                self._map(lambda tensor, start=start, stop=stop: tensor[start:stop]),
-                index=self.index[start:stop],
-                position=self.position + start,
-            )
-            for start, stop in pairwise([*starts, len(self)])
+            self._of(lambda value, a=a, b=b: part(value, a, b), self.index[a:b], self.position + a)
+            for a, b in pairwise([*starts, len(self)])
         ]
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "MicroBatch":
-        def apply(value: Any) -> Any:
-            if isinstance(value, tuple | list):
-                items = [apply(item) for item in value]
-                return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-            if isinstance(value, dict):
-                return {key: apply(item) for key, item in value.items()}
-            return function(value) if isinstance(value, Tensor) else value
+        """Return the micro-batch with a function applied to each tensor, also within lists."""
+        return self._of(lambda value: on_tensors(value, function), self.index, self.position)
 
-        return replace(self, inputs=apply(self.inputs), targets=apply(self.targets), weights=apply(self.weights))
+    def _of(self, function: Callable[[Any], Any], index: Tensor, position: int) -> "MicroBatch":
+        inputs, targets, weights = function(self.inputs), function(self.targets), function(self.weights)
+        return replace(self, inputs=inputs, targets=targets, weights=weights, index=index, position=position)
 
 
 class Batch:

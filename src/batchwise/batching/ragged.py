@@ -1,12 +1,13 @@
 """Sequences of unequal length, stored one after the other. A micro-batch is one gather, padded to its longest."""
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from batchwise.batching.fetch import InMemory, Read, Request, as_tensor
+from batchwise.batching.fetch import InMemory, Read, Request, as_tensor, select
 
 PADDING = -1
 """The value after the end of a sequence of integers. A sequence of floats is padded with 0."""
@@ -22,13 +23,14 @@ class Ragged:
         values: all sequences, one after the other, [total] or [total, F]: floats, or integers of any type, which are
             returned as int32.
         offsets: where each sequence begins, and where the last one ends, int64 [examples + 1].
-        *others: other fields of each example, such as labels, [examples, ...].
+        *others: other fields of each example, such as labels, [examples, ...]; dicts, tuples and lists of one value per
+            example too.
 
     Raises:
         ValueError: the offsets are no rising positions within the values, or the other fields differ in length.
     """
 
-    def __init__(self, values: Tensor | np.ndarray, offsets: Tensor | np.ndarray, *others: Tensor | np.ndarray) -> None:
+    def __init__(self, values: Tensor | np.ndarray, offsets: Tensor | np.ndarray, *others: Any) -> None:
         self.mapped = isinstance(values, np.memmap)
         self.values = as_tensor(values)
         self.offsets = as_tensor(offsets).long()
@@ -40,8 +42,8 @@ class Ragged:
                 f"the offsets of {len(self.values)} values are not their borders: write where each sequence begins, "
                 "and at last the end, in rising order"
             )
-        InMemory((self.lengths, *others))  # which checks that the lengths are equal
-        self.fields = (self.values, *map(as_tensor, others))
+        self._others = InMemory((self.lengths, *others))  # which checks that the lengths are equal
+        self.fields = (self.values, *self._others.fields[1:])
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -53,13 +55,13 @@ class Ragged:
     @property
     def nbytes(self) -> int:
         """Bytes of all examples."""
-        return self.offsets.nbytes + sum(field.nbytes for field in self.fields)
+        return self.values.nbytes + self.offsets.nbytes + self._others.nbytes - self.lengths.nbytes
 
     def stream(self, requests: Iterable[Request], seed: int = 0) -> Iterator[Read]:
         """Yield the padded sequences and the other fields of each micro-batch."""
         for request in requests:
             for index in request.index.split_with_sizes(request.sizes):
-                others = (field.index_select(0, index) for field in self.fields[1:])
+                others = (select(field, index) for field in self.fields[1:])
                 yield (self._padded(index), *others), None
 
     def _padded(self, index: Tensor) -> Tensor:

@@ -1,15 +1,16 @@
 """From example numbers to tensors: a data set whose examples are made one by one, in worker processes."""
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
+from batchwise.batching.collate import Collate, checked, first, numbers, said, stack
 from batchwise.batching.fetch import DataError, Example, Read, Request
 from batchwise.batching.random import mix
 
@@ -17,8 +18,8 @@ from batchwise.batching.random import mix
 class Workers:
     """A map-style data set, whose examples are made in `num_workers` processes (0: in this one).
 
-    If the data set has `__getitems__(list of int)`, it is used. It returns a list of examples, or a tuple of fields,
-    each a tensor of all of them. A worker makes a whole micro-batch. The workers live as long as this object.
+    If the data set has `__getitems__(list of int)`, it is used. It returns a list of examples, or a tuple of fields of
+    all of them. A worker makes a whole micro-batch. The workers live as long as this object.
 
     The random numbers that an example's code draws from torch, NumPy and Python are a function of the seed and of the
     example's position in the epoch (with `__getitems__`: of the position of the micro-batch).
@@ -27,21 +28,23 @@ class Workers:
         dataset: has `__len__` and `__getitem__`.
         num_workers: number of processes.
         max_unreadable: number of examples that may be unreadable. They are reported, and get the weight zero.
+        collate: makes the fields of a micro-batch from a list of its examples; None: `stack`.
 
     Raises:
         ValueError: the data set has no length or no items.
     """
 
-    def __init__(self, dataset: Dataset, num_workers: int = 0, max_unreadable: int = 0) -> None:
-        if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
-            raise ValueError(f"{type(dataset).__name__} has no __getitem__ and __len__: a data set must have both")
+    def __init__(
+        self, dataset: Dataset, num_workers: int = 0, max_unreadable: int = 0, collate: Collate | None = None
+    ) -> None:
+        refuse(dataset)
         self.dataset = dataset
         self.max_unreadable = max_unreadable
         self.unreadable: set[int] = set()
         self.num_workers = num_workers
         self._requests = _Requests()
         self._loader = DataLoader(
-            _Reader(dataset),
+            _Reader(dataset, collate),
             batch_size=None,
             sampler=self._requests,
             num_workers=num_workers,
@@ -62,8 +65,7 @@ class Workers:
         """Yield the collated examples of each micro-batch.
 
         Raises:
-            DataError: too many examples cannot be read, or a process died.
-            Exception: `__getitems__` raised it, although each of the examples can be read alone.
+            DataError: too many examples cannot be read, they make no micro-batch, or a process died.
         """
         self._requests.current = (
             (part.tolist(), seed, position)
@@ -71,7 +73,10 @@ class Workers:
             for part, position in zip(index.split(sizes), positions, strict=True)
         )
         try:
-            for fields, weights, problems in self._loader:
+            for made in self._loader:
+                if isinstance(made, str):  # of a worker, whose exception would come with its traceback in the message
+                    raise DataError(made)
+                fields, weights, problems = made
                 for index, problem in problems.items():
                     self._leave_out(index, problem)
                 yield fields, weights
@@ -96,6 +101,28 @@ class Workers:
         print(f"{line}; left out, {len(self.unreadable)} so far", flush=True)
 
 
+def refuse(source: object) -> None:
+    """Raise ValueError for what cannot be read by number; the message says what to give instead."""
+    kind = type(source).__name__
+    if isinstance(source, DataLoader):
+        instead = (
+            "return its data set, loader.dataset; batch_size, order and num_workers are keys under data, and its "
+            "collate_fn is the method collate of the data module"
+        )
+    elif isinstance(source, IterableDataset | Iterator):
+        instead = (
+            "any example must be there by its number, so that order and resume are exact: return a list of its "
+            "examples if they fit into memory, else a data set with __getitem__ and __len__"
+        )
+    elif hasattr(source, "__getitem__") and hasattr(source, "__len__"):
+        return
+    else:
+        instead = "return a tuple of inputs and targets, or a data set, which has both"
+    missing = "" if isinstance(source, DataLoader) else ", which has no __getitem__ and __len__"
+    article = "an" if kind[0].lower() in "aeiou" else "a"
+    raise ValueError(f"load gave {article} {kind}{missing}: {instead}")
+
+
 class _Requests(Sampler):
     """The requests of the current epoch: the workers outlive it, and so does their sampler."""
 
@@ -108,49 +135,76 @@ class _Requests(Sampler):
 class _Reader(Dataset):
     """Reads whole micro-batches of a data set, in a worker or in this process."""
 
-    def __init__(self, dataset: Dataset) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: Dataset, collate: Collate | None) -> None:
+        self.dataset, self.collate = dataset, collate
+        self.at_once: Callable[[list[int]], Any] | None = getattr(dataset, "__getitems__", None)
 
-    def __getitem__(self, request: tuple[list[int], int, int]) -> tuple[Example, Tensor | None, dict[int, str]]:
+    def __getitem__(self, request: tuple[list[int], int, int]) -> tuple[Example, Tensor | None, dict[int, str]] | str:
         """Return the fields, the weights (None: all one), and the error of each unreadable example by its number."""
-        state = None if get_worker_info() else (torch.get_rng_state(), np.random.get_state(), random.getstate())
+        if get_worker_info():
+            try:
+                return self._examples(*request)
+            except DataError as error:
+                return str(error)
+        state = torch.get_rng_state(), np.random.get_state(), random.getstate()
         try:
             return self._examples(*request)
-        finally:
-            if state is not None:  # this process has other uses for its generators
-                torch.set_rng_state(state[0])
-                np.random.set_state(state[1])
-                random.setstate(state[2])
+        finally:  # this process has other uses for its generators
+            torch.set_rng_state(state[0])
+            np.random.set_state(state[1])
+            random.setstate(state[2])
 
     def _examples(self, indices: list[int], seed: int, position: int) -> tuple[Example, Tensor | None, dict[int, str]]:
-        at_once, failure = getattr(self.dataset, "__getitems__", None), None
-        if at_once is not None:
+        failure = None
+        if self.at_once is not None:
             try:
                 _seed(mix(seed, position))
-                examples = at_once(indices)
-                return examples if isinstance(examples, tuple) else _collate(examples), None, {}
+                examples = self.at_once(indices)
             except Exception as error:  # perhaps of one unreadable example, which is found below
                 failure = error
+            else:
+                return self._fields(examples, indices), None, {}
         examples = [self._read(index, mix(seed, position + place)) for place, index in enumerate(indices)]
         problems = {index: problem for index, (_, problem) in zip(indices, examples, strict=True) if problem}
         if not problems:
             if failure is not None:
-                raise failure
-            return _collate([example for example, _ in examples]), None, {}
+                raise DataError(
+                    f"{numbers(indices)} cannot be read at once, though each can be alone: __getitems__ raised "
+                    f"{said(failure)}"
+                ) from failure
+            return self._fields([example for example, _ in examples], indices), None, {}
         # Another example takes the place, with weight zero, so that shapes and positions stay as they are.
         others = chain(examples, (self._read(index, seed) for index in range(len(self.dataset))))  # type: ignore[arg-type]
         spare = next((example for example, problem in others if not problem), None)
         if spare is None:
             raise DataError(f"no example can be read; example {indices[0]}: {problems[indices[0]]}") from failure
         kept = [spare if problem else example for example, problem in examples]
-        return _collate(kept), torch.tensor([0.0 if problem else 1.0 for _, problem in examples]), problems
+        weights = torch.tensor([0.0 if problem else 1.0 for _, problem in examples])
+        return self._fields(kept, indices), weights, problems
 
     def _read(self, index: int, seed: int) -> tuple[Any, str | None]:
+        """Return an example, or why it cannot be read."""
         _seed(seed)
         try:
-            return self.dataset[index], None
+            if self.at_once is None:
+                return self.dataset[index], None
+            made = self.at_once([index])
+            return first(made) if isinstance(made, tuple) else made[0], None
         except Exception as error:
-            return None, f"{type(error).__name__}: {error}"
+            return None, said(error)
+
+    def _fields(self, examples: Any, indices: list[int]) -> Example:
+        """Return the fields of a micro-batch from a list of its examples, or from what is already fields."""
+        if isinstance(examples, tuple):
+            return checked(examples, indices, "__getitems__")
+        if self.collate is None:
+            made = stack(examples, indices)
+            return made if isinstance(made, tuple) else (made,)
+        try:
+            made = self.collate(examples)
+        except Exception as error:
+            raise DataError(f"{numbers(indices)} cannot be put together: collate raised {said(error)}") from error
+        return checked(made, indices, "collate")
 
 
 def _seed(seed: int) -> None:
@@ -162,8 +216,3 @@ def _seed(seed: int) -> None:
 
 def _as_it_is(item: Any) -> Any:
     return item
-
-
-def _collate(examples: list[Any]) -> Example:
-    fields = default_collate(examples)
-    return tuple(fields) if isinstance(fields, list | tuple) else (fields,)

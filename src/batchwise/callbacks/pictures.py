@@ -43,6 +43,8 @@ class Pictures(Callback):
         images = batch.inputs
         if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] not in (1, 3):
             return
+        if not isinstance(batch.targets, Tensor) or batch.targets.ndim != 1:
+            return
         pl_module.eval()
         with torch.no_grad(), trainer.precision_plugin.forward_context():
             predictions = pl_module.predictions(data.to_device(batch, pl_module.device, training=False))

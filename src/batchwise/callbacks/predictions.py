@@ -1,9 +1,11 @@
 """A file of predictions, with one row per example, in order, from all devices."""
 
 import csv
+import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -11,6 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from batchwise.batching.loader import MicroBatch
+from batchwise.batching.structure import rebuild
 from batchwise.errors import optional
 from batchwise.tasks.task import Task
 
@@ -85,7 +88,9 @@ class CsvFile:
         if self.header:
             self.rows.writerow(columns)
             self.header = False
-        lists = (column.tolist() if isinstance(column, np.ndarray) else column for column in columns.values())
+        lists = (
+            column.tolist() if isinstance(column, np.ndarray) else map(_text, column) for column in columns.values()
+        )
         self.rows.writerows(zip(*lists, strict=True))
 
     def close(self) -> None:
@@ -100,6 +105,10 @@ class CsvFile:
                 with part.open("rb") as file:
                     shutil.copyfileobj(file, whole)
                 part.unlink()
+
+
+def _text(value: Any) -> Any:
+    return json.dumps(value) if isinstance(value, list | dict | tuple) else value
 
 
 class ParquetFile:
@@ -148,14 +157,28 @@ class ParquetFile:
         whole.replace(first)
 
 
-def columns_of(predictions: dict[str, Tensor]) -> dict[str, np.ndarray]:
-    """Return one column [N] per predicted number. [N, C] becomes `name_0` to `name_C-1`."""
-    columns = {}
+def columns_of(predictions: dict[str, Any]) -> Columns:
+    """Return one column [N] per predicted number. [N, C] becomes `name_0` to `name_C-1`.
+
+    What is nested in dicts and tuples becomes `name_key` and `name_0`. A list of one value per example becomes one
+    column of nested lists, such as the boxes of each image; in a CSV file they are JSON.
+    """
+    columns: Columns = {}
     for name, values in predictions.items():
-        array = (values.float() if values.is_floating_point() else values).detach().cpu().numpy()
-        if array.ndim == 1:
+        if isinstance(values, dict):
+            columns |= columns_of({f"{name}_{key}": item for key, item in values.items()})
+        elif isinstance(values, tuple):
+            names = getattr(values, "_fields", range(len(values)))
+            columns |= columns_of({f"{name}_{key}": item for key, item in zip(names, values, strict=True)})
+        elif isinstance(values, list):
+            columns[name] = rebuild(values, lambda leaf: _array(leaf).tolist() if isinstance(leaf, Tensor) else leaf)
+        elif (array := _array(values)).ndim == 1:
             columns[name] = array
         else:
             flat = array.reshape(len(array), -1)
             columns |= {f"{name}_{i}": flat[:, i] for i in range(flat.shape[1])}
     return columns
+
+
+def _array(values: Tensor) -> np.ndarray:
+    return (values.float() if values.is_floating_point() else values).detach().cpu().numpy()

@@ -11,10 +11,12 @@ import torch
 from lightning.pytorch.loggers import WandbLogger
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from batchwise.batching.loader import MicroBatch, TrainLoader
+from batchwise.batching.structure import tensors
 from batchwise.choosing.classes import Classes
-from batchwise.choosing.look import Look, Values, classes_of, hashes, is_table, tensors
+from batchwise.choosing.look import Look, Values, classes_of, fields, hashes, is_table, main_field
 from batchwise.choosing.sequences import Decodes, Sequences, texts
 from batchwise.choosing.sheet import draw
 from batchwise.data.module import DataModule
@@ -49,7 +51,7 @@ class Batches:
                 keys += hashes(stored.inputs)
                 numbers += classes_of(stored.targets)
                 if self.text:
-                    self.sequences.add(tensors(stored.inputs)[0])
+                    self.sequences.add(main_field(stored.inputs))
                 with trainer.precision_plugin.forward_context():
                     seen = data.to_device(stored, trainer.strategy.root_device, training=True)
                 self.not_finite += stored.index[self.values.add(seen.inputs)[0]].tolist()
@@ -128,16 +130,32 @@ def inspect(trainer: pl.Trainer, model: Task, data: DataModule, seconds: float) 
         print(f"found: {line}")
 
     path = Path(trainer.default_root_dir) / "inspect.png"
-    inputs = [tensors(batch.inputs)[0] for batch in sample]
-    draw(path, torch.cat(inputs), sample[0].targets, classes, batches.sequences.lengths)
+    targets = sample[0].targets
+    draw(path, _drawn(sample), targets if isinstance(targets, Tensor) else None, classes, batches.sequences.lengths)
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.log_image("inspect/batch", [str(path)])
             logger.finalize("success")
 
 
+def _drawn(sample: list[MicroBatch]) -> Tensor:
+    """Return what the picture shows: the images, the columns, or else all values of the inputs."""
+    found = [main_field(batch.inputs) for batch in sample]
+    whole = [field for field in found if isinstance(field, Tensor)]
+    if whole:
+        return torch.cat(whole)
+    return torch.cat([tensor.detach().flatten().float() for tensor in tensors(found)])
+
+
 def _kind(inputs: object) -> str:
-    return ", ".join(f"{str(leaf.dtype)[6:]} {list(leaf.shape[1:])}" for leaf in tensors(inputs))
+    return ", ".join(map(_said, fields(inputs)))
+
+
+def _said(field: Tensor | list) -> str:
+    if isinstance(field, Tensor):
+        return f"{str(field.dtype)[6:]} {list(field.shape[1:])}"
+    first = next(tensors(field), None)
+    return f"a list, such as {'text' if first is None else f'{str(first.dtype)[6:]} {list(first.shape)}'}"
 
 
 def _look(data: DataModule, split: str, seconds: float, problems: list[str]) -> Look | None:

@@ -13,22 +13,29 @@ from batchwise.batching.fetch import Fetch
 from batchwise.batching.loader import TrainLoader
 from batchwise.batching.order import Shuffled
 from batchwise.batching.plan import BatchPlan
+from batchwise.batching.structure import leaves, rebuild, shape, tensors
 
 BLOCK = 64  # examples read at a time
 EXAMPLES = 1_000_000  # most examples of a split that are looked at
 
 
-def tensors(inputs: object) -> list[Tensor]:
-    """Return the tensors in inputs, which may be several, in tuples, lists or dictionaries.
+def fields(inputs: object) -> list[Tensor | list]:
+    """Return the tensors [N, ...] in nested inputs, and the lists of one value per example.
 
     Raises:
-        ValueError: there is something else among them.
+        ValueError: there is no tensor among them.
     """
-    if isinstance(inputs, dict | tuple | list):
-        return [leaf for item in (inputs.values() if isinstance(inputs, dict) else inputs) for leaf in tensors(item)]
-    if not isinstance(inputs, Tensor):
-        raise ValueError(f"there is a {type(inputs).__name__} among the inputs: inspect looks at tensors")
-    return [inputs]
+    found = [leaf for _, leaf in leaves(inputs) if isinstance(leaf, Tensor | list)]
+    if not any(True for _ in tensors(found)):
+        raise ValueError(f"there is no tensor among the inputs, but {shape(inputs)}: inspect looks at tensors")
+    return found
+
+
+def main_field(inputs: object) -> Tensor | list:
+    """Return the tensor of the inputs with the most dimensions, which a picture can show; else a list."""
+    found = fields(inputs)
+    whole = [field for field in found if isinstance(field, Tensor)]
+    return max(whole, key=lambda field: field.ndim) if whole else found[0]
 
 
 def is_table(inputs: object) -> bool:
@@ -38,9 +45,29 @@ def is_table(inputs: object) -> bool:
 
 def hashes(inputs: object) -> list[int]:
     """Return a hash of the exact content of each example. It has 64 bits, so no two are equal by chance."""
-    leaves = [leaf.reshape(len(leaf), -1).contiguous().view(torch.uint8) for leaf in tensors(inputs)]
+    whole = [field for field in fields(inputs) if isinstance(field, Tensor)]
+    count = len(fields(inputs)[0])
+    flat = [field.reshape(count, -1).contiguous().view(torch.uint8) for field in whole if field.numel()]
     # Padding of tokens (all bits set) is left out, because it depends on the other sequences of the micro-batch.
-    return [hash(row.tobytes().rstrip(b"\xff")) for row in torch.cat(leaves, 1).cpu().numpy()]
+    rows = [row.tobytes().rstrip(b"\xff") for row in torch.cat(flat, 1).cpu().numpy()] if flat else [b""] * count
+    for values in fields(inputs):
+        if isinstance(values, list):
+            rows = [row + _bytes(value) for row, value in zip(rows, values, strict=True)]
+    return list(map(hash, rows))
+
+
+def _bytes(value: object) -> bytes:
+    """Return the content of the value of one example, with the shapes of its tensors."""
+    return repr(
+        rebuild(
+            value,
+            lambda leaf: (
+                (leaf.shape, leaf.contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes())
+                if isinstance(leaf, Tensor)
+                else leaf
+            ),
+        )
+    ).encode()
 
 
 def classes_of(targets: object) -> list[int]:
@@ -64,13 +91,34 @@ class Values:
 
     def add(self, inputs: object) -> tuple[Tensor, Tensor]:
         """Take a batch. Return which examples hold a value that is not finite, and which hold one value only, [N]."""
-        rows = torch.cat([leaf.detach().reshape(len(leaf), -1) for leaf in tensors(inputs)], 1).cpu()
-        # A column may hold large numbers that differ by little; images have many numbers.
         table = is_table(inputs) and not self.text
-        rows = rows.double() if table else rows.float()
+        not_finite, lowest, highest = None, None, None
+        for values in fields(inputs):
+            if isinstance(values, Tensor) and not values[:1].numel():
+                continue
+            if isinstance(values, Tensor):
+                rows = values.detach().reshape(len(values), -1).cpu()
+                # A column may hold large numbers that differ by little; images have many numbers.
+                rows = rows.double() if table else rows.float()
+                low, high, wrong = self._add(rows, table)
+            elif any(True for _ in tensors(values)):
+                each = [_flat(value) for value in values]
+                parts = [self._add(one[None], False) if len(one) else _NOTHING for one in each]
+                low, high, wrong = (torch.cat(column) for column in zip(*parts, strict=True))
+            else:
+                continue
+            not_finite = wrong if not_finite is None else not_finite | wrong
+            lowest = low if lowest is None else lowest.minimum(low)
+            highest = high if highest is None else highest.maximum(high)
+        assert not_finite is not None
+        assert lowest is not None
+        return not_finite, lowest == highest
+
+    def _add(self, rows: Tensor, table: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Take values [N, F], and return of each row the lowest, the highest, and whether one is not finite."""
         lowest, highest = rows.amin(1), rows.amax(1)
         not_finite = ~(lowest.isfinite() & highest.isfinite())
-        axis, count = (0, len(rows)) if table else ((0, 1), rows.numel())
+        axis, count = (0, torch.full(rows.shape[1:], len(rows))) if table else ((0, 1), rows.numel())
         lows = highs = known = rows
         if not_finite.any():
             finite = rows.isfinite()
@@ -80,12 +128,20 @@ class Values:
         self.sum = self.sum + known.sum(axis).double()
         self.squares = self.squares + torch.linalg.vector_norm(known, dim=axis).double().square()
         self.count = self.count + count
-        return not_finite, lowest == highest
+        return lowest, highest, not_finite
 
     def __str__(self) -> str:
         mean = self.sum.sum() / self.count.sum()
         std = (self.squares.sum() / self.count.sum() - mean**2).clamp_min(0).sqrt()
         return f"{self.low.min():.4g} to {self.high.max():.4g}, mean {mean:.3g}, std {std:.3g}"
+
+
+_NOTHING = (torch.tensor([torch.inf]), torch.tensor([-torch.inf]), torch.tensor([False]))
+
+
+def _flat(value: object) -> Tensor:
+    """Return all numbers in the value of one example, float32 [F]."""
+    return torch.cat([torch.zeros(0), *(tensor.detach().cpu().flatten().float() for tensor in tensors(value))])
 
 
 @dataclass

@@ -8,7 +8,7 @@ from rich.table import Table
 from torch import Tensor
 
 from batchwise.batching.loader import MicroBatch
-from batchwise.choosing.look import tensors
+from batchwise.choosing.look import main_field
 
 EXAMPLES, CHARACTERS = 4, 240  # most that are shown
 
@@ -29,8 +29,9 @@ class Sequences:
         self.lengths: list[int] = []
         self.places = 0
 
-    def add(self, tokens: Tensor) -> None:
+    def add(self, tokens: Tensor | list) -> None:
         """Take a micro-batch [N, T] with -1 for padding."""
+        assert isinstance(tokens, Tensor)
         self.lengths += (tokens >= 0).sum(1).tolist()
         self.places += tokens.numel()
 
@@ -51,7 +52,7 @@ def texts(data: Decodes, batch: MicroBatch) -> Table:
         batch: as the network sees it.
     """
     table = Table("example", "as the network sees it", box=None, title="text")
-    for number, tokens in zip(batch.index.tolist(), tensors(batch.inputs)[0][:EXAMPLES], strict=False):
+    for number, tokens in zip(batch.index.tolist(), main_field(batch.inputs)[:EXAMPLES], strict=False):
         text = repr(data.decode(tokens))[1:-1]
         table.add_row(str(number), escape(text[:CHARACTERS] + "..." * (len(text) > CHARACTERS)))
     return table

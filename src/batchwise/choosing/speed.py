@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 from jsonargparse import Namespace
-from torch import Tensor, nn
+from torch import nn
 
 from batchwise.batching.loader import MicroBatch
+from batchwise.batching.structure import tensors
 from batchwise.data.module import DataModule
 from batchwise.models.compiled import compile_network
 from batchwise.models.norm import has_batchnorm
 from batchwise.tasks.memory import is_out_of_memory
+from batchwise.tasks.rehearsal import dtype_of
 from batchwise.tasks.task import Task
 
 _GAIN = 1.05  # a way replaces another if it is at least so many times as fast
@@ -94,7 +96,8 @@ class Stopwatch:
     def _run(self, task: Task, micro_batch: MicroBatch, precision: str) -> None:
         mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
         with torch.autocast(self.device.type, mixed) if mixed else nullcontext():
-            loss, _ = task._summed_loss(self.data.to_device(micro_batch, self.device, training=True))
+            on_device = self.data.to_device(micro_batch, self.device, training=True)
+            loss, _ = task._summed_loss(on_device.cast(dtype_of(task.network)))
         loss.backward()
         task.zero_grad()
         if self.device.type == "cuda":
@@ -135,8 +138,9 @@ def candidates(
         found["threads"] = sorted({1, max(1, (os.cpu_count() or 1) // processes)})
     if trainer.get("precision") is None:
         found["precision"] = ["32-true", "bf16-mixed"]
+    images = any(tensor.ndim == 4 for tensor in tensors(inputs))
     convolves = any(isinstance(layer, nn.Conv2d) for layer in task.network.modules())
-    if convolves and isinstance(inputs, Tensor) and inputs.ndim == 4 and trainer.get("channels_last") is None:
+    if convolves and images and trainer.get("channels_last") is None:
         found["channels_last"] = [False, True]
     fixed = data.micro_batch_size is not None or trainer.get("accumulate_grad_batches") is not None
     share = -(-data.batch_size // processes)

@@ -8,68 +8,24 @@ listed in the configuration, under `data.augment`. In training they are applied 
 3. those with `after_transform`, because they need normalised values: zero is the mean, and images can be mixed.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import pi
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from batchwise.batching.loader import MicroBatch
 from batchwise.batching.order import Order
-from batchwise.batching.random import mix, uniform
-from batchwise.data import pixels
+from batchwise.batching.random import mix
+from batchwise.batching.structure import shape
+from batchwise.data import pixels, places
+from batchwise.data.augmentation import Augmentation, Draws, Geometric, on, share
 
 _STREAM = int.from_bytes(b"augment", "big")  # separates these random numbers from others with the same seed
 
 
-@dataclass(frozen=True)
-class Draws:
-    """The random numbers of one augmentation for the examples of a micro-batch. There is no generator and no state.
-
-    Args:
-        key: made from the seed and the place of the augmentation in the list.
-        epoch: from 0.
-        index: numbers of the examples, int64 [N], on the host.
-        places: positions of the examples in the global batch, if the order may repeat an example in an epoch, because
-            copies must differ. Otherwise 0, so that the batch size does not matter.
-        copies: number of neighbouring positions that hold the same example.
-    """
-
-    key: int
-    epoch: int
-    index: Tensor
-    places: Tensor | int = 0
-    copies: int = 1
-
-    def uniform(self, count: int) -> Tensor:
-        """Return numbers in [0, 1), float64 [count, N], on the host."""
-        return uniform(mix(self.key, self.epoch, self.index, self.places), torch.arange(count)[:, None])
-
-    def partners(self) -> Tensor:
-        """Return the place of each example's partner in the micro-batch, int64 [N]: see `mixing.Mixing`."""
-        own = torch.arange(len(self.index))
-        partner = (own // self.copies ^ 1) * self.copies + own % self.copies
-        return torch.where(partner < len(own), partner, own)
-
-
-class Augmentation(ABC):
-    """Changes each example of a micro-batch, by random numbers that belong to the example."""
-
-    after_transform: ClassVar[bool] = False
-    for_images: ClassVar[bool] = True
-    """The inputs must be [N, C, H, W]."""
-    in_pairs: ClassVar[bool] = False
-    """It needs `Draws.partners`."""
-
-    @abstractmethod
-    def __call__(self, batch: MicroBatch, draws: Draws) -> MicroBatch:
-        """Return the batch, augmented, on the same device."""
-
-
-class Flip(Augmentation):
+class Flip(Geometric):
     """Mirror left and right.
 
     Args:
@@ -81,14 +37,21 @@ class Flip(Augmentation):
     def __init__(self, p: float = 0.5, alternate: bool = False) -> None:
         self.p, self.alternate = share(p, "Flip.p"), alternate
 
-    def __call__(self, batch: MicroBatch, draws: Draws) -> MicroBatch:
-        """Flip."""
+    def numbers(self, draws: Draws, height: int, width: int) -> Tensor:
+        """Return which images are mirrored, bool [N]."""
         alternating = (mix(draws.key, draws.index) + draws.epoch) % 2 == 1
-        which = alternating if self.alternate else draws.uniform(1)[0] < self.p
-        return replace(batch, inputs=pixels.flip(batch.inputs, which.to(batch.inputs.device)))
+        return alternating if self.alternate else draws.uniform(1)[0] < self.p
+
+    def images(self, images: Tensor, numbers: Tensor) -> Tensor:
+        """Flip."""
+        return pixels.flip(images, numbers)
+
+    def boxes(self, boxes: Tensor, numbers: Tensor, size: tuple[int, int]) -> Tensor:
+        """Flip."""
+        return places.flipped(boxes, numbers, size[1])
 
 
-class ShiftCrop(Augmentation):
+class ShiftCrop(Geometric):
     """Shift by a few pixels in each direction, and fill in by reflection. It is known as padding and a random crop.
 
     Args:
@@ -100,12 +63,20 @@ class ShiftCrop(Augmentation):
             raise ValueError(f"ShiftCrop.pixels is {pixels}: write at least 1")
         self.pixels = pixels
 
-    def __call__(self, batch: MicroBatch, draws: Draws) -> MicroBatch:
-        """Shift."""
-        if self.pixels >= (side := min(batch.inputs.shape[2:])):
+    def numbers(self, draws: Draws, height: int, width: int) -> Tensor:
+        """Return the shifts downwards and to the right, int64 [N, 2]."""
+        if self.pixels >= (side := min(height, width)):
             raise ValueError(f"ShiftCrop.pixels is {self.pixels}, but the images have {side}: write at most {side - 1}")
-        shifts = (draws.uniform(2) * (2 * self.pixels + 1)).long() - self.pixels
-        return replace(batch, inputs=pixels.shift(batch.inputs, *shifts.to(batch.inputs.device)))
+        return (draws.uniform(2) * (2 * self.pixels + 1)).long().T - self.pixels
+
+    def images(self, images: Tensor, numbers: Tensor) -> Tensor:
+        """Shift."""
+        return pixels.shift(images, *numbers.T)
+
+    def boxes(self, boxes: Tensor, numbers: Tensor, size: tuple[int, int]) -> Tensor:
+        """Shift."""
+        down, right = numbers.T
+        return places.shifted(boxes, down, right, size)
 
 
 class CutOut(Augmentation):
@@ -153,7 +124,7 @@ class ColourJitter(Augmentation):
         return replace(batch, inputs=pixels.jitter(batch.inputs, *on(batch.inputs, factors)))
 
 
-class Affine(Augmentation):
+class Affine(Geometric):
     """Rotate, shear, scale and shift, each by a uniform random number.
 
     Args:
@@ -170,10 +141,21 @@ class Affine(Augmentation):
             raise ValueError(f"Affine.scale is {list(scale)}: write least and most, above 0")
         self.degrees, self.shear, self.scale, self.translate = degrees, shear, scale, translate
 
-    def __call__(self, batch: MicroBatch, draws: Draws) -> MicroBatch:
+    def numbers(self, draws: Draws, height: int, width: int) -> Tensor:
+        """Return the matrices for `pixels.affine`, [N, 2, 3]."""
+        return self.matrices(draws, height, width)
+
+    def images(self, images: Tensor, numbers: Tensor) -> Tensor:
         """Move the pixels."""
-        matrices = self.matrices(draws, *batch.inputs.shape[2:])
-        return replace(batch, inputs=pixels.affine(batch.inputs, on(batch.inputs, matrices)))
+        return pixels.affine(images, numbers)
+
+    def masks(self, masks: Tensor, numbers: Tensor) -> Tensor:
+        """Move the pixels of masks; of whole numbers, the nearest counts."""
+        return pixels.affine(masks, numbers, nearest=not masks.is_floating_point())
+
+    def boxes(self, boxes: Tensor, numbers: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return the upright boxes around the moved ones."""
+        return places.transformed(boxes, numbers, size)
 
     def matrices(self, draws: Draws, height: int, width: int) -> Tensor:
         """Return the matrices for `pixels.affine`, float64 [N, 2, 3]."""
@@ -202,32 +184,46 @@ def augment(
     for number, step in enumerate(steps):
         if getattr(step, "after_transform", True) != after_transform:
             continue
-        key = mix(seed, _STREAM, number)
+        key, image = mix(seed, _STREAM, number), places.image_of(batch.inputs)
         if isinstance(step, Augmentation):
-            shape = list(batch.inputs.shape) if isinstance(batch.inputs, Tensor) else type(batch.inputs).__name__
-            if not isinstance(batch.inputs, Tensor) or (step.for_images and batch.inputs.ndim != 4):
-                raise ValueError(f"{type(step).__name__} takes images [N, C, H, W], but the inputs are {shape}")
-            places = 0 if order.once else batch.position + torch.arange(len(batch))
-            batch = step(batch, Draws(key, batch.epoch, batch.index, places, order.copies))
+            alone = not step.for_images or step.in_pairs  # it takes all of the inputs
+            whole = batch.inputs if isinstance(batch.inputs, Tensor) else None
+            if (image is None and step.for_images) or (whole is None and alone):
+                what = "images [N, C, H, W]" if step.for_images else "one tensor"
+                raise ValueError(f"{type(step).__name__} takes {what}, but the inputs are {_said(batch)}")
+            nth = 0 if order.once else batch.position + torch.arange(len(batch))
+            draws = Draws(key, batch.epoch, batch.index, nth, order.copies)
+            if whole is not None or isinstance(step, Geometric):
+                batch = step(batch, draws)
+            else:
+                made = step(replace(batch, inputs=image), draws)
+                batch = replace(made, inputs=places.put(batch.inputs, image, made.inputs))
         else:
+            _refuse_places(step, batch, image)
             # Some modules draw on the host even for a GPU. The task has seeded the GPU's generator.
             torch.default_generator.manual_seed(mix(key, batch.epoch, int(batch.index[0]), batch.position))
-            batch = replace(batch, inputs=step(batch.inputs))
+            inputs = batch.inputs if image is None else image
+            batch = replace(batch, inputs=places.put(batch.inputs, inputs, step(inputs)))
     return batch
+
+
+def _said(batch: MicroBatch) -> str:
+    return str(list(batch.inputs.shape)) if isinstance(batch.inputs, Tensor) else shape(batch.inputs)
+
+
+def _refuse_places(step: nn.Module, batch: MicroBatch, image: Tensor | None) -> None:
+    if image is None:
+        return
+    size = (image.shape[2], image.shape[3])
+    others = places.put(batch.inputs, image, None)
+    found = [*places.with_places(others, "inputs", size), *places.with_places(batch.targets, "targets", size)]
+    if found:
+        raise ValueError(
+            f"{type(step).__name__} changes the images alone, but {found[0]} has places in them: take Flip, ShiftCrop "
+            f"or Affine of batchwise.data.augment, which move both; if it moves nothing, apply it in transform"
+        )
 
 
 def unit_of(steps: Sequence[Augmentation | nn.Module], order: Order) -> int:
     """Return the number of examples that the augmentations need in one micro-batch."""
     return 2 * order.copies if any(isinstance(step, Augmentation) and step.in_pairs for step in steps) else 1
-
-
-def on(inputs: Tensor, numbers: Tensor) -> Tensor:
-    """Return float64 numbers on the device of the inputs, in the widest type that the device has."""
-    return numbers.to(inputs.device, pixels.widest(inputs))
-
-
-def share(value: float, name: str) -> float:
-    """Return the value, or raise ValueError if it is not from 0 to 1."""
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} is {value}: write a number from 0 to 1")
-    return value

@@ -1,9 +1,10 @@
 """The examples of each split, and their way to a device."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import replace
-from typing import final
+from typing import Any, final
 
 import lightning.pytorch as pl
 import numpy as np
@@ -12,13 +13,16 @@ from lightning.fabric.plugins.precision import Precision
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from batchwise.batching.collate import stack
 from batchwise.batching.fetch import Fetch, InMemory, Request, Rows, make_fetch
 from batchwise.batching.loader import MicroBatch, make_batch
 from batchwise.batching.order import Order, Shuffled
 from batchwise.data.augment import Augmentation, augment
 from batchwise.data.names import Reserved
 
-Source = Sequence[Tensor | np.ndarray | Rows] | Dataset | Fetch
+Field = Tensor | np.ndarray | Rows | Mapping[str, Any] | Sequence[Any]
+"""Tensors or arrays [N, ...], dicts and tuples of them, or a list of one value per example."""
+Source = Field | Dataset | Fetch
 SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
 """The splits that each stage needs."""
 
@@ -49,7 +53,10 @@ class Examples(Reserved, pl.LightningDataModule, ABC):
 
     @abstractmethod
     def load(self, split: str) -> Source | None:
-        """Return the examples of a split: tensors or arrays (inputs, targets), or a map-style data set.
+        """Return the examples of a split: a tuple of inputs and targets, or a map-style data set.
+
+        Inputs and targets are tensors or arrays with the examples in the first dimension, or dicts or tuples of them. A
+        list has one value per example.
 
         Args:
             split: "train", "val", "test" or "predict" (only with `has_predict_split`).
@@ -58,6 +65,14 @@ class Examples(Reserved, pl.LightningDataModule, ABC):
     def transform(self, batch: MicroBatch, training: bool) -> MicroBatch:
         """Return the batch as the network takes it. This runs on the device, so that small types travel there."""
         return batch
+
+    def collate(self, examples: list) -> Any:
+        """Return a micro-batch from examples of a map-style data set: inputs, or a tuple of inputs and targets.
+
+        It runs in the processes that read. By default, tensors, arrays and numbers are stacked, in dicts and tuples
+        too. Write it where examples differ in shape: pad them, or return a list, which has one value per example.
+        """
+        return stack(examples, range(len(examples)))
 
     class_names: list[str] | None = None
     """Names of the classes, in the order of their numbers, if they have names: `predict` writes them."""
@@ -91,8 +106,9 @@ class Examples(Reserved, pl.LightningDataModule, ABC):
         """Return the examples of a split, loaded once."""
         if name not in self.__loaded:
             source = self.load("test" if name == "predict" and not self.has_predict_split else name)
-            fetch = None if source is None else make_fetch(source, self.num_workers, self.max_unreadable)
-            self.__loaded[name] = fetch
+            collate = None if type(self).collate is Examples.collate else _Collate(self)
+            workers = self.num_workers, self.max_unreadable
+            self.__loaded[name] = None if source is None else make_fetch(source, *workers, collate)
         return self.__loaded[name]
 
     has_predict_split = False
@@ -134,20 +150,47 @@ class Examples(Reserved, pl.LightningDataModule, ABC):
         """Return the training targets [examples] if they are whole numbers in memory. Some orders need them."""
         fields = getattr(self.split("train"), "fields", ())
         target = fields[-1] if len(fields) > 1 else None
-        return target if target is not None and target.ndim == 1 and not target.is_floating_point() else None
+        whole = isinstance(target, Tensor) and target.ndim == 1 and not target.is_floating_point()
+        return target if whole else None
 
     def transfer_batch_to_device(self, batch: object, device: torch.device, dataloader_idx: int) -> object:
         """Leave batches on the host. The task moves each micro-batch with `to_device`."""
         return batch
 
     def to_device(self, batch: MicroBatch, device: torch.device, training: bool) -> MicroBatch:
-        """Return a micro-batch on the device, in the trainer's precision, transformed and, in training, augmented."""
-        plugin = self.trainer.precision_plugin if self.trainer else None
-        idle = Precision.convert_input  # does nothing
-        convert = plugin.convert_input if plugin and type(plugin).convert_input is not idle else None
-        stays = convert is None and device.type == "cpu"
-        batch = replace(batch) if stays else batch.to(device, convert)
+        """Return a micro-batch on the device, transformed and, in training, augmented.
+
+        Its floats are in the precision of the trainer, whatever was stored, and whatever `transform` makes of them.
+        """
+        plugin, dtype = self.trainer.precision_plugin if self.trainer else None, None
+        if plugin is not None:
+            idle = type(plugin).convert_input is Precision.convert_input  # as in full and in mixed precision
+            dtype = torch.float32 if idle else plugin.convert_input(_ONE).dtype
+        if device.type == "mps":  # which has no float64
+            batch = batch.cast(torch.float32)
+        batch = replace(batch) if device.type == "cpu" else batch.to(device)
+        batch = batch if dtype is None else batch.cast(dtype)
         if not training or not self.augment:
-            return self.transform(batch, training)
-        batch = augment(batch, self.augment, False, self.seed or 0, self.order)
-        return augment(self.transform(batch, training), self.augment, True, self.seed or 0, self.order)
+            batch = self.transform(batch, training)
+        else:
+            batch = augment(batch, self.augment, False, self.seed or 0, self.order)
+            batch = augment(self.transform(batch, training), self.augment, True, self.seed or 0, self.order)
+        return batch if dtype is None else batch.cast(dtype)
+
+
+_ONE = torch.ones(())
+
+
+class _Collate:
+    """A data module's `collate`. Where it is sent to another process, trainer and splits stay behind."""
+
+    def __init__(self, data: Examples) -> None:
+        self.data = data
+
+    def __call__(self, examples: list) -> Any:
+        return self.data.collate(examples)
+
+    def __getstate__(self) -> dict[str, Any]:
+        light = copy(self.data)
+        light.trainer, light._Examples__loaded, light._Examples__fed = None, {}, {}  # type: ignore[attr-defined]
+        return {"data": light}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from batchwise.batching.loader import MicroBatch
 from batchwise.data import pixels
-from batchwise.data.augment import Augmentation, Draws, on, share
+from batchwise.data.augmentation import Augmentation, Draws, on, share
 
 
 class Mixing(Augmentation):
@@ -42,7 +42,15 @@ class Mixing(Augmentation):
     def __call__(self, batch: MicroBatch, draws: Draws) -> MicroBatch:
         """Mix inputs and targets."""
         if not isinstance(batch.targets, Tensor):
-            raise ValueError(f"{type(self).__name__} mixes targets, but the data has none: leave it out")
+            found = "none" if batch.targets is None else f"a {type(batch.targets).__name__}"
+            raise ValueError(
+                f"{type(self).__name__} mixes targets in one tensor, but the data has {found}: leave it out"
+            )
+        if self.for_images and batch.targets.ndim > 2:
+            raise ValueError(
+                f"{type(self).__name__} mixes class numbers [N] or probabilities [N, C] by the share of the pixels, "
+                f"but the targets are {list(batch.targets.shape)}: leave it out, or take MixUp"
+            )
         number, angle, often, *place = draws.uniform(5)
         shares = beta(self.alpha, number, angle)
         shares = torch.where(often < self.p, torch.maximum(shares, 1 - shares), 1.0)

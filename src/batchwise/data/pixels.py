@@ -58,17 +58,22 @@ def jitter(images: Tensor, brightness: Tensor, contrast: Tensor, saturation: Ten
     return (values if images.is_floating_point() else values.clamp(0, 255)).to(_float_type(images))
 
 
-def affine(images: Tensor, matrices: Tensor) -> Tensor:
+def affine(images: Tensor, matrices: Tensor, nearest: bool = False) -> Tensor:
     """Resample bilinearly. Bytes become floats. The image is continued by its reflection.
 
     Args:
         images: [N, C, H, W].
         matrices: [N, 2, 3], from places in the result to places in the image, both (x, y) from -1 to 1.
+        nearest: take the nearest pixel instead, and keep the type: for masks of whole numbers.
     """
-    values = _floats(images)
+    values = images.to(widest(images)) if nearest else _floats(images)
+    if not values.numel():  # which torch refuses, though an image may have no masks
+        return values.to(images.dtype if nearest else _float_type(images))
     with torch.autocast(images.device.type, enabled=False):
         grid = F.affine_grid(matrices.to(values), list(images.shape), align_corners=False)
-        return F.grid_sample(values, grid, padding_mode="reflection", align_corners=False).to(_float_type(images))
+        mode = "nearest" if nearest else "bilinear"
+        made = F.grid_sample(values, grid, mode, padding_mode="reflection", align_corners=False)
+    return made.to(images.dtype if nearest else _float_type(images))
 
 
 def widest(images: Tensor) -> torch.dtype:

@@ -2,11 +2,10 @@
 
 from dataclasses import replace
 
-from torch import Tensor
-
 from batchwise.batching.loader import MicroBatch
 from batchwise.batching.random import mix
-from batchwise.data.augment import Augmentation, Draws
+from batchwise.data.augmentation import Augmentation, Draws, Geometric
+from batchwise.data.places import with_places
 from batchwise.ranges import PositiveInt
 
 
@@ -34,10 +33,13 @@ class Views(Augmentation):
 
     def __call__(self, batch: MicroBatch, draws: Draws) -> MicroBatch:
         """Make the views."""
-        shape = list(batch.inputs.shape) if isinstance(batch.inputs, Tensor) else type(batch.inputs).__name__
         for step in self.steps:
-            if not isinstance(batch.inputs, Tensor) or (step.for_images and batch.inputs.ndim != 4):
+            if step.for_images and batch.inputs.ndim != 4:
+                shape = list(batch.inputs.shape)
                 raise ValueError(f"{type(step).__name__} takes images [N, C, H, W], but the inputs are {shape}")
+            if isinstance(step, Geometric):
+                for found in with_places(batch.targets, "targets", tuple(batch.inputs.shape[2:])):
+                    raise ValueError(f"Views moves each view in its own way, but {found} has places: leave it out")
         views = []
         for view in range(self.count):
             seen = batch

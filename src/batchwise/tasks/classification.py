@@ -117,6 +117,11 @@ def check_labels(data: DataModule, classes: int) -> None:
         targets = getattr(fetch, "fields", (None,))[-1]
         if targets is None or len(fetch.fields) < 2:  # type: ignore[attr-defined]
             continue
+        if not isinstance(targets, Tensor):
+            raise ValueError(
+                f"the targets of the {name} split are a {type(targets).__name__}: write one tensor of whole numbers, "
+                "or a task of your own"
+            )
         if targets.ndim != 1 or targets.is_floating_point():
             raise ValueError(
                 f"the targets of the {name} split are {targets.dtype} of shape {list(targets.shape)}: "

@@ -28,9 +28,10 @@ from batchwise.models import place
 from batchwise.models.kept import kept_buffers
 from batchwise.ranges import PositiveInt
 from batchwise.tasks.coupled import CoupledLoss, Pairs, retrieved
-from batchwise.tasks.groups import Ahead, Groups, join, present, spread
+from batchwise.tasks.groups import Ahead, Groups, checked, join, present, refuse_lists, spread
 from batchwise.tasks.memory import is_out_of_memory
 from batchwise.tasks.passes import begin
+from batchwise.tasks.rehearsal import on_device
 from batchwise.tasks.sums import reduce
 from batchwise.tasks.task import Task
 from batchwise.tasks.trying import outputs_of
@@ -118,6 +119,7 @@ class Contrastive(Task):
         self._compares = len(outputs.inputs) >= self._views
         if self.group_size is None and data.batch_size is None:
             raise ValueError("model.group_size is not set, and neither is data.batch_size: write model.group_size")
+        refuse_lists(outputs.targets)
         if data.plan is None:
             return
         if noise_meter(trainer) is not None:
@@ -127,7 +129,7 @@ class Contrastive(Task):
             )
         precision: Any = trainer.precision_plugin if trainer else Precision()
         with torch.no_grad(), precision.forward_context():
-            batch = data.to_device(data.examples("train", 4), self.device, training=True)
+            batch = on_device(self, data, data.examples("train", 4), training=True)
             whole = outputs_of(self, data, batch, precision)
             if len(whole.inputs) < self._views:
                 raise ValueError(
@@ -152,15 +154,7 @@ class Contrastive(Task):
 
     def _outputs(self, batch: MicroBatch) -> MicroBatch:
         """Return a micro-batch with its embeddings as inputs."""
-        embeddings = self.embed(batch)
-        embeddings = (embeddings,) if isinstance(embeddings, Tensor) else embeddings
-        for each in embeddings:
-            if each.ndim < 2 or len(each) != len(batch):
-                raise ValueError(
-                    f"{type(self).__name__}.embed gave the shape {list(each.shape)} for {len(batch)} examples: return "
-                    "one embedding per example, [N, D]"
-                )
-        return replace(batch, inputs=tuple(each if each.dtype.itemsize >= 4 else each.float() for each in embeddings))
+        return replace(batch, inputs=checked(self.embed(batch), len(batch), type(self).__name__))
 
     def losses(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Return the loss of each example [N] and its weight [N], of a batch that is whole."""

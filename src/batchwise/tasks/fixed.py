@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from batchwise.batching.gradients import parameters
 from batchwise.batching.loader import MicroBatch
+from batchwise.batching.structure import rebuild
 from batchwise.tasks.sums import Sums
 
 if TYPE_CHECKING:
@@ -136,10 +137,16 @@ class Recorded(NamedTuple):
 
 
 def tensors_of(batch: MicroBatch) -> list[Tensor]:
-    """Return the tensors of the examples."""
-    found: list[Tensor] = []
-    batch._map(lambda tensor: found.append(tensor) or tensor)
-    return found
+    """Return the tensors of the examples.
+
+    Raises:
+        Unfit: they have parts that are no tensors.
+    """
+    found: list[Any] = []
+    rebuild((batch.inputs, batch.targets, batch.weights), found.append)
+    if any(not isinstance(leaf, Tensor | None) for leaf in found):
+        raise Unfit("the examples have parts that are no tensors")
+    return [leaf for leaf in found if leaf is not None]
 
 
 def shape_of(batch: MicroBatch) -> Any:

@@ -4,13 +4,14 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from math import ceil
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from batchwise.batching.loader import MicroBatch
 from batchwise.batching.plan import cut
+from batchwise.batching.structure import leaves
 from batchwise.tasks.sums import reduce
 
 if TYPE_CHECKING:
@@ -72,6 +73,33 @@ class Groups:
             assert self._newest is not None
             pieces = self._pieces.get(number) or [replace(self._newest, counts=False)]
             yield join(self.borders[number + 1] - self.borders[number], pieces, lambda rows: reduce(task, rows))
+
+
+def checked(given: Any, examples: int, name: str) -> tuple[Tensor, ...]:
+    """Return what `embed` of a task called `name` gave for some examples, in single precision at least.
+
+    Raises:
+        ValueError: it is not one embedding per example.
+    """
+    embeddings = given if isinstance(given, tuple | list) else (given,)
+    for each in embeddings:
+        if not isinstance(each, Tensor) or each.ndim < 2 or len(each) != examples:
+            what = f"the shape {list(each.shape)}" if isinstance(each, Tensor) else f"a {type(each).__name__}"
+            raise ValueError(
+                f"{name}.embed gave {what} for {examples} examples: return one embedding per example, [N, D], or a "
+                "tuple of such"
+            )
+    return tuple(each if each.dtype.itemsize >= 4 else each.float() for each in embeddings)
+
+
+def refuse_lists(targets: Any) -> None:
+    """Raise ValueError for targets that cannot be brought together over devices."""
+    for name, leaf in leaves(targets, "targets"):
+        if isinstance(leaf, list):
+            raise ValueError(
+                f"{name} is a list, but the examples of a batch are compared over all devices by tensors: write a "
+                "tensor, or leave it out in transform"
+            )
 
 
 def join(size: int, parts: list[MicroBatch], add: Callable[[Tensor], Tensor] = lambda rows: rows) -> MicroBatch:

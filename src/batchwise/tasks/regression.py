@@ -71,13 +71,18 @@ def targets_of(data: DataModule) -> list[tuple[str, Tensor]]:
     """Return the targets of each loaded split that consists of tensors, with the name of the split.
 
     Raises:
-        ValueError: a target is not finite.
+        ValueError: a target is not finite, or they are not in one tensor.
     """
     found = []
     for name, fetch in data.loaded():
         fields = getattr(fetch, "fields", ())
         if len(fields) < 2:
             continue
+        if not isinstance(fields[-1], Tensor):
+            raise ValueError(
+                f"the targets of the {name} split are a {type(fields[-1]).__name__}: write one tensor [N, ...], or a "
+                "task of your own"
+            )
         wrong = ~fields[-1].reshape(len(fields[-1]), -1).isfinite().all(1)
         if wrong.any():
             raise ValueError(

@@ -102,7 +102,19 @@ def _losses(task: "Task", data: DataModule, batch: MicroBatch, size: int, player
 def _on_device(task: "Task", data: DataModule, batch: MicroBatch) -> MicroBatch:
     copy = replace(batch._map(torch.clone), key=KEY)  # because a transform may work in place
     place.current = place.Place(KEY, 0, False, len(batch))
-    return data.to_device(copy, home_of(task), training=True)
+    return on_device(task, data, copy, training=True)
+
+
+def on_device(task: "Task", data: DataModule, batch: MicroBatch, training: bool) -> MicroBatch:
+    """Return a micro-batch on the device of a task. Without a trainer, its floats are of the type of the network's."""
+    moved = data.to_device(batch, home_of(task), training)
+    return moved.cast(dtype_of(task.network)) if data.trainer is None else moved
+
+
+def dtype_of(network: nn.Module) -> torch.dtype:
+    """Return the type of a network's floats."""
+    types = (parameter.dtype for parameter in network.parameters() if parameter.is_floating_point())
+    return next(types, torch.get_default_dtype())
 
 
 def _call(task: "Task", part: MicroBatch, player: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
@@ -133,7 +145,8 @@ def _close(one: Tensor, other: Tensor) -> bool:
 def _warn_of_randomness(task: "Task") -> None:
     layers = [name for name, module in task.named_modules() if isinstance(module, nn.modules.dropout._DropoutNd)]
     source = f"layers such as {', '.join(layers[:3])} draw" if layers else "losses, or the network, draws"
-    remedy = "model.exact_dropout true" if layers else "batch.rand and batch.randn, or batchwise.models.dropout.Dropout"
+    ours = "batch.rand and batch.randn; in the network batchwise.models.noise, or batchwise.models.dropout.Dropout"
+    remedy = "model.exact_dropout true" if layers else ours
     warnings.warn(
         f"{source} random numbers that depend on how the batch is executed (micro-batches, devices): write {remedy}",
         stacklevel=2,

@@ -13,6 +13,7 @@ from torchmetrics import MetricCollection
 from batchwise.batching.gradients import Number, weighted_sum
 from batchwise.batching.loader import Batch, MicroBatch
 from batchwise.data.module import DataModule
+from batchwise.models.call import call
 from batchwise.models.compiled import compile_network
 from batchwise.models.dropout import convert_dropout
 from batchwise.models.norm import convert_batchnorm
@@ -152,11 +153,9 @@ class Task(pl.LightningModule, ABC):
         if not value:
             raise ValueError(f"automatic_optimization is {value}: {THE_ENGINES['automatic_optimization']}")
 
-    def forward(self, inputs: Any) -> Tensor:
-        """Apply the network to the inputs; a tuple of inputs is passed as several arguments."""
-        if self._channels_last and isinstance(inputs, Tensor) and inputs.ndim == 4:
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
-        return self.network(*inputs) if isinstance(inputs, tuple) else self.network(inputs)
+    def forward(self, inputs: Any) -> Any:
+        """Apply the network: a tuple of inputs is passed as several arguments, a dict as keyword arguments."""
+        return call(self.network, inputs, self._channels_last)
 
     def measure(self, *values: Tensor) -> None:
         """Update the metrics of the running evaluation, or in training those of the step if a row in the log is due."""

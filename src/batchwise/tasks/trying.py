@@ -16,11 +16,12 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
 from batchwise.batching.loader import MicroBatch
+from batchwise.batching.structure import shape
 from batchwise.data.module import DataModule
 from batchwise.models.flops import count_flops
 from batchwise.models.kept import home_of, kept_modes
 from batchwise.models.norm import batchnorms, has_batchnorm
-from batchwise.tasks.rehearsal import rehearse
+from batchwise.tasks.rehearsal import on_device, rehearse
 
 if TYPE_CHECKING:
     from batchwise.tasks.task import Task
@@ -42,7 +43,7 @@ def try_task(task: "Task", data: DataModule, split: str) -> None:
     if data.trainer is not None and isinstance(data.trainer.strategy, SingleDeviceStrategy | DDPStrategy):
         task.to(data.trainer.strategy.root_device)  # where it will be trained, whole
     with precision.forward_context():
-        batch = data.to_device(data.examples(split, 2), home_of(task), training=False)
+        batch = on_device(task, data, data.examples(split, 2), training=False)
     outputs, flops = count_flops(lambda: outputs_of(task, data, batch, precision))
     task._measures.flops_per_example = flops and flops / len(batch)
     task.check(data, outputs)
@@ -65,12 +66,12 @@ def outputs_of(task: "Task", data: DataModule, batch: MicroBatch, precision: Any
         with kept_modes(task), torch.no_grad(), precision.forward_context():
             task.eval()
             return task._outputs(batch)
-    except RuntimeError as error:
-        inputs = batch.inputs
-        shape = list(inputs.shape[1:]) if isinstance(inputs, Tensor) else type(inputs).__name__
+    except (RuntimeError, TypeError) as error:
+        if isinstance(error, TypeError) and "argument" not in str(error):  # a fault within the network
+            raise
         raise ValueError(
-            f"model.network {type(task.network).__name__} cannot take the data, whose inputs are {shape} per "
-            f"example: {str(error).splitlines()[0]}"
+            f"model.network {type(task.network).__name__} cannot take the data, whose inputs are "
+            f"{shape(batch.inputs)} per example: {str(error).splitlines()[0]}"
         ) from error
     finally:
         task._rehearses = None
@@ -107,7 +108,7 @@ def _check_training(task: "Task", data: DataModule) -> None:
     plan, unit, trainer = data.plan, task._step.unit, data.trainer
     assert plan is not None
     if data.augment:
-        data.to_device(first, home_of(task), training=True)
+        on_device(task, data, first, training=True)
     if plan.unit % unit:
         raise ValueError(f"the plan keeps {plan.unit} examples together, but the network needs {unit}")
     frozen = [task.network.get_submodule(name) for name in task._tuning.frozen.norms]

@@ -3,7 +3,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from batchwise.batching.fetch import InMemory, Request, Rows, make_fetch
 from batchwise.batching.workers import Workers
@@ -148,7 +148,7 @@ def test_memory_maps_are_read_where_they_are(tmp_path):
 
 def test_make_fetch_chooses():
     inputs, targets = torch.arange(4), np.arange(4)
-    for source, fields in ((inputs, 1), (targets, 1), ((inputs, targets), 2), ([inputs, targets, inputs], 3)):
+    for source, fields in ((inputs, 1), (targets, 1), ((inputs, targets), 2), ((inputs, targets, inputs), 3)):
         fetch = make_fetch(source, num_workers=2)
         assert isinstance(fetch, InMemory)
         assert len(fetch.fields) == fields
@@ -168,10 +168,24 @@ class Endless(IterableDataset):
         return iter(int, 1)
 
 
-@pytest.mark.parametrize("source", [Endless(), iter([1]), 7])
-def test_what_cannot_be_read_by_number_is_refused(source):
-    with pytest.raises(ValueError, match=f"{type(source).__name__} has no __getitem__ and __len__"):
+@pytest.mark.parametrize(
+    ("source", "line"),
+    [
+        (Endless(), "load gave an Endless, which has no __getitem__ .* return a list of its examples"),
+        (iter([1]), "load gave a list_iterator, which has no __getitem__ .* return a list of its examples"),
+        ((i for i in range(3)), "load gave a generator, which has no __getitem__ .* return a list of its examples"),
+        (
+            DataLoader(TensorDataset(torch.zeros(3))),
+            "load gave a DataLoader: return its data set, loader",
+        ),
+        (DataLoader(Endless()), "load gave a DataLoader: return its data set"),
+        (7, "load gave an int, which has no __getitem__ and __len__: return a tuple of inputs and targets"),
+    ],
+)
+def test_what_cannot_be_read_by_number_is_refused(source, line):
+    with pytest.raises(ValueError, match=line) as error:
         make_fetch(source)
+    assert "\n" not in str(error.value)
 
 
 def test_rows_of_an_array_are_gathered_without_a_copy(tmp_path):

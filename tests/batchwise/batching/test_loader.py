@@ -268,11 +268,20 @@ def test_requests_over_many_steps_keep_examples_positions_and_places(devices, ba
             assert place % batch_size == micro_batch.position
 
 
-def test_to_converts_all_but_the_numbers_of_the_examples():
+def test_to_moves_all_but_the_numbers_of_the_examples():
     batch = MicroBatch((torch.zeros(2), torch.ones(2)), torch.zeros(2), torch.arange(2), weights=torch.ones(2))
-    moved = batch.to(torch.device("cpu"), lambda tensor: tensor.double())
-    assert {moved.inputs[0].dtype, moved.inputs[1].dtype, moved.targets.dtype, moved.weights.dtype} == {torch.float64}
-    assert moved.index.dtype == torch.int64
+    moved = batch.to(torch.device("meta"))
+    assert all(tensor.is_meta for tensor in (*moved.inputs, moved.targets, moved.weights))
+    assert moved.index.tolist() == [0, 1]
+
+
+def test_cast_converts_the_floats_of_inputs_and_targets():
+    batch = MicroBatch((torch.zeros(2), torch.ones(2).int()), [torch.zeros(1), torch.zeros(3)], torch.arange(2))
+    cast = batch.cast(torch.float64)
+    assert [tensor.dtype for tensor in cast.inputs] == [torch.float64, torch.int32]
+    assert {tensor.dtype for tensor in cast.targets} == {torch.float64}
+    plain = MicroBatch(torch.zeros(2), torch.arange(2), torch.arange(2))
+    assert plain.cast(torch.float32) is plain  # which costs nothing
 
 
 def numbers(size: int, name: str = "noise", key: int = 5) -> torch.Tensor:
@@ -302,3 +311,16 @@ def test_random_numbers_have_their_distributions() -> None:
     assert normal.var().item() == pytest.approx(1, abs=4 * (2 / 200_000) ** 0.5)
     assert (normal**4).mean().item() == pytest.approx(3, abs=4 * (96 / 200_000) ** 0.5)
     assert torch.corrcoef(torch.stack([uniform, normal]))[0, 1].abs() < 4 / 200_000**0.5
+
+
+def test_random_numbers_of_half_precision_are_below_one_and_finite() -> None:
+    """In the steps of a training in bf16-true, what is close to 1 would become 1, of which there is no logarithm."""
+    batch = MicroBatch(torch.zeros(1), None, torch.arange(20_000), key=7)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        uniform, normal = batch.rand("u"), batch.randn("u")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert uniform.dtype == normal.dtype == torch.bfloat16
+    assert uniform.max() < 1
+    assert normal.isfinite().all()

@@ -148,7 +148,7 @@ def test_items_of_any_structure(make, expected):
     def plain(value):
         if isinstance(value, dict):
             return {key: plain(item) for key, item in value.items()}
-        return [plain(item) for item in value] if isinstance(value, list) else value.tolist()
+        return [plain(item) for item in value] if isinstance(value, tuple) else value.tolist()
 
     assert tuple(map(plain, fields)) == expected
 
@@ -231,5 +231,42 @@ def test_an_error_in_getitems_itself_is_not_hidden(workers, capsys):
     requests = [[1], [2, 3], [3, 4]]  # with an unreadable example among them, that one is to blame
     assert [int(fields[1][-1]) for fields, _ in fetch.stream(asked(*requests))] == [1, 4, 16]
     assert fetch.unreadable == {3}
-    with pytest.raises(TypeError, match="cannot stack a list"):
+    line = r"^examples 1, 2 cannot be read at once.* TypeError: cannot stack a list at test_workers.py:\d+$"
+    with pytest.raises(DataError, match=line):
         list(fetch.stream(asked([1, 2])))
+
+
+class OnlyAtOnce(Squares):
+    """There is no __getitem__ to fall back on."""
+
+    def __getitem__(self, i: int):
+        raise NotImplementedError
+
+    def __getitems__(self, indices: list[int]):
+        return [{"x": self.make(i)}["x" if i != 3 else "y"] for i in indices]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_in_getitems_alone_has_the_number_of_its_example(workers):
+    line = r"^example 3 cannot be read \(KeyError: 'y' at test_workers.py:\d+\)"
+    with pytest.raises(DataError, match=line):
+        list(Workers(OnlyAtOnce(pair), workers).stream(asked([1, 2], [4, 3])))
+    fetch = Workers(OnlyAtOnce(pair), workers, max_unreadable=1)
+    ((_, squares), weights), *_ = fetch.stream(asked([4, 3]))
+    assert (squares.tolist(), weights.tolist()) == ([16, 16], [1, 0])
+
+
+class Fields(Squares):
+    """Whole micro-batches as a tuple of fields."""
+
+    def __getitems__(self, indices: list[int]):
+        if 3 in indices:
+            raise OSError("torn")
+        return {"x": torch.tensor(indices)}, [self.make(i) for i in indices]
+
+
+def test_fields_made_at_once_with_an_unreadable_example_among_them():
+    fetch = Workers(Fields(lambda i: "y" * i), max_unreadable=1)
+    (first, _), ((x, y), weights) = fetch.stream(asked([1, 2], [4, 3]))
+    assert (first[0]["x"].tolist(), first[1]) == ([1, 2], ["y", "yy"])
+    assert (x["x"].tolist(), y, weights.tolist()) == ([4, 4], ["yyyy", "yyyy"], [1, 0])

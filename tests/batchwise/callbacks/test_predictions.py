@@ -1,12 +1,16 @@
 """Predictions as CSV and Parquet: joined in order, a group of rows at a time."""
 
+import csv
+import json
+from collections import namedtuple
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from batchwise.callbacks.predictions import CsvFile, ParquetFile, Predictions
+from batchwise.callbacks.predictions import CsvFile, ParquetFile, Predictions, columns_of
 
 
 def columns(start: int, stop: int) -> dict:
@@ -42,3 +46,22 @@ def test_parquet_is_written_in_groups_of_rows(monkeypatch: pytest.MonkeyPatch) -
 def test_other_kinds_of_file_are_refused() -> None:
     with pytest.raises(ValueError, match=r"predictions is rows.txt: write a file that ends in .csv or .parquet"):
         Predictions("rows.txt")
+
+
+def test_nested_predictions_are_columns() -> None:
+    pair = namedtuple("Pair", ["left", "right"])
+    boxes = [torch.zeros(0, 4), torch.ones(2, 4)]
+    found = columns_of({"a": {"b": torch.ones(2, 2)}, "c": (torch.ones(2),), "d": pair(boxes[1][:, 0], ["x", "y"])})
+    assert list(found) == ["a_b_0", "a_b_1", "c_0", "d_left", "d_right"]
+    found = {"example": np.arange(2), **columns_of({"boxes": boxes, "text": ["x", "y"]})}
+    assert found["boxes"] == [[], [[1.0] * 4] * 2]
+    file = CsvFile(Path("rows.csv"), header=True)
+    file.write(found)
+    file.close()
+    with Path("rows.csv").open() as rows:
+        assert list(csv.reader(rows))[1:] == [["0", "[]", "x"], ["1", json.dumps([[1.0] * 4] * 2), "y"]]
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = ParquetFile(Path("rows.parquet"), header=True)
+    table.write(found)
+    table.close()
+    assert parquet.read_table("rows.parquet").column("boxes").to_pylist() == found["boxes"]

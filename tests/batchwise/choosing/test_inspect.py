@@ -217,6 +217,8 @@ def test_looking_ends_in_time_and_is_everywhere() -> None:
     seen = Look("train", 100_000).read(InMemory([torch.arange(100_000)[:, None]]), seconds=0)
     assert len(seen.examples) == BLOCK
     assert max(seen.examples) > 50_000 > min(seen.examples)
+    table = Look("train", 4).read(InMemory([torch.tensor([[1.0, 7.0], [3.0, 5.0]] * 2)]), seconds=100)
+    assert str(table.values) == "1 to 7, mean 4, std 2.24"
     whole = Look("train", 1000).read(InMemory([torch.arange(1000)[:, None]]), seconds=100)
     assert sorted(whole.examples) == list(range(1000))
 

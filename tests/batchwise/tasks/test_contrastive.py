@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from helpers import CSV, TWO, Result, run_here, run_process
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from batchwise import MicroBatch
+from batchwise import DataModule, MicroBatch
 from batchwise.batching.fetch import InMemory, Read, Request, gather
 from batchwise.batching.random import mix
 from batchwise.batching.schedule import Milestones
@@ -224,6 +225,48 @@ def test_what_a_resume_goes_on_with(tmp_path: Path) -> None:
     assert small.furthest(task.network, network) < 1e-12
     assert abs(float(task.loss.log_scale - scale)) < 1e-12
     assert max(abs(a - b) for a, b in zip([*before, *after], expected, strict=True)) < 1e-12
+
+
+class Parts(small.Points):
+    """The points in two parts, by their names, and targets too."""
+
+    def load(self, split: str) -> Any:
+        return {"left": self.x[:, :2], "right": self.x[:, 2:]}, {
+            "class": self.y,
+            "half": (self.x, {"of": self.x[:, 0]}),
+        }
+
+
+class OfParts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Net().double()
+
+    def forward(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        whole = torch.cat([left, right], 1)
+        return self.net(whole), self.net(whole.flip(1))
+
+
+class ByName(Contrastive):
+    """Takes dicts as the network does."""
+
+    def pair_losses(self, embeddings: tuple[Tensor, ...], targets: Any) -> Any:
+        assert torch.equal(targets["half"][0][:, 0], targets["half"][1]["of"])
+        return super().pair_losses(embeddings, targets["class"])
+
+
+@pytest.mark.parametrize("size", [None, 7, 2])
+def test_inputs_and_targets_may_be_nested(size: int | None) -> None:
+    class Plain(Contrastive):
+        def embed(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+            return self(batch.inputs), self(batch.inputs.flip(1))
+
+    first = Plain(Net().double(), SupCon(), optimizer=small.adamw)
+    second = ByName(OfParts(), SupCon(), optimizer=small.adamw)
+    _, one = small.fit(first, small.Points(batch_size=SIZE))
+    _, other = small.fit(second, Parts(batch_size=SIZE, micro_batch_size=size))
+    assert small.furthest(first.network, second.network.net) < 1e-12  # type: ignore[arg-type]
+    assert abs(float(one.callback_metrics["val/loss"] - other.callback_metrics["val/loss"])) < 1e-12
 
 
 # On two devices
@@ -506,10 +549,15 @@ def test_embeddings_are_predicted() -> None:
 # What is refused
 
 
-def refused(task: Contrastive, data: small.Points | None = None, **settings: Any) -> str:
+def refused(task: Contrastive, data: DataModule | None = None, **settings: Any) -> str:
     with pytest.raises(ValueError) as caught:  # noqa: PT011 (the test looks at the words)
         small.fit(task, data, **settings)
     return str(caught.value)
+
+
+class WithNames(small.Points):
+    def load(self, split: str) -> Any:
+        return self.x, {"names": ["a"] * len(self.x)}
 
 
 def test_what_cannot_be_is_refused_in_one_line() -> None:
@@ -521,6 +569,12 @@ def test_what_cannot_be_is_refused_in_one_line() -> None:
     data = small.Points()
     data.y = data.y.double()
     assert "SupCon goes by class, but the targets are torch.float64 [6]" in refused(noisy_with(SupCon()), data)
+    assert refused(noisy_with(InfoNCE()), WithNames()) == (
+        "targets['names'] is a list, but the examples of a batch are compared over all devices by tensors: write a "
+        "tensor, or leave it out in transform"
+    )
+    given: Any = type("Named", (Contrastive,), {"embed": lambda self, batch: {"image": self(batch.inputs)}})
+    assert "Named.embed gave a dict for 2 examples: return one" in refused(given(small.network(), InfoNCE()))
     with pytest.raises(ValueError, match=r"model.loss is not set"):
         Contrastive(small.network())
     with pytest.raises(TypeError, match=r"Wrong.losses sees one micro-batch: write embed, and pair_losses"):
@@ -566,10 +620,19 @@ def test_views_are_drawn_for_each_example_and_not_for_micro_batches() -> None:
     assert small.furthest(*tasks) < 1e-12
 
 
+class WithMasks(Digits):
+    def transform(self, batch: MicroBatch, training: bool) -> MicroBatch:
+        return replace(super().transform(batch, training), targets=batch.inputs[:, 0])
+
+
 def test_views_of_what_is_no_image_or_of_mixtures_are_refused() -> None:
     data = small.Points(augment=[Views([ShiftCrop(1)])])
     assert refused(Contrastive(small.network(), SupCon()), data) == (
         "ShiftCrop takes images [N, C, H, W], but the inputs are [4, 5]"
+    )
+    masks = WithMasks(classes=[3, 8], batch_size=100, augment=[Views([ShiftCrop(1)])])
+    assert refused(Contrastive(ConvNet(num_classes=4, channels=[4]).double(), SupCon(supervised=False)), masks) == (
+        "Views moves each view in its own way, but targets [4, 8, 8] has places: leave it out"
     )
     with pytest.raises(ValueError, match=r"Views.steps has MixUp, which mixes examples: leave it out"):
         Views([MixUp()])

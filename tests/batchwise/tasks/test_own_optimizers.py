@@ -231,7 +231,8 @@ def test_nadam_resumes_exactly(precision: str) -> None:
     settings: dict[str, Any] = {"precision": precision, "enable_checkpointing": True, "max_epochs": 3}
 
     def task() -> small.Classify:
-        return small.Classify(flat(), optimizer=lambda p: torch.optim.NAdam(p, lr=0.01))
+        network = flat().float() if precision == "32-true" else flat()
+        return small.Classify(network, optimizer=lambda p: torch.optim.NAdam(p, lr=0.01))
 
     whole, trainer = small.fit(task(), precision=precision)
     small.fit(task(), callbacks=[Last(), Stop(9)], **settings)

@@ -163,3 +163,11 @@ def test_it_learns_and_predicts_on_any_devices(lines: tuple[object, ...]) -> Non
         for row in one
     ]
     assert [path.name for path in Path("two").iterdir()] == ["two.parquet"]
+
+
+@pytest.mark.parametrize("task", [Regression, MultiLabel])
+def test_nested_targets_are_one_line(task: type) -> None:
+    data = Given(torch.randn(8, 3), {"y": torch.randn(8, 1)})  # type: ignore[arg-type]
+    data.setup("fit")
+    with pytest.raises(ValueError, match="the targets of the train split are a dict: write one tensor"):
+        task(nn.Linear(3, 1)).prepare(data, "train")

@@ -5,12 +5,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import shapes
 import torch
 import torch.nn.functional as F
 from small import Classify, Points, adamw, fit, furthest, network, trainer
 from torch import Tensor, nn
 
-from batchwise import MicroBatch, Task
+from batchwise import DataModule, MicroBatch, Task
 
 
 def torch_network() -> nn.Sequential:
@@ -107,6 +108,52 @@ def test_a_transform_may_work_in_place() -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "losses|layers")
         fit(made(each), Halved(micro_batch_size=4), max_steps=1)
+
+
+SHAPES: dict[type[DataModule], Callable[[], nn.Module]] = {
+    shapes.Dicts: shapes.Images,
+    shapes.Tuples: shapes.Images,
+    shapes.Lists: shapes.Images,
+    shapes.Collated: shapes.Images,
+    shapes.Series: shapes.Lengths,
+}
+
+
+class Logs(shapes.Both):
+    """Logs the loss of each example."""
+
+    def losses(self, batch: MicroBatch) -> Tensor:
+        losses = super().losses(batch)
+        self.log("each", losses, on_step=self.training, on_epoch=True)
+        self.log("examples", len(batch), reduce_fx="sum", on_step=False, on_epoch=True)
+        return losses
+
+
+class Coupled(shapes.Both):
+    def losses(self, batch: MicroBatch) -> Tensor:
+        losses = super().losses(batch)
+        return losses - losses.mean()
+
+
+@pytest.mark.parametrize("data", SHAPES)
+def test_data_of_any_shape_is_rehearsed_and_logged(data: type[DataModule]) -> None:
+    ways = []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "losses|layers")
+        for size in (None, 7, 1):
+            torch.manual_seed(1)
+            task = Logs(SHAPES[data](), optimizer=adamw)
+            _, made = fit(task, data(batch_size=20, micro_batch_size=size), max_epochs=2)
+            assert task._measures.rehearsed
+            ways.append((task, {name: float(value) for name, value in made.callback_metrics.items()}))
+    whole, logged = ways[0]
+    assert logged["examples"] == shapes.EXAMPLES
+    assert logged["each_epoch"] == pytest.approx(logged["train/loss_epoch"], abs=1e-12)
+    for task, others in ways[1:]:
+        assert furthest(whole, task) < 1e-12
+        assert others == pytest.approx(logged, abs=1e-12)
+    with pytest.raises(ValueError, match="another loss when other examples are in its micro-batch"):
+        fit(Coupled(SHAPES[data](), optimizer=adamw), data(batch_size=20, micro_batch_size=7))
 
 
 def test_it_changes_nothing() -> None:
