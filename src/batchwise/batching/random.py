@@ -13,6 +13,7 @@ _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _MULTIPLY_1 = 0xBF58476D1CE4E5B9 - 2**64
 _MULTIPLY_2 = 0x94D049BB133111EB - 2**64
 
+_ALL = 2**64 - 1
 _START = 1234567  # the seed of the published test values. From 0, `mix(-1, key)` would be `mix(key)`
 _ROUNDS = 40  # of `permute`, which says why
 
@@ -37,7 +38,13 @@ def mix(*keys: int | Tensor) -> int | Tensor:
     """
     state: int | Tensor = _START
     for key in keys:
-        state = _scramble(_int64(state + _int64((_int64(key) + 1) * _GOLDEN)))
+        if isinstance(key, Tensor) or isinstance(state, Tensor):
+            state = _scramble(_int64(state) + _int64((_int64(key) + 1) * _GOLDEN))  # pyright: ignore[reportArgumentType]
+        else:
+            x = (state + (int(key) + 1) * _GOLDEN) & _ALL
+            x = ((x ^ (x >> 30)) * _MULTIPLY_1) & _ALL
+            x = ((x ^ (x >> 27)) * _MULTIPLY_2) & _ALL
+            state = x ^ (x >> 31)
     return state & (2**63 - 1)
 
 
@@ -95,14 +102,14 @@ def permute(key: int | Tensor, size: int | Tensor, positions: Tensor) -> Tensor:
     return positions
 
 
-def _scramble(x: int | Tensor) -> int | Tensor:
-    """Return the output function of SplitMix64 (Stafford's variant 13). A tensor is changed in place."""
-    if isinstance(x, Tensor) and x.device.type == "cpu":
+def _scramble(x: Tensor) -> Tensor:
+    """Return the output function of SplitMix64 (Stafford's variant 13), in place."""
+    if x.device.type == "cpu":
         bits = x.numpy().view(np.uint64)  # half the work, because shifts of unsigned numbers are logical
         for shift, factor in ((30, _MULTIPLY_1), (27, _MULTIPLY_2), (31, 1)):
             bits ^= bits >> np.uint64(shift)
             if factor != 1:
-                bits *= np.uint64(factor % 2**64)
+                bits *= np.uint64(factor & _ALL)
         return x
     for shift, factor in ((30, _MULTIPLY_1), (27, _MULTIPLY_2), (31, 1)):
         shifted = x >> shift
@@ -110,7 +117,6 @@ def _scramble(x: int | Tensor) -> int | Tensor:
         x ^= shifted
         if factor != 1:
             x *= factor
-            x = _int64(x)
     return x
 
 

@@ -14,7 +14,7 @@ from batchwise.tasks.task import Task
 class ProgressBar(RichProgressBar):
     """Lightning's rich progress bar, with examples per second in place of iterations, and epochs counted from 1.
 
-    It is drawn at most four times a second, because drawing takes as long as several small steps.
+    It is drawn at most twice a second, because drawing takes as long as several small steps.
     """
 
     _drawn = 0.0
@@ -23,7 +23,7 @@ class ProgressBar(RichProgressBar):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int
     ) -> None:
         """Draw, if it is time or the epoch is over."""
-        if perf_counter() - self._drawn > 0.25 or trainer.is_last_batch:
+        if perf_counter() - self._drawn > 0.5 or trainer.is_last_batch:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
             self._drawn = perf_counter()
 

@@ -3,7 +3,6 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import replace
 from typing import Any, final
 
 import lightning.pytorch as pl
@@ -168,7 +167,7 @@ class Examples(Reserved, pl.LightningDataModule, ABC):
             dtype = torch.float32 if idle else plugin.convert_input(_ONE).dtype
         if device.type == "mps":  # which has no float64
             batch = batch.cast(torch.float32)
-        batch = replace(batch) if device.type == "cpu" else batch.to(device)
+        batch = batch.copy() if device.type == "cpu" else batch.to(device)
         batch = batch if dtype is None else batch.cast(dtype)
         if not training or not self.augment:
             batch = self.transform(batch, training)

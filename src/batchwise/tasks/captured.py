@@ -48,7 +48,8 @@ class Captured:
         """Number of steps that were replayed."""
         self.stale = True
         """Something may have changed that a recording does not see, such as a mode: look before the next replay."""
-        self._is_on = False
+        self.is_on = False
+        """Whether steps are recorded and replayed."""
         self._said: set[str] = set()
         self._state: Any = None
         self.forget()
@@ -61,13 +62,13 @@ class Captured:
 
     def start(self, task: "Task", why_not: str | None) -> None:
         """Begin an epoch; `why_not` says why its steps must be ordinary ones."""
-        self._is_on = bool(getattr(task.trainer, "capture", False))
+        self.is_on = bool(getattr(task.trainer, "capture", False))
         self.stale = True
-        if self._is_on and why_not is not None:
+        if self.is_on and why_not is not None:
             self._give_up(why_not)
 
     def _give_up(self, why_not: str) -> None:
-        self._is_on = False
+        self.is_on = False
         self.forget()
         if why_not not in self._said:
             self._said.add(why_not)
@@ -75,7 +76,7 @@ class Captured:
 
     def step(self, task: "Task", batch: Batch, key: int, optimizer: Optimizer) -> Sums | None:
         """Make a step. Return its sums, which later steps overwrite; None: make it an ordinary one."""
-        if not self._is_on or task._measures.row_is_due:
+        if task._measures.row_is_due:
             return None
         try:
             if self.stale:

@@ -28,6 +28,8 @@ class Finite:
     def __init__(self, most: int) -> None:
         self.most = most
         self.skipped_in_a_row = 0
+        self.has_scaler = False
+        """Whether gradients are scaled, and checked, by the trainer's precision plugin."""
         self.ledger: Ledger | None = None
 
     # While the host waits
@@ -46,7 +48,7 @@ class Finite:
         return finite
 
     def _is_finite(self, task: "Task", sums: Sums, optimizer: Any) -> bool:
-        if getattr(task.trainer.precision_plugin, "scaler", None) is not None:  # it checks the gradient itself
+        if self.has_scaler:  # it checks the gradient itself
             return math.isfinite(sums.loss)
         gradients = gradients_of(optimizer)
         if not gradients:

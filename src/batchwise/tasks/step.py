@@ -61,6 +61,7 @@ class Step:
         """The last batch."""
         self.captured = Captured()
         self._kept: dict[Any, Tensor] = {}
+        self._devices = 1
         self._wrapped: set[int] = set()
         self._results: Any = Results(None, True)
 
@@ -71,13 +72,14 @@ class Step:
     def listen(self, task: "Task") -> None:
         """Find the hooks that somebody overrides; the step skips all others."""
         trainer = task.trainer
-        self._results = trainer.fit_loop.epoch_loop._results
+        self._results, self._devices = trainer.fit_loop.epoch_loop._results, trainer.world_size
         self.is_heard = not all(map(is_ours, listeners(trainer, STEP_HOOKS)))
         self._hears_zero = bool(listeners(trainer, ["on_before_zero_grad"]))
         self.own_zero, self.own_step = listens(task, "optimizer_zero_grad"), listens(task, "optimizer_step")
         # Use PyTorch's backward pass and step directly if nobody can notice the difference.
         plain = isinstance(trainer.strategy, SingleDeviceStrategy)
-        plain &= getattr(trainer.precision_plugin, "scaler", None) is None
+        self.finite.has_scaler = getattr(trainer.precision_plugin, "scaler", None) is not None
+        plain &= not self.finite.has_scaler
         quiet = not listens(task, "backward") and not listeners(trainer, ["on_before_backward", "on_after_backward"])
         self.plain_backward = plain and quiet
         # In full precision, Lightning's context of a training step does nothing.
@@ -92,7 +94,7 @@ class Step:
         self._is_unseen = (
             task.device.type in DEVICES
             and task.device_mesh is None
-            and getattr(trainer.precision_plugin, "scaler", None) is None
+            and not self.finite.has_scaler
             and not self.is_heard
             and not self.own_step
             and all(getattr(callback, "for_rows", False) for callback in self.hear_step)
@@ -110,21 +112,29 @@ class Step:
         task._measures.start_step(task, step)
         task._rates.set(task, step)
         turns = task._turns()
-        batch.cut(task.data.micro_batch_limit, task.data.plan.unit)  # type: ignore[union-attr]
-        captured = self.captured.step(task, batch, self._key(task, batch, 0), turns[0][1])
-        if captured is not None:
-            self.sums = captured
+        if self.captured.is_on and (sums := self._replayed(task, batch, turns[0][1])) is not None:
+            self.sums = sums
             return
         logs: Number = 0.0
         for turn, (player, optimizer) in enumerate(turns):
             logs += self._turn(task, batch, player, optimizer, turn)
         # Reading waits for the device, so only where somebody may look at the values.
-        if task.trainer.world_size > 1 and values_are_due(task.trainer, step + 1) and logs > 0:
+        if self._devices > 1 and values_are_due(task.trainer, step + 1) and logs > 0:
             self._results.add_up()
 
     def loss(self) -> Number:
         """Return the exact loss of the last batch, over all devices. With several players, that of the first."""
         return self.sums.loss / (self.sums.count + (self.sums.count == 0))
+
+    def _replayed(self, task: "Task", batch: Batch, optimizer: Optimizer) -> Sums | None:
+        """Make the step by a recording, and return its sums; None: there is none."""
+        self._cut(task, batch)
+        return self.captured.step(task, batch, self._key(task, batch, 0), optimizer)
+
+    def _cut(self, task: "Task", batch: Batch) -> None:
+        data = task.data
+        if data.micro_batch_limit is not None:
+            batch.cut(data.micro_batch_limit, data.plan.unit)  # type: ignore[union-attr]
 
     def _key(self, task: "Task", batch: Batch, turn: int) -> int:
         """Return the key of the random numbers of a turn."""
@@ -194,10 +204,10 @@ class Step:
         while done is None:
             self._results.rewind(logged)
             self._zero(task, optimizer)
-            batch.cut(task.data.micro_batch_limit, task.data.plan.unit)  # type: ignore[union-attr]
+            self._cut(task, batch)
             done = self._run_micro_batches(task, batch, player, turn)
         sums = done
-        if task.trainer.world_size > 1:
+        if self._devices > 1:
             sums = done._replace(stops=float(self.stop_requested), logs=float(self._results.has_news()))
             self._add_what_the_strategy_does_not(task, player, optimizer)
             sums = reduce_sums(task, sums)
@@ -211,7 +221,7 @@ class Step:
         DDP averages the gradients of the parameters that needed one when it wrapped the module, and always all of
         them. So parameters that were frozen then are left over, and so are the parameters of a single player.
         """
-        devices = task.trainer.world_size
+        devices = self._devices
         if player is not None:
             add_gradients(parameters(optimizer), lambda values: reduce(task, values))
         elif isinstance(task.trainer.strategy, DDPStrategy):
@@ -233,7 +243,7 @@ class Step:
         strategy: Any = task.trainer.strategy
         sums, last = Sums(), len(batch.micro_batches) - 1
         # Data-parallel strategies average over devices. The nominal count keeps half-precision gradients in range.
-        scale = (1 if player else task.data.replicas[0]) / batch.size
+        scale = (1 if player else self._devices) / batch.size
         more = () if player is None else (player,)
         try:
             task._look_ahead(batch, key)
@@ -276,9 +286,9 @@ class Step:
 
     def stop_agreed(self, task: "Task") -> bool:
         """Return whether any device was asked to stop before the last step. All devices get the same answer."""
-        trainer: Any = task.trainer
-        if trainer.world_size == 1:
+        if self._devices == 1:
             return self.stop_requested
+        trainer: Any = task.trainer
         # Reading waits for the device. On a CPU that is free. Elsewhere it is done with a row in the log, which waits.
         free = task.device.type == "cpu" or trainer.global_step % trainer.log_every_n_steps == 0
         return free and bool(self.sums.stops > 0)

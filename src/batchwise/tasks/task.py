@@ -138,7 +138,7 @@ class Task(pl.LightningModule, ABC):
     @property
     def data(self) -> DataModule:
         """The data module, which owns the batch."""
-        data = self._rehearses or getattr(self.trainer, "datamodule", None)
+        data = self._rehearses or getattr(self._trainer, "datamodule", None)
         if not isinstance(data, DataModule):
             raise TypeError("a Task trains from a batchwise.DataModule: pass datamodule= to the trainer")
         return data
