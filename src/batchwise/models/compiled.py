@@ -3,6 +3,7 @@
 import os
 import shutil
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,5 +19,12 @@ def compile_network(network: nn.Module, device: torch.device) -> bool:
     if missing:
         print(f"trainer.compile is true, but {missing}: training goes on without", flush=True)
         return False
-    network.compile()
+    call = network._call_impl
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs)
+
+    # What `network.compile()` does, in a function of our own: PyTorch leaves out those of its own layers, so for an
+    # `nn.Sequential` it compiles nothing, and does not say so.
+    network._compiled_call_impl = torch.compile(run)
     return True

@@ -31,12 +31,12 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def capped(device: torch.device, cap: int = CAP) -> Iterator[int]:
-    """Let PyTorch have only `cap` bytes more than it has now; yield its limit."""
+def capped(device: torch.device, limit: int | None = None) -> Iterator[int]:
+    """Let PyTorch have only `limit` bytes, by default `CAP` more than it has now; yield the limit."""
     gc.collect()
     torch.cuda.empty_cache()
     whole = torch.cuda.get_device_properties(device).total_memory
-    limit = torch.cuda.memory_reserved(device) + cap
+    limit = torch.cuda.memory_reserved(device) + CAP if limit is None else limit
     torch.cuda.set_per_process_memory_fraction(limit / whole, device)
     try:
         yield limit
@@ -96,11 +96,11 @@ def test_a_size_that_was_measured_trains_without_running_out(
 ) -> None:
     task, data = tried(on, micro_batch_size="auto")
     path, settings = tmp_path / automatic.FILE, {"precision": "64-true", "max_epochs": 3, "max_steps": -1}
-    with capped(cuda):
+    with capped(cuda) as limit:
         automatic.measure(task, data, settings, path, cuda, 1, False)
         size = yaml.safe_load(path.read_text())["data"]["micro_batch_size"]
     assert 1 <= size < EXAMPLES
-    with capped(cuda, CAP + CAP // 10):  # what was measured is itself rounded to blocks of the allocator
+    with capped(cuda, limit + CAP // 10):  # what was measured is itself rounded to blocks of the allocator
         _, trainer = small.fit(wide(), Many(micro_batch_size=size), **SETTINGS, **on)
     assert trainer.global_step == 3
     out = capsys.readouterr().out

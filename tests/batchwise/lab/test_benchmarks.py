@@ -58,7 +58,7 @@ def test_the_gpu_benchmark_on_a_cpu() -> None:
     written = json.loads(Path("figures.json").read_text())
     assert written["machine"]["device"] == "CPU"
     sections = written["sections"]
-    assert list(sections) == ["step", "idle", "feed", "memory", "target", "compiled"]
+    assert list(sections) == ["feed", "idle", "step", "memory", "target", "compiled"]
     assert all(section["figures"] and "error" not in section for section in sections.values()), done.stdout
     for title in ("step", "feed"):
         for table in sections[title]["figures"].values():
