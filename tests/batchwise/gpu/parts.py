@@ -55,7 +55,8 @@ def convnet() -> nn.Sequential:
 class Rows(Logger):
     """Keeps what is logged in `rows`, by step, without figures of speed and memory."""
 
-    name, version = "rows", 0
+    name = "rows"  # type: ignore[assignment]
+    version = 0  # type: ignore[assignment]
 
     def __init__(self) -> None:
         super().__init__()

@@ -6,6 +6,7 @@ from typing import Any
 
 import small
 import torch
+from lightning.pytorch.plugins import DoublePrecision
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from batchwise.batching.gradients import full
@@ -20,7 +21,7 @@ def main(kind: str, backend: str, path: str, settings: dict[str, Any]) -> None:
         strategy = ModelParallelStrategy(
             processes, tensor_parallel_size=1, process_group_backend=backend, save_distributed_checkpoint=False
         )
-        settings["precision"] = "32-true"  # the strategy knows no 64-true; the weights and examples are in float64
+        settings |= {"precision": None, "plugins": [DoublePrecision()]}  # because it refuses the name 64-true
     weights: dict[str, Any] = {}
 
     class Keeps(small.Classify):
