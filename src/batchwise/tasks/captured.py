@@ -22,7 +22,7 @@ from batchwise.tasks.ledger import Made, skips_by_itself
 from batchwise.tasks.memory import is_out_of_memory
 from batchwise.tasks.passes import begin
 from batchwise.tasks.sums import Sums
-from batchwise.tasks.watched import Watched, attributes_of, only_the_device_decides, state_of
+from batchwise.tasks.watched import Watched, attributes_of, only_the_device_decides, restore, state_of
 
 if TYPE_CHECKING:
     from batchwise.tasks.step import Step
@@ -177,11 +177,11 @@ class Captured:
             raise Unfit(f"losses, or the network, cannot be recorded: {str(error).splitlines()[0]}") from None
         finally:
             task._trainer, place.current = trainer, None
+            changed = restore(task, before)
         moving = sorted(name for name in seen if name == "batch.epoch" or name.startswith("self.trainer."))
         if moving:
             raise Unfit(f"losses reads {moving[0]}, which may change from step to step")
-        after = attributes_of(task)
-        if changed := [name for name in {**before, **after} if before.get(name) != after.get(name)]:
+        if changed:
             raise Unfit(f"losses, or the network, changes its attribute {changed[0]}")
         if any(p.grad is not None and p not in self._fixed.gradients for p in parameters(optimizer)):
             raise Unfit("some parameters have a gradient only in some steps")

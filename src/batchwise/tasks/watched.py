@@ -53,6 +53,22 @@ def attributes_of(task: "Task") -> dict[str, Any]:
     return found
 
 
+def restore(task: "Task", before: dict[str, Any]) -> list[str]:
+    """Restore the numbers and words of `attributes_of`, and return the names of what had changed."""
+    after = attributes_of(task)
+    changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    for name in changed:
+        path, _, own = name.rpartition(".")
+        module = task.get_submodule(path)
+        if name not in before:
+            delattr(module, own)
+        elif isinstance(value := getattr(module, own, None), list):
+            del value[before[name] :]
+        elif not isinstance(value, dict | set | tuple):
+            setattr(module, own, before[name])
+    return changed
+
+
 def state_of(task: "Task") -> list[Any]:
     """Return all that decides what the device does in a step, beside its inputs: places, modes, numbers on the host."""
     optimizer = task.trainer.optimizers[0]

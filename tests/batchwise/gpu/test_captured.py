@@ -152,4 +152,4 @@ def test_other_reasons(reason: str, ordinary: Any, on: dict[str, Any], capsys: p
     first, second = both(ordinary, lambda: small.fit(make(**task), capture="auto", **trainer, **on)[0])
     assert reason in capsys.readouterr().out
     assert second._step.captured.replays == 0
-    assert small.furthest(first, second) < (0.1 if reason.startswith("changes") else 1e-12)
+    assert small.furthest(first, second) < 1e-12
