@@ -23,8 +23,8 @@ class Sums(NamedTuple):
 
     def plus(self, loss: Number, count: Number) -> "Sums":
         """Return the sums with more targets. Values on a CPU become numbers."""
-        if isinstance(loss, Tensor) and loss.device.type != "mps":
-            loss = loss.item() if loss.device.type == "cpu" else loss.double()
+        if isinstance(loss, Tensor):
+            loss = loss.item() if loss.is_cpu else loss if loss.is_mps else loss.double()
         return Sums(self.loss + loss, self.count + count)
 
     def mean(self) -> float:
