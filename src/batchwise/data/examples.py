@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from batchwise.batching.collate import stack
-from batchwise.batching.fetch import Fetch, InMemory, Request, Rows, make_fetch
+from batchwise.batching.fetch import Fetch, InMemory, Request, make_fetch
 from batchwise.batching.loader import MicroBatch, make_batch
 from batchwise.batching.order import Order, Shuffled, Sources
+from batchwise.batching.rows import Joined, Rows
 from batchwise.data.augment import Augmentation, augment
 from batchwise.data.names import Reserved
 
-Field = Tensor | np.ndarray | Rows | Mapping[str, Any] | Sequence[Any]
+Field = Tensor | np.ndarray | Rows | Joined | Mapping[str, Any] | Sequence[Any]
 """Tensors or arrays [N, ...], dicts and tuples of them, or a list of one value per example."""
 Source = Field | Dataset | Fetch
 SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}

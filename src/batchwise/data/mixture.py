@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset
 
-from batchwise.batching.fetch import Rows, as_tensor
+from batchwise.batching.fetch import bytes_of
 from batchwise.batching.loader import MicroBatch
 from batchwise.batching.mixture import Mixture as MixtureOrder
 from batchwise.batching.order import Sources
+from batchwise.batching.ragged import Ragged
+from batchwise.batching.rows import Joined, Rows, as_tensor, is_mapped
 from batchwise.data.examples import Source
 from batchwise.data.module import DataModule
 from batchwise.ranges import PositiveInt
@@ -22,11 +24,12 @@ _OF_THE_WHOLE = ("batch_size", "micro_batch_size", "batch_tokens", "micro_batch_
 class Mixture(DataModule):
     """Puts several data modules one after the other, and trains on them in given proportions.
 
-    Their inputs and targets must have the same structure, shapes and types. Tensors and arrays are copied into one, so
-    files that are mapped into memory are read whole. Map-style data sets are not copied. A split of the evaluation has
-    all examples of all modules that have this split, source after source.
+    Their inputs and targets must have the same structure, shapes and types. Tensors and arrays in memory are copied
+    into one, and so are the sequences of `Ragged`. Mapped files, `Rows`, views and map-style data sets are not copied.
+    A split of the evaluation has all examples of all modules that have this split, source after source.
 
-    The modules load the examples. The first one transforms them, and names the classes. All else is set here.
+    The modules load the examples. The first one transforms them, and has what a task may ask for, such as names of the
+    classes. All else is set here.
 
     Args:
         modules: data modules by name.
@@ -78,12 +81,15 @@ class Mixture(DataModule):
         in_memory = [isinstance(source, Tensor | np.ndarray | dict | tuple) for source in sources]
         if all(in_memory):
             joined: Any = _join("examples", list(loaded), sources)
+            joined = joined if isinstance(joined, tuple) else (joined,)
             sizes = [_length(source) for source in sources]
+        elif all(isinstance(source, Ragged) for source in sources):
+            joined, sizes = _join_ragged(list(loaded), sources), [len(source) for source in sources]
         elif not any(in_memory) and not any(hasattr(source, "stream") for source in sources):
             joined, sizes = ConcatDataset(sources), [len(source) for source in sources]
         else:
             kinds = ", ".join(f"{name} gives {type(source).__name__}" for name, source in loaded.items())
-            raise ValueError(f"data.modules: {kinds}: load tensors and arrays in all, or map-style data sets in all")
+            raise ValueError(f"data.modules: {kinds}: load tensors and arrays, Ragged, or data sets in all")
         if split == "train":
             self._sizes = dict(zip(loaded, sizes, strict=True))
         return joined
@@ -113,8 +119,20 @@ class Mixture(DataModule):
 
     def check(self, network: nn.Module) -> None:
         """Check that the network suits all modules."""
-        for module in self.modules.values():
+        for name, module in self.modules.items():
             module.check(network)
+            separator, first = (getattr(data, "separator", None) for data in (module, self._first))
+            if separator != first:
+                raise ValueError(
+                    f"data.modules.{name} has the separator {separator}, and the first one {first}: write a vocabulary "
+                    "that is the same in all, such as bytes"
+                )
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what a task asks of its data, such as `decode`, of the first module."""
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._first, name)
 
 
 def _length(source: Any) -> int:
@@ -126,7 +144,7 @@ def _length(source: Any) -> int:
 
 def _join(place: str, names: list[str], parts: list[Any]) -> Any:
     """Return nested tensors, arrays and lists of the same structure, one after the other."""
-    parts = [_plain(part) for part in parts]
+    parts = [list(part) if isinstance(part, np.ndarray) and part.dtype.kind in "OUS" else part for part in parts]
     first = parts[0]
     for name, part in zip(names, parts, strict=True):
         if _kind(part) != _kind(first):
@@ -141,24 +159,28 @@ def _join(place: str, names: list[str], parts: list[Any]) -> Any:
         return type(first)(*items) if hasattr(first, "_fields") else tuple(items)
     if isinstance(first, list):
         return [value for part in parts for value in part]
-    if not isinstance(first, Tensor):
+    if not isinstance(first, Tensor | np.ndarray | Rows):
         raise ValueError(f"data.modules.{names[0]} has {place} of {_kind(first)}: load tensors, arrays and lists")
-    return torch.cat(parts)
+    if any(isinstance(part, Rows) or is_mapped(part) or bytes_of(part) < part.nbytes for part in parts):
+        return Joined(parts)
+    return torch.cat([as_tensor(part) for part in parts])
 
 
-def _plain(part: Any) -> Any:
-    """Return arrays as tensors, arrays of text as lists, and rows of an array as a copy."""
-    if isinstance(part, Rows):
-        return part.to(torch.device("cpu"))
-    if isinstance(part, np.ndarray):
-        return list(part) if part.dtype.kind in "OUS" else as_tensor(part)
-    return part
+def _join_ragged(names: list[str], parts: list[Ragged]) -> Ragged:
+    """Return the sequences of all, one after the other."""
+    ends = [(int(part.offsets[0]), int(part.offsets[-1])) for part in parts]
+    values = [part.values[start:stop] for part, (start, stop) in zip(parts, ends, strict=True)]
+    others = _join("other fields", names, [part.fields[1:] for part in parts])
+    lengths = torch.cat([part.lengths for part in parts])
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    return Ragged(_join("sequences", names, values), offsets, *others)
 
 
 def _kind(part: Any) -> str:
     """Return what must be the same for all parts."""
-    if isinstance(part, Tensor):
-        return f"{str(part.dtype).removeprefix('torch.')} [N{''.join(f', {size}' for size in part.shape[1:])}]"
+    array = part.array if isinstance(part, Rows) else part
+    if isinstance(array, Tensor | np.ndarray):
+        return f"{str(array.dtype).removeprefix('torch.')} [N{''.join(f', {size}' for size in array.shape[1:])}]"
     if isinstance(part, dict):
         return f"keys {', '.join(map(repr, part))}"
     return f"{len(part)} parts" if isinstance(part, tuple) else type(part).__name__

@@ -14,9 +14,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from batchwise import DataModule
+from batchwise.batching.fetch import InMemory, Request
 from batchwise.batching.mixture import Mixture as MixtureOrder
 from batchwise.batching.order import Sources
+from batchwise.batching.ragged import Ragged
+from batchwise.batching.rows import Joined, Rows
+from batchwise.batching.tokens import SequencePlan
 from batchwise.data.mixture import Mixture
+from batchwise.sources.text import Text
 
 
 class Given(DataModule):
@@ -124,6 +129,80 @@ def test_nested_examples_and_arrays() -> None:
     assert data.examples("train", 5).targets == ["t2", "t2", "t3", "t3", "t3"]
 
 
+def test_files_and_views_are_not_copied() -> None:
+    """A mapped file and some rows of another: each is read where it is."""
+    first = np.memmap("first", np.uint16, "w+", shape=(5, 3))
+    second = np.memmap("second", np.uint16, "w+", shape=(9, 3))
+    first[:], second[:] = np.arange(15).reshape(5, 3), 60_000 + np.arange(27).reshape(9, 3)
+    rows = Rows(second, torch.tensor([8, 0, 4]))
+    data = Mixture(
+        {"a": Given((first, torch.zeros(5, 4).long())), "b": Given((rows, torch.ones(3, 4).long()))},
+        {"a": 1, "b": 1},
+        batch_size=4,
+    )
+    data.setup("fit")
+    fetch = data.split("train")
+    assert isinstance(fetch, InMemory)
+    assert fetch.mapped
+    inputs, targets = fetch.fields
+    assert isinstance(inputs, Joined)
+    assert isinstance(inputs.parts[0], Tensor)
+    assert inputs.parts[0].data_ptr() == first.ctypes.data
+    assert isinstance(targets, Tensor)
+    index = torch.tensor([7, 1, 5, 5, 0])
+    ((read, _),) = fetch.stream([Request.one(index)])
+    whole = np.concatenate([first, second[[8, 0, 4]]])
+    assert read[0].dtype == torch.uint16
+    assert torch.equal(read[0].long(), torch.from_numpy(whole.astype(np.int64))[index])
+    assert torch.equal(inputs.to(torch.device("cpu")).long(), torch.from_numpy(whole.astype(np.int64)))
+    assert fetch.nbytes == inputs.nbytes + targets.nbytes == 8 * 3 * 2 + 8 * 4 * 8
+
+
+def test_long_windows_stay_views() -> None:
+    parts = [torch.arange(start, start + 200).unfold(0, 64, 1) for start in (0, 1000)]
+    data = Mixture({"a": Given(parts[0]), "b": Given(parts[1])}, {"a": 1, "b": 1}, batch_size=4)
+    data.setup("fit")
+    batch = data.examples("train", 274)
+    assert torch.equal(batch.inputs, torch.cat(parts))
+    (windows,) = data.split("train").fields  # type: ignore[union-attr]
+    assert isinstance(windows, Joined)
+    assert isinstance(windows.parts[1], Tensor)
+    assert windows.parts[1].data_ptr() == parts[1].data_ptr()
+
+
+def test_sequences() -> None:
+    """Each has its own lengths; the first begins within its values."""
+    first = Ragged(torch.arange(10), torch.tensor([2, 5, 9]), torch.tensor([0, 1]))
+    second = Ragged(torch.arange(100, 104), torch.tensor([0, 1, 4]), torch.tensor([2, 3]))
+    data = Mixture({"a": Given(first), "b": Given(second)}, {"a": 1, "b": 1}, batch_size=2, seed=0)
+    data.setup("fit")
+    batch = data.examples("train", 4)
+    assert batch.inputs.tolist() == [[2, 3, 4, -1], [5, 6, 7, 8], [100, -1, -1, -1], [101, 102, 103, -1]]
+    assert batch.targets.tolist() == [0, 1, 2, 3]
+    assert isinstance(data.plan, SequencePlan)
+
+
+def test_text_in_proportions() -> None:
+    """The mixture of a language model, which asks the data for more than batches."""
+    for name in ("web", "books"):
+        Path(f"{name}.txt").write_text("\n".join(f"{name} {number}" for number in range(400)))
+    none: dict[str, Any] = {"val_fraction": 0.0, "test_fraction": 0.0, "sequence_length": 32, "packing": "cut"}
+    modules = {name: Text(f"{name}.txt", **none) for name in ("web", "books")}
+    data = Mixture(modules, {"web": 0.75, "books": 0.25}, batch_size=8, seed=0)
+    data.prepare_data()
+    data.setup("fit")
+    web = len(data.sources()["web"])
+    for step in range(5):
+        assert (data.order.indices(0, 8 * step, 8 * step + 8) < web).sum() == 6
+    assert "web 12" in data.decode(data.examples("train", web).inputs.flatten())
+    assert data.separator == 256
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = data.nothing
+    characters = Text("web.txt", vocabulary="characters", **none)
+    with pytest.raises(ValueError, match=r"data.modules.b has the separator \d+, and the first one 256"):
+        Mixture({"a": modules["web"], "b": characters}, {"a": 1, "b": 1}).check(torch.nn.Linear(1, 1))
+
+
 class Doubled(Given):
     def transform(self, batch: Any, training: bool) -> Any:
         return batch
@@ -139,7 +218,10 @@ X, Y = torch.zeros(4, 2), torch.arange(4)
         ((X.double(), Y), r"data.modules.b has examples\[0\] of float64 \[N, 2\]"),
         ((X,), "data.modules.b has examples of 1 parts, and a of 2 parts: make them the same in load"),
         (X, "data.modules.b has examples of float32"),
-        (Squares(0, 3), "a gives tuple, b gives Squares: load tensors and arrays in all"),
+        (
+            Squares(0, 3),
+            "a gives tuple, b gives Squares: load tensors and arrays, Ragged, or data sets in all",
+        ),
         ((X[:0], Y[:0]), "source b has no examples"),
         (None, "data.modules.b has no train split: leave it out"),
     ],
