@@ -47,6 +47,12 @@ def test_whole_numbers_per_batch_are_exact():
         assert counts(order, order.indices(3, 20 * step, 20 * step + 20)) == [14, 4, 2]
 
 
+def test_fractions_per_batch_are_rounded_down_or_up_in_turn():
+    order = prepared({"a": 0.7, "b": 0.3}, ranges(a=900, b=100), 64, 6400)
+    had = [counts(order, batch)[0] for batch in drawn(order, 1).split(64)]
+    assert (had.count(45), had.count(44)) == (80, 20)
+
+
 SHARES = st.one_of(
     st.lists(st.integers(1, 1000), min_size=1, max_size=7),
     st.lists(st.integers(10, 9999).map(lambda number: number / 10_000), min_size=1, max_size=7),
@@ -138,6 +144,7 @@ def test_any_batch_of_ten_million_examples_comes_in_milliseconds():
     try:
         sources = ranges(a=10_000_000, b=300)
         order = prepared({"a": 0.9, "b": 0.1}, sources, 64)
+        order.indices(5, 0, 64)  # loads the libraries
         for epoch, first in ((0, 0), (1, 6_400_000), (100_000, 640_000)):
             start = time.perf_counter()
             order.indices(epoch, first, first + 64)
