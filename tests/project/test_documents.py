@@ -27,6 +27,7 @@ OVERLAYS = sorted((ROOT / "configs" / "overlays").glob("*.yaml"))
 PROCESSES = ("ddp.yaml", "fsdp.yaml", "two_cpus.yaml")
 """Overlays that start processes."""
 FILES = {"flowers": "class Flowers", "price": "class Price", "gan": "class GAN", "halves": "class Halves"}
+FILES |= {"curriculum": "class EasyFirst", "writers": "class Writers"}
 """Modules of a user's that the pages show whole, with words by which to find them."""
 SHORT = {
     "text.yaml": ("--trainer.limit_train_batches", 4, "--trainer.limit_val_batches", 2, "--model.sample_length", 20)
@@ -186,6 +187,22 @@ def test_readme_task_learns(run: Callable, project: str, precision: str) -> None
     assert result.code == 0, result.err
     losses = [float(loss) for loss in re.findall(r"val/loss ([\d.]+)", result.out)]
     assert losses[-1] < 0.2 < losses[0]
+
+
+@pytest.mark.usefixtures("own_files")
+def test_orders(run: Callable) -> None:
+    """Those of docs/order.md train, the line of the plan is the one on the page, and the page's test passes."""
+    printed = ""
+    for number, text in enumerate(blocks("yaml", DOCS["order.md"])):
+        Path(f"{number}.yaml").write_text(text)
+        result = run("fit", "--config", "configs/digits.yaml", "--config", f"{number}.yaml", "--trainer.max_epochs", 1)
+        assert result.code == 0, result.err
+        printed += result.out
+    (line,) = blocks("text", DOCS["order.md"])
+    assert line in printed
+    (test,) = [block for block in blocks("python", DOCS["order.md"]) if "def test_" in block]
+    Path("test_order.py").write_text(test)
+    assert pytest.main(["-q", "-p", "no:cacheprovider", "--noconftest", "-c", "/dev/null", "test_order.py"]) == 0
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)

@@ -1,6 +1,5 @@
 """From example numbers to tensors: one gather per field and micro-batch."""
 
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from batchwise.batching.rows import Joined, Rows, as_tensor, gather, is_mapped
 from batchwise.batching.structure import named, rebuild, tensors
 
 Example = tuple[Any, ...]
@@ -61,64 +61,6 @@ class Fetch(Protocol):
         ...
 
 
-class Rows:
-    """Some rows of an array, in an order of their own: a split of a large file, without a copy.
-
-    Args:
-        array: [M, ...], in memory or a memory-mapped file.
-        index: the rows, int64 [N].
-    """
-
-    def __init__(self, array: np.ndarray, index: Tensor) -> None:
-        self.mapped = isinstance(array, np.memmap)
-        self.array, self.index = as_tensor(array), index
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of these rows."""
-        return self.array[:1].nbytes * len(self)
-
-    def to(self, device: torch.device) -> Tensor:
-        """Return a copy of the rows on a device. It is copied in parts, so that the host needs little memory."""
-        copy = torch.empty(len(self), *self.array.shape[1:], dtype=self.array.dtype, device=device)
-        for part, index in zip(copy.split(_PART), self.index.split(_PART), strict=True):
-            part.copy_(gather(self.array, index))
-        return copy
-
-
-_PART = 2**12  # rows
-
-
-def as_tensor(field: Tensor | np.ndarray) -> Tensor:
-    """Return a tensor that shares the memory of an array."""
-    with warnings.catch_warnings():  # about files that are mapped for reading only: nothing here writes to them
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        if isinstance(field, np.ndarray) and any(stride < 0 for stride in field.strides):
-            field = field.copy()  # torch has no negative strides
-        return torch.as_tensor(field)
-
-
-def gather(field: Tensor | Rows, index: Tensor, pinned: bool = False) -> Tensor:
-    """Return field[index], on the device of the field. `index_select` takes a quarter of the time of `[]` on a CPU.
-
-    Args:
-        field: [M, ...].
-        index: int64 [N], on the host.
-        pinned: return pinned memory.
-    """
-    if isinstance(field, Rows):
-        field, index = field.array, field.index.index_select(0, index)
-    if field.dtype in _SIGNED:
-        return gather(field.view(_SIGNED[field.dtype]), index, pinned).view(field.dtype)
-    if pinned:
-        out = torch.empty(len(index), *field.shape[1:], dtype=field.dtype, pin_memory=True)
-        return torch.index_select(field, 0, index, out=out)
-    return field.index_select(0, index if index.device == field.device else index.to(field.device, non_blocking=True))
-
-
 def select(field: Any, index: Tensor, pinned: bool = False) -> Any:
     """Return the examples `index`, int64 [N], of a field: what `gather` takes, nested, and lists."""
     if isinstance(field, Tensor):
@@ -140,16 +82,8 @@ def _parts(field: Any) -> list[Any]:
     return found
 
 
-def _is_mapped(leaf: Any) -> bool:
-    if getattr(leaf, "mapped", False):
-        return True
-    while leaf is not None and not isinstance(leaf, np.memmap):  # a view of a memory map is none
-        leaf = getattr(leaf, "base", None)
-    return leaf is not None
-
-
 def _as_field(leaf: Any) -> Any:
-    if isinstance(leaf, Rows):
+    if isinstance(leaf, Rows | Joined):
         return leaf
     if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "OUS":  # text, or arrays of unequal shapes
         return _as_values(list(leaf))
@@ -170,16 +104,12 @@ def _as_values(values: list[Any]) -> Any:
 def on_device(leaf: Any, device: torch.device) -> Any:
     """Return a leaf on a device. A view stays one."""
     if not isinstance(leaf, Tensor):
-        return leaf.to(device) if isinstance(leaf, Rows) else leaf
+        return leaf.to(device) if isinstance(leaf, Rows | Joined) else leaf
     storage = leaf.untyped_storage()
     if storage.nbytes() >= leaf.nbytes:
         return leaf.to(device)
     whole = leaf.as_strided((storage.nbytes() // leaf.itemsize,), (1,), 0)
     return whole.to(device).as_strided(leaf.shape, leaf.stride(), leaf.storage_offset())
-
-
-_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
-"""The types of the same size for those that `index_select` lacks."""
 
 
 class InMemory:
@@ -195,7 +125,7 @@ class InMemory:
     """
 
     def __init__(self, fields: Sequence[Any], pinned: bool = False) -> None:
-        self.mapped = any(map(_is_mapped, chain.from_iterable(map(_parts, fields))))
+        self.mapped = any(map(is_mapped, chain.from_iterable(map(_parts, fields))))
         self.fields = tuple(rebuild(field, _as_field, _as_values) for field in fields)
         self.pinned = pinned
         self.home = next((leaf.device for leaf in tensors(self.fields)), torch.device("cpu"))

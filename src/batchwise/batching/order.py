@@ -14,6 +14,9 @@ _STREAM = int.from_bytes(b"order", "big")  # salt that separates these random nu
 _BLOCK = 2**14  # positions computed at a time: 128 KiB, about a millisecond
 _AT_ONCE = 2**20  # most examples that are shuffled in one piece: 8 MiB, 30 ms
 
+Sources = dict[str, range | Tensor]
+"""The examples of each source, by its name: a range, or int64 [examples of the source]."""
+
 
 class Order:
     """The order of an epoch. It can be asked for any slice. An order of your own overrides only `indices`.
@@ -26,6 +29,7 @@ class Order:
     seed: int
     labels: Tensor | None
     lengths: Tensor | None
+    sources: Sources | None
     once: bool = False
     """True where an epoch has no example twice. What is drawn for an example then need not depend on its position."""
     copies: int = 1
@@ -38,6 +42,7 @@ class Order:
         seed: int,
         labels: Tensor | None = None,
         lengths: Tensor | None = None,
+        sources: Sources | None = None,
     ) -> Self:
         """Set what is to be ordered. Call it once, before the first `indices`.
 
@@ -47,23 +52,32 @@ class Order:
             seed: any integer.
             labels: class of each example, integers [examples]. Some orders need it.
             lengths: tokens of each example, int64 [examples]. `Bucketed` needs it.
+            sources: examples of each source. `Mixture` needs them.
 
         Raises:
-            ValueError: a number is below one, the labels are not one integer per example, or the order needs labels or
-                lengths that are not given.
+            ValueError: a number is below one, the labels are not one integer per example, or the order needs labels,
+                lengths or sources that are not given.
         """
         if examples < 1 or batch_size < 1:
             raise ValueError(f"an order needs at least 1 example and batch_size 1, not {examples} and {batch_size}")
         if labels is not None and (labels.shape != (examples,) or labels.is_floating_point()):
             raise ValueError(f"give labels as integers [{examples}], not {labels.dtype} {list(labels.shape)}")
         self.examples, self.batch_size, self.seed = examples, batch_size, seed
-        self.labels, self.lengths = labels, lengths
+        self.labels, self.lengths, self.sources = labels, lengths, sources
         self._setup()
         return self
 
     def __len__(self) -> int:
         """Return the number of positions in one epoch."""
         return self.examples
+
+    def __str__(self) -> str:
+        """Return the name of the order. Training goes on only with an order of the same name."""
+        return type(self).__name__
+
+    def summary(self, batch_size: int) -> str | None:
+        """Return a line to print before training; None: there is nothing to say. The order has been prepared."""
+        return None
 
     def indices(self, epoch: int, start: int, stop: int) -> Tensor:
         """Return the examples at positions start to stop (exclusive) of an epoch, int64 [stop - start], on the CPU."""

@@ -37,7 +37,7 @@ class Stratified(Blocks):
         """Return the whole epoch."""
         key = self._key(epoch)
         batches, rest = divmod(self.examples, self.batch_size)
-        deck = _shuffle_within(mix(key, 0), positions, mix(key, 1, self._class))
+        deck = shuffle_within(mix(key, 0), positions, mix(key, 1, self._class))
         last = (torch.arange(rest, device="cpu") * self.examples + mix(key, 2) % self.examples) // max(rest, 1)
         dealt = torch.ones_like(deck, dtype=torch.bool).index_fill_(0, last, False)
         rows = deck[dealt].view(self.batch_size, batches).T
@@ -45,7 +45,7 @@ class Stratified(Blocks):
         turn = torch.arange(batches, device="cpu", dtype=torch.float64) * (math.sqrt(5) - 1) / 2
         rows = rows[((turn + mix(key, 3) * 2.0**-63) % 1).argsort()]
         order = torch.cat([rows.flatten(), deck[last]])
-        return order[_shuffle_within(mix(key, 4), positions, positions // self.batch_size)]
+        return order[shuffle_within(mix(key, 4), positions, positions // self.batch_size)]
 
 
 class Balanced(Blocks):
@@ -73,7 +73,7 @@ class Balanced(Blocks):
         count = self._count[label]
         member = permute(mix(key, 1, label, draw // count), count, draw % count)
         order = self._members[self._first[label] + member]
-        return order[_shuffle_within(mix(key, 2), positions, positions // self.batch_size)]
+        return order[shuffle_within(mix(key, 2), positions, positions // self.batch_size)]
 
 
 class Bucketed(Blocks):
@@ -149,7 +149,7 @@ class Weighted(Order):
         self._cumulative = weights.cumsum(0)
 
 
-def _shuffle_within(key: int, positions: Tensor, groups: Tensor) -> Tensor:
+def shuffle_within(key: int, positions: Tensor, groups: Tensor) -> Tensor:
     """Return the indices that sort positions by group, in random order within a group, int64 [positions]."""
     order = mix(key, positions).argsort()
     return order[groups[order].argsort(stable=True)]

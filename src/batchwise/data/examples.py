@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from batchwise.batching.collate import stack
-from batchwise.batching.fetch import Fetch, InMemory, Request, Rows, make_fetch
+from batchwise.batching.fetch import Fetch, InMemory, Request, make_fetch
 from batchwise.batching.loader import MicroBatch, make_batch
-from batchwise.batching.order import Order, Shuffled
+from batchwise.batching.order import Order, Shuffled, Sources
+from batchwise.batching.rows import Joined, Rows
 from batchwise.data.augment import Augmentation, augment
 from batchwise.data.names import Reserved
 
-Field = Tensor | np.ndarray | Rows | Mapping[str, Any] | Sequence[Any]
+Field = Tensor | np.ndarray | Rows | Joined | Mapping[str, Any] | Sequence[Any]
 """Tensors or arrays [N, ...], dicts and tuples of them, or a list of one value per example."""
 Source = Field | Dataset | Fetch
 SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
@@ -151,6 +152,10 @@ class Examples(Reserved, pl.LightningDataModule, ABC):
         target = fields[-1] if len(fields) > 1 else None
         whole = isinstance(target, Tensor) and target.ndim == 1 and not target.is_floating_point()
         return target if whole else None
+
+    def sources(self) -> Sources | None:
+        """Return the training examples of each source by name, a range or int64 [n]. `Mixture` needs them."""
+        return None
 
     def transfer_batch_to_device(self, batch: object, device: torch.device, dataloader_idx: int) -> object:
         """Leave batches on the host. The task moves each micro-batch with `to_device`."""

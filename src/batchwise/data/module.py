@@ -27,9 +27,9 @@ LIMIT_FILE = "micro_batch_limit"
 class DataModule(Examples):
     """Owns the batch. A subclass loads the examples of each split, in `load`.
 
-    A subclass writes `load` and, if it likes, `transform`, `class_names`, `has_predict_split`, `describe`, `check`
-    and `labels`. It may call `split`, `examples`, `to_device`, `plan`, `position`, `total_steps` and `total_examples`.
-    Besides the methods of this class and the arguments below, all names are free for attributes of its own.
+    A subclass writes `load` and, if it likes, `transform`, `class_names`, `has_predict_split`, `describe`, `check`,
+    `labels` and `sources`. It may call `split`, `examples`, `to_device`, `plan`, `position`, `total_steps` and
+    `total_examples`. Besides the methods of this class and the arguments below, all names are free for its own use.
 
     Any two of `batch_size`, `micro_batch_size` and the trainer's `accumulate_grad_batches` give the third.
 
@@ -171,6 +171,7 @@ class DataModule(Examples):
             examples=len(train),
             labels=self.labels(),
             lengths=getattr(train, "lengths", None),
+            sources=self.sources(),
             batch_size=self.batch_size,
             micro_batch_size=micro_batch_size,
             batch_tokens=self.batch_tokens,
@@ -266,7 +267,7 @@ class DataModule(Examples):
         changes = {"changes": [list(change) for change in plan.changes]} if plan.changes else {}
         tokens = {"tokens": int(plan.lengths.sum())} if isinstance(plan, SequencePlan) else {}
         sizes = {name: getattr(plan, name) for name in ("examples", "batch_size", "steps_per_epoch")}
-        return {**changes, **tokens, **sizes, "seed": self.seed, "order": type(self.order).__name__}
+        return {**changes, **tokens, **sizes, "seed": self.seed, "order": str(self.order)}
 
     @final
     def total_steps(self) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from batchwise.batching.loader import TrainLoader
 from batchwise.batching.noise import NoiseMeter
-from batchwise.batching.order import Order
+from batchwise.batching.order import Order, Sources
 from batchwise.batching.plan import BatchPlan
 from batchwise.batching.schedule import Adaptive, BatchSizes
 from batchwise.batching.tokens import SequencePlan
@@ -26,6 +26,7 @@ def make_plan(
     examples: int,
     labels: Tensor | None,
     lengths: Tensor | None,
+    sources: Sources | None,
     batch_tokens: int | None,
     micro_batch_tokens: int | None,
     drop_last: bool,
@@ -42,6 +43,7 @@ def make_plan(
         examples: how many there are.
         labels: class of each, integers [examples]; None: not known.
         lengths: tokens of each, int64 [examples]; None: they are not sequences.
+        sources: examples of each source; None: there is one.
         batch_tokens: as in `DataModule`.
         micro_batch_tokens: most tokens on one device at once.
         drop_last: leave out the short batch.
@@ -65,7 +67,7 @@ def make_plan(
             sizes["batch_size"] = max(1, round(batch_tokens * len(lengths) / max(1, int(lengths.sum()))))
     batch_size = BatchPlan.derive(examples=examples, **sizes).batch_size
     # An order may deal classes into batches. It deals them into parts, and each batch is a whole number of parts.
-    order.prepare(examples, math.gcd(batch_size, *schedule.sizes), seed, labels, lengths)
+    order.prepare(examples, math.gcd(batch_size, *schedule.sizes), seed, labels, lengths, sources)
     plan = BatchPlan.derive(examples=len(order), drop_last=drop_last, **sizes)
     if lengths is not None:
         plan = SequencePlan.of(plan, lengths, order, batch_tokens=batch_tokens, micro_batch_tokens=micro_batch_tokens)

@@ -35,6 +35,8 @@ def plan(model: Task, data: DataModule, done: int, checkpoint: Path | None) -> N
     for name, value in {"parameters": parameters, **data.plan.table(total)}.items():
         print(f"{name:>24}  {value:,}")
     print(f"{'feeding':>24}  {data.feed('train')}")
+    if summary := data.order.summary(data.plan.batch_size):
+        print(summary)
     if done:
         print(f"resuming after step {done:,} from {checkpoint}")
     if done and done >= total:
