@@ -103,7 +103,7 @@ class Terms:
             raise ValueError(f"{name} gives {_shown(names)}, but a {type(task).__base__.__name__} needs one tensor")  # type: ignore[union-attr]
         if unknown := [one for one in self._coefficients if one not in names]:
             raise ValueError(
-                f"model.coefficients has {unknown[0]}, but {name} gives {_shown(names)}: write their names, or leave it out"
+                f"model.coefficients has {unknown[0]}, but {name} gives {_shown(names)}: write these, or none"
             )
         self.names = names
 
