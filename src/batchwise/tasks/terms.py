@@ -84,9 +84,10 @@ class Terms:
             return {"": checked(given, count, name)}
         parts = {term: checked(given[term], count, f"{name}['{term}']") for term in self.names or ()}
         bare = all(weights is None and losses.ndim == 1 for losses, weights in parts.values())
-        if self._relies_on_it and batch.counts and not (bare and batch.weights is None):
+        bare &= batch.weights is None or not batch.counts
+        if self._relies_on_it and _in_step(task) and not bare:
             raise ValueError(f"{name} has weights, or several targets per example, only in some batches: write counts")
-        self._one_each &= bare
+        self._one_each &= bare or not task.training
         return parts
 
     def _learn(self, task: "Task", name: str, names: list[str], is_dict: bool) -> None:
@@ -115,12 +116,13 @@ class Terms:
         pairs = [weighted_sum(losses, batch.weights, each) for losses, each in self.parts(task, batch, given).values()]
         kind = _kind(pairs[0][0].device)
         losses = torch.stack([loss.to(kind) for loss, _ in pairs])
-        counts = torch.stack([n.to(kind) if isinstance(n, Tensor) else losses.new_full((), n) for _, n in pairs])
+        counts = torch.stack(
+            [n.to(kind) if isinstance(n, Tensor) else losses.new_full((), n) for _, n in pairs]
+        ).detach()
         sums = torch.stack([losses.detach(), counts])
         self.running = sums if self.running is None else self.running + sums
-        in_step = task.training and place.current is not None
         size = len(batch)
-        if in_step and self.counts is not None:
+        if self.counts is not None and _in_step(task):
             counts, size = self.counts, self._size
         factors = self._factors(losses) * size / (counts + (counts == 0))
         return (losses * factors).sum(), len(batch) * batch.counts
@@ -275,6 +277,10 @@ class Terms:
 
 def _kind(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _in_step(task: "Task") -> bool:
+    return task.training and place.current is not None
 
 
 def _counts(batch: MicroBatch, parts: Parts) -> Tensor:

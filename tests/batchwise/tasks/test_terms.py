@@ -211,6 +211,36 @@ def test_one_loss_per_example_needs_no_first_pass() -> None:
     assert tasks[1].calls - tasks[0].calls < 30  # type: ignore[operator] # of 26 micro-batches
 
 
+@pytest.mark.parametrize("make", [Two, Counting, Whole, Classify])
+def test_terms_that_are_not_known_before_training(make: Any) -> None:
+    """As where the losses before training run out of memory."""
+
+    class Late(make):
+        def losses(self, batch: MicroBatch) -> Any:
+            if self._rehearses is not None:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return super().losses(batch)
+
+    data = Partial if issubclass(make, Two) else Points
+    early = fit(make(Net(), optimizer=adamw), data())[0]
+    for size in (None, 3):
+        assert furthest(fit(Late(Net(), optimizer=adamw), data(micro_batch_size=size))[0], early) < 1e-12
+
+
+def test_an_evaluation_may_weigh_examples_where_training_does_not() -> None:
+    class Own(Whole):
+        def losses(self, batch: MicroBatch) -> Any:
+            found = super().losses(batch)
+            return found if self.training else {name: (one, batch.inputs[:, 0].abs()) for name, one in found.items()}
+
+    data = Points(micro_batch_size=3)
+    task, made = fit(Own(Net(), optimizer=adamw), data)
+    with torch.no_grad():
+        each, weights = task.network(data.x).square().mean(1), data.x[:, 0].abs()
+    right = float((each * weights).sum() / weights.sum())
+    assert float(made.callback_metrics["val/near"]) == pytest.approx(right, abs=1e-12)
+
+
 def test_one_term_is_the_same_as_one_tensor() -> None:
     class One(Classify):
         def losses(self, batch: MicroBatch) -> Any:
