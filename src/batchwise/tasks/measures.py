@@ -125,8 +125,10 @@ class Measures:
     def end_evaluation(self, task: "Task", stage: str) -> dict[str, Tensor]:
         """Return the mean loss and the metrics over all devices, by their names in the log."""
         task._conclude_evaluation()
-        sums = reduce_sums(task, self.evaluation._replace(logs=float(bool(self.terms.names))))
-        means = {f"{stage}/loss": sums.mean()} if not sums.logs else self.terms.end_evaluation(task, stage)
+        if self.terms.names:
+            means = self.terms.end_evaluation(task, stage)
+        else:
+            means = {f"{stage}/loss": reduce_sums(task, self.evaluation).mean()}
         values = {name: torch.tensor(mean, dtype=torch.float64) for name, mean in means.items()}
         if self.metrics is not None:
             values |= {f"{stage}/{name}": value for name, value in self.metrics.compute().items()}

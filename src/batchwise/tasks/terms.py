@@ -101,7 +101,8 @@ class Terms:
                 f"{name} gives a dict of {names}: its keys are the names of the terms, and {TAKEN[0]} is their sum"
             )
         if names and (task._couples or task._players() != [()]):
-            raise ValueError(f"{name} gives {_shown(names)}, but a {type(task).__base__.__name__} needs one tensor")  # type: ignore[union-attr]
+            which = "that couples the examples" if task._couples else "of several optimizers"
+            raise ValueError(f"{name} gives {_shown(names)}, but the loss {which} is one tensor: add the terms up")
         if unknown := [one for one in self._coefficients if one not in names]:
             raise ValueError(
                 f"model.coefficients has {unknown[0]}, but {name} gives {_shown(names)}: write these, or none"
@@ -116,9 +117,8 @@ class Terms:
         pairs = [weighted_sum(losses, batch.weights, each) for losses, each in self.parts(task, batch, given).values()]
         kind = _kind(pairs[0][0].device)
         losses = torch.stack([loss.to(kind) for loss, _ in pairs])
-        counts = torch.stack(
-            [n.to(kind) if isinstance(n, Tensor) else losses.new_full((), n) for _, n in pairs]
-        ).detach()
+        counts = torch.stack([n.to(kind) if isinstance(n, Tensor) else losses.new_full((), n) for _, n in pairs])
+        counts = counts.detach()  # as they are where they come from another pass
         sums = torch.stack([losses.detach(), counts])
         self.running = sums if self.running is None else self.running + sums
         size = len(batch)
@@ -236,15 +236,10 @@ class Terms:
 
     def end_evaluation(self, task: "Task", stage: str) -> dict[str, float]:
         """Return the means of an evaluation over all devices, by their names. All devices come here."""
-        of_all: list[Any] = [self._by_name(self.running)]
-        if task.trainer.world_size > 1:  # a device without examples may not even know the names
-            of_all *= task.trainer.world_size
-            torch.distributed.all_gather_object(of_all, of_all[task.trainer.global_rank])
-        total: dict[str, list[float]] = {}
-        for name, (loss, count) in (one for sums in of_all for one in sums.items()):
-            before = total.get(name, [0.0, 0.0])
-            total[name] = [before[0] + loss, before[1] + count]
-        return self._means(stage, total)
+        sums = self.running
+        if sums is not None and task.trainer.world_size > 1:
+            sums = reduce(task, sums)
+        return self._means(stage, self._by_name(sums))
 
     def _by_name(self, sums: Tensor | None) -> dict[str, list[float]]:
         """Return sum and count of each term. This waits for the device."""

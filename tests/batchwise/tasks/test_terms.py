@@ -18,6 +18,7 @@ from batchwise import MicroBatch, Task
 from batchwise.callbacks.checkpoint import Last
 from batchwise.choosing.speed import Stopwatch, Way
 from batchwise.tasks import captured, step
+from batchwise.tasks.adversarial import Adversarial
 from batchwise.tasks.contrastive import Contrastive
 
 PER_EPOCH, STEPS = 7, 21
@@ -355,6 +356,23 @@ def test_a_loss_of_the_whole_batch_is_one_tensor() -> None:
 
     with pytest.raises(ValueError, match=r"Own\.pair_losses gives a dict: add its terms up"):
         fit(Own(Net(), optimizer=adamw))
+
+
+def test_the_losses_of_several_optimizers_are_one_tensor_each() -> None:
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = nn.Linear(5, 3).double(), nn.Linear(5, 3).double()
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.one(inputs) + self.other(inputs)
+
+    class Own(Adversarial):
+        def losses(self, batch: MicroBatch, player: str = "") -> Any:
+            return {"kind": each(self, batch)}
+
+    with pytest.raises(ValueError, match="gives the terms kind, but the loss of several optimizers is one tensor"):
+        fit(Own(Parts(), {"one": adamw, "other": adamw}))
 
 
 def test_steps_with_terms_are_not_captured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
