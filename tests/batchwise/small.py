@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
@@ -91,3 +92,37 @@ def plain_loop(
         F.cross_entropy(module(data.x[index]), data.y[index]).backward()
         optimizer.step()
         after_step(step)
+
+
+class Fragile(torch.autograd.Function):
+    """Runs out of memory where there are too many examples."""
+
+    @staticmethod
+    def forward(context: Any, inputs: Tensor, most: int, where: str) -> Tensor:
+        context.most, context.where = most, where
+        if where == "forward" and len(inputs) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return inputs.clone()
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> Any:
+        if context.where == "backward" and len(gradients[0]) > context.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return gradients[0], None, None
+
+
+class Memory(Logger):
+    """Keeps the rows that a logger gets."""
+
+    name, version = "memory", 0  # pyright: ignore[reportAssignmentType]
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int | None, dict[str, float]]] = []
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None: ...
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.rows.append((step, dict(metrics)))
+
+    def found(self, name: str) -> dict[int | None, float]:
+        return {step: row[name] for step, row in self.rows if name in row}

@@ -3,9 +3,11 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torchmetrics import Metric
 
 
 def home_of(module: nn.Module) -> torch.device:
@@ -35,3 +37,23 @@ def kept_buffers(module: nn.Module) -> Iterator[None]:
             for name, buffer in module.named_buffers():
                 if name in before and buffer.shape == before[name].shape:
                     buffer.copy_(before[name])
+
+
+@contextmanager
+def kept_metrics(module: nn.Module) -> Iterator[None]:
+    """Restore what the metrics of a module have seen afterwards."""
+    metrics = [one for one in module.modules() if isinstance(one, Metric)]
+    before = [
+        ({name: _copied(value) for name, value in one.metric_state.items()}, one._update_count) for one in metrics
+    ]
+    try:
+        yield
+    finally:
+        for metric, (state, count) in zip(metrics, before, strict=True):
+            for name, value in state.items():
+                setattr(metric, name, value)
+            metric._update_count, metric._computed = count, None
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else list(value)

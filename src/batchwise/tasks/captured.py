@@ -166,6 +166,8 @@ class Captured:
         assert self._fixed is not None
         if any(entry.meta.fx == "training_step" for entry in task._step._results.values()):
             raise Unfit("losses logs values")
+        if task._measures.terms.names:
+            raise Unfit("losses gives several terms")
         before, trainer, seen = attributes_of(task), task._trainer, set[str]()
         task._trainer = Watched(trainer, seen, "self.trainer.")  # type: ignore[assignment]
         try:

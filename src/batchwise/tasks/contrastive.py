@@ -173,6 +173,8 @@ class Contrastive(Task):
         else:
             with torch.autocast(first.device.type, enabled=False):
                 losses = self.pair_losses(embeddings, batch.targets)
+                if isinstance(losses, dict):
+                    raise ValueError(f"{type(self).__name__}.pair_losses gives a dict: add its terms up to one tensor")
         if isinstance(losses, Tensor):
             losses = losses, torch.ones_like(losses)
         losses, weights = losses

@@ -4,8 +4,10 @@ from typing import Any
 
 from torch import Tensor
 
-Losses = Tensor | tuple[Tensor, Tensor]
+Term = Tensor | tuple[Tensor, Tensor]
 """One loss per target, or the losses and their weights."""
+Losses = Term | dict[str, Term]
+"""One term, or several by name."""
 
 
 def checked(given: Any, examples: int, name: str) -> tuple[Tensor, Tensor | None]:
@@ -14,7 +16,7 @@ def checked(given: Any, examples: int, name: str) -> tuple[Tensor, Tensor | None
     Args:
         given: what `losses` has returned.
         examples: of the micro-batch.
-        name: of the task's class.
+        name: of what has returned it.
 
     Raises:
         ValueError: it is not one loss per target.
@@ -23,7 +25,7 @@ def checked(given: Any, examples: int, name: str) -> tuple[Tensor, Tensor | None
     if not isinstance(losses, Tensor) or losses.ndim == 0 or len(losses) != examples:
         what = f"the shape {list(losses.shape)}" if isinstance(losses, Tensor) else f"a {type(given).__name__}"
         raise ValueError(
-            f"{name}.losses gave {what} for {examples} examples: return one loss per target (reduction='none'), with "
+            f"{name} gave {what} for {examples} examples: return one loss per target (reduction='none'), with "
             "the examples in the first dimension"
         )
     return losses, weights

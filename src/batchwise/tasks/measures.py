@@ -9,15 +9,21 @@ from torchmetrics import Metric, MetricCollection
 from batchwise.models import place
 from batchwise.tasks.hooks import row_is_due
 from batchwise.tasks.sums import Sums, reduce_sums
+from batchwise.tasks.terms import Terms
 
 if TYPE_CHECKING:
     from batchwise.tasks.task import Task
 
 
 class Measures:
-    """The sums and metrics of a task. It is an object of its own, so that no hook of a user's subclass can break it."""
+    """The sums and metrics of a task. It is an object of its own, so that no hook of a user's subclass can break it.
 
-    def __init__(self) -> None:
+    Args:
+        terms: those of the loss.
+    """
+
+    def __init__(self, terms: Terms) -> None:
+        self.terms = terms
         self.window, self.epoch, self.evaluation = Sums(), Sums(), Sums()
         """Sums since the last row in the log; since the epoch began; of the running evaluation."""
         self.epoch_loss = float("nan")
@@ -43,6 +49,8 @@ class Measures:
     def make(self, metrics: MetricCollection | None, device: torch.device) -> None:
         """Take the metrics that `make_metrics` of a task has made."""
         if metrics is not None:
+            if both := set(self.terms.names or ()) & {str(name) for name in metrics}:
+                raise ValueError(f"{both.pop()} is the name of a term of the loss and of a metric: rename one of them")
             self.metrics = metrics.to(device)
             single = {name: metric.clone() for name, metric in metrics.items() if not is_table(metric)}  # type: ignore[misc]
             self.step_metrics = MetricCollection(single).to(device) if single else None  # type: ignore[arg-type]
@@ -54,21 +62,24 @@ class Measures:
                 metrics.to(device)
 
     def names(self) -> list[str]:
-        """Return the names of the metrics that are single numbers."""
-        return [name for name, metric in (self.metrics or {}).items() if not is_table(metric)]  # type: ignore[union-attr]
+        """Return the names of the terms, and of the metrics that are single numbers."""
+        single = [name for name, metric in (self.metrics or {}).items() if not is_table(metric)]  # type: ignore[union-attr]
+        return [*(self.terms.names or []), *single]
 
     # Training
 
     def start_training(self) -> None:
         """Forget the sums of an earlier training."""
         self.window, self.epoch = Sums(), Sums()
+        self.terms.start_training()
 
     def start_step(self, task: "Task", step: int) -> None:
         """Measure this step if a row in the log is due after it."""
         self.row_is_due = row_is_due(task.trainer, step + 1)
 
     def forget_step(self) -> None:
-        """Forget the metrics of the step, because its micro-batches are run again."""
+        """Forget the metrics and terms of the step, because its micro-batches are run again."""
+        self.terms.running = None
         if self.row_is_due and self.step_metrics is not None:
             self.step_metrics.reset()
 
@@ -88,6 +99,8 @@ class Measures:
         """Return the mean loss since the last row and the metrics of the last batch. Begin a new row."""
         values = {"train/loss": self.window.mean()}
         self.window = Sums()
+        if self.terms.names:
+            values = self.terms.row()
         if self.step_metrics is not None:
             values |= {f"train/{name}": value.item() for name, value in self.step_metrics.compute().items()}
             self.step_metrics.reset()
@@ -96,13 +109,15 @@ class Measures:
     def end_epoch(self) -> float:
         """Return the exact mean loss of the epoch, and begin another."""
         self.epoch_loss, self.epoch = self.epoch.mean(), Sums()
+        if self.terms.names:
+            self.epoch_loss = self.terms.end_epoch()
         return self.epoch_loss
 
     # Evaluation
 
     def start_evaluation(self, task: "Task") -> None:
         """Begin an evaluation."""
-        self.evaluation = Sums()
+        self.evaluation, self.terms.running = Sums(), None
         self.to(task.device)
         if self.metrics is not None:
             self.metrics.reset()
@@ -110,8 +125,11 @@ class Measures:
     def end_evaluation(self, task: "Task", stage: str) -> dict[str, Tensor]:
         """Return the mean loss and the metrics over all devices, by their names in the log."""
         task._conclude_evaluation()
-        mean = reduce_sums(task, self.evaluation).mean()
-        values = {f"{stage}/loss": torch.tensor(mean, dtype=torch.float64)}
+        if self.terms.names:
+            means = self.terms.end_evaluation(task, stage)
+        else:
+            means = {f"{stage}/loss": reduce_sums(task, self.evaluation).mean()}
+        values = {name: torch.tensor(mean, dtype=torch.float64) for name, mean in means.items()}
         if self.metrics is not None:
             values |= {f"{stage}/{name}": value for name, value in self.metrics.compute().items()}
         self.tables = {name: value for name, value in values.items() if value.numel() != 1}
@@ -119,11 +137,14 @@ class Measures:
 
     def state(self) -> dict[str, Any]:
         """Return the sums for a checkpoint, so that mean losses are exact after a resume."""
-        return {"epoch": [float(value) for value in self.epoch], "window": [float(value) for value in self.window]}
+        sums = {"epoch": [float(value) for value in self.epoch], "window": [float(value) for value in self.window]}
+        return sums | ({"terms": self.terms.state()} if self.terms.names else {})
 
     def restore(self, state: dict[str, Any]) -> None:
         """Restore the sums from a checkpoint."""
         self.epoch, self.window = Sums(*state["epoch"]), Sums(*state["window"])
+        if "terms" in state:
+            self.terms.restore(state["terms"])
 
 
 def is_table(metric: Metric) -> bool:

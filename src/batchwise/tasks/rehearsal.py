@@ -20,6 +20,7 @@ from batchwise.models.kept import home_of, kept_buffers, kept_modes
 from batchwise.models.norm import batchnorms
 from batchwise.tasks.memory import is_out_of_memory
 from batchwise.tasks.passes import seed_generator
+from batchwise.tasks.terms import Parts
 
 if TYPE_CHECKING:
     from batchwise.tasks.task import Task
@@ -57,13 +58,16 @@ def _rehearse(task: "Task", data: DataModule) -> None:
     batch, is_cut = data.examples("train", max(EXAMPLES, 2 * plan.unit)), plan.accumulation * plan.devices > 1
     for player in task._players():
         whole = _losses(task, data, batch, len(batch), player, 0)
-        if not _close(whole, _losses(task, data, batch, len(batch), player, 1)):
+        again = _losses(task, data, batch, len(batch), player, 1)
+        if not all(_close(losses, again[term]) for term, losses in whole.items()):
             _warn_of_randomness(task)
         elif not task._couples and is_cut:
             half = max(1, len(batch) // 2 // plan.unit) * plan.unit
-            if not _close(whole, _losses(task, data, batch, half, player, 0)):
+            parts = _losses(task, data, batch, half, player, 0)
+            if apart := [term for term, losses in whole.items() if not _close(losses, parts[term])]:
+                which = f"losses['{apart[0]}']" if apart[0] else "losses"
                 raise ValueError(
-                    f"{type(task).__name__}.losses gives an example another loss when other examples are in its "
+                    f"{type(task).__name__}.{which} gives an example another loss when other examples are in its "
                     "micro-batch, so the result depends on how the batch is executed: write a task of "
                     "batchwise.tasks.contrastive, or run each batch whole on one device (data.micro_batch_size null)"
                 )
@@ -87,16 +91,21 @@ def _as_it_was(task: "Task", data: DataModule) -> Iterator[None]:
                 module.reset()
 
 
-def _losses(task: "Task", data: DataModule, batch: MicroBatch, size: int, player: tuple[str, ...], seed: int) -> Tensor:
-    """Return the losses of all examples, weighted, [N, ...] flat, in micro-batches of a size."""
-    found = []
+def _losses(
+    task: "Task", data: DataModule, batch: MicroBatch, size: int, player: tuple[str, ...], seed: int
+) -> dict[str, Tensor]:
+    """Return the losses of all examples by term, weighted, [N, ...] flat, in micro-batches of a size."""
+    found: dict[str, list[Tensor]] = {}
     # It is cut on the device, because an augmentation may mix examples, which the plan then keeps together.
     for part in _on_device(task, data, batch).split(size):
         seed_generator(home_of(task), seed + part.position)
         with torch.no_grad():
-            losses, weights = _call(task, part, player)
-        found.append((losses if weights is None else losses * weights).double().cpu().flatten())
-    return torch.cat(found)
+            parts = _call(task, part, player)
+            task._measures.terms.check(task, part, parts)
+        for term, (losses, weights) in parts.items():
+            weighted = losses if weights is None else losses * weights
+            found.setdefault(term, []).append(weighted.double().cpu().flatten())
+    return {term: torch.cat(losses) for term, losses in found.items()}
 
 
 def _on_device(task: "Task", data: DataModule, batch: MicroBatch) -> MicroBatch:
@@ -117,10 +126,10 @@ def dtype_of(network: nn.Module) -> torch.dtype:
     return next(types, torch.get_default_dtype())
 
 
-def _call(task: "Task", part: MicroBatch, player: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
+def _call(task: "Task", part: MicroBatch, player: tuple[str, ...]) -> Parts:
     place.current = place.Place(KEY, part.position, False, len(part))
     try:
-        return task._checked_losses(part, *player)
+        return task._measures.terms.parts(task, part, task.losses(part, *player))
     except (RuntimeError, IndexError) as error:
         if is_out_of_memory(error):
             raise
@@ -159,9 +168,10 @@ def _check_gradients(task: "Task", data: DataModule, batch: MicroBatch) -> None:
     waits = isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters")
     if not waits or task._couples or task._players() != [()]:
         return
-    losses, _ = _call(task, _on_device(task, data, batch), ())
+    parts = _call(task, _on_device(task, data, batch), ())
     learning = {name: parameter for name, parameter in task.named_parameters() if parameter.requires_grad}
-    found = torch.autograd.grad(losses.sum(), list(learning.values()), allow_unused=True)
+    total = torch.stack([losses.sum() for losses, _ in parts.values()]).sum()
+    found = torch.autograd.grad(total, list(learning.values()), allow_unused=True)
     unused = [name for name, gradient in zip(learning, found, strict=True) if gradient is None]
     if unused:
         raise ValueError(

@@ -154,7 +154,7 @@ class Step:
             ledger = self.finite.start(task.device)
             optimizer.found_inf = ledger.line  # type: ignore[attr-defined]
             ledger.check(sums.loss, optimizer, ledger.line)
-            if self.ghosts:
+            if self.ghosts or task._measures.terms.names:
                 finite = ledger.line == 0
         if turn == 0:
             self.sums = sums
@@ -164,6 +164,8 @@ class Step:
             return sums.logs
         if turn == 0 and not by_itself:
             task._measures.add(sums)
+        if task._measures.terms.names:
+            task._measures.terms.add(task, finite)
         self.move_running_statistics(task, finite)
         loss = sums.loss / (sums.count + (sums.count == 0))
         trainer: Any = task.trainer
@@ -200,15 +202,14 @@ class Step:
         """Put the exact gradient of the global batch into the parameters. Return the sums over all devices."""
         if self._hears_zero:
             call_hook(task.trainer, "on_before_zero_grad", optimizer)
-        done, logged = None, self._results.mark()
-        while done is None:
+        sums, logged = None, self._results.mark()
+        while sums is None:
             self._results.rewind(logged)
             self._zero(task, optimizer)
             self._cut(task, batch)
-            done = self._run_micro_batches(task, batch, player, turn)
-        sums = done
+            sums = self._run_micro_batches(task, batch, player, turn)
         if self._devices > 1:
-            sums = done._replace(stops=float(self.stop_requested), logs=float(self._results.has_news()))
+            sums = sums._replace(stops=float(self.stop_requested), logs=float(self._results.has_news()))
             self._add_what_the_strategy_does_not(task, player, optimizer)
             sums = reduce_sums(task, sums)
         # If no target counts, loss and gradient are zero.
@@ -243,8 +244,7 @@ class Step:
         strategy: Any = task.trainer.strategy
         sums, last = Sums(), len(batch.micro_batches) - 1
         # Data-parallel strategies average over devices. The nominal count keeps half-precision gradients in range.
-        scale = (1 if player else self._devices) / batch.size
-        more = () if player is None else (player,)
+        scale, more = (1 if player else self._devices) / batch.size, () if player is None else (player,)
         try:
             task._look_ahead(batch, key)
             for number, micro_batch in enumerate(batch.micro_batches):

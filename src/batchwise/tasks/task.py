@@ -20,26 +20,15 @@ from batchwise.models.norm import convert_batchnorm
 from batchwise.models.shard import shard
 from batchwise.optim.schedule import Schedule
 from batchwise.tasks.finetuning import FineTuning
+from batchwise.tasks.hooks import THE_ENGINES
 from batchwise.tasks.logs import as_lightning_takes_it
 from batchwise.tasks.losses import Losses, checked
 from batchwise.tasks.making import finish
 from batchwise.tasks.measures import Measures
 from batchwise.tasks.rates import Rates
 from batchwise.tasks.step import Step
+from batchwise.tasks.terms import Terms
 from batchwise.tasks.trying import try_task
-
-THE_ENGINES = {
-    "training_step": "write losses",
-    "validation_step": "write losses, and make_metrics",
-    "test_step": "write losses, and make_metrics",
-    "predict_step": "write predictions",
-    "configure_model": "make the layers in __init__ of the network",
-    "automatic_optimization": "leave it out, or for several optimizers write batchwise.tasks.adversarial.Adversarial",
-    "on_before_batch_transfer": "write transform in the data module",
-    "on_after_batch_transfer": "write transform in the data module",
-    "transfer_batch_to_device": "write transform in the data module",
-}
-"""Names that a subclass must not override, and what to do instead."""
 
 
 class Task(pl.LightningModule, ABC):
@@ -66,6 +55,7 @@ class Task(pl.LightningModule, ABC):
         ghost_batch_size: replace the network's batch norms by ghost batch norms over this many examples.
         max_skipped_steps: a step is skipped if its loss or gradient is not finite. After this many skipped steps in a
             row, training stops. 0: no check (on a GPU, the check waits for the device at each step).
+        coefficients: factors on the terms of the loss, by name, where `losses` gives several; 1 for the others.
     """
 
     monitor: ClassVar[tuple[str, str]] = ("val/loss", "min")
@@ -92,6 +82,7 @@ class Task(pl.LightningModule, ABC):
         exact_dropout: bool = False,
         ghost_batch_size: int | None = None,
         max_skipped_steps: int = 10,
+        coefficients: dict[str, float] | None = None,
     ) -> None:
         super().__init__()
         if ghost_batch_size is not None and not convert_batchnorm(network, ghost_batch_size):
@@ -105,7 +96,7 @@ class Task(pl.LightningModule, ABC):
         self._tuning = FineTuning(network, init_from, freeze or [], lr_factors or {})
         self._rates = Rates(schedule, reference_batch_size, scaling)
         self._step = Step(network, max_skipped_steps)
-        self._measures = Measures()
+        self._measures = Measures(Terms(coefficients or {}, type(self).counts is not Task.counts))
         self._channels_last = False
         self._rehearses: DataModule | None = None
         self._tuning.hold_norms(network)
@@ -116,7 +107,15 @@ class Task(pl.LightningModule, ABC):
     def losses(self, batch: MicroBatch) -> Losses:
         """Return one loss per target, [N] or [N, T], never averaged; or (losses, weights) of the same shape.
 
-        Call `measure` with the arguments of the metrics.
+        Or return several such terms by name. Each is divided by its own count over the global batch (its number of
+        targets, or the sum of its weights), times its coefficient, and is logged by name. Return the same names each
+        time. Call `measure` with the arguments of the metrics.
+        """
+
+    def counts(self, batch: MicroBatch) -> dict[str, float | Tensor] | None:
+        """Return the number of targets of each example, or its sum of weights, by term: [N], [N, T] or one for all.
+
+        Without it, a batch of several micro-batches goes through `losses` twice, if a term has weights or `[N, T]`.
         """
 
     def make_metrics(self, outputs: Tensor) -> MetricCollection | None:
@@ -258,18 +257,19 @@ class Task(pl.LightningModule, ABC):
 
     def _look_ahead(self, batch: Batch, key: int) -> None:
         """Do what needs the whole batch before its first backward pass; `key` is that of its random numbers."""
+        if self._measures.terms.names != []:
+            self._measures.terms.look_ahead(self, batch, key)
 
     def _conclude_evaluation(self) -> None:
         """Add what only the end of an evaluation completes. All devices come here."""
 
     def _summed_loss(self, batch: MicroBatch, *player: str) -> tuple[Tensor, Number]:
         """Return the sum of losses and the count of a micro-batch that is on the device."""
-        losses, weights = self._checked_losses(batch, *player)
+        given = self.losses(batch, *player)
+        if isinstance(given, dict) or self._measures.terms.names:
+            return self._measures.terms.summed(self, batch, given)
+        losses, weights = checked(given, len(batch), f"{type(self).__name__}.losses")
         return weighted_sum(losses, batch.weights, weights)
-
-    def _checked_losses(self, batch: MicroBatch, *player: str) -> tuple[Tensor, Tensor | None]:
-        """Return the losses of a micro-batch on the device, and their weights (None: all one)."""
-        return checked(self.losses(batch, *player), len(batch), type(self).__name__)
 
     def _players(self) -> list[tuple[str, ...]]:
         """Return the further arguments of `losses` in training, for each optimizer."""

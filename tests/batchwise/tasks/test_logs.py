@@ -10,8 +10,7 @@ import pytest
 import torch
 from helpers import TWO, Result, run_here, run_process, wandb_records
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.loggers import Logger
-from small import Classify, Points, adamw, fit, furthest, network, trainer
+from small import Classify, Memory, Points, adamw, fit, furthest, network, trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
@@ -25,23 +24,6 @@ FLAGS = {
     "both": {"on_step": True, "on_epoch": True},
     "bar": {"prog_bar": True},
 }
-
-
-class Memory(Logger):
-    """Keeps the rows that a logger gets."""
-
-    name, version = "memory", 0  # pyright: ignore[reportAssignmentType]
-
-    def __init__(self) -> None:
-        self.rows: list[tuple[int | None, dict[str, float]]] = []
-
-    def log_hyperparams(self, *_: Any, **__: Any) -> None: ...
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self.rows.append((step, dict(metrics)))
-
-    def found(self, name: str) -> dict[int | None, float]:
-        return {step: row[name] for step, row in self.rows if name in row}
 
 
 def values(inputs: Tensor) -> Tensor:
@@ -234,7 +216,7 @@ def test_logging_changes_no_weight() -> None:
 # In each logger, on several devices
 
 MODULE = """
-from small import Classify, Points, network
+from small import Classify, Memory, Points, network
 from lightning.pytorch import Callback
 import torch
 

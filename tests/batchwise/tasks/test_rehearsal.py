@@ -50,7 +50,6 @@ FAULTS = {
     "coupled": (coupled, network, "another loss when other examples are in its micro-batch"),
     "a mean": (lambda task, batch: each(task, batch).mean(), network, r"the shape \[\] for 6 examples"),
     "a mean of one": (lambda task, batch: each(task, batch).mean()[None], network, r"the shape \[1\] for 6 examples"),
-    "a dict": (lambda task, batch: {"loss": each(task, batch)}, network, "a dict for 6 examples"),
     "nothing": (lambda task, batch: None, network, "a NoneType for 6 examples"),
     "classes first": (lambda task, batch: task(batch.inputs).T, network, r"the shape \[3, 6\] for 6 examples"),
     "wrong targets": (
