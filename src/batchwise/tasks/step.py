@@ -40,7 +40,7 @@ class Step:
     Args:
         network: the network that is trained.
         max_skipped_steps: a step is skipped if its loss or gradient is not finite. After this many skipped steps in a
-            row, training stops. 0: no check (on a GPU, the check waits for the device at each step).
+            row, training stops. 0: no check (on a GPU, it waits for the device, except for fused optimizers).
     """
 
     def __init__(self, network: nn.Module, max_skipped_steps: int) -> None:

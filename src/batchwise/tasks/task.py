@@ -54,7 +54,7 @@ class Task(pl.LightningModule, ABC):
             micro-batches and on any devices.
         ghost_batch_size: replace the network's batch norms by ghost batch norms over this many examples.
         max_skipped_steps: a step is skipped if its loss or gradient is not finite. After this many skipped steps in a
-            row, training stops. 0: no check (on a GPU, the check waits for the device at each step).
+            row, training stops. 0: no check (on a GPU, it waits for the device, except for fused optimizers).
         coefficients: factors on the terms of the loss, by name, where `losses` gives several; 1 for the others.
     """
 
