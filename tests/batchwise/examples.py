@@ -19,7 +19,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers.logger import Logger
 from torch.optim import AdamW
 
@@ -84,8 +84,8 @@ class Log(Logger):
     def log_hyperparams(self, *arguments: Any, **keywords: Any) -> None: ...
 
 
-class StopAfter(Callback):
-    """Stops after so many steps, and leaves a checkpoint."""
+class StopAfter(Checkpoint):
+    """Stops after so many steps, and leaves a checkpoint. Lightning calls it after all other callbacks."""
 
     def __init__(self, steps: int, path: str) -> None:
         self.steps, self.path = steps, path
@@ -141,7 +141,7 @@ def train(name: str, micro: int | None = None, most: int | None = None, **settin
         precision="64-true",
         logger=log,
         log_every_n_steps=1,
-        enable_checkpointing=False,
+        enable_checkpointing=stop is not None,
         enable_progress_bar=False,
         max_epochs=2,
         limit_train_batches=STEPS // 2,
