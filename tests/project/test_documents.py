@@ -26,7 +26,11 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 OVERLAYS = sorted((ROOT / "configs" / "overlays").glob("*.yaml"))
 PROCESSES = ("ddp.yaml", "fsdp.yaml", "two_cpus.yaml")
 """Overlays that start processes."""
-FILES = {"flowers": "class Flowers", "price": "class Price", "gan": "class GAN", "halves": "class Halves"}
+FILES = {
+    "flowers": "class Flowers", "price": "class Price", "gan": "class GAN", "halves": "class Halves",
+    "vae": "class VAE", "ink": "class Ink", "find": "class Find", "distil": "class Distil",
+    "forecast": "class Forecast", "lines": "class Lines", "interval": "class Interval",
+}  # fmt: skip
 """Modules of a user's that the pages show whole, with words by which to find them."""
 SHORT = {
     "text.yaml": ("--trainer.limit_train_batches", 4, "--trainer.limit_val_batches", 2, "--model.sample_length", 20)

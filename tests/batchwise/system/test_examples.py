@@ -9,17 +9,12 @@ import pytest
 from examples import DOCS, MAKE, files, furthest, lines_of, measure, train
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    return measure(tmp_path_factory.mktemp("examples"), forks.Process)
-
-
-@pytest.mark.parametrize("name", MAKE)
-def test_the_result_does_not_depend_on_how_the_batch_is_executed(found, name):
-    assert len(found[name]) == 5
-    for way, (weights, logged) in found[name].items():
-        assert weights < 1e-12, way
-        assert logged < 1e-12, way
+def test_the_result_does_not_depend_on_how_the_batch_is_executed(tmp_path):
+    """In one test, because the two processes train all of them."""
+    found = measure(tmp_path, forks.Process)
+    assert {name: len(ways) for name, ways in found.items()} == dict.fromkeys(MAKE, 5)
+    far = {(name, way): pair for name, ways in found.items() for way, pair in ways.items() if max(pair) >= 1e-12}
+    assert far == {}
 
 
 def warned(name: str, **settings: int) -> tuple[dict, list[str]]:
