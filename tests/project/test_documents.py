@@ -192,6 +192,13 @@ def test_readme_task_learns(run: Callable, project: str, precision: str) -> None
     assert losses[-1] < 0.2 < losses[0]
 
 
+@pytest.mark.usefixtures("own_files")
+def test_script_of_the_page_about_tasks() -> None:
+    names: dict = {}
+    exec(code_of("task = VAE("), names)
+    assert names["task"].trainer.global_step == 2 * 20
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_configuration(path: Path, run: Callable) -> None:
     """What is printed is complete: it gives the same again. And it trains, here or in `test_commands`."""
