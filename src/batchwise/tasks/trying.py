@@ -66,7 +66,7 @@ def outputs_of(task: "Task", data: DataModule, batch: MicroBatch, precision: Any
         with kept_modes(task), torch.no_grad(), precision.forward_context():
             task.eval()
             return task._outputs(batch)
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, IndexError) as error:  # IndexError: of an embedding, such as for the padding -1
         if isinstance(error, TypeError) and "argument" not in str(error):  # a fault within the network
             raise
         raise ValueError(
