@@ -71,7 +71,7 @@ MAKE: dict[str, Callable[[Any], tuple[Callable[..., Task], type[DataModule]]]] =
 class Log(Logger):
     """Keeps all values that are logged, by step and name."""
 
-    name, version = "log", 0
+    name, version = "log", 0  # type: ignore[assignment]
 
     def __init__(self) -> None:
         super().__init__()
