@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from batchwise import DataModule, MicroBatch, Task
+from batchwise.batching.ragged import Ragged
 
 EXAMPLES = 96
 made = torch.Generator().manual_seed(0)
@@ -39,6 +40,15 @@ class Series(DataModule):
 
     def load(self, split: str) -> Any:
         return SERIES, TARGETS
+
+
+class Tokens(DataModule):
+    """Sequences of whole numbers, of unequal length, which nobody can decode."""
+
+    def load(self, split: str) -> Any:
+        lengths = 2 + torch.arange(EXAMPLES) % 5
+        values = torch.cat([torch.arange(number, number + length) for number, length in enumerate(lengths.tolist())])
+        return Ragged(values, F.pad(lengths.cumsum(0), (1, 0)), TARGETS)
 
 
 class Items(Dataset):
@@ -82,6 +92,16 @@ class Lengths(nn.Module):
 
     def forward(self, series: list[Tensor]) -> dict[str, Tensor]:
         outputs = torch.stack([self.layer(each).mean(0) for each in series])
+        return {"class": outputs[:, :3], "box": outputs[:, 3:]}
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.EmbeddingBag(EXAMPLES + 8, 7, padding_idx=EXAMPLES + 7)
+
+    def forward(self, tokens: Tensor) -> dict[str, Tensor]:
+        outputs = self.layer(tokens.where(tokens >= 0, EXAMPLES + 7))
         return {"class": outputs[:, :3], "box": outputs[:, 3:]}
 
 

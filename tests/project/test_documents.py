@@ -26,8 +26,12 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 OVERLAYS = sorted((ROOT / "configs" / "overlays").glob("*.yaml"))
 PROCESSES = ("ddp.yaml", "fsdp.yaml", "two_cpus.yaml")
 """Overlays that start processes."""
-FILES = {"flowers": "class Flowers", "price": "class Price", "gan": "class GAN", "halves": "class Halves"}
-FILES |= {"curriculum": "class EasyFirst", "writers": "class Writers"}
+FILES = {
+    "flowers": "class Flowers", "price": "class Price", "gan": "class GAN", "halves": "class Halves",
+    "vae": "class VAE", "ink": "class Ink", "find": "class Find", "distil": "class Distil",
+    "forecast": "class Forecast", "lines": "class Lines", "interval": "class Interval",
+    "curriculum": "class EasyFirst", "writers": "class Writers",
+}  # fmt: skip
 """Modules of a user's that the pages show whole, with words by which to find them."""
 SHORT = {
     "text.yaml": ("--trainer.limit_train_batches", 4, "--trainer.limit_val_batches", 2, "--model.sample_length", 20)
@@ -203,6 +207,12 @@ def test_orders(run: Callable) -> None:
     (test,) = [block for block in blocks("python", DOCS["order.md"]) if "def test_" in block]
     Path("test_order.py").write_text(test)
     assert pytest.main(["-q", "-p", "no:cacheprovider", "--noconftest", "-c", "/dev/null", "test_order.py"]) == 0
+
+
+def test_script_of_the_page_about_tasks() -> None:
+    names: dict = {}
+    exec(code_of("task = VAE("), names)
+    assert names["task"].trainer.global_step == 2 * 20
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)

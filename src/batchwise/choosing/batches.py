@@ -17,7 +17,7 @@ from batchwise.batching.loader import MicroBatch, TrainLoader
 from batchwise.batching.structure import tensors
 from batchwise.choosing.classes import Classes
 from batchwise.choosing.look import Look, Values, classes_of, fields, hashes, is_table, main_field
-from batchwise.choosing.sequences import Decodes, Sequences, texts
+from batchwise.choosing.sequences import Decodes, Sequences, are_tokens, are_unequal, texts
 from batchwise.choosing.sheet import draw
 from batchwise.data.module import DataModule
 from batchwise.tasks.task import Task
@@ -37,8 +37,8 @@ class Batches:
     """
 
     def __init__(self, trainer: pl.Trainer, data: DataModule, loader: TrainLoader, seconds: float) -> None:
-        self.text = isinstance(data, Decodes)
-        self.values = Values(self.text)  # after `transform`
+        self.text, self.unequal = are_tokens(data), are_unequal(data)
+        self.values = Values(self.unequal)  # after `transform`
         self.sequences = Sequences()
         self.classes: list[list[int]] = []  # of each batch
         self.repeats: list[int] = []  # of each batch: examples with the inputs of an earlier one in it
@@ -55,7 +55,7 @@ class Batches:
                 with trainer.precision_plugin.forward_context():
                     seen = data.to_device(stored, trainer.strategy.root_device, training=True)
                 self.not_finite += stored.index[self.values.add(seen.inputs)[0]].tolist()
-                table = is_table(seen.inputs) and not self.text
+                table = is_table(seen.inputs) and not self.unequal
                 if not self.sample or (table and sum(map(len, self.sample)) < SAMPLE):
                     self.sample.append(seen.to(torch.device("cpu")))
             self.repeats.append(len(keys) - len(set(keys)))
@@ -164,4 +164,4 @@ def _look(data: DataModule, split: str, seconds: float, problems: list[str]) -> 
     except Exception as error:  # the test split need not be there before training
         problems.append(f"the {split} split cannot be loaded ({type(error).__name__}: {error})")
         return None
-    return Look(split, len(fetch), isinstance(data, Decodes)).read(fetch, seconds) if fetch else None
+    return Look(split, len(fetch), are_unequal(data)).read(fetch, seconds) if fetch else None

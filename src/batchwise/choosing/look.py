@@ -81,7 +81,7 @@ class Values:
     """Range, mean and std of the finite values: of each column of a table, [F], or else of all together, [].
 
     Args:
-        text: the values are tokens, and no table.
+        text: the values are sequences of unequal length, and no table.
     """
 
     def __init__(self, text: bool = False) -> None:
@@ -151,7 +151,7 @@ class Look:
     Args:
         split: its name.
         total: examples that it has.
-        text: its inputs are tokens.
+        text: its inputs are sequences of unequal length.
         table: its inputs are rows of columns.
     """
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from batchwise.batching.loader import MicroBatch
 from batchwise.choosing.look import main_field
+from batchwise.data.module import DataModule
 
 EXAMPLES, CHARACTERS = 4, 240  # most that are shown
 
@@ -20,6 +21,17 @@ class Decodes(Protocol):
     def decode(self, tokens: Tensor) -> str:
         """Return the text of tokens [T]."""
         ...
+
+
+def are_unequal(data: DataModule) -> bool:
+    """Return whether inputs are sequences [N, T], and no rows of a table."""
+    return isinstance(data, Decodes) or hasattr(data.split("train"), "lengths")
+
+
+def are_tokens(data: DataModule) -> bool:
+    """Return whether inputs are sequences of whole numbers."""
+    first = main_field(data.examples("train", 1).inputs)
+    return are_unequal(data) and isinstance(first, Tensor) and not first.is_floating_point()
 
 
 class Sequences:

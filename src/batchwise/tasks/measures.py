@@ -1,8 +1,10 @@
 """Losses and metrics of a training, summed over all micro-batches and devices."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.fabric.plugins.precision.utils import _DtypeContextManager
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
@@ -31,6 +33,7 @@ class Measures:
         self.metrics: MetricCollection | None = None
         self.step_metrics: MetricCollection | None = None
         """The same metrics, over one training batch."""
+        self._dtype = torch.float32
         self.tables: dict[str, Tensor] = {}
         """Metrics of the last evaluation that are not a single number, such as `val/confusion`."""
         self.shown: dict[str, float] = {}
@@ -46,20 +49,25 @@ class Measures:
         self.row_is_due = False
         """Whether a row in the log is due after this step."""
 
-    def make(self, metrics: MetricCollection | None, device: torch.device) -> None:
-        """Take the metrics that `make_metrics` of a task has made."""
+    def make(self, make: Callable[[], MetricCollection | None], device: torch.device, dtype: torch.dtype) -> None:
+        """Make the metrics, with sums in the precision of the network, and at least in single precision."""
+        self._dtype = torch.promote_types(dtype, torch.float32)
+        with _DtypeContextManager(self._dtype):
+            metrics = make()
         if metrics is not None:
             if both := set(self.terms.names or ()) & {str(name) for name in metrics}:
                 raise ValueError(f"{both.pop()} is the name of a term of the loss and of a metric: rename one of them")
-            self.metrics = metrics.to(device)
+            self.metrics = metrics
             single = {name: metric.clone() for name, metric in metrics.items() if not is_table(metric)}  # type: ignore[misc]
-            self.step_metrics = MetricCollection(single).to(device) if single else None  # type: ignore[arg-type]
+            self.step_metrics = MetricCollection(single) if single else None  # type: ignore[arg-type]
+            self.to(device)
 
     def to(self, device: torch.device) -> None:
-        """Move the metrics."""
-        for metrics in (self.metrics, self.step_metrics):
-            if metrics is not None:
-                metrics.to(device)
+        """Move the metrics. A metric that is moved takes values of PyTorch's default type from then on."""
+        with _DtypeContextManager(self._dtype):
+            for metrics in (self.metrics, self.step_metrics):
+                if metrics is not None:
+                    metrics.to(device)
 
     def names(self) -> list[str]:
         """Return the names of the terms, and of the metrics that are single numbers."""

@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 from helpers import Result, run_here
 
-SHAPES = {"Dicts": "Images", "Tuples": "Images", "Lists": "Images", "Collated": "Images", "Series": "Lengths"}
+SHAPES = {
+    "Dicts": "Images", "Tuples": "Images", "Lists": "Images", "Collated": "Images",
+    "Series": "Lengths", "Tokens": "Words",
+}  # fmt: skip
 COMMON = ("--trainer.accelerator", "cpu", "--trainer.logger", "false", "--trainer.enable_progress_bar", "false")
 
 
@@ -40,7 +43,10 @@ def test_inspect(data: str) -> None:
     assert "96 of 96 val examples are in train too, such as 0, which is 0 there" in result.out
     assert " copies" not in result.out  # all examples differ
     assert (result.folder / "inspect.png").exists()
-    kinds = {"Series": "a list, such as float32 [2, 6]", "Dicts": "float32 [3, 8, 8], float64 []"}
+    kinds = {
+        "Series": "a list, such as float32 [2, 6]", "Dicts": "float32 [3, 8, 8], float64 []",
+        "Tokens": "tokens per sequence  2 to 6",
+    }  # fmt: skip
     assert kinds.get(data, "") in result.out
 
 

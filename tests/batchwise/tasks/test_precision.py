@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
+from torchmetrics import MeanMetric, MetricCollection
 
 from batchwise.batching.loader import MicroBatch
 from batchwise.data.module import DataModule
@@ -139,3 +141,41 @@ def test_training_is_as_good_as_in_float32() -> None:
     assert single > 0.85
     for way in ("bf16-mixed", "16-mixed", "bf16-true"):
         assert accuracy(way) > single - 0.02, way
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("64-true", torch.float64), ("bf16-true", torch.float32)])
+def test_metrics_sum_in_the_precision_of_the_network_and_at_least_in_single(precision, dtype) -> None:
+    class Averages(Classification):
+        def losses(self, batch: MicroBatch) -> torch.Tensor:
+            losses = F.cross_entropy(self(batch.inputs), batch.targets, reduction="none")
+            self.measure(losses)
+            return losses
+
+        def make_metrics(self, outputs: torch.Tensor) -> MetricCollection:
+            return MetricCollection({"mean": MeanMetric()})
+
+    task = Averages(nn.Linear(3, 2))
+    trainer = Trainer(
+        accelerator="cpu",
+        precision=precision,
+        max_epochs=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+    )
+    trainer.fit(task, datamodule=Points(batch_size=4))
+    for metrics in (task._measures.metrics, task._measures.step_metrics):
+        assert metrics is not None
+        assert metrics["mean"].mean_value.dtype == metrics["mean"].dtype == dtype
+
+
+def test_a_number_that_an_embedding_does_not_know_is_one_line() -> None:
+    class Unknown(Points):
+        def load(self, split: str):
+            return torch.full((12, 3), -1), torch.arange(12) % 2
+
+    task = Classification(nn.Sequential(nn.Embedding(4, 2), nn.Flatten(), nn.Linear(6, 2)))
+    data = Unknown(batch_size=4)
+    data.setup("fit")
+    with pytest.raises(ValueError, match=r"model\.network Sequential cannot take the data.*: index out of range"):
+        task.prepare(data, "train")
