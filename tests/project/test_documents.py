@@ -209,6 +209,7 @@ def test_orders(run: Callable) -> None:
     assert pytest.main(["-q", "-p", "no:cacheprovider", "--noconftest", "-c", "/dev/null", "test_order.py"]) == 0
 
 
+@pytest.mark.usefixtures("own_files")
 def test_script_of_the_page_about_tasks() -> None:
     names: dict = {}
     exec(code_of("task = VAE("), names)
