@@ -51,6 +51,7 @@ def test_benchmark(name: str) -> None:
         assert all(row["median"] > 0 and row["ratio"] > 0 for row in table.values())
 
 
+@pytest.mark.weekly
 def test_the_gpu_benchmark_on_a_cpu() -> None:
     command = [sys.executable, ROOT / "scripts" / "lab" / "bench_gpu.py", "--device", "cpu", "--tiny"]
     done = subprocess.run([*command, "--json", "figures.json"], capture_output=True, text=True, timeout=120)
@@ -71,6 +72,7 @@ def test_the_gpu_benchmark_on_a_cpu() -> None:
     assert sections["target"]["figures"]["rows"]["ours, float32"]["steps"] == 8
 
 
+@pytest.mark.weekly
 def test_the_gpu_benchmark_keeps_what_it_had_no_time_for() -> None:
     command = [sys.executable, ROOT / "scripts" / "lab" / "bench_gpu.py", "--device", "cpu", "--tiny", "--seconds", "0"]
     done = subprocess.run([*command, "--json", "figures.json"], capture_output=True, text=True, timeout=120)

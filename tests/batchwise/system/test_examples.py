@@ -9,6 +9,7 @@ import pytest
 from examples import DOCS, MAKE, files, furthest, lines_of, measure, train
 
 
+@pytest.mark.weekly  # half a minute; the plain run still checks each file in this process
 def test_the_result_does_not_depend_on_how_the_batch_is_executed(tmp_path):
     """In one test, because the two processes train all of them."""
     found = measure(tmp_path, forks.Process)

@@ -22,7 +22,9 @@ def run(command: str, data: str, *arguments: object) -> Result:
     return result
 
 
-@pytest.mark.parametrize("data", SHAPES)
+@pytest.mark.parametrize(
+    "data", [name if name in ("Dicts", "Lists") else pytest.param(name, marks=pytest.mark.weekly) for name in SHAPES]
+)
 def test_training_and_predictions(data: str) -> None:
     result = run("fit", data, "--speed", "auto")
     assert "chosen: micro-batches of" in result.out
