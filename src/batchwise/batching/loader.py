@@ -15,7 +15,7 @@ from batchwise.batching.fetch import DataError, Example, Fetch, Request
 from batchwise.batching.order import Order
 from batchwise.batching.plan import BatchPlan, Part, cut
 from batchwise.batching.random import keyed, mix
-from batchwise.batching.structure import on_tensors, part, pick, tensors
+from batchwise.batching.structure import as_floats, on_tensors, part, pick, tensors
 from batchwise.batching.tokens import SequencePlan
 
 
@@ -78,11 +78,7 @@ class MicroBatch:
 
     def cast(self, dtype: torch.dtype) -> "MicroBatch":
         """Return the micro-batch with all floats of inputs and targets in one type; whole numbers stay as they are."""
-
-        def convert(tensor: Tensor) -> Tensor:
-            return tensor.to(dtype) if tensor.dtype != dtype and tensor.is_floating_point() else tensor
-
-        inputs, targets = on_tensors(self.inputs, convert), on_tensors(self.targets, convert)
+        inputs, targets = as_floats(self.inputs, dtype), as_floats(self.targets, dtype)
         same = inputs is self.inputs and targets is self.targets
         return self if same else replace(self, inputs=inputs, targets=targets)
 

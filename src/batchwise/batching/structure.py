@@ -7,6 +7,7 @@ field of N values, which may differ in shape. Each of these values may be nested
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -33,6 +34,13 @@ def on_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
     if isinstance(value, Tensor):
         return function(value)
     return rebuild(value, lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf)
+
+
+def as_floats(value: Any, dtype: torch.dtype) -> Any:
+    """Return the structure with all floats of one type. Whole numbers stay as they are."""
+    if isinstance(value, Tensor):
+        return value if value.dtype == dtype or not value.is_floating_point() else value.to(dtype)
+    return on_tensors(value, lambda tensor: as_floats(tensor, dtype))
 
 
 def pick(value: Any, places: Tensor) -> Any:

@@ -62,7 +62,7 @@ class Last(Checkpoint):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Task, batch: Batch, batch_idx: int) -> None:
         """Save the state after the steps so far, if a checkpoint is due. Stop, if a signal came."""
-        step = trainer.global_step
+        step = batch.step
         stop = pl_module._step.stop_agreed(pl_module)
         every, plan = self.every_n_steps, pl_module.data.plan
         due = step % every == 0 if every else step == plan.first_step(batch.epoch)  # type: ignore[union-attr]

@@ -75,10 +75,10 @@ class Recorder(Callback):
         trainer.fit_loop.epoch_loop._results.restore(logs, trainer.is_global_zero)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Task) -> None:
-        """Log the exact mean loss of the epoch."""
+        """Log the exact mean loss of the epoch, and of each term."""
         pl_module._step.finite.settle(pl_module)
-        mean = pl_module._measures.end_epoch()
-        pl_module.record({"train/loss_epoch": torch.tensor(mean, dtype=torch.float64)})
+        means = pl_module._measures.end_epoch()
+        pl_module.record({name: torch.tensor(mean, dtype=torch.float64) for name, mean in means.items()})
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: Task) -> None:
         """Begin an evaluation."""

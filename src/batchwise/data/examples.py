@@ -138,13 +138,19 @@ class Examples(Reserved, pl.LightningDataModule, ABC):
         return self.__fed[name, device]
 
     @final
-    def examples(self, name: str, count: int) -> MicroBatch:
-        """Return the first examples of a split as a batch on the host, before `transform`."""
+    def examples(self, name: str, which: int | Tensor, position: int = 0) -> MicroBatch:
+        """Return examples of a split as a micro-batch on the host, before `transform`.
+
+        Args:
+            name: name of the split.
+            which: at most so many, the first ones; or their numbers, int64 [N].
+            position: position of the first one in its batch.
+        """
         fetch = self.split(name)
         assert fetch is not None
-        index = torch.arange(min(count, len(fetch)))
-        fields, _ = next(iter(fetch.stream([Request.one(index)])))
-        return make_batch(fields, index)
+        index = which if isinstance(which, Tensor) else torch.arange(min(which, len(fetch)))
+        fields, _ = next(iter(fetch.stream([Request.one(index, position)])))
+        return make_batch(fields, index, None, position)
 
     def labels(self) -> Tensor | None:
         """Return the training targets [examples] if they are whole numbers in memory. Some orders need them."""

@@ -30,7 +30,14 @@ class Finite:
         self.skipped_in_a_row = 0
         self.has_scaler = False
         """Whether gradients are scaled, and checked, by the trainer's precision plugin."""
+        self.is_on_host = False
+        """Whether there is no device to wait for, and gradients are whole."""
         self.ledger: Ledger | None = None
+
+    def listen(self, task: "Task") -> None:
+        """Ask what does not change within an epoch."""
+        self.has_scaler = getattr(task.trainer.precision_plugin, "scaler", None) is not None
+        self.is_on_host = task.device.type == "cpu" and task.device_mesh is None
 
     # While the host waits
 
@@ -53,9 +60,15 @@ class Finite:
         gradients = gradients_of(optimizer)
         if not gradients:
             return math.isfinite(sums.loss)
+        if self.is_on_host:
+            total = sums.loss
+            for gradient in gradients:
+                total += gradient.sum().item()
+            # A sum of large numbers may overflow.
+            return math.isfinite(total) or (
+                math.isfinite(sums.loss) and all(bool(gradient.isfinite().all()) for gradient in gradients)
+            )
         norms = torch._foreach_norm(gradients)  # pyright: ignore[reportPrivateImportUsage]
-        if task.device.type == "cpu" and task.device_mesh is None:  # nothing to wait for
-            return math.isfinite(sums.loss + sum(norm.item() for norm in norms))
         return math.isfinite(sums.loss) and math.isfinite(full(torch.stack(norms).sum()))
 
     # On the device

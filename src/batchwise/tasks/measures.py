@@ -98,9 +98,8 @@ class Measures:
 
     def update(self, training: bool, values: tuple[Tensor, ...]) -> None:
         """Update the metrics of the running evaluation, or in training those of the step if a row is due."""
-        stands_in = place.current is not None and not place.current.counts
         metrics = self.metrics if not training else self.step_metrics if self.row_is_due else None
-        if metrics is not None and not stands_in:
+        if metrics is not None and (place.current is None or place.current.counts):
             metrics.update(*values)
 
     def row(self) -> dict[str, float]:
@@ -114,12 +113,13 @@ class Measures:
             self.step_metrics.reset()
         return values
 
-    def end_epoch(self) -> float:
-        """Return the exact mean loss of the epoch, and begin another."""
-        self.epoch_loss, self.epoch = self.epoch.mean(), Sums()
+    def end_epoch(self) -> dict[str, float]:
+        """Return the exact means of the epoch, by their names in the log, and begin another."""
+        means, self.epoch = {"train/loss": self.epoch.mean()}, Sums()
         if self.terms.names:
-            self.epoch_loss = self.terms.end_epoch()
-        return self.epoch_loss
+            means = self.terms.end_epoch()
+        self.epoch_loss = means["train/loss"]
+        return {f"{name}_epoch": mean for name, mean in means.items()}
 
     # Evaluation
 

@@ -31,7 +31,7 @@ KEY = 1
 
 
 def rehearse(task: "Task", data: DataModule) -> None:
-    """Compute the losses of the first training examples in training mode; change nothing.
+    """Compute the losses of a few training examples in training mode; change nothing.
 
     It waits for another call if a hook that has not run yet must come first, or if memory is short, which training can
     handle.
@@ -55,20 +55,27 @@ def rehearse(task: "Task", data: DataModule) -> None:
 def _rehearse(task: "Task", data: DataModule) -> None:
     plan = data.plan
     assert plan is not None
-    batch, is_cut = data.examples("train", max(EXAMPLES, 2 * plan.unit)), plan.accumulation * plan.devices > 1
+    # From both ends, because examples may be sorted by length.
+    train = data.split("train")
+    assert train is not None
+    count = min(max(EXAMPLES, 2 * plan.unit), len(train))
+    half = min(max(1, count // 2 // plan.unit) * plan.unit, count)
+    index = torch.cat([torch.arange(half), torch.arange(len(train) - count + half, len(train))])
+    batch, is_cut = data.examples("train", index), plan.accumulation * plan.devices > 1
     for player in task._players():
-        whole = _losses(task, data, batch, len(batch), player, 0)
-        again = _losses(task, data, batch, len(batch), player, 1)
+        whole = _losses(task, data, [batch], player, 0)
+        again = _losses(task, data, [batch], player, 1)
         if not all(_close(losses, again[term]) for term, losses in whole.items()):
             _warn_of_randomness(task)
         elif not task._couples and is_cut:
-            half = max(1, len(batch) // 2 // plan.unit) * plan.unit
-            parts = _losses(task, data, batch, half, player, 0)
+            # Each half is read by itself, because padding depends on what is read together.
+            halves = [data.examples("train", part, at) for part, at in ((index[:half], 0), (index[half:], half))]
+            parts = _losses(task, data, [part for part in halves if len(part)], player, 0)
             if apart := [term for term, losses in whole.items() if not _close(losses, parts[term])]:
                 which = f"losses['{apart[0]}']" if apart[0] else "losses"
                 raise ValueError(
                     f"{type(task).__name__}.{which} gives an example another loss when other examples are in its "
-                    "micro-batch, so the result depends on how the batch is executed: write a task of "
+                    "micro-batch, so the result depends on how the batch is executed: mask the padding, write a task of "
                     "batchwise.tasks.contrastive, or run each batch whole on one device (data.micro_batch_size null)"
                 )
     _check_gradients(task, data, batch)
@@ -92,25 +99,25 @@ def _as_it_was(task: "Task", data: DataModule) -> Iterator[None]:
 
 
 def _losses(
-    task: "Task", data: DataModule, batch: MicroBatch, size: int, player: tuple[str, ...], seed: int
+    task: "Task", data: DataModule, batches: list[MicroBatch], player: tuple[str, ...], seed: int
 ) -> dict[str, Tensor]:
-    """Return the losses of all examples by term, weighted, [N, ...] flat, in micro-batches of a size."""
+    """Return the sum of weighted losses of each example by term, [N], over some micro-batches."""
     found: dict[str, list[Tensor]] = {}
-    # It is cut on the device, because an augmentation may mix examples, which the plan then keeps together.
-    for part in _on_device(task, data, batch).split(size):
+    for batch in batches:
+        part = _on_device(task, data, batch)
         seed_generator(home_of(task), seed + part.position)
         with torch.no_grad():
             parts = _call(task, part, player)
             task._measures.terms.check(task, part, parts)
         for term, (losses, weights) in parts.items():
-            weighted = losses if weights is None else losses * weights
-            found.setdefault(term, []).append(weighted.double().cpu().flatten())
+            weighted = losses if weights is None else torch.where(weights == 0, 0.0, losses * weights)
+            found.setdefault(term, []).append(weighted.double().cpu().reshape(len(part), -1).sum(1))
     return {term: torch.cat(losses) for term, losses in found.items()}
 
 
 def _on_device(task: "Task", data: DataModule, batch: MicroBatch) -> MicroBatch:
     copy = replace(batch._map(torch.clone), key=KEY)  # because a transform may work in place
-    place.current = place.Place(KEY, 0, False, len(batch))
+    place.current = place.Place(KEY, batch.position, False, len(batch))
     return on_device(task, data, copy, training=True)
 
 
@@ -135,7 +142,7 @@ def _call(task: "Task", part: MicroBatch, player: tuple[str, ...]) -> Parts:
             raise
         frames = [one for one in traceback.extract_tb(error.__traceback__) if "site-packages" not in one.filename]
         raise ValueError(
-            f"{type(task).__name__}.losses fails on the first examples: "
+            f"{type(task).__name__}.losses fails on a few examples: "
             f"{(str(error) or type(error).__name__).splitlines()[0]} "
             f"({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
         ) from error
@@ -175,6 +182,6 @@ def _check_gradients(task: "Task", data: DataModule, batch: MicroBatch) -> None:
     unused = [name for name, gradient in zip(learning, found, strict=True) if gradient is None]
     if unused:
         raise ValueError(
-            f"{len(unused)} parameter(s) had no gradient in the first examples, such as {unused[0]}, and processes "
+            f"{len(unused)} parameter(s) had no gradient in a few examples, such as {unused[0]}, and processes "
             "that train together wait for it: write trainer.strategy ddp_find_unused_parameters_true, or model.freeze"
         )

@@ -78,7 +78,7 @@ class Step:
         self.own_zero, self.own_step = listens(task, "optimizer_zero_grad"), listens(task, "optimizer_step")
         # Use PyTorch's backward pass and step directly if nobody can notice the difference.
         plain = isinstance(trainer.strategy, SingleDeviceStrategy)
-        self.finite.has_scaler = getattr(trainer.precision_plugin, "scaler", None) is not None
+        self.finite.listen(task)
         plain &= not self.finite.has_scaler
         quiet = not listens(task, "backward") and not listeners(trainer, ["on_before_backward", "on_after_backward"])
         self.plain_backward = plain and quiet
@@ -256,7 +256,7 @@ class Step:
                         loss.backward(self._constant(scale, loss))
                     else:
                         strategy.backward(loss * scale, None)
-                sums = sums.plus(loss.detach(), count)
+                sums = sums.plus(loss, count)
             return sums
         except RuntimeError as error:
             if not is_out_of_memory(error):

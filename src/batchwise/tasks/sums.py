@@ -24,7 +24,7 @@ class Sums(NamedTuple):
     def plus(self, loss: Number, count: Number) -> "Sums":
         """Return the sums with more targets. Values on a CPU become numbers."""
         if isinstance(loss, Tensor):
-            loss = loss.item() if loss.is_cpu else loss if loss.is_mps else loss.double()
+            loss = loss.item() if loss.is_cpu else loss.detach() if loss.is_mps else loss.detach().double()
         return Sums(self.loss + loss, self.count + count)
 
     def mean(self) -> float:

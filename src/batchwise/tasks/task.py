@@ -163,7 +163,8 @@ class Task(pl.LightningModule, ABC):
     def metric_names(self) -> list[str]:
         """Return the names that callbacks may monitor. A subclass adds the names that it gives to `record`."""
         measured = [f"val/{name}" for name in self._measures.names()]
-        return ["val/loss", *measured, "train/loss_epoch", *sorted(self._measures.logged)]
+        of_epochs = [f"train/{name}_epoch" for name in ("loss", *(self._measures.terms.names or ()))]
+        return ["val/loss", *measured, *of_epochs, *sorted(self._measures.logged)]
 
     def record(self, values: dict[str, Tensor]) -> None:
         """Give values to the callbacks (as `monitor` keys) and to the loggers, with the number of steps done."""

@@ -100,6 +100,10 @@ class Terms:
             raise ValueError(
                 f"{name} gives a dict of {names}: its keys are the names of the terms, and {TAKEN[0]} is their sum"
             )
+        if both := [one for one in names if f"{one}_epoch" in names]:
+            raise ValueError(
+                f"{name} gives {_shown(names)}: rename {both[0]}_epoch, which is the mean of {both[0]} over an epoch"
+            )
         if names and (task._couples or task._players() != [()]):
             which = "that couples the examples" if task._couples else "of several optimizers"
             raise ValueError(f"{name} gives {_shown(names)}, but the loss {which} is one tensor: add the terms up")
@@ -195,7 +199,7 @@ class Terms:
         return torch.stack(found)
 
     def check(self, task: "Task", batch: MicroBatch, parts: Parts) -> None:
-        """Raise ValueError if `counts` and `losses` do not agree on the first examples."""
+        """Raise ValueError if `counts` and `losses` do not agree on a few examples."""
         if not self.names or not self._has_counts:
             return
         for name, given, right in zip(
@@ -203,7 +207,7 @@ class Terms:
         ):
             if not math.isclose(given, right, rel_tol=1e-3, abs_tol=1e-6):
                 raise ValueError(
-                    f"{type(task).__name__}.counts gives {given:g} for the term {name} in the first examples, but the "
+                    f"{type(task).__name__}.counts gives {given:g} for the term {name} in a few examples, but the "
                     f"weights in losses sum to {right:g}"
                 )
 
@@ -229,10 +233,10 @@ class Terms:
         sums, self.window = self.window, None
         return self._means("train", self._by_name(sums))
 
-    def end_epoch(self) -> float:
-        """Return the loss of the epoch, and begin another."""
+    def end_epoch(self) -> dict[str, float]:
+        """Return the means of the epoch, by their names in a row. Begin another epoch."""
         sums, self.epoch = self.epoch, None
-        return self._means("train", self._by_name(sums))["train/loss"]
+        return self._means("train", self._by_name(sums))
 
     def end_evaluation(self, task: "Task", stage: str) -> dict[str, float]:
         """Return the means of an evaluation over all devices, by their names. All devices come here."""

@@ -164,8 +164,8 @@ def test_training_is_that_of_whole_batches_in_plain_pytorch(way: str) -> None:
         for name, mean in mean_of(all_sums[end - 3 : end]).items():
             assert memory.found(f"train/{name}")[end] == pytest.approx(mean, abs=1e-12, nan_ok=True), (name, end)
     for end in range(PER_EPOCH, STEPS + 1, PER_EPOCH):
-        mean = mean_of(all_sums[end - PER_EPOCH : end])["loss"]
-        assert memory.found("train/loss_epoch")[end] == pytest.approx(mean, abs=1e-12)
+        for name, mean in mean_of(all_sums[end - PER_EPOCH : end]).items():
+            assert memory.found(f"train/{name}_epoch")[end] == pytest.approx(mean, abs=1e-12), (name, end)
     with torch.no_grad():
         right = mean_of([sums(terms(network(data.x), data.x, data.y))])
     for name, mean in right.items():
@@ -263,7 +263,7 @@ def test_a_resume_goes_on_with_the_sums(tmp_path: Path) -> None:
     data = Partial(micro_batch_size=4)
     task, _ = fit(Two(Net(), optimizer=adamw), data, ckpt_path=last, logger=again, **settings)
     assert furthest(task, whole) < 1e-12
-    for name in ("train/kind", "train/place", "train/loss", "train/loss_epoch", "val/kind"):
+    for name in ("train/kind", "train/place", "train/loss", "train/loss_epoch", "train/kind_epoch", "val/kind"):
         before, after = memory.found(name), again.found(name)
         assert len(after) >= 2
         # The row of step 10, the last one of the first training, has begun another.
@@ -272,11 +272,15 @@ def test_a_resume_goes_on_with_the_sums(tmp_path: Path) -> None:
 
 
 def test_a_term_may_decide_which_checkpoint_is_best(tmp_path: Path) -> None:
-    best = ModelCheckpoint(monitor="val/place", mode="min", dirpath=tmp_path, filename="best")
-    task, made = fit(Two(Net(), optimizer=adamw), Partial(), callbacks=[best], enable_checkpointing=True)
-    assert {"val/kind", "val/place"} < set(task.metric_names())
-    assert best.best_model_score is not None
-    assert float(best.best_model_score) <= float(made.callback_metrics["val/place"])
+    bests = [
+        ModelCheckpoint(monitor=monitor, mode="min", dirpath=tmp_path, filename=f"best{number}")
+        for number, monitor in enumerate(("val/place", "train/place_epoch"))
+    ]
+    task, made = fit(Two(Net(), optimizer=adamw), Partial(), callbacks=bests, enable_checkpointing=True)
+    assert {"val/kind", "val/place", "train/kind_epoch", "train/place_epoch"} < set(task.metric_names())
+    for best in bests:
+        assert best.best_model_score is not None
+        assert float(best.best_model_score) <= float(made.callback_metrics[str(best.monitor)])
     (tested,) = made.test(task, datamodule=Partial(), verbose=False)
     assert {"test/kind", "test/place", "test/loss"} < set(tested)
     (alone,) = trainer().test(Two(task.network, coefficients=COEFFICIENTS), datamodule=Partial(), verbose=False)
@@ -308,6 +312,11 @@ def wrong_counts(task: Task, batch: MicroBatch) -> Any:
 FAULTS: dict[str, tuple[Callable, dict[str, Any], str]] = {
     "coupled": (coupled, {}, r"losses\['far'\] gives an example another loss when other examples"),
     "the name of the sum": (lambda t, b: {"loss": each(t, b)}, {}, r"dict of \['loss'\]: its keys are the names"),
+    "the name of an epoch's mean": (
+        lambda t, b: {"far": each(t, b), "far_epoch": each(t, b)},
+        {},
+        r"the terms far, far_epoch: rename far_epoch, which is the mean of far over an epoch",
+    ),
     "no name": (lambda t, b: {1: each(t, b)}, {}, r"dict of \[1\]: its keys are the names"),
     "empty": (lambda t, b: {}, {}, r"a dict of \[\]"),
     "a mean": (lambda t, b: {"kind": each(t, b).mean()}, {}, r"losses\['kind'\] gave the shape \[\] for 6 examples"),
@@ -335,7 +344,7 @@ def test_faults_are_named_in_one_line(fault: str) -> None:
 
 
 COUNTS: dict[str, tuple[Callable, str]] = {
-    "another number": (lambda t, b: {"kind": 2}, "counts gives 12 for the term kind in the first examples.* sum to 6"),
+    "another number": (lambda t, b: {"kind": 2}, "counts gives 12 for the term kind in a few examples.* sum to 6"),
     "another term": (lambda t, b: {"kin": 1}, "counts gives the terms kin, but losses gives the terms kind"),
     "another length": (lambda t, b: {"kind": torch.ones(2)}, r"counts\['kind'\] has the shape \[2\] for 6 examples"),
 }
