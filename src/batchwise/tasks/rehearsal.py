@@ -75,8 +75,8 @@ def _rehearse(task: "Task", data: DataModule) -> None:
                 which = f"losses['{apart[0]}']" if apart[0] else "losses"
                 raise ValueError(
                     f"{type(task).__name__}.{which} gives an example another loss when other examples are in its "
-                    "micro-batch, so the result depends on how the batch is executed: mask the padding, write a task of "
-                    "batchwise.tasks.contrastive, or run each batch whole on one device (data.micro_batch_size null)"
+                    "micro-batch, so the result depends on how the batch is executed: mask the padding, write a task "
+                    "of batchwise.tasks.contrastive, or run each batch whole on one device (data.micro_batch_size null)"
                 )
     _check_gradients(task, data, batch)
 

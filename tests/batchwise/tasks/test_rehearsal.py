@@ -137,7 +137,7 @@ class Pooled(nn.Module):
 
 @pytest.mark.parametrize("data", [Sentences, Collated])
 def test_padding_that_changes_a_loss_is_named(data: type[Points]) -> None:
-    with pytest.raises(ValueError, match="another loss when other examples are in its micro-batch.*mask the padding"):
+    with pytest.raises(ValueError, match=r"another loss when other examples are in its micro-batch.*mask the padding"):
         fit(made(each, lambda: Pooled(False)), data(micro_batch_size=4))
     fit(made(each, lambda: Pooled(True)), data(micro_batch_size=4), max_steps=1)
     fit(made(each, lambda: Pooled(False)), data(), max_steps=1)  # whole batches
