@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from batchwise.callbacks.checkpoint import Last
 from batchwise.data.examples import SPLITS
 from batchwise.tasks.finite import Finite
+from batchwise.tasks.hooks import row_is_due
 from batchwise.tasks.making import refuse, start_momenta, take_states
 from batchwise.tasks.rehearsal import rehearse
 from batchwise.tasks.task import Task
@@ -113,7 +114,7 @@ class Recorder(Callback):
         pl_module._step.finite.settle(pl_module)
         learning = _learning(pl_module)
         checkpoint[KEY] = {
-            "sums": pl_module._measures.state(),
+            "sums": pl_module._measures.state(row_is_due(trainer, trainer.global_step)),
             "skipped_in_a_row": pl_module._step.finite.skipped_in_a_row,
             "rates_taken": sorted(pl_module._rates.taken),
             # Of parameters that callbacks have thawed or frozen. After a resume they may not do so again.

@@ -143,10 +143,15 @@ class Measures:
         self.tables = {name: value for name, value in values.items() if value.numel() != 1}
         return {name: value for name, value in values.items() if value.numel() == 1}
 
-    def state(self) -> dict[str, Any]:
-        """Return the sums for a checkpoint, so that mean losses are exact after a resume."""
-        sums = {"epoch": [float(value) for value in self.epoch], "window": [float(value) for value in self.window]}
-        return sums | ({"terms": self.terms.state()} if self.terms.names else {})
+    def state(self, ends_row: bool) -> dict[str, Any]:
+        """Return the sums for a checkpoint, so that mean losses are exact after a resume.
+
+        Args:
+            ends_row: whether the row of the newest step is written, or about to be: a callback may save before it is.
+        """
+        window = Sums() if ends_row else self.window
+        sums = {"epoch": [float(value) for value in self.epoch], "window": [float(value) for value in window]}
+        return sums | ({"terms": self.terms.state(ends_row)} if self.terms.names else {})
 
     def restore(self, state: dict[str, Any]) -> None:
         """Restore the sums from a checkpoint."""

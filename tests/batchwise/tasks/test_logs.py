@@ -323,3 +323,23 @@ def test_the_example_of_the_documents() -> None:
     exec(page.split("```python\n")[1].split("```")[0], names)
     _, made = fit(names["Confident"](network(), optimizer=adamw))
     assert 1 / 3 < made.callback_metrics["confidence_epoch"] < 1
+
+
+class SaveAt(pl.Callback):
+    """Saves after a step, before the row of the step is written."""
+
+    def __init__(self, step: int, path: Path) -> None:
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("step", [5, 6])
+def test_rows_after_a_resume_from_what_a_callback_has_saved(step: int, tmp_path: Path) -> None:
+    path, whole, resumed = tmp_path / "saved.ckpt", Memory(), Memory()
+    for memory, more in ((whole, {"callbacks": [SaveAt(step, path)]}), (resumed, {"ckpt_path": str(path)})):
+        fit(Classify(network(), optimizer=adamw), Points(), logger=memory, log_every_n_steps=3, **more)
+    before, after = whole.found("train/loss"), resumed.found("train/loss")
+    assert after == pytest.approx({at: value for at, value in before.items() if at > step}, abs=1e-12)
