@@ -98,7 +98,7 @@ class Record(Callback):
         if not pl_module._measures.row_is_due:
             return
         measures = pl_module._measures
-        measured = measures.row()  # waits for the device, so it comes before the clock is read
+        measured = measures.row(batch.size)  # waits for the device, so it comes before the clock is read
         totals = self.totals(pl_module)
         row = {
             **measured,

@@ -51,7 +51,8 @@ class Classification(Task):
         """One cross-entropy per example [N], in nats. Never averaged here: the base class divides once."""
         logits = self(batch.inputs)
         mixed = batch.targets.ndim == 2  # probabilities [N, C], of augmentations that mix examples
-        self.measure(logits, batch.targets.argmax(1) if mixed else batch.targets)
+        if self._measures.are_due(self.training):
+            self.measure(_probability(logits), batch.targets.argmax(1) if mixed else batch.targets)
         smoothing = self.label_smoothing
         if self.weights is None or not mixed:
             losses = F.cross_entropy(logits, batch.targets, reduction="none", label_smoothing=smoothing)
@@ -65,7 +66,7 @@ class Classification(Task):
 
     def predictions(self, batch: MicroBatch) -> dict[str, Tensor]:
         """The most probable class [N], and the probability of each class [N, C]."""
-        probability = self(batch.inputs).float().softmax(dim=1)
+        probability = _probability(self(batch.inputs))
         return {"predicted": probability.argmax(dim=1), "probability": probability}
 
     def make_metrics(self, outputs: Tensor) -> MetricCollection:
@@ -104,6 +105,11 @@ class Classification(Task):
         elif weights is not None and len(weights) != classes:
             raise ValueError(f"model.class_weights has {len(weights)} numbers: write {classes}, one for each class")
         self.weights = torch.as_tensor(weights).to(outputs)
+
+
+def _probability(logits: Tensor) -> Tensor:
+    """Return the probability of each class [N, C]. torchmetrics takes logits for it if all happen to be in [0, 1]."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=1)
 
 
 def check_labels(data: DataModule, classes: int) -> None:

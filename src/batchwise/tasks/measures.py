@@ -1,6 +1,7 @@
 """Losses and metrics of a training, summed over all micro-batches and devices."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +11,7 @@ from torchmetrics import Metric, MetricCollection
 
 from batchwise.models import place
 from batchwise.tasks.hooks import row_is_due
-from batchwise.tasks.sums import Sums, reduce_sums
+from batchwise.tasks.sums import Sums, reduce_sums, widest
 from batchwise.tasks.terms import Terms
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ class Measures:
         self.metrics: MetricCollection | None = None
         self.step_metrics: MetricCollection | None = None
         """The same metrics, over one training batch."""
-        self._dtype = torch.float32
         self.tables: dict[str, Tensor] = {}
         """Metrics of the last evaluation that are not a single number, such as `val/confusion`."""
         self.shown: dict[str, float] = {}
@@ -49,22 +49,24 @@ class Measures:
         self.row_is_due = False
         """Whether a row in the log is due after this step."""
 
-    def make(self, make: Callable[[], MetricCollection | None], device: torch.device, dtype: torch.dtype) -> None:
-        """Make the metrics, with sums in the precision of the network, and at least in single precision."""
-        self._dtype = torch.promote_types(dtype, torch.float32)
-        with _DtypeContextManager(self._dtype):
+    def make(self, make: Callable[[], MetricCollection | None], device: torch.device) -> None:
+        """Make the metrics, with sums in double precision."""
+        with _DtypeContextManager(widest(device)):
             metrics = make()
         if metrics is not None:
             if both := set(self.terms.names or ()) & {str(name) for name in metrics}:
                 raise ValueError(f"{both.pop()} is the name of a term of the loss and of a metric: rename one of them")
+            if metrics._enable_compute_groups is True:
+                # torchmetrics would join metrics whose states are equal after the first update, perhaps by chance.
+                metrics = MetricCollection(dict(metrics.items()), compute_groups=False)  # type: ignore[arg-type]
             self.metrics = metrics
             single = {name: metric.clone() for name, metric in metrics.items() if not is_table(metric)}  # type: ignore[misc]
-            self.step_metrics = MetricCollection(single) if single else None  # type: ignore[arg-type]
+            self.step_metrics = MetricCollection(single, compute_groups=False) if single else None  # type: ignore[arg-type]
             self.to(device)
 
     def to(self, device: torch.device) -> None:
         """Move the metrics. A metric that is moved takes values of PyTorch's default type from then on."""
-        with _DtypeContextManager(self._dtype):
+        with _DtypeContextManager(widest(device)):
             for metrics in (self.metrics, self.step_metrics):
                 if metrics is not None:
                     metrics.to(device)
@@ -98,18 +100,34 @@ class Measures:
 
     def update(self, training: bool, values: tuple[Tensor, ...]) -> None:
         """Update the metrics of the running evaluation, or in training those of the step if a row is due."""
-        metrics = self.metrics if not training else self.step_metrics if self.row_is_due else None
-        if metrics is not None and (place.current is None or place.current.counts):
-            metrics.update(*values)
+        metrics = self._due(training)
+        if metrics is None:
+            return
+        if place.current is not None and not place.current.counts:
+            return stand_in(metrics, values)
+        # One number per example is summed in double precision, so that the sum does not depend on the micro-batches.
+        metrics.update(*(value.to(widest(value.device)) if _is_column(value) else value for value in values))
 
-    def row(self) -> dict[str, float]:
-        """Return the mean loss since the last row and the metrics of the last batch. Begin a new row."""
+    def _due(self, training: bool) -> MetricCollection | None:
+        return self.metrics if not training else self.step_metrics if self.row_is_due else None
+
+    def are_due(self, training: bool) -> bool:
+        """Return whether `update` needs values."""
+        return self._due(training) is not None
+
+    def row(self, examples: int) -> dict[str, float]:
+        """Return the mean loss since the last row and the metrics of the last batch. Begin a new row.
+
+        Args:
+            examples: of the last batch.
+        """
         values = {"train/loss": self.window.mean()}
         self.window = Sums()
         if self.terms.names:
             values = self.terms.row()
         if self.step_metrics is not None:
-            values |= {f"train/{name}": value.item() for name, value in self.step_metrics.compute().items()}
+            found = computed(self.step_metrics, examples).items()
+            values |= {f"train/{name}": value.item() for name, value in found if value.numel() == 1}
             self.step_metrics.reset()
         return values
 
@@ -138,8 +156,8 @@ class Measures:
         else:
             means = {f"{stage}/loss": reduce_sums(task, self.evaluation).mean()}
         values = {name: torch.tensor(mean, dtype=torch.float64) for name, mean in means.items()}
-        if self.metrics is not None:
-            values |= {f"{stage}/{name}": value for name, value in self.metrics.compute().items()}
+        if self.metrics is not None and (split := task.data.split(stage)) is not None:
+            values |= {f"{stage}/{name}": value for name, value in computed(self.metrics, len(split)).items()}
         self.tables = {name: value for name, value in values.items() if value.numel() != 1}
         return {name: value for name, value in values.items() if value.numel() == 1}
 
@@ -158,6 +176,42 @@ class Measures:
         self.epoch, self.window = Sums(*state["epoch"]), Sums(*state["window"])
         if "terms" in state:
             self.terms.restore(state["terms"])
+
+
+def computed(metrics: MetricCollection, examples: int) -> dict[str, Tensor]:
+    """Return the values over all devices. A metric that needs two examples, such as R2, is left out where there is one.
+
+    All devices must call it.
+    """
+    if examples > 1:
+        return metrics.compute()
+    values: dict[str, Tensor] = {}
+    for name, metric in metrics.items():
+        with suppress(ValueError):
+            values[name] = metric.compute()  # type: ignore[operator]
+    return values
+
+
+def stand_in(metrics: MetricCollection, values: tuple[Tensor, ...]) -> None:
+    """Give states of the right shapes, which hold nothing, to metrics of a device that has no example of the batch.
+
+    Devices exchange states, whose shapes some metrics know only after an update.
+    """
+    for metric in metrics.values(copy_state=False):
+        if metric.update_called:  # type: ignore[union-attr]
+            continue
+        metric.update(*values)  # type: ignore[operator]
+        for part in (one for one in metric.modules() if isinstance(one, Metric)):
+            for name, state in part.metric_state.items():
+                if isinstance(state, list):
+                    setattr(part, name, [one[:0] for one in state])
+                else:
+                    default: Any = part._defaults[name]
+                    setattr(part, name, default.to(state).expand_as(state).clone())
+
+
+def _is_column(value: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 1 and value.is_floating_point()
 
 
 def is_table(metric: Metric) -> bool:

@@ -1,5 +1,6 @@
 """Multi-label classification: binary cross-entropy, F1, accuracy."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import MetricCollection
@@ -19,13 +20,14 @@ class MultiLabel(Task):
     def losses(self, batch: MicroBatch) -> Tensor:
         """One binary cross-entropy per example and label [N, C], in nats."""
         logits = self(batch.inputs)
-        self.measure(logits, batch.targets.long())
+        if self._measures.are_due(self.training):
+            self.measure(_probability(logits), batch.targets.long())
         return F.binary_cross_entropy_with_logits(logits, batch.targets.to(logits.dtype), reduction="none")
 
     def predictions(self, batch: MicroBatch) -> dict[str, Tensor]:
-        """The probability of each label [N, C], and the decision [N, C]: 1 from a probability of one half on."""
-        probability = self(batch.inputs).float().sigmoid()
-        return {"predicted": (probability >= 0.5).long(), "probability": probability}
+        """The probability of each label [N, C], and the decision [N, C]: 1 for a probability above one half."""
+        probability = _probability(self(batch.inputs))
+        return {"predicted": (probability > 0.5).long(), "probability": probability}
 
     def make_metrics(self, outputs: Tensor) -> MetricCollection:
         """F1 and accuracy of the decisions, as means over the labels."""
@@ -51,3 +53,8 @@ class MultiLabel(Task):
                     f"example {int(wrong[0])} of the {name} split has the targets {targets[int(wrong[0])].tolist()}: "
                     "write 0 or 1 for each label"
                 )
+
+
+def _probability(logits: Tensor) -> Tensor:
+    """Return the probability of each label [N, C]. torchmetrics takes logits for it if all happen to be in [0, 1]."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()

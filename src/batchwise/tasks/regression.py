@@ -10,6 +10,7 @@ from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError, R2Score
 
 from batchwise.batching.loader import MicroBatch
 from batchwise.data.module import DataModule
+from batchwise.tasks.sums import widest
 from batchwise.tasks.task import Task
 
 
@@ -33,8 +34,11 @@ class Regression(Task):
         """One squared error per target [N, K], of standardised targets."""
         outputs = self(batch.inputs)
         targets = (batch.targets.reshape(outputs.shape) - self.target_mean) / self.target_std
-        # Without the mean, for the precision of R2: it subtracts two sums of squares. No metric depends on the mean.
-        self.measure(outputs * self.target_std, targets * self.target_std)
+        if self._measures.are_due(self.training):
+            wide = widest(outputs.device)
+            # Without the mean, for the precision of R2: it subtracts two sums of squares.
+            without = batch.targets.reshape(outputs.shape).to(wide) - self.target_mean.to(wide)
+            self.measure(outputs.to(wide) * self.target_std.to(wide), without)
         return F.mse_loss(outputs, targets, reduction="none")
 
     def predictions(self, batch: MicroBatch) -> dict[str, Tensor]:

@@ -32,6 +32,11 @@ class Sums(NamedTuple):
         return float(self.loss / self.count) if self.count else float("nan")
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """Return the widest float type of a device."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def reduce(task: "Task", values: Tensor) -> Tensor:
     """Return the sum of a tensor over all devices."""
     total = task.trainer.strategy.reduce(values, reduce_op="sum")
@@ -42,8 +47,7 @@ def reduce(task: "Task", values: Tensor) -> Tensor:
 def reduce_sums(task: "Task", sums: Sums) -> Sums:
     """Return the sums over all devices: numbers on a CPU; else tensors on the device, so that nothing waits."""
     if task.trainer.world_size > 1:
-        dtype = torch.float32 if task.device.type == "mps" else torch.float64
-        values = [torch.as_tensor(value, dtype=dtype, device=task.device) for value in sums]
+        values = [torch.as_tensor(value, dtype=widest(task.device), device=task.device) for value in sums]
         sums = Sums(*reduce(task, torch.stack(values)).unbind())
         if task.device.type == "cpu":
             sums = Sums(*(float(value) for value in sums))

@@ -121,7 +121,7 @@ class Task(pl.LightningModule, ABC):
     def make_metrics(self, outputs: Tensor) -> MetricCollection | None:
         """Return the evaluation metrics, given the network's outputs for a few examples.
 
-        Each is logged as a number. A confusion matrix is drawn as a picture.
+        Each that gives one number is logged. A confusion matrix is drawn as a picture.
         """
         return None
 

@@ -22,7 +22,7 @@ from batchwise.models import place
 from batchwise.models.kept import kept_buffers, kept_metrics
 from batchwise.tasks.losses import checked
 from batchwise.tasks.passes import begin
-from batchwise.tasks.sums import reduce
+from batchwise.tasks.sums import reduce, widest
 
 if TYPE_CHECKING:
     from batchwise.tasks.task import Task
@@ -119,7 +119,7 @@ class Terms:
         In training, the loss over the global batch is the sum of these losses over the sum of these counts.
         """
         pairs = [weighted_sum(losses, batch.weights, each) for losses, each in self.parts(task, batch, given).values()]
-        kind = _kind(pairs[0][0].device)
+        kind = widest(pairs[0][0].device)
         losses = torch.stack([loss.to(kind) for loss, _ in pairs])
         counts = torch.stack([n.to(kind) if isinstance(n, Tensor) else losses.new_full((), n) for _, n in pairs])
         counts = counts.detach()  # as they are where they come from another pass
@@ -156,7 +156,7 @@ class Terms:
         if self.names and not self._has_counts and self._one_each and all(part.weights is None for part in real):
             self._relies_on_it = True
             count = sum(map(len, real))
-            return torch.full((len(self.names),), count, dtype=_kind(task.device), device=task.device)
+            return torch.full((len(self.names),), count, dtype=widest(task.device), device=task.device)
         context: Any = task.trainer.precision_plugin.train_step_context  # type: ignore[attr-defined]
         with torch.no_grad(), kept_buffers(task), kept_metrics(task):
             total = torch.zeros(0)
@@ -188,7 +188,7 @@ class Terms:
             raise ValueError(f"{name} gives {what}, but losses gives {_shown(self.names or [])}")
         device, found = batch.weights.device if batch.weights is not None else task.device, []
         for term in self.names or ():
-            each = torch.as_tensor(given[term], dtype=_kind(device), device=device)
+            each = torch.as_tensor(given[term], dtype=widest(device), device=device)
             each = each.expand(len(batch)) if each.ndim == 0 else each.flatten(1).sum(1) if each.ndim > 1 else each
             if len(each) != len(batch):
                 raise ValueError(
@@ -274,10 +274,6 @@ class Terms:
         self.epoch, self.window = restored(state["epoch"]), restored(state["window"])
 
 
-def _kind(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 def _in_step(task: "Task") -> bool:
     return task.training and place.current is not None
 
@@ -286,7 +282,7 @@ def _counts(batch: MicroBatch, parts: Parts) -> Tensor:
     """Return the counts [T] of a micro-batch."""
     device = next(iter(parts.values()))[0].device
     found = [weighted_sum(losses, batch.weights, weights)[1] for losses, weights in parts.values()]
-    return torch.stack([torch.as_tensor(count, dtype=_kind(device), device=device) for count in found])
+    return torch.stack([torch.as_tensor(count, dtype=widest(device), device=device) for count in found])
 
 
 def _shown(names: list[str]) -> str:

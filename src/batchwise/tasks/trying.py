@@ -21,7 +21,7 @@ from batchwise.data.module import DataModule
 from batchwise.models.flops import count_flops
 from batchwise.models.kept import home_of, kept_modes
 from batchwise.models.norm import batchnorms, has_batchnorm
-from batchwise.tasks.rehearsal import dtype_of, on_device, rehearse
+from batchwise.tasks.rehearsal import on_device, rehearse
 
 if TYPE_CHECKING:
     from batchwise.tasks.task import Task
@@ -51,7 +51,7 @@ def try_task(task: "Task", data: DataModule, split: str) -> None:
         with precision.forward_context():
             _check_training(task, data)
             rehearse(task, data)
-    task._measures.make(lambda: task.make_metrics(outputs), home_of(task), dtype_of(task.network))
+    task._measures.make(lambda: task.make_metrics(outputs), home_of(task))
     task._measures.tried = data.plan or True
 
 

@@ -1,0 +1,336 @@
+"""Metrics do not depend on the cut or on chance: against numbers computed by hand, in any micro-batches."""
+
+import csv
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import CSV, TWO, run_here, run_process
+from lightning.pytorch.callbacks import ModelCheckpoint
+from sklearn.metrics import f1_score
+from small import Memory, Points, adamw, fit, trainer
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
+from torchmetrics.regression import MeanSquaredError, PearsonCorrCoef, R2Score
+from torchmetrics.wrappers import ClasswiseWrapper
+
+from batchwise import DataModule, MicroBatch, Task
+from batchwise.tasks.classification import Classification
+from batchwise.tasks.measures import computed, stand_in
+from batchwise.tasks.multilabel import MultiLabel
+from batchwise.tasks.regression import Regression
+
+SIZES = [1, 3, 64]
+
+
+class Given(DataModule):
+    """Inputs and targets of an evaluation."""
+
+    def __init__(self, inputs: Tensor, targets: Tensor, **kwargs: Any) -> None:
+        super().__init__(**{"batch_size": 10} | kwargs)
+        self.tensors = inputs, targets
+
+    def load(self, split: str) -> Any:
+        return self.tensors
+
+
+class Scaled(nn.Module):
+    """The inputs, times 1: no sum whose rounding could depend on the micro-batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(()))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs * self.factor
+
+
+def evaluated(task: Task, data: DataModule, precision: Any = "32-true") -> dict[str, float]:
+    (values,) = trainer(precision=precision).test(task, datamodule=data, verbose=False)
+    return {name.removeprefix("test/"): float(value) for name, value in values.items()}
+
+
+class Ranks(Classification):
+    def make_metrics(self, outputs: Tensor) -> MetricCollection:
+        return MetricCollection({f"top{k}": MulticlassAccuracy(3, top_k=k, average="micro") for k in (1, 2)})
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_metrics_that_agree_by_chance_are_not_joined(size: int) -> None:
+    logits = torch.tensor([[3.0, 2, 1]] * 6)
+    targets = torch.tensor([0, 0, 0, 1, 1, 2])  # in the first three examples, top-1 and top-2 agree
+    found = evaluated(Ranks(Scaled()), Given(logits, targets, eval_batch_size=size))
+    assert (found["top1"], found["top2"]) == pytest.approx((3 / 6, 5 / 6))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "64-true"])
+def test_logits_that_look_like_probabilities_are_none(size: int, precision: str) -> None:
+    logits = torch.tensor([[0.25, -1], [0.125, 0.75], [-2, 0.5], [0.5, -0.25], [0, 3]])
+    targets = torch.tensor([[1, 0], [1, 1], [0, 1], [1, 1], [0, 1]])
+    data = Given(logits, targets, eval_batch_size=size)
+    task = MultiLabel(Scaled())
+    found = evaluated(task, data, precision)
+    decided = (logits > 0).long()
+    hits, of = (decided * targets).sum(0), (decided + targets).sum(0)
+    assert found["f1"] == pytest.approx(float((2 * hits / of).mean()), abs=1e-6)
+    assert found["accuracy"] == pytest.approx(float((decided == targets).float().mean()), abs=1e-6)
+    predictions = trainer(precision=precision).predict(task, datamodule=data)
+    assert predictions is not None
+    assert torch.equal(torch.cat([one["predictions"]["predicted"] for one in predictions]), decided)
+
+
+class Ranked(Classification):
+    def make_metrics(self, outputs: Tensor) -> MetricCollection:
+        return MetricCollection({"auroc": MulticlassAUROC(2)})
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_metrics_of_probabilities_get_probabilities(size: int) -> None:
+    logits, targets = torch.tensor([[0.1, 0.9], [0.0, 5.0], [0.2, 0.5], [0.8, 0.1]]), torch.tensor([0, 1, 1, 0])
+    found = evaluated(Ranked(Scaled()), Given(logits, targets, eval_batch_size=size))
+    assert found["auroc"] == pytest.approx(0.75)  # example 0 comes before example 2, by 0.8 to 0.3
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_sums_do_not_depend_on_the_micro_batches(size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    targets = 1e3 + torch.randn(64, 2, generator=generator)
+    outputs = targets + torch.randn(64, 2, generator=generator)
+    found = evaluated(Regression(Scaled()), Given(outputs, targets, eval_batch_size=size))
+    error = outputs.double() - targets.double()
+    spread = (targets.double() - targets.double().mean(0)).square().sum(0)
+    assert found["mse"] == pytest.approx(float(error.square().mean()), rel=1e-12)
+    assert found["mae"] == pytest.approx(float(error.abs().mean()), rel=1e-12)
+    assert found["r2"] == pytest.approx(float((1 - error.square().sum(0) / spread).mean()), abs=1e-7)
+
+
+class Means(Task):
+    def losses(self, batch: MicroBatch) -> Tensor:
+        self.measure(self(batch.inputs).squeeze(1))
+        return batch.inputs.square().sum(1)
+
+    def make_metrics(self, outputs: Tensor) -> MetricCollection:
+        return MetricCollection({"mean": MeanMetric()})
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_number_per_example_is_summed_in_double_precision(size: int) -> None:
+    values = 1e3 + torch.randn(64, 1, generator=torch.Generator().manual_seed(0))
+    found = evaluated(Means(Scaled()), Given(values, torch.zeros(64), eval_batch_size=size))
+    assert found["mean"] == pytest.approx(float(values.double().mean()), rel=1e-12)
+
+
+def test_what_needs_two_examples_is_left_out_where_there_is_one(tmp_path: Path) -> None:
+    memory = Memory()
+
+    class Few(Points):
+        def load(self, split: str) -> Any:
+            count = 21 if split == "train" else 1
+            return self.x[:count], self.x[:count, :1] * 3
+
+    best = ModelCheckpoint(dirpath=tmp_path, monitor="val/mse")
+    task = Regression(nn.Sequential(nn.Linear(5, 1)).double(), optimizer=adamw)
+    settings: dict[str, Any] = {"logger": memory, "log_every_n_steps": 1, "callbacks": [best]}
+    _, made = fit(task, Few(), max_epochs=2, enable_checkpointing=True, **settings)
+    assert sorted(memory.found("train/mse")) == [1, 2, 3, 4, 5, 6]
+    assert sorted(memory.found("train/r2")) == [1, 2, 4, 5]  # step 3 of an epoch has one example
+    assert memory.found("val/mse")
+    assert not memory.found("val/r2")
+    assert best.best_model_path
+    (values,) = made.test(task, datamodule=Few(), verbose=False)
+    assert set(values) == {"test/loss", "test/mse", "test/mae"}
+
+
+def metrics() -> MetricCollection:
+    """Of which some know the shape of their states only after an update, and some keep all values."""
+    single: dict[str, Any] = {
+        "r2": R2Score(),
+        "mse": MeanSquaredError(num_outputs=2),
+        "auroc": ClasswiseWrapper(MulticlassAUROC(2, average=None)),
+        "pearson": PearsonCorrCoef(num_outputs=2),
+    }
+    return MetricCollection(single, compute_groups=False)
+
+
+def test_states_of_a_device_without_examples() -> None:
+    generator = torch.Generator().manual_seed(0)
+    outputs, targets = torch.randn(9, 2, generator=generator), torch.randn(9, 2, generator=generator)
+    real, other = metrics(), metrics()
+    for one, apply in ((real, MetricCollection.update), (other, lambda c, *v: stand_in(c, v))):
+        for name, metric in one.items():
+            values = (outputs, targets.argmax(1)) if name == "auroc" else (outputs, targets)
+            apply(MetricCollection({str(name): metric}, compute_groups=False), *values)  # type: ignore[dict-item]
+    for name, metric in real.items():
+        right = metric.compute()  # type: ignore[operator]
+        for mine, theirs in zip(metric.modules(), other[name].modules(), strict=True):
+            if not isinstance(mine, Metric) or not isinstance(theirs, Metric):
+                continue
+            for state, value in mine.metric_state.items():
+                empty, how = theirs.metric_state[state], mine._reductions[state]
+                if isinstance(value, list):
+                    assert all(len(one) == 0 for one in empty)
+                elif how is torch.sum or getattr(how, "__name__", "") == "dim_zero_sum":
+                    assert empty.shape == value.shape
+                    assert torch.equal(empty + value, value)
+                else:
+                    assert empty.shape == value.shape
+                    assert empty.dtype == value.dtype
+        again = metric.compute()  # type: ignore[operator]
+        torch.testing.assert_close(again, right)
+
+
+def test_a_stand_in_leaves_what_was_measured_alone() -> None:
+    both = metrics()
+    del both["auroc"]
+    outputs, targets = torch.eye(2), torch.ones(2, 2)
+    both.update(outputs, targets)
+    before = {name: {k: v.clone() for k, v in metric.metric_state.items()} for name, metric in both.items()}  # type: ignore[union-attr,operator]
+    stand_in(both, (outputs + 1, targets))
+    for name, metric in both.items():
+        for state, value in metric.metric_state.items():  # type: ignore[union-attr,operator]
+            torch.testing.assert_close(value, before[str(name)][state])
+    assert set(computed(both, 1)) >= {"r2", "mse"}
+
+
+class Single(Points):
+    """Two targets; batches of three examples, of which one is over at the end."""
+
+    def __init__(self, batch_size: int = 3) -> None:
+        super().__init__(batch_size=batch_size, eval_batch_size=2)
+
+    def load(self, split: str) -> Any:
+        return self.x[:10], self.x[:10, :2] * 2 + 1
+
+
+class Sorted(Regression):
+    """With a metric that keeps all values."""
+
+    def make_metrics(self, outputs: Tensor) -> MetricCollection:
+        more: Any = {"pearson": PearsonCorrCoef(num_outputs=2), "kept": Kept()}
+        return MetricCollection([super().make_metrics(outputs), MetricCollection(more)])
+
+
+class Kept(Metric):
+    """The largest of all outputs, which are kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("outputs", default=[], dist_reduce_fx="cat")
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        self.outputs.append(outputs)  # type: ignore[union-attr,operator]
+
+    def compute(self) -> Tensor:
+        kept = self.outputs
+        return (torch.cat(kept) if isinstance(kept, list) else kept).max()
+
+
+class Line(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(5, 2))
+
+
+OWN = """
+name: own
+seed_everything: 0
+trainer: {max_epochs: 2, precision: 64-true, accelerator: cpu}
+data: {class_path: test_measures.Single}
+model:
+  class_path: test_measures.Sorted
+  init_args:
+    network: test_measures.Line
+    optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 0.05}}
+"""
+
+
+@pytest.mark.parametrize("more", [TWO, pytest.param((*TWO[:3], 3, *TWO[4:]), marks=pytest.mark.weekly)])
+def test_rows_of_batches_smaller_than_the_devices(more: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = Path(__file__).parent
+    monkeypatch.syspath_prepend(str(here))
+    monkeypatch.setenv("PYTHONPATH", f"{here}:{here.parent}:{here.parents[2] / 'src'}")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    Path("own.yaml").write_text(OWN)
+    one = run_here("fit", "--config", "own.yaml", *CSV, "--name", "one")
+    assert one.code == 0, one.err
+    several = run_process("fit", "--config", "own.yaml", *CSV, *more, "--name", "several")
+    assert several.code == 0, several.err
+    for column in ("train/mse", "train/mae", "train/r2", "train/kept", "val/mse", "val/r2", "val/kept"):
+        mine, theirs = several.rows(column), one.rows(column)
+        assert len(theirs) >= 2
+        assert mine == pytest.approx(theirs, abs=1e-11), column
+
+
+BY_HAND = {"class": Classification, "label": MultiLabel, "number": Regression}
+
+
+class ByKind(DataModule):
+    """41 examples, with targets of a kind."""
+
+    def __init__(self, kind: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.kind, self.x, self.y = kind, Points().x, Points().y
+
+    def load(self, split: str) -> Any:
+        inputs = self.x[:41].to(torch.get_default_dtype())
+        return inputs, self.targets()[:41]
+
+    def targets(self) -> Tensor:
+        labels = (self.x[:, :3] > 0.3).long()
+        return {"class": self.y, "label": labels, "number": (1e3 + 50 * self.x[:, :3].square()).float()}[self.kind]
+
+
+class Outputs(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(5, 3))
+
+
+def by_hand(kind: str, found: np.ndarray) -> dict[str, float]:
+    """Return the metrics from the columns `predicted` [N] or [N, 3] of `predict`."""
+    target = ByKind(kind).targets()[:41].numpy()
+    if kind == "number":
+        error, spread = found - target, ((target - target.mean(0, dtype=np.float64)) ** 2).sum(0)
+        r2 = (1 - (error**2).sum(0) / spread).mean()
+        return {"mse": float((error**2).mean()), "mae": float(abs(error).mean()), "r2": float(r2)}
+    f1 = f1_score(target, found, average="macro")
+    return {"accuracy": float((found == target).mean()), "f1": float(f1)}
+
+
+@pytest.mark.weekly
+@pytest.mark.parametrize("kind", BY_HAND)
+@pytest.mark.parametrize("devices", [1, 2, 3])
+def test_metrics_are_those_of_the_predictions(kind: str, devices: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = Path(__file__).parent
+    monkeypatch.syspath_prepend(str(here))
+    monkeypatch.setenv("PYTHONPATH", f"{here}:{here.parent}:{here.parents[2] / 'src'}")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    Path("hand.yaml").write_text(
+        f"""
+name: hand
+seed_everything: 0
+trainer: {{max_epochs: 2, accelerator: cpu}}
+data:
+  class_path: test_measures.ByKind
+  init_args: {{kind: {kind}, batch_size: 10, eval_batch_size: 1, micro_batch_size: 1}}
+model:
+  class_path: {BY_HAND[kind].__module__}.{BY_HAND[kind].__name__}
+  init_args: {{network: test_measures.Outputs}}
+"""
+    )
+    several = () if devices == 1 else (*TWO[:3], devices, *TWO[4:])
+    run = run_here if devices == 1 else run_process
+    for command in (("fit",), ("test", "--ckpt_path", "last"), ("predict", "--ckpt_path", "last")):
+        result = run(*command, "--config", "hand.yaml", *CSV, *several)
+        assert result.code == 0, result.err
+        if command[0] == "test":
+            shown = dict(re.findall(r"test/(\w+) (-?[\d.]+)", result.out))
+    with next(Path("runs").rglob("predictions.csv")).open() as file:
+        rows = list(csv.DictReader(file))
+    names = [name for name in rows[0] if name.startswith("predicted")]
+    found = np.array([[float(row[name]) for name in names] for row in rows]).squeeze()
+    for name, value in by_hand(kind, found).items():
+        assert float(shown[name]) == pytest.approx(value, rel=1e-6, abs=5.1e-5), name  # it is printed so
