@@ -81,7 +81,7 @@ class EMA(Callback):
         self._names, self._current = list(names.values()), list(tensors.values())
         if self._restored:
             self.average = [
-                self._restored[names[0]].to(tensor.device, _wide(tensor))
+                self._restored.get(names[0], tensor).to(tensor.device, _wide(tensor))
                 for names, tensor in zip(self._names, self._current, strict=True)
             ]
         self._scale = _loss_scale(trainer)
@@ -134,8 +134,9 @@ class EMA(Callback):
         checkpoint[RAW] = {}
         for names, mean, weight in zip(self._names, means, weights, strict=True):
             for name in names:
-                checkpoint["state_dict"][name] = mean
-                checkpoint[RAW][name] = weight
+                if name in checkpoint["state_dict"]:  # frozen parameters may be left out
+                    checkpoint["state_dict"][name] = mean
+                    checkpoint[RAW][name] = weight
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of examples in the average, and the half-life, which must not change on resume."""

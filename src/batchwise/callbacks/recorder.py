@@ -10,6 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from batchwise.callbacks.checkpoint import Last
 from batchwise.data.examples import SPLITS
+from batchwise.errors import Mistake
+from batchwise.models.frozen import leave_out
 from batchwise.tasks.finite import Finite
 from batchwise.tasks.hooks import row_is_due
 from batchwise.tasks.making import refuse, start_momenta, take_states
@@ -49,6 +51,8 @@ class Recorder(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Task) -> None:
         """Refuse an optimizer that cannot take the exact gradient."""
+        if pl_module.device_mesh is not None and not pl_module._tuning.save_frozen:
+            raise Mistake("model.save_frozen is false, but sharded checkpoints hold all parameters: leave it out")
         self._learnt = _learning(pl_module)
         pl_module._step.wrapped(pl_module)
         for optimizer in trainer.optimizers:
@@ -112,6 +116,8 @@ class Recorder(Callback):
         the order of the model.
         """
         pl_module._step.finite.settle(pl_module)
+        if not pl_module._tuning.save_frozen:
+            leave_out(pl_module, checkpoint["state_dict"])
         learning = _learning(pl_module)
         checkpoint[KEY] = {
             "sums": pl_module._measures.state(row_is_due(trainer, trainer.global_step)),

@@ -16,6 +16,7 @@ from torch import nn
 from batchwise.batching.loader import MicroBatch
 from batchwise.batching.structure import tensors
 from batchwise.data.module import DataModule
+from batchwise.models.call import lay_out
 from batchwise.models.compiled import compile_network
 from batchwise.models.norm import has_batchnorm
 from batchwise.tasks.memory import is_out_of_memory
@@ -69,7 +70,9 @@ class Stopwatch:
         if way.compile not in self.tasks:
             self.tasks[True] = copy.deepcopy(self.tasks[False])
             compile_network(self.tasks[True].network, self.device)
-        self.tasks[way.compile]._lay_out(way.channels_last)
+        task = self.tasks[way.compile]
+        task._channels_last = way.channels_last
+        lay_out(task.network, way.channels_last)
         return self.tasks[way.compile]
 
     def seconds(self, way: Way) -> float:

@@ -29,5 +29,13 @@ def call(network: nn.Module, inputs: Any, channels_last: bool = False) -> Any:
     return outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", outputs)
 
 
+def lay_out(network: nn.Module, channels_last: bool) -> None:
+    """Set the memory format of a network's convolutions. This changes only the speed."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    for parameter in network.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=layout)
+
+
 def _channels_last(inputs: Tensor) -> Tensor:
     return inputs.contiguous(memory_format=torch.channels_last) if inputs.ndim == 4 else inputs

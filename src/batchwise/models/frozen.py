@@ -2,11 +2,17 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from batchwise.models.norm import batchnorms
 from batchwise.optim.groups import matches
+
+CHECKSUM = "_frozen"
+"""The name under which a checkpoint without frozen parameters has their checksum."""
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def check_patterns(key: str, patterns: Iterable[str], network: nn.Module) -> None:
@@ -46,3 +52,51 @@ class Frozen:
             own = [id(parameter) for parameter in layer.parameters()]
             if named(name) or (own and frozen.issuperset(own)):
                 self.norms.append(name)
+
+
+# Checkpoints without frozen parameters
+
+
+def leave_out(module: nn.Module, state: dict[str, Any]) -> None:
+    """Take the parameters that do not learn out of a state dict, and put their checksum in."""
+    frozen = {name: one for name, one in module.named_parameters(remove_duplicate=False) if not one.requires_grad}
+    state[CHECKSUM] = checksum(frozen[name] for name in sorted(frozen) if name in state)
+    for name in frozen:
+        state.pop(name, None)
+
+
+def fill_in(module: nn.Module, state: dict[str, Any], prefix: str = "") -> None:
+    """Put the parameters that were left out of a state dict back, as the module has them.
+
+    Raises:
+        ValueError: they are not those with which it was saved.
+    """
+    saved = state.pop(prefix + CHECKSUM, None)
+    if saved is None:
+        return
+    parameters = {prefix + name: one for name, one in module.named_parameters(remove_duplicate=False)}
+    missing = {name: one for name, one in parameters.items() if name not in state}
+    own = checksum(missing[name] for name in sorted(missing))
+    if own[0] != saved[0]:
+        raise ValueError(
+            f"the checkpoint leaves out {int(saved[0]):,} values that did not learn, and of this network "
+            f"{int(own[0]):,} are missing in it: make the same network"
+        )
+    if own[1] == saved[1] and own[2] != saved[2]:  # in another precision they cannot be compared
+        raise ValueError(
+            "the checkpoint leaves out the parameters that did not learn, and those of this network are others: make "
+            "it from the same weights (model.init_from)"
+        )
+    state.update(missing)
+
+
+def checksum(parameters: Iterable[Tensor]) -> Tensor:
+    """Return the number of values, their bytes, and the sum of their bits as whole numbers, int64 [3], on the host.
+
+    The sum is the same on any device, because whole numbers do not round.
+    """
+    count, size, total = 0, 0, torch.zeros((), dtype=torch.int64)
+    for parameter in parameters:
+        bits = parameter.detach().contiguous().view(_BITS[parameter.element_size()])
+        count, size, total = count + bits.numel(), size + bits.nbytes, total + bits.sum(dtype=torch.int64).cpu()
+    return torch.stack([torch.tensor(count), torch.tensor(size), total])

@@ -1,11 +1,19 @@
 """Weights by name: the differences between two sets of them, and the start from the weights of a file."""
 
-from collections.abc import Mapping
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
 from glob import glob
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from batchwise.models.frozen import CHECKSUM
+
+FILES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin", "adapter_model.safetensors")
+"""The files with weights that a folder of Hugging Face may have. The first has the names of several others."""
 
 
 def weight_differences(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str | None:
@@ -25,51 +33,150 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
 
 
-def _read(path: str) -> dict[str, Tensor]:
-    try:
-        if Path(path).suffix == ".safetensors":
-            from safetensors.torch import load_file
+# Files
 
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+
+def _read(path: str) -> dict[str, Tensor]:
+    file = Path(path)
+    if file.is_dir():
+        found = [file / name for name in FILES if (file / name).is_file()]
+        if not found:
+            raise ValueError(f"model.init_from {path} is a folder without weights: write one that has {FILES[1]}")
+        file = found[0]
+    try:
+        if file.name.endswith(".index.json"):
+            parts = sorted(set(json.loads(file.read_text())["weight_map"].values()))
+            return {name: value for part in parts for name, value in _load(file.parent / part).items()}
+        content = _load(file)
     except ImportError as error:
         raise ValueError(f"model.init_from {path} needs safetensors: pip install -e '.[safetensors]'") from error
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"model.init_from {path} cannot be read: {reason}") from error
     weights = content.get("state_dict", content) if isinstance(content, dict) else {}
-    return {name: value for name, value in weights.items() if isinstance(value, Tensor)}
+    return {name: value for name, value in weights.items() if isinstance(value, Tensor) and name != CHECKSUM}
+
+
+def _load(file: Path) -> dict:
+    if file.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(file)
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+# Names
+
+
+def inner_name(name: str) -> str:
+    """Return the name that a weight has without what wraps the whole network: our tasks, DDP and `torch.compile`."""
+    return re.sub(r"^(module\.|network\.)+", "", name.replace("_orig_mod.", ""))
+
+
+def plain_name(name: str) -> str:
+    """Return the name that a weight has without peft either. peft itself saves adapters without `default`."""
+    name = re.sub(r"^(base_model\.model\.)+", "", inner_name(name))
+    return re.sub(r"\.(base_layer|original_module|modules_to_save\.\w+|default)(?=\.|$)", "", name)
+
+
+def _by_plain_name(saved: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the saved names by their plain names. What peft has trained counts, and not what it has replaced.
+
+    Raises:
+        ValueError: two different weights have the same plain name.
+    """
+    names: dict[str, list[str]] = defaultdict(list)
+    for name in saved:
+        names[plain_name(name)].append(name)
+    found = {}
+    for plain, several in names.items():
+        trained = [name for name in several if ".modules_to_save." in name] or several
+        if any(not torch.equal(saved[name], saved[trained[0]]) for name in trained):
+            raise ValueError(f"{' and '.join(trained[:2])} may both be {plain}: rename one of them")
+        found[plain] = trained[0]
+    return found
+
+
+def _beginnings(names: Iterable[str]) -> Counter[str]:
+    """Return how many names begin with each path of modules."""
+    counts: Counter[str] = Counter()
+    for name in names:
+        parts = name.split(".")
+        counts.update(".".join(parts[:end]) + "." for end in range(1, len(parts)))
+    return counts
+
+
+def matched(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the saved name for each of a network's own names that has one.
+
+    Names are compared as they are, then without what wraps a network. If none fits, the whole of one may be a part of
+    the other, as the encoder of a classifier is.
+
+    Raises:
+        ValueError: several weights would fit.
+    """
+    inner, plain = {inner_name(name): name for name in saved}, _by_plain_name(saved)
+    pairs = {name: inner[inner_name(name)] for name in own if inner_name(name) in inner}
+    pairs |= {name: name for name in own if name in saved}
+    pairs |= {name: plain[plain_name(name)] for name in own if name not in pairs and plain_name(name) in plain}
+    if pairs:
+        return pairs
+    mine, ways = {name: plain_name(name) for name in own}, {}
+    for start in _beginnings(mine.values()):
+        within = {name: short.removeprefix(start) for name, short in mine.items() if short.startswith(start)}
+        ways[start] = {name: plain[short] for name, short in within.items() if short in plain}
+    for start in _beginnings(plain):
+        ways[f"-{start}"] = {name: plain[start + short] for name, short in mine.items() if start + short in plain}
+    fits = {
+        start: {name: source for name, source in way.items() if saved[source].shape == own[name].shape}
+        for start, way in ways.items()
+    }
+    most = max(map(len, fits.values()), default=0)
+    best = [start for start, way in fits.items() if len(way) == most]
+    if most and len(best) > 1:
+        raise ValueError(f"it fits {' and '.join(start.strip('-.') for start in best[:2])} alike: rename the weights")
+    return fits[best[0]] if most else {}
 
 
 @torch.no_grad()
 def take_weights(network: nn.Module, path: str) -> str:
     """Copy the weights of a file that have the same names and shapes into a network. Return a line that reports it.
 
-    Other weights keep their initial values: the last layer, for example, if the number of classes is different. The
-    prefixes that `Task` and DDP put before names do not matter.
+    Other weights keep their initial values: the last layer, for example, if the number of classes is different. What
+    wraps either network does not matter (a task, DDP, `torch.compile`, peft): see `matched`.
 
     Args:
         network: keeps its dtype and device.
-        path: one of our checkpoints, a plain state dict, or a `.safetensors` file; or a pattern such as
-            `runs/name/*/checkpoints/best.ckpt`, of which the last by name is taken, which is the newest run.
+        path: one of our checkpoints, a plain state dict, or a `.safetensors` file; a folder that `save_pretrained`
+            wrote; or a pattern such as `runs/name/*/checkpoints/best.ckpt`, of which the last by name is taken, which
+            is the newest run.
 
     Raises:
-        ValueError: there is no such file, or nothing in it fits.
+        ValueError: there is no such file, nothing in it fits, or names are ambiguous.
     """
     found = sorted(glob(path))
     if not found:
         raise ValueError(f"model.init_from {path} does not exist: write a checkpoint, state dict or safetensors file")
     path = found[-1]
-    own = {name: value for name, value in network.state_dict().items() if not name.endswith("num_batches_tracked")}
-    saved = {}
-    for name, value in _read(path).items():
-        if not name.endswith("num_batches_tracked"):
-            saved[name if name in own else name.removeprefix("module.").removeprefix("network.")] = value
-    fitting = [name for name in own if name in saved and saved[name].shape == own[name].shape]
-    differences = weight_differences(saved, own)
+
+    def counts(name: str) -> bool:
+        return not name.endswith("num_batches_tracked")
+
+    own = {name: value for name, value in network.state_dict().items() if counts(name)}
+    saved = {name: value for name, value in _read(path).items() if counts(name)}
+    try:
+        pairs = matched(saved, own)
+    except ValueError as error:
+        raise ValueError(f"model.init_from {path}: {error}") from None
+    fitting = [name for name, source in pairs.items() if saved[source].shape == own[name].shape]
+    places = {own[name].data_ptr() for name in fitting}
+    tied = [name for name, value in own.items() if name not in pairs and value.data_ptr() in places]
+    renamed = {name: saved[source] for name, source in pairs.items()} | {name: own[name] for name in tied}
+    rest = {name: value for name, value in saved.items() if name not in pairs.values()}
+    differences = weight_differences(renamed | rest, own)
     if not fitting:
         raise ValueError(f"model.init_from {path} holds nothing that fits model.network: {differences}")
     for name in fitting:
-        own[name].copy_(saved[name])
-    rest = f"; what does not fit: {differences}" if differences else ""
-    return f"weights from {path}: {len(fitting)} of {len(own)}{rest}"
+        own[name].copy_(saved[pairs[name]])
+    more = f"; what does not fit: {differences}" if differences else ""
+    return f"weights from {path}: {len(fitting) + len(tied)} of {len(own)}{more}"

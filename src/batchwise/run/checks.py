@@ -9,6 +9,7 @@ from batchwise.checkpoints import read_checkpoint
 from batchwise.data.examples import SPLITS
 from batchwise.data.module import DataModule
 from batchwise.errors import mistakes
+from batchwise.models.frozen import fill_in
 from batchwise.models.weights import weight_differences
 from batchwise.run.resume import training_differences
 from batchwise.tasks.task import Task
@@ -83,7 +84,12 @@ def _logs(thing: Any) -> bool:
 
 def _check_checkpoint(path: Path, trainer: Trainer, model: Task, data: DataModule, config: dict | None) -> int:
     checkpoint = read_checkpoint(path)
-    differences = weight_differences(checkpoint["state_dict"], model.state_dict())
+    saved = dict(checkpoint["state_dict"])
+    try:
+        fill_in(model, saved)
+    except ValueError as error:
+        raise ValueError(f"ckpt_path {path}: {error}") from None
+    differences = weight_differences(saved, model.state_dict())
     if differences:
         raise ValueError(f"ckpt_path {path} is of another model: {differences}")
     if config is not None:

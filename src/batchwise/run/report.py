@@ -32,7 +32,9 @@ def plan(model: Task, data: DataModule, done: int, checkpoint: Path | None) -> N
         return
     total = data.total_steps()
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    for name, value in {"parameters": parameters, **data.plan.table(total)}.items():
+    learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    trainable = {} if learning == parameters else {"of which learn": learning}
+    for name, value in {"parameters": parameters, **trainable, **data.plan.table(total)}.items():
         print(f"{name:>24}  {value:,}")
     print(f"{'feeding':>24}  {data.feed('train')}")
     if summary := data.order.summary(data.plan.batch_size):

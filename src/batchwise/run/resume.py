@@ -97,9 +97,9 @@ def training_differences(
 
 
 def _decisive(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that decide the result. `init_from` does not: the checkpoint has the weights."""
+    """Return the settings that decide the result. Where the weights come from, and which are saved, does not."""
     return {
-        "model": _without(config.get("model"), ("init_from",)),
+        "model": _without(config.get("model"), ("init_from", "save_frozen")),
         "data": _without(config.get("data"), EXECUTION),
     }
 

@@ -18,20 +18,26 @@ class FineTuning:
         init_from: file of initial weights, which are used if name and shape fit: see `take_weights`.
         freeze: patterns of frozen modules or parameters: see `Frozen`.
         lr_factors: factors on the learning rate, by pattern. If several patterns match, the first counts.
+        save_frozen: whether checkpoints hold frozen parameters.
 
     Raises:
         ValueError: a pattern matches nothing, or a factor is not above 0.
     """
 
     def __init__(
-        self, network: nn.Module, init_from: str | None, freeze: list[str], lr_factors: dict[str, float]
+        self,
+        network: nn.Module,
+        init_from: str | None,
+        freeze: list[str],
+        lr_factors: dict[str, float],
+        save_frozen: bool,
     ) -> None:
         check_patterns("model.lr_factors", lr_factors, network)
         if not all(factor > 0 for factor in lr_factors.values()):
             raise ValueError(f"model.lr_factors is {lr_factors}: write factors above 0 (model.freeze keeps weights)")
         self.init_from: str | None = init_from
         """None once the weights are loaded, and if they come from a checkpoint."""
-        self.lr_factors = lr_factors
+        self.lr_factors, self.save_frozen = lr_factors, save_frozen
         self.frozen = Frozen(network, freeze)
         for parameter in self.frozen.parameters:
             parameter.requires_grad_(False)

@@ -13,9 +13,10 @@ from torchmetrics import MetricCollection
 from batchwise.batching.gradients import Number, weighted_sum
 from batchwise.batching.loader import Batch, MicroBatch
 from batchwise.data.module import DataModule
-from batchwise.models.call import call
+from batchwise.models.call import call, lay_out
 from batchwise.models.compiled import compile_network
 from batchwise.models.dropout import convert_dropout
+from batchwise.models.frozen import fill_in
 from batchwise.models.norm import convert_batchnorm
 from batchwise.models.shard import shard
 from batchwise.optim.schedule import Schedule
@@ -50,6 +51,8 @@ class Task(pl.LightningModule, ABC):
         freeze: patterns of modules or parameters of the network that do not learn, such as `layers.1` or `*.bias`. A
             frozen batch norm uses its running statistics and does not change them.
         lr_factors: factors on the learning rate, by such patterns. If several match, the first counts.
+        save_frozen: false: checkpoints leave out the parameters that do not learn. They are checked when one is loaded:
+            the network must have the same ones, from where it is made or from `init_from`.
         exact_dropout: replace PyTorch's dropout layers in the network by layers that draw the same numbers in any
             micro-batches and on any devices.
         ghost_batch_size: replace the network's batch norms by ghost batch norms over this many examples.
@@ -79,6 +82,7 @@ class Task(pl.LightningModule, ABC):
         init_from: str | None = None,
         freeze: list[str] | None = None,
         lr_factors: dict[str, float] | None = None,
+        save_frozen: bool = True,
         exact_dropout: bool = False,
         ghost_batch_size: int | None = None,
         max_skipped_steps: int = 10,
@@ -93,7 +97,7 @@ class Task(pl.LightningModule, ABC):
             raise ValueError("model.exact_dropout is true, but the network has no dropout layer: leave it out")
         self.network = network
         self._make_optimizer, self._decay_matrices_only = optimizer, decay_matrices_only
-        self._tuning = FineTuning(network, init_from, freeze or [], lr_factors or {})
+        self._tuning = FineTuning(network, init_from, freeze or [], lr_factors or {}, save_frozen)
         self._rates = Rates(schedule, reference_batch_size, scaling)
         self._step = Step(network, max_skipped_steps)
         self._measures = Measures(Terms(coefficients or {}, type(self).counts is not Task.counts))
@@ -211,7 +215,8 @@ class Task(pl.LightningModule, ABC):
     def configure_model(self) -> None:
         """Set the memory format of the network, shard it and compile it, as the trainer says."""
         trainer: Any = self._trainer  # None in `load_from_checkpoint`
-        self._lay_out(getattr(trainer, "channels_last", False))
+        self._channels_last = getattr(trainer, "channels_last", False)
+        lay_out(self.network, self._channels_last)
         if self.device_mesh is not None:
             shard(self.network, self.device_mesh)
         if getattr(trainer, "compile", False):
@@ -219,19 +224,12 @@ class Task(pl.LightningModule, ABC):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load. Buffers with statistics of the data, such as a mean, take the shape that was saved."""
+        fill_in(self, state_dict, prefix)
         for name in self._buffers:
             saved = state_dict.get(prefix + name)
             if saved is not None:
                 self._buffers[name] = torch.empty_like(saved, device=self.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _lay_out(self, channels_last: bool) -> None:
-        """Set the memory format of images and convolutions. This changes only the speed."""
-        self._channels_last = channels_last
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        for parameter in self.network.parameters():
-            if parameter.ndim == 4:
-                parameter.data = parameter.data.contiguous(memory_format=layout)
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer. The engine sets its rate before each step.

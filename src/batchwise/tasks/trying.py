@@ -36,7 +36,7 @@ def try_task(task: "Task", data: DataModule, split: str) -> None:
     data.check(task.network)
     precision: Any = data.trainer.precision_plugin if data.trainer is not None else Precision()
     precision.convert_module(task)
-    if data.plan is not None:
+    if data.plan is not None or not task._tuning.save_frozen:
         report = task._tuning.take(task.network)
         if report and (data.trainer is None or data.trainer.is_global_zero):
             print(report, flush=True)

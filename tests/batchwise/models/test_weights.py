@@ -1,5 +1,6 @@
 """Weights that a network begins with."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from helpers import CSV, DIGITS, run_here
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from batchwise.models.weights import take_weights
+from batchwise.models.weights import matched, take_weights
 
 
 def network(outputs: int = 3, seed: int = 0) -> nn.Sequential:
@@ -115,3 +116,131 @@ def test_a_network_may_be_what_a_function_returns(tmp_path: Path, monkeypatch: p
     result = run_here("fit", *DIGITS, *CSV, "--model.network", network, "--trainer.max_steps", 1)
     assert result.code == 0, result.err
     assert result.checkpoint()["state_dict"]["network.layers.1.weight"].shape == (3, 64)
+
+
+class Encoder(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(4, 5), nn.Linear(5, 5))
+
+
+class Classifier(nn.Module):
+    def __init__(self, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        super().__init__()
+        self.encoder, self.head = Encoder(), nn.Linear(5, 3)
+
+
+class Twins(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = Encoder(), Encoder()
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Embedding(7, 5)
+        self.last = nn.Linear(5, 7, bias=False)
+        self.last.weight = self.first.weight
+
+
+def renamed(module: nn.Module, *changes: tuple[str, str]) -> dict[str, Tensor]:
+    """The weights of a module, with names as something that wraps it makes them."""
+    weights = {}
+    for name, value in module.state_dict().items():
+        for pattern, new in changes:
+            name = re.sub(pattern, new, name)
+        weights[name] = value
+    return weights
+
+
+PEFT = (r"^", "base_model.model."), (r"encoder\.1\.", "encoder.1.base_layer.")
+FORMS: dict[str, tuple[tuple[str, str], ...]] = {
+    "as they are": (),
+    "a task": ((r"^", "network."),),
+    "DDP": ((r"^", "module."),),
+    "a task in DDP": ((r"^", "module.network."),),
+    "compiled": ((r"^", "_orig_mod."),),
+    "a layer compiled": ((r"encoder\.", "encoder._orig_mod."),),
+    "a compiled task": ((r"^", "network._orig_mod."),),
+    "peft": PEFT,
+    "peft in a task": (*PEFT, (r"^", "network.")),
+    "peft, with a trained head": (*PEFT, (r"head\.", "head.modules_to_save.default.")),
+    "peft, with the head it replaced": (*PEFT, (r"head\.", "head.original_module.")),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("way", ["from", "into"])
+def test_what_wraps_a_network_does_not_matter(form: str, way: str) -> None:
+    first = Classifier(1)
+    wrapped, plain = renamed(first, *FORMS[form]), first.state_dict()
+    saved, own = (wrapped, plain) if way == "from" else (plain, wrapped)
+    pairs = matched(saved, own)
+    assert len(pairs) == len(own)
+    assert all(torch.equal(saved[source], own[name]) for name, source in pairs.items())
+
+
+def test_what_peft_has_trained_counts() -> None:
+    old, new = Classifier(1), Classifier(2)
+    weights = renamed(old, *PEFT, (r"head\.", "head.original_module."))
+    weights |= {f"base_model.model.head.modules_to_save.default.{n}": v for n, v in new.head.state_dict().items()}
+    torch.save(weights | {"base_model.model.encoder.1.lora_A.default.weight": torch.zeros(2)}, "peft.pt")
+    net = Classifier()
+    report = take_weights(net, "peft.pt")
+    assert report.startswith(
+        "weights from peft.pt: 6 of 6; what does not fit: it also has base_model.model.head.original"
+    )
+    assert report.endswith("and 1 more")
+    assert torch.equal(net.head.weight, new.head.weight)
+    assert torch.equal(net.encoder[1].weight, old.encoder[1].weight)  # type: ignore[arg-type]
+
+
+def test_a_part_of_a_network() -> None:
+    torch.save(Encoder().state_dict(), "part.pt")
+    torch.save(Classifier(1).state_dict(), "whole.pt")
+    assert take_weights(Classifier(), "part.pt").startswith("weights from part.pt: 4 of 6; what does not fit: it lacks")
+    assert take_weights(Encoder(), "whole.pt").startswith("weights from whole.pt: 4 of 4; what does not fit: it also")
+    for net, path in ((Twins(), "part.pt"), (Encoder(), "twins.pt")):
+        torch.save(Twins().state_dict(), "twins.pt")
+        with pytest.raises(ValueError, match=f"model.init_from {path}: it fits left and right alike: rename"):
+            take_weights(net, path)
+
+
+def test_names_that_mean_two_weights_are_refused() -> None:
+    own = Classifier().state_dict()
+    saved = {"network._orig_mod.head.base_layer.bias": torch.zeros(3), "head.base_layer.bias": torch.ones(3)}
+    with pytest.raises(ValueError, match=r"head\.base_layer\.bias may both be head\.bias: rename one"):
+        matched(saved, own)
+
+
+def test_tied_weights_are_saved_once() -> None:
+    weights = Tied().state_dict()
+    del weights["last.weight"]
+    save_file(weights, "tied.safetensors")
+    net = Tied()
+    assert take_weights(net, "tied.safetensors") == "weights from tied.safetensors: 2 of 2"
+    assert torch.equal(net.last.weight, weights["first.weight"])
+
+
+def test_a_folder_of_hugging_face(tmp_path: Path) -> None:
+    names = list(Classifier(1).state_dict())
+    weights, folder = Classifier(1).state_dict(), tmp_path / "shards"
+    folder.mkdir()
+    parts = {"a.safetensors": names[:2], "b.safetensors": names[2:]}
+    for part, some in parts.items():
+        save_file({name: weights[name] for name in some}, folder / part)
+    index = {"weight_map": {name: part for part, some in parts.items() for name in some}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    one = tmp_path / "one"
+    one.mkdir()
+    save_file(weights, one / "model.safetensors")
+    for path in (folder, folder / "model.safetensors.index.json", one):
+        net = Classifier()
+        assert take_weights(net, str(path)) == f"weights from {path}: 6 of 6"
+        assert torch.equal(net.head.weight, weights["head.weight"])
+    with pytest.raises(ValueError, match=r"is a folder without weights: write one that has model\.safetensors"):
+        take_weights(Classifier(), str(tmp_path))
+    (folder / "b.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"cannot be read: .*b\.safetensors"):
+        take_weights(Classifier(), str(folder))
