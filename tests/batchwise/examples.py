@@ -55,11 +55,15 @@ MAKE: dict[str, Callable[[Any], tuple[Callable[..., Task], type[DataModule]]]] =
     "vae": lambda file: (partial(file.VAE, file.Autoencoder()), file.Drawings),
     "ink": lambda file: (partial(file.Ink, file.Pixels()), file.Noisy),
     "find": lambda file: (partial(file.Find, file.Grid()), file.Scenes),
+    "both": lambda file: (partial(file.Both, file.Heads(), coefficients={"ink": 0.5}), file.Inked),
     "distil": lambda file: (
         partial(file.Distil, teacher=torch.nn.Sequential(MLP(64, 10), Dropout(0.5)), network=MLP(64, 10, (8,))),
         Digits,
     ),
     "forecast": lambda file: (partial(file.Forecast, file.Recurrent()), file.Waves),
+    "mixed": lambda file: (partial(Classification, MLP(64, 10, (16,))), file.Mixed),
+    "bert": lambda file: (partial(Classification, file.bert(), exact_dropout=True), file.Lines),
+    "lora": lambda file: (partial(Classification, file.adapted(), exact_dropout=True), load("bert").Lines),
     "lines": lambda file: (partial(Classification, file.Trigrams()), file.Lines),
     "interval": lambda file: (partial(file.Interval, MLP(10, 3, (16,))), file.Diabetes),
     "gan": lambda file: (partial(file.GAN, file.Networks()), Digits),
@@ -106,7 +110,8 @@ def run_out_of_memory(task: Any, most: int) -> None:
 
     def fails(batch: Any, *player: str) -> Any:
         given = compute(batch, *player)
-        first = given[0] if isinstance(given, tuple) else given
+        first = next(iter(given.values())) if isinstance(given, dict) else given
+        first = first[0] if isinstance(first, tuple) else first
         if first.requires_grad and len(batch) > most:
             first.register_hook(fail)
         return given

@@ -37,6 +37,18 @@ def explain(message: str, known: Collection[str] = (), lists: Collection[str] = 
     if not found and not tried:
         return _not_of_a_key(line, known, outer)
     key = outer + name
+    untyped = re.search(
+        r"Expected a path but (\S+) .*Import path (?:\S+ )?does not correspond to a sub\w+ of (\w+)", problem
+    )
+    if untyped:
+        return (
+            f"{key} {untyped[1]} gives no {untyped[2]}: write a class of that kind, or a function whose return type is "
+            f"written (`-> {untyped[2]}`)"
+        )
+    if "Expected a dot import path string" in problem and (given := re.search(r"a path but (.+?) either", problem)):
+        return f"{key} is {given[1]}: write the path of a class or function, such as package.module.Name"
+    if early := re.search(r"NestedArg\(key='([\w.]+)'", problem):
+        return f"{key}.{early[1]} comes before {key}: write --{key} CLASS first"
     value = tried[2] if tried else _value(problem)
     errors = tried[1].split(" - ") if tried else [problem]
     errors = [error for error in errors if error != "Expected a <class 'NoneType'>" and not error.startswith(GENERAL)]

@@ -33,7 +33,7 @@ def plan(model: Task, data: DataModule, done: int, checkpoint: Path | None) -> N
     total = data.total_steps()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    trainable = {} if learning == parameters else {"of which learn": learning}
+    trainable = {} if learning == parameters else {"trainable_parameters": learning}
     for name, value in {"parameters": parameters, **trainable, **data.plan.table(total)}.items():
         print(f"{name:>24}  {value:,}")
     print(f"{'feeding':>24}  {data.feed('train')}")

@@ -65,7 +65,7 @@ def _rehearse(task: "Task", data: DataModule) -> None:
     for player in task._players():
         whole = _losses(task, data, [batch], player, 0)
         again = _losses(task, data, [batch], player, 1)
-        if not all(_close(losses, again[term]) for term, losses in whole.items()):
+        if not all(_close(losses, again[term], same=True) for term, losses in whole.items()):
             _warn_of_randomness(task)
         elif not task._couples and is_cut:
             # Each half is read by itself, because padding depends on what is read together.
@@ -148,12 +148,19 @@ def _call(task: "Task", part: MicroBatch, player: tuple[str, ...]) -> Parts:
         ) from error
 
 
-def _close(one: Tensor, other: Tensor) -> bool:
-    """Return whether losses are equal but for the rounding of other micro-batches."""
+def _close(one: Tensor, other: Tensor, same: bool = False) -> bool:
+    """Return whether losses are equal but for rounding.
+
+    Args:
+        one: losses [N].
+        other: losses of the same examples.
+        same: they are from the same micro-batch, so that they are rounded alike. Attention dropout in a new transformer
+            moves a loss by 1e-4.
+    """
     if one.shape != other.shape:
         return False
     half = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
-    rounding = 0.05 if half or torch.get_default_dtype().itemsize < 4 else 1e-4
+    rounding = (1e-3 if same else 0.05) if half or torch.get_default_dtype().itemsize < 4 else 1e-6 if same else 1e-4
     usual = float(one.abs().nan_to_num().mean())
     return torch.allclose(one, other, rtol=rounding, atol=rounding * usual + 1e-12, equal_nan=True)
 

@@ -126,7 +126,7 @@ def test_on_the_command_line() -> None:
     fine = (*small, "--model.init_from", source, "--model.freeze", "['layers.1']", "--model.save_frozen", "false")
     whole = run_here("fit", *fine, "--name", "whole", "--trainer.max_steps", 6)
     assert whole.code == 0, whole.err
-    assert "of which learn  778" in whole.out
+    assert "trainable_parameters  778" in whole.out
     state = whole.checkpoint()["state_dict"]
     assert not any(name.startswith("network.layers.1.") for name in state)
     run_here("fit", *fine, "--name", "parts", "--trainer.max_steps", 3)

@@ -174,3 +174,21 @@ def test_a_run_with_such_numbers_in_its_checkpoint_is_resumed(tmp_path: Path, mo
     assert second.checkpoint()["global_step"] == 3
     wrong = run_here("fit", *DIGITS, *CSV, *own, "--data.most", 0)
     assert (wrong.code, wrong.err) == (2, "error: data.most is 0: write a whole number of at least 1\n")
+
+
+def made_without_a_type(width: int = 1):
+    return Layer(width)
+
+
+def test_a_function_needs_its_return_type() -> None:
+    function = f"{__name__}.made_without_a_type"
+    assert said("--data.layer", function) == (
+        f"data.layer {function} gives no Layer: write a class of that kind, or a function whose return type is written "
+        "(`-> Layer`)"
+    )
+
+
+def test_an_argument_before_its_class() -> None:
+    result = run_here("fit", "--data.batch_size", 64, "--data", "batchwise.sources.digits.Digits")
+    assert result.code == 2
+    assert result.err.splitlines()[-1] == "error: data.batch_size comes before data: write --data CLASS first"

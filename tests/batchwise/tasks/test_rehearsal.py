@@ -273,3 +273,22 @@ def test_it_costs_as_much_as_two_micro_batches() -> None:
 
     fit(made(counting), Points(micro_batch_size=5), max_steps=1)
     assert sum(seen) == 18
+
+
+class Attention(nn.Module):
+    """Dropout within a function, in layers whose effect on a loss is small at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(5, 8).double(), nn.Linear(8, 3).double()
+        nn.init.normal_(self.layer.weight, std=0.02)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        values = self.layer(inputs).view(-1, 1, 4, 2)
+        mixed = F.scaled_dot_product_attention(values, values, values, dropout_p=0.1 if self.training else 0.0)
+        return self.head(1e-3 * mixed.flatten(1))
+
+
+def test_small_random_effects_are_named() -> None:
+    with pytest.warns(UserWarning, match="draws random numbers that depend"):
+        fit(made(each, Attention), Points(), max_steps=1)
