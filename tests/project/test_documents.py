@@ -28,8 +28,9 @@ PROCESSES = ("ddp.yaml", "fsdp.yaml", "two_cpus.yaml")
 """Overlays that start processes."""
 FILES = {
     "flowers": "class Flowers", "price": "class Price", "gan": "class GAN", "halves": "class Halves",
-    "vae": "class VAE", "ink": "class Ink", "find": "class Find", "distil": "class Distil",
-    "forecast": "class Forecast", "lines": "class Lines", "interval": "class Interval",
+    "vae": "class VAE", "ink": "class Ink(", "find": "class Find", "distil": "class Distil",
+    "forecast": "class Forecast", "lines": "class Trigrams", "both": "class Heads", "mixed": "class Turned",
+    "bert": "def bert(", "lora": "def adapted(", "interval": "class Interval",
     "curriculum": "class EasyFirst", "writers": "class Writers",
 }  # fmt: skip
 """Modules of a user's that the pages show whole, with words by which to find them."""
