@@ -81,3 +81,10 @@ def read_checkpoint(path: Path) -> dict:
     if maker != OF_LIGHTNING:  # Lightning would import and call it to make a module from the checkpoint
         raise ValueError(f"it names code to run: {maker}")
     return checkpoint
+
+
+def data_state(path: Path, data: object) -> dict[str, Any] | None:
+    """Return the state of a data module in a checkpoint; None: it has none, or is no file that can be read here."""
+    if not path.is_file() or unreadable(path) is not None:
+        return None
+    return read_checkpoint(path).get(type(data).__qualname__)  # the name that Lightning gives it

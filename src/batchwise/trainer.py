@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -18,7 +19,8 @@ from batchwise.callbacks.pictures import Pictures
 from batchwise.callbacks.record import Record
 from batchwise.callbacks.recorder import Recorder
 from batchwise.callbacks.samples import Samples
-from batchwise.checkpoints import DurableIO
+from batchwise.checkpoints import DurableIO, data_state
+from batchwise.data.module import DataModule
 from batchwise.errors import Mistake
 from batchwise.loop import EpochLoop
 from batchwise.ranges import PositiveInt
@@ -128,9 +130,12 @@ class Trainer(pl.Trainer):
         self._logger_connector = Connector(self)
         self.phases = Phases()
 
-    def _run(self, *arguments: Any, **keywords: Any) -> Any:
+    def _run(self, model: Any, ckpt_path: Any = None, weights_only: bool | None = None) -> Any:
+        data = getattr(self, "datamodule", None)
+        if isinstance(data, DataModule):
+            data.recall(ckpt_path and data_state(Path(ckpt_path), data))
         try:
-            return super()._run(*arguments, **keywords)
+            return super()._run(model, ckpt_path=ckpt_path, weights_only=weights_only)
         except RuntimeError as error:
             if "multiple optimizers" not in str(error):
                 raise

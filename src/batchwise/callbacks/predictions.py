@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,36 @@ class Predictions(Callback):
         if self.kind is ParquetFile:
             optional("pyarrow", "table")
 
+    def path(self, trainer: pl.Trainer) -> Path:
+        """Return the path of the file."""
+        return Path("" if os.path.dirname(self.name) else trainer.default_root_dir, self.name)
+
+    def check(self, trainer: pl.Trainer, inputs: Iterable[str], force: bool) -> None:
+        """Refuse to replace a file that is an input of the run, or that `predict` did not write.
+
+        Args:
+            trainer: has the run's folder.
+            inputs: values in the configuration, some of which may be paths.
+            force: replace a file that `predict` did not write.
+
+        Raises:
+            ValueError: the file must not be replaced.
+        """
+        path = self.path(trainer)
+        if not path.exists():
+            return
+        if path.is_dir():
+            raise ValueError(f"predictions {path} is a folder: write the name of a file")
+        if any(len(one) < 4096 and "\0" not in one and os.path.exists(one) and path.samefile(one) for one in inputs):
+            raise ValueError(f"predictions {path} is an input of this run: write another name")
+        if not force and self.kind.names(path)[:1] != ["example"]:
+            raise ValueError(
+                f"predictions {path} exists, and predict did not write it: write another name, or --force true"
+            )
+
     def on_predict_start(self, trainer: pl.Trainer, pl_module: Task) -> None:
         """Open the file of this device."""
-        self.target = Path("" if os.path.dirname(self.name) else trainer.default_root_dir, self.name)
+        self.target = self.path(trainer)
         self.target.parent.mkdir(parents=True, exist_ok=True)
         self.file = self.kind(self._part(trainer.global_rank), header=trainer.is_global_zero)
 
@@ -61,7 +89,8 @@ class Predictions(Callback):
         predicted = columns_of(outputs["predictions"])
         columns: Columns = {"example": index.numpy(), **data.describe(index)}
         if data.class_names and "predicted" in predicted:
-            columns["label"] = [data.class_names[number] for number in predicted["predicted"]]
+            names = dict(enumerate(data.class_names))  # the network may have more outputs
+            columns["label"] = [names.get(int(number), str(number)) for number in predicted["predicted"]]
         self.file.write(columns | predicted)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: Task) -> None:
@@ -78,6 +107,12 @@ class Predictions(Callback):
 
 class CsvFile:
     """Writes rows to a CSV file. Only the first part has a line with the names."""
+
+    @staticmethod
+    def names(path: Path) -> list[str]:
+        """Return the names of the columns of a file."""
+        with path.open(newline="", errors="replace") as file:
+            return next(csv.reader(file), [])
 
     def __init__(self, path: Path, header: bool) -> None:
         self.file, self.header = path.open("w", newline=""), header
@@ -115,6 +150,16 @@ class ParquetFile:
     """Writes rows to a Parquet file, at least `ROWS` at a time."""
 
     ROWS = 2**16
+
+    @staticmethod
+    def names(path: Path) -> list[str]:
+        """Return the names of the columns of a file; none if it is not Parquet."""
+        from pyarrow import ArrowException, parquet
+
+        try:
+            return parquet.read_schema(path).names
+        except (OSError, ArrowException):
+            return []
 
     def __init__(self, path: Path, header: bool) -> None:
         self.path, self.writer, self.waiting = path, None, []

@@ -17,19 +17,20 @@ from batchwise.batching.plan import BatchPlan
 from batchwise.batching.schedule import Adaptive, BatchSizes
 from batchwise.batching.tokens import SequencePlan
 from batchwise.data.augment import Augmentation, unit_of
-from batchwise.data.examples import Examples
+from batchwise.data.learnt import Learning
 from batchwise.data.planning import LimitedLoader, adapted, make_plan, noise_meter
 from batchwise.ranges import ClosedUnitInterval, NonNegativeInt, PositiveInt
 
 LIMIT_FILE = "micro_batch_limit"
 
 
-class DataModule(Examples):
+class DataModule(Learning):
     """Owns the batch. A subclass loads the examples of each split, in `load`.
 
-    A subclass writes `load` and, if it likes, `transform`, `class_names`, `has_predict_split`, `describe`, `check`,
-    `labels` and `sources`. It may call `split`, `examples`, `to_device`, `plan`, `position`, `total_steps` and
-    `total_examples`. Besides the methods of this class and the arguments below, all names are free for its own use.
+    A subclass writes `load` and, if it likes, `transform`, `learn`, `class_names`, `has_predict_split`, `describe`,
+    `check`, `labels` and `sources`. It may call `learnt`, `split`, `examples`, `to_device`, `plan`, `position`,
+    `total_steps` and `total_examples`. Besides the methods of this class and the arguments below, all names are free
+    for its own use.
 
     Any two of `batch_size`, `micro_batch_size` and the trainer's `accumulate_grad_batches` give the third.
 
@@ -143,6 +144,7 @@ class DataModule(Examples):
         layers = getattr(getattr(self.trainer, "strategy", None), "_tensor_parallel_size", 1)
         if layers != 1:
             raise ValueError(f"trainer.strategy.tensor_parallel_size is {layers}: write 1, because layers are not cut")
+        self.check_recalled(training=stage == "fit")
         super().setup(stage)
         if stage == "fit" and self.plan is None:
             self.__make_plan()
@@ -244,8 +246,8 @@ class DataModule(Examples):
         return max(self.__restored_step, self.trainer.global_step if self.trainer else 0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position, the changes of batch size, and a fingerprint of the batches."""
-        return {
+        """Return the position, the changes of batch size, a fingerprint of the batches, and what was learnt."""
+        return super().state_dict() | {
             "step": self.position(),
             "changes": [list(change) for change in self.plan.changes] if self.plan else [],
             "fingerprint": self.fingerprint(),

@@ -5,7 +5,7 @@ from types import FunctionType
 from typing import Any
 
 from batchwise.callbacks.ema import EMA
-from batchwise.checkpoints import read_checkpoint
+from batchwise.checkpoints import data_state, read_checkpoint
 from batchwise.data.examples import SPLITS
 from batchwise.data.module import DataModule
 from batchwise.errors import mistakes
@@ -16,13 +16,14 @@ from batchwise.tasks.task import Task
 from batchwise.trainer import Trainer
 
 
-def load(trainer: Trainer, model: Task, data: DataModule, stage: str) -> bool:
+def load(trainer: Trainer, model: Task, data: DataModule, stage: str, checkpoint: Path | None = None) -> bool:
     """Load the data and make the plan in the first process of each machine; return whether this process is one.
 
     Raises:
         Mistake: the data cannot be read, or no plan can be made of it.
     """
     data.attach(trainer, model._step.unit)
+    data.recall(checkpoint and data_state(checkpoint, data))
     if trainer.local_rank != 0:
         return False
     with mistakes():
@@ -52,7 +53,7 @@ def check(
     Raises:
         Mistake: something is wrong.
     """
-    if not load(trainer, model, data, stage):
+    if not load(trainer, model, data, stage, checkpoint):
         return 0
     done = 0
     with mistakes():

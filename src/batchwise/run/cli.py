@@ -25,7 +25,7 @@ from batchwise.errors import Mistake, mistakes
 from batchwise.models.frozen import CHECKSUM
 from batchwise.run import checks, folders, report, resume
 from batchwise.run.auto import choose_settings
-from batchwise.run.parser import Parser, check_files, plain
+from batchwise.run.parser import Parser, check_files, plain, texts
 from batchwise.run.record import RunRecord
 from batchwise.run.redact import redact
 from batchwise.run.verbs import CommandTrainer, recipe
@@ -195,8 +195,11 @@ class CLI(LightningCLI):
     before_test = before_tune = before_validate
 
     def before_predict(self) -> None:
-        """Check."""
+        """Check, also that no other file is replaced."""
         self._check()
+        with mistakes():
+            writes = next(callback for callback in self.trainer.callbacks if isinstance(callback, Predictions))
+            writes.check(self.trainer, texts(self.plain_config.get("data")), self.settings.force)
         self.config_init["predict"]["return_predictions"] = False  # because they are written to a file
 
     def before_inspect(self) -> None:

@@ -2,7 +2,7 @@
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, get_origin
 
@@ -115,3 +115,12 @@ def _forget_settings(_: object, old: Any, new: Any) -> None:
 
 _said: set[str] = set()
 _typehints.discard_init_args_on_class_path_change = _forget_settings
+
+
+def texts(settings: object) -> Iterator[str]:
+    """Yield all texts in a configuration."""
+    if isinstance(settings, str):
+        yield settings
+    elif isinstance(settings, dict | list):
+        for value in settings.values() if isinstance(settings, dict) else settings:
+            yield from texts(value)

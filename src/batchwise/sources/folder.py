@@ -6,7 +6,7 @@ import os
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from batchwise.batching.fetch import Rows
 from batchwise.batching.loader import MicroBatch
+from batchwise.data.labels import label_numbers, sorted_labels
 from batchwise.data.split import ALIASES, Fractions
 from batchwise.sources.images import ImageFormat, Resize, cached_images
 
@@ -66,31 +67,36 @@ class Folder(Fractions):
 
     def load(self, split: str) -> tuple[Rows, ...] | tuple[Rows, Tensor] | None:
         """Return images uint8 [N, C, H, W] in a memory map and class numbers [N]; just images for `predict_path`."""
+        if split == "predict":
+            return (Rows(self._to_predict[1], self._readable),)
         index = self._index.get(split)
         if index is None:
             return None
-        if split == "predict":
-            return (Rows(self._to_predict[1], index),)
         return Rows(self._images[0], index), self._targets[index]
 
     def transform(self, batch: MicroBatch, training: bool) -> MicroBatch:
         """Normalise on the device, so that bytes travel there and not floats."""
         inputs = batch.inputs.to(torch.get_default_dtype())
-        mean, std = (value.to(inputs) for value in self._statistics)
+        mean, std = (inputs.new_tensor(self.learnt[name]).view(-1, 1, 1) for name in ("mean", "std"))
         return replace(batch, inputs=inputs.sub_(mean).div_(std))
+
+    def learn(self) -> dict[str, Any]:
+        """The labels, in the order of their numbers; mean and std of each channel, from 0 to 255."""
+        mean, std = self._statistics
+        return {"classes": sorted_labels(self._listing.labels), "mean": mean.tolist(), "std": std.tolist()}
 
     def describe(self, index: Tensor) -> dict[str, list]:
         """Return the path of each image."""
-        names = self._to_predict[0] if self.has_predict_split else self._listing.names
-        return {
-            "path": [names[number] for number in self._index["predict" if self.has_predict_split else "test"][index]]
-        }
+        if self.has_predict_split:
+            names, numbers = self._to_predict[0], self._readable
+        else:
+            names, numbers = self._listing.names, self._index["test"]
+        return {"path": [names[number] for number in numbers[index]]}
 
-    @cached_property
+    @property
     def class_names(self) -> list[str]:  # type: ignore[override]
-        """The labels, in the order of their numbers. Labels that are numbers are sorted as numbers."""
-        labels = set(self._listing.labels)
-        return sorted(labels, key=int if all(label.isdecimal() for label in labels) else None)
+        """The labels that training has seen, in the order of their numbers. Labels that are numbers are sorted so."""
+        return self.learnt["classes"]
 
     # Where the images are
 
@@ -102,7 +108,7 @@ class Folder(Fractions):
             listing = Listing(self.path, [], [], [])
             folders = subfolders(self.path)
             known = [name for name in folders if name in ALIASES]
-            by_split = known == folders and any(ALIASES[name] == "train" for name in known)
+            by_split = known == folders and (self.recalled or any(ALIASES[name] == "train" for name in known))
             for top in folders if by_split else [""]:
                 for label in subfolders(self.path / top):
                     for name in image_files(self.path / top / label):
@@ -117,8 +123,12 @@ class Folder(Fractions):
 
     @cached_property
     def _targets(self) -> Tensor:
-        numbers = {label: number for number, label in enumerate(self.class_names)}
-        return torch.tensor([numbers[label] for label in self._listing.labels])
+        return torch.from_numpy(label_numbers(self._listing.labels, self._classes, f"data.path {self.path}"))
+
+    @property
+    def _classes(self) -> list[str]:
+        # What is learnt needs the targets, if the splits are fractions of each class.
+        return self.learnt["classes"] if self.recalled else sorted_labels(self._listing.labels)
 
     @cached_property
     def _index(self) -> dict[str, Tensor]:
@@ -132,16 +142,13 @@ class Folder(Fractions):
             parts |= {split: train[index] for split, index in self.divide(self._targets[train], test=False).items()}
         _, unreadable = self._images
         left_out = f", {len(unreadable):,} unreadable ones left out" if unreadable else ""
-        names = self.class_names
+        names = self._classes
         self.say(
             f"{self.path}: {len(self._targets):,} images{left_out}, {len(names):,} classes: {', '.join(names[:10])}"
         )
         readable = torch.tensor([name not in unreadable for name in self._listing.names])
         parts = {split: index[readable[index]] for split, index in parts.items()}
-        if self.predict_path is not None:
-            names, _, unreadable = self._to_predict
-            parts["predict"] = torch.tensor([number for number, name in enumerate(names) if name not in unreadable])
-        if not len(parts.get("train", ())):
+        if not self.recalled and not len(parts.get("train", ())):
             raise ValueError(f"data.path {self.path} has no images for training")
         return parts
 
@@ -159,11 +166,16 @@ class Folder(Fractions):
             raise ValueError(f"data.predict_path {root} has no images")
         return names, *self._decoded(root, names)
 
+    @cached_property
+    def _readable(self) -> Tensor:
+        names, _, unreadable = self._to_predict
+        return torch.tensor([number for number, name in enumerate(names) if name not in unreadable])
+
     def _decoded(self, root: Path, names: list[str]) -> tuple[np.memmap, dict[str, str]]:
         return cached_images(root, names, self.format, Path(self.cache or root / ".cache"), self.max_unreadable)
 
     @cached_property
-    def _statistics(self) -> tuple[Tensor, Tensor]:
+    def _statistics(self) -> tuple[np.ndarray, np.ndarray]:
         index, images = self._index["train"], self._images[0]
         some = index[:: -(-len(index) // _COUNTED)]
         parts = (images[part.numpy()].swapaxes(0, 1).reshape(images.shape[1], -1) for part in some.split(64))
@@ -171,7 +183,7 @@ class Folder(Fractions):
         share = counts / counts.sum(1, keepdims=True)
         mean = share @ np.arange(256)
         std = np.sqrt(share @ np.arange(256) ** 2 - mean**2).clip(1.0)
-        return torch.from_numpy(mean).view(-1, 1, 1), torch.from_numpy(std).view(-1, 1, 1)
+        return mean, std
 
 
 def subfolders(folder: Path) -> list[str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from batchwise.batching.loader import MicroBatch
+from batchwise.data.labels import label_numbers, sorted_labels
 from batchwise.data.split import ALIASES, Fractions
 from batchwise.errors import optional
 from batchwise.sources.images import ImageFormat, Resize
@@ -110,15 +111,23 @@ class Hub(Fractions):
                 )
         return sets
 
-    @cached_property
-    def class_names(self) -> list[str] | None:  # type: ignore[override]
+    def learn(self) -> dict[str, Any]:
         """The labels, in the order of their numbers; None if targets are numbers."""
+        return {"classes": self._labels}
+
+    @property
+    def class_names(self) -> list[str] | None:  # type: ignore[override]
+        """The labels that training has seen, in the order of their numbers; None if targets are numbers."""
+        return self.learnt["classes"]
+
+    @cached_property
+    def _labels(self) -> list[str] | None:
         feature = self._sets["train"].features[self.target]
         if hasattr(feature, "names"):
             return feature.names
         if getattr(feature, "dtype", None) not in ("string", "large_string"):
             return None
-        return sorted({label for part in self._sets.values() for label in part.unique(self.target)})
+        return sorted_labels(label for part in self._sets.values() for label in part.unique(self.target))
 
     @property
     def _images(self) -> bool:
@@ -143,7 +152,7 @@ class Columns(Dataset):
         self.dataset, self.index = dataset, torch.arange(len(dataset)) if index is None else index
         self.inputs, self.target, self.format = data.inputs, data.target, data.format
         self.is_image = data._images
-        self.numbers = {name: n for n, name in enumerate(data.class_names or ())}
+        self.known = list(data.class_names or ())
         self.view = dataset.select_columns([*self.inputs, self.target])
         if self.is_image:
             (column,) = self.inputs
@@ -183,7 +192,7 @@ class Columns(Dataset):
         return torch.from_numpy(array).float()
 
     def _targets(self, values: np.ndarray | list) -> Tensor:
-        if self.numbers and np.asarray(values).dtype.kind not in "iu":
-            return torch.tensor([self.numbers[label] for label in values])
+        if self.known and np.asarray(values).dtype.kind not in "iu":
+            return torch.from_numpy(label_numbers(list(values), self.known, f"column '{self.target}'"))
         targets = torch.as_tensor(np.asarray(values))
         return targets.float() if targets.is_floating_point() else targets.long()

@@ -3,12 +3,13 @@
 import warnings
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from batchwise.data.labels import label_numbers
 from batchwise.data.split import ALIASES, Fractions
 from batchwise.errors import optional
 
@@ -105,9 +106,21 @@ class Table(Fractions):
         index = self._index.get(split)
         return None if index is None else (self._all_inputs[index], self._all_targets[index])
 
+    def learn(self) -> dict[str, Any]:
+        """How each column becomes inputs, and the labels in the order of their numbers."""
+        return {"columns": [column._asdict() for column in self._fitted], "labels": self._found_labels}
+
     def describe(self, index: Tensor) -> dict[str, list]:
         """Return the number of each row in its file, from 1."""
         return {"row": (index if self.has_predict_split else self._index["test"][index]).add(1).tolist()}
+
+    @property
+    def _labels(self) -> list | None:
+        return self.learnt["labels"]
+
+    @property
+    def _columns(self) -> list[Column]:
+        return [Column(**column) for column in self.learnt["columns"]]
 
     @property
     def class_names(self) -> list[str] | None:  # type: ignore[override]
@@ -148,7 +161,7 @@ class Table(Fractions):
     # Targets
 
     @cached_property
-    def _labels(self) -> list | None:
+    def _found_labels(self) -> list | None:
         from pyarrow import types
 
         column = self._table[self.targets[0]]
@@ -162,7 +175,6 @@ class Table(Fractions):
 
     @cached_property
     def _all_targets(self) -> Tensor:
-        import pyarrow
         from pyarrow import compute
 
         for name in self.targets:
@@ -172,10 +184,10 @@ class Table(Fractions):
                     f"the target '{name}' of {self.path} is missing in {missing.sum():,} of {len(missing):,} rows, "
                     f"such as row {missing.argmax() + 1}: fill it in, or delete these rows"
                 )
-        if self._labels is not None:
-            column = self._table[self.targets[0]]
-            values = pyarrow.array(self._labels, column.type)
-            return torch.from_numpy(compute.index_in(column, value_set=values).to_numpy().astype(np.int64))  # type: ignore[attr-defined]
+        known = self._labels if self.recalled else self._found_labels
+        if known is not None:
+            labels = self._table[self.targets[0]].to_pylist()
+            return torch.from_numpy(label_numbers(labels, known, f"the target '{self.targets[0]}' of {self.path}"))
         columns = [self._numbers(self._table[name], name, self.path) for name in self.targets]
         targets = torch.from_numpy(np.column_stack(columns)).float()
         return targets if self.several else targets.squeeze(1)
@@ -200,7 +212,7 @@ class Table(Fractions):
     @cached_property
     def _index(self) -> dict[str, Tensor]:
         if self.split_column is None:
-            labels = self._all_targets if self._labels is not None else torch.zeros(len(self._table))
+            labels = torch.zeros(len(self._table)) if self._all_targets.is_floating_point() else self._all_targets
             return self.divide(labels)
         names = texts(self._table[self.split_column])
         for name in np.unique(names):
@@ -210,14 +222,14 @@ class Table(Fractions):
                     "write train, val or test there"
                 )
         splits = np.array([ALIASES[name] for name in names])
-        if "train" not in splits:
+        if "train" not in splits and not self.recalled:
             raise ValueError(f"no row of {self.path} is for training")
         return {split: torch.from_numpy((splits == split).nonzero()[0]) for split in np.unique(splits)}
 
     # Inputs
 
     @cached_property
-    def _columns(self) -> list[Column]:
+    def _fitted(self) -> list[Column]:
         others = {*self.targets, *self.ignore, self.split_column}
         columns = [self._fit(name, self._table[name]) for name in self._table.column_names if name not in others]
         constant = [f"'{column.name}'" for column in columns if column.categories is None and not column.std]
@@ -250,7 +262,7 @@ class Table(Fractions):
         columns = []
         for column in self._columns:
             if column.name not in table.column_names:
-                raise ValueError(f"{path} has no column '{column.name}', which {self.path} has")
+                raise ValueError(f"{path} has no column '{column.name}', which training had")
             values = table[column.name]
             values = self._numbers(values, column.name, path) if column.categories is None else texts(values)
             columns.append(column.inputs(values).astype(np.float32))

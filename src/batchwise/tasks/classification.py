@@ -91,6 +91,13 @@ class Classification(Task):
                     f"{outputs.shape[1]} outputs: write num_classes {outputs.shape[1]}"
                 )
         check_labels(data, outputs.shape[1])
+        names = data.class_names
+        if names is not None and len(names) < outputs.shape[1]:
+            warnings.warn(
+                f"model.network has {outputs.shape[1]} outputs for {len(names)} classes: write num_classes "
+                f"{len(names)}, unless more are to come",
+                stacklevel=2,
+            )
         if self.class_weights is not None:
             self._weigh(data, outputs)
 

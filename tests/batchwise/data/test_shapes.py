@@ -393,7 +393,7 @@ class OfImages(nn.Module):
         self.layer = nn.Linear(3, 4)
 
     def forward(self, pixels: Tensor, age: Tensor | None = None) -> Tensor:
-        return self.layer(pixels.mean((2, 3)))
+        return self.layer(pixels.sum((2, 3)) / 100)  # a mean would depend on the padding
 
 
 class CountBoxes(Task):

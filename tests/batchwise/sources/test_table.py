@@ -163,7 +163,7 @@ WRONG = {
         {"text": NAMES, "ignore": [], "split_column": None},
         "'n' of people.csv has 68 different values in 68 training rows: leave it out with data.ignore",
     ),
-    "rows to predict": ({"predict_path": "short.csv"}, "short.csv has no column 'town', which people.csv has"),
+    "rows to predict": ({"predict_path": "short.csv"}, "short.csv has no column 'town', which training had"),
 }
 
 

@@ -1,0 +1,34 @@
+"""Labels and their numbers."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from batchwise.data.learnt import shown
+
+
+def sorted_labels(labels: Iterable[str]) -> list[str]:
+    """Return the different labels in an order that depends on them alone: numbers by their values, texts as texts."""
+    different = set(labels)
+    numbers = all(label.isdecimal() for label in different)
+    return sorted(different, key=lambda label: (int(label) if numbers else 0, label))
+
+
+def label_numbers(labels: Sequence[str], known: Sequence[str], where: object) -> np.ndarray:
+    """Return the number of each label among those that training knows, int64 [N].
+
+    Args:
+        labels: one for each example.
+        known: the labels, in the order of their numbers.
+        where: what has the labels, for the message of an error.
+
+    Raises:
+        ValueError: training does not know a label.
+    """
+    numbers = {label: number for number, label in enumerate(known)}
+    unknown = sorted_labels(label for label in set(labels) if label not in numbers)
+    if unknown:
+        raise ValueError(
+            f"{where} has the labels {shown(unknown)}, which training has not seen: it knows {shown(list(known))}"
+        )
+    return np.fromiter((numbers[label] for label in labels), np.int64, len(labels))

@@ -1,0 +1,147 @@
+"""What training has learnt from its examples is part of the model: it is in the checkpoint, and is used from there."""
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from batchwise.data.examples import Examples
+
+Saved = tuple[dict[str, Any], list[str] | None]
+"""What was learnt, and the names of the classes."""
+
+
+class Learning(Examples):
+    """The part of a data module that knows what was learnt from the training examples."""
+
+    __own: dict[str, Any] | None = None
+    __saved: Saved | None = None
+
+    def learn(self) -> dict[str, Any]:
+        """Return what is learnt from the training examples, such as a mean, or the labels that there are.
+
+        It may have numbers, texts, tensors, and lists and dicts of them. It is called before training, on each device,
+        and must return the same on all. `learnt` has it, and the checkpoint.
+        """
+        return {}
+
+    @property
+    @final
+    def learnt(self) -> dict[str, Any]:
+        """What training has learnt from its examples: from the checkpoint if there is one, else from `learn`.
+
+        So `test` and `predict` use what was learnt, and do not need the training examples.
+        """
+        if self.__saved is not None:
+            return self.__saved[0]
+        if self.__own is None:
+            self.__own = self.__learn()
+        return self.__own
+
+    def __learn(self) -> dict[str, Any]:
+        return {key: plain(value, f"{type(self).__name__}.learn()[{key!r}]") for key, value in self.learn().items()}
+
+    @property
+    @final
+    def recalled(self) -> bool:
+        """Whether `learnt` is from a checkpoint."""
+        return self.__saved is not None
+
+    @final
+    def recall(self, state: Mapping[str, Any] | None) -> None:
+        """Use what an earlier training has learnt. The trainer and the command line call this before `setup`.
+
+        Args:
+            state: of this data module in a checkpoint; None: learn anew.
+        """
+        if state is None or "learnt" not in state:
+            self.__saved = None
+            if state is not None and type(self).learn is not Learning.learn:
+                warnings.warn(
+                    "the checkpoint is of an older version, without what training has learnt from its examples, which "
+                    "is learnt anew",
+                    stacklevel=2,
+                )
+        else:
+            self.__saved = plain(state["learnt"], "learnt"), state["class_names"]
+
+    @final
+    def check_recalled(self, training: bool) -> None:
+        """Compare what an earlier training has learnt with the examples that are there now.
+
+        Args:
+            training: the training examples are there too.
+
+        Raises:
+            ValueError: they differ.
+        """
+        if self.__saved is None:
+            return
+        learnt, names = self.__saved
+        if training:
+            now = self.__learn()
+            for key in [*learnt, *(key for key in now if key not in learnt)]:
+                if not same(learnt.get(key), now.get(key)):
+                    raise ValueError(
+                        f"the checkpoint was trained on other data: it has learnt {key} {shown(learnt.get(key))}, and "
+                        f"the training examples now give {shown(now.get(key))}: use the same data, or start afresh"
+                    )
+        if names != self.class_names:
+            raise ValueError(
+                f"the checkpoint was trained with the classes {shown(names)}, and {type(self).__name__} now has "
+                f"{shown(self.class_names)}: use the same classes in the same order"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was learnt, and the names of the classes."""
+        return {"learnt": self.learnt, "class_names": None if self.class_names is None else list(self.class_names)}
+
+
+def plain(value: Any, name: str) -> Any:
+    """Return a copy in plain types and tensors, which a checkpoint may hold.
+
+    Raises:
+        ValueError: it has something else.
+    """
+    if isinstance(value, dict):
+        return {key: plain(item, f"{name}[{key!r}]") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item, f"{name}[{number}]") for number, item in enumerate(value)]
+    if isinstance(value, Tensor):
+        return value.detach().cpu().clone()
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        return torch.from_numpy(value.copy())
+    if isinstance(value, np.generic):
+        return value.item()
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise ValueError(f"{name} is a {type(value).__name__}: write numbers, texts, tensors, or lists and dicts of them")
+
+
+def same(one: Any, other: Any) -> bool:
+    """Return whether two values are equal, but for the rounding of sums on another machine."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        if one.shape != other.shape or not one.is_floating_point():
+            return torch.equal(one, other)
+        return torch.allclose(one.double(), other.double(), rtol=1e-5, atol=1e-8, equal_nan=True)
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-5, abs_tol=1e-8) or (math.isnan(one) and math.isnan(other))
+    return type(one) is type(other) and one == other
+
+
+def shown(value: Any) -> str:
+    """Return a value in a few words."""
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    if isinstance(value, list):
+        some = ", ".join(map(shown, value[:8])) + (f" and {len(value) - 8} more" if len(value) > 8 else "")
+        return some if all(isinstance(item, str) for item in value) else f"[{some}]"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

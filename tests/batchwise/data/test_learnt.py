@@ -1,0 +1,311 @@
+"""What training has learnt from its data is in the checkpoint, and is used from there."""
+
+import csv
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from helpers import CSV, Result, run_here
+from PIL import Image
+from small import Classify, Points, adamw, fit, network, trainer
+from torch import Tensor
+
+from batchwise.callbacks.checkpoint import Last
+from batchwise.data.labels import label_numbers, sorted_labels
+from batchwise.data.learnt import plain, same, shown
+from batchwise.tasks.classification import Classification
+
+# In Python
+
+
+class Centred(Points):
+    """Learns a mean and says how often."""
+
+    shift = 0.0
+    calls = 0
+
+    def load(self, split: str) -> tuple[Tensor, Tensor]:
+        x, y = super().load(split)
+        return x + self.shift, y
+
+    def learn(self) -> dict[str, Any]:
+        type(self).calls += 1
+        return {"mean": (self.x + self.shift).mean(0)}
+
+    def transform(self, batch: Any, training: bool) -> Any:
+        batch.inputs = batch.inputs - self.learnt["mean"].to(batch.inputs)
+        return batch
+
+
+class Shifted(Centred):
+    shift = 3.0
+
+
+class Named(Points):
+    class_names: ClassVar = ["a", "b", "c"]
+
+
+def train(data: Points, **settings: Any) -> Any:
+    more: dict[str, Any] = {"callbacks": [Last()], "enable_checkpointing": True, "max_steps": 5}
+    return fit(Classify(network(), optimizer=adamw), data, **(more | settings))
+
+
+LAST = "checkpoints/last.ckpt"
+
+
+def renamed(data: Any, name: str) -> Any:
+    """A checkpoint keeps the state of a data module under the name of its class."""
+    data.__class__ = type(name, (type(data),), {"__qualname__": name})
+    return data
+
+
+def test_it_is_in_the_checkpoint_and_is_used_from_there() -> None:
+    train(Centred())
+    state = torch.load(LAST, weights_only=True)["Centred"]
+    torch.testing.assert_close(state["learnt"]["mean"], Points().x.mean(0))
+    found = {}
+    for name, data in (("same", Centred()), ("other", renamed(Shifted(), "Centred"))):
+        data.calls = 0
+        trainer().test(Classify(network()), data, LAST, verbose=False)
+        assert data.recalled
+        found[name] = data.learnt["mean"]
+        assert data.calls == 0
+    assert torch.equal(found["same"], found["other"])
+    trainer().test(Classify(network()), data, verbose=False)  # without a checkpoint it is learnt anew
+    assert not data.recalled
+    torch.testing.assert_close(data.learnt["mean"], Points().x.mean(0) + 3)
+
+
+def test_a_resume_on_other_data_is_refused() -> None:
+    train(Centred())
+    train(Centred(), ckpt_path=LAST, max_steps=6)
+    words = r"trained on other data: it has learnt mean \[.*\], and the training examples now give \[.*\]: use the same"
+    with pytest.raises(ValueError, match=words):
+        train(renamed(Shifted(), "Centred"), ckpt_path=LAST, max_steps=7)
+
+
+def test_names_of_classes_are_compared() -> None:
+    train(Named())
+    other = renamed(Named(), "Named")
+    other.class_names = ["a", "c", "b"]
+    with pytest.raises(ValueError, match="trained with the classes a, b, c, and Named now has a, c, b"):
+        trainer().test(Classify(network()), other, LAST, verbose=False)
+
+
+def test_a_checkpoint_without_it_is_said_to_be_old() -> None:
+    train(Centred())
+    content = torch.load(LAST, weights_only=True)
+    del content["Centred"]["learnt"]
+    torch.save(content, "old.ckpt")
+    with pytest.warns(UserWarning, match="older version, without what training has learnt"):
+        trainer().test(Classify(network()), Centred(), "old.ckpt", verbose=False)
+
+
+def test_plain_types() -> None:
+    given = {"a": np.float64(1.5), "b": (1, "x", None, True), "c": np.arange(3), "d": {"e": torch.ones(2)}}
+    made = plain(given, "it")
+    torch.save(made, "plain.pt")
+    assert same(torch.load("plain.pt", weights_only=True), made)
+    assert type(made["a"]) is float
+    with pytest.raises(ValueError, match=r"it\['x'\]\[0\] is a set: write numbers"):
+        plain({"x": [set()]}, "it")
+    assert not same({"a": [1.0]}, {"a": [1.1]})
+    assert not same([1], ["1"])
+    assert same([float("nan")], [float("nan")])
+    assert same(torch.ones(2), torch.ones(2) + 1e-7)
+    assert not same(torch.ones(2), torch.ones(3))
+    assert shown(["cat", "dog"]) == "cat, dog"
+    assert shown([1.0, 2.5]) == "[1, 2.5]"
+
+
+ORDERS = {
+    ("b", "a"): ["a", "b"],
+    ("10", "9", "1"): ["1", "9", "10"],
+    ("1", "01", "001", "2"): ["001", "01", "1", "2"],
+    ("02", "1"): ["1", "02"],
+    ("a", "1", "01"): ["01", "1", "a"],
+    ("B", "a"): ["B", "a"],
+    ("1.5", "-1"): ["-1", "1.5"],
+    ("٣", "1"): ["1", "٣"],
+    ("é", "e"): ["e", "é"],
+    (): [],
+}
+
+
+@pytest.mark.parametrize("labels", ORDERS, ids=str)
+def test_the_order_of_labels(labels: tuple[str, ...]) -> None:
+    assert sorted_labels(labels) == ORDERS[labels]
+    assert sorted_labels(reversed(labels)) == ORDERS[labels]
+
+
+def test_the_order_does_not_depend_on_the_interpreter() -> None:
+    code = "from batchwise.data.labels import sorted_labels; print(sorted_labels(['1', '01', '001', '2', '02', '10']))"
+    src = str(Path(__file__).parents[3] / "src")
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": src},
+            capture_output=True,
+            check=True,
+        ).stdout
+        for seed in ("0", "1")
+    }
+    assert len(said) == 1
+
+
+def test_numbers_of_labels() -> None:
+    assert label_numbers(["b", "a", "b"], ["a", "b"], "it").tolist() == [1, 0, 1]
+    with pytest.raises(ValueError, match="it has the labels zebra, which training has not seen: it knows a, b"):
+        label_numbers(["a", "zebra"], ["a", "b"], "it")
+
+
+def test_more_outputs_than_classes() -> None:
+    class Two(Named):
+        class_names: ClassVar = ["a", "b"]
+
+        def load(self, split: str) -> tuple[Tensor, Tensor]:
+            x, y = super().load(split)
+            return x, y.clamp(max=1)
+
+    task = Classification(network(), optimizer=adamw)
+    with pytest.warns(UserWarning, match="has 3 outputs for 2 classes: write num_classes 2, unless more are to come"):
+        fit(task, Two(), max_steps=1)
+
+
+# Folders and tables, on the command line
+
+
+def pictures(folder: str, levels: dict[str, int], count: int = 12) -> None:
+    generator = np.random.default_rng(0)
+    for label, level in levels.items():
+        (Path(folder) / label).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            pixels = generator.integers(level, level + 40, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(f"{folder}/{label}/{number}.png")
+
+
+def rows(path: str, names: list[str], values: list[list[Any]]) -> None:
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([names, *values])
+
+
+CLASSIFY = ("--model", "batchwise.tasks.classification.Classification", "--model.network", "batchwise.models.mlp.MLP")
+FOLDER = (
+    *("--data", "batchwise.sources.folder.Folder", "--data.path", "photos", "--data.size", 8, "--data.batch_size", 8),
+    *(*CLASSIFY, "--model.network.in_features", 192, "--model.network.num_classes", 2),
+    *("--model.network.hidden_features", "[8]", "--model.optimizer.lr", 0.01, "--trainer.accelerator", "cpu"),
+)
+
+
+def done(*arguments: object) -> Result:
+    result = run_here(*arguments)
+    assert result.code == 0, result.err
+    return result
+
+
+def refused(*arguments: object) -> str:
+    result = run_here(*arguments)
+    assert result.code == 2, result.out
+    return next(line for line in result.err.splitlines() if line.startswith("error:"))
+
+
+def test_a_folder_that_has_changed_since() -> None:
+    pictures("photos", {"cat": 40, "dog": 180})
+    pictures("new", {"": 60}, 5)
+    done("fit", *FOLDER, *CSV, "--name", "pets", "--trainer.max_epochs", 3)
+    predict = ("predict", *FOLDER, "--name", "pets", "--ckpt_path", "last", "--data.predict_path", "new")
+    done(*predict, "--predictions", "./before.csv")
+    assert "cat" in Path("before.csv").read_text()
+    test = ("test", *FOLDER, *CSV, "--name", "pets", "--ckpt_path", "last")
+    fits = ("fit", *FOLDER, *CSV, "--name", "pets", "--ckpt_path", "last", "--trainer.max_epochs", 4)
+    # Darker images change no prediction, and a resume is refused.
+    shutil.move("photos", "bright")
+    pictures("photos", {"cat": 0, "dog": 100})
+    done(*predict, "--predictions", "./darker.csv")
+    assert "trained on other data: it has learnt mean [" in refused(*fits)
+    # A class is renamed, and one is added.
+    shutil.rmtree("photos")
+    shutil.copytree("bright", "photos")
+    shutil.move("photos/cat", "photos/zebra")
+    line = "data.path photos has the labels zebra, which training has not seen: it knows cat, dog"
+    assert line in refused(*test)
+    assert line in refused(*fits)
+    done(*predict, "--predictions", "./renamed.csv")
+    pictures("photos", {"ant": 100})
+    done(*predict, "--predictions", "./added.csv")
+    # The training data is gone.
+    shutil.rmtree("photos")
+    done(*predict, "--predictions", "./gone.csv")
+    texts = {name: Path(f"{name}.csv").read_bytes() for name in ("before", "darker", "renamed", "added", "gone")}
+    assert len(set(texts.values())) == 1
+
+
+def test_a_test_folder_may_lack_a_class_and_the_training_images() -> None:
+    pictures("photos/train", {"cat": 40, "dog": 180})
+    pictures("photos/test", {"dog": 180})
+    done("fit", *FOLDER, *CSV, "--name", "pets", "--trainer.max_epochs", 20)
+    shutil.rmtree("photos/train")
+    result = done("test", *FOLDER, *CSV, "--name", "pets", "--ckpt_path", "last")
+    assert "test/accuracy 1.0000" in result.out
+
+
+def test_a_table_that_is_gone() -> None:
+    generator = np.random.default_rng(0)
+    people = [[i, 20 + i % 50, "abc"[i % 3], ("no", "yes")[int(generator.random() < 0.5)]] for i in range(60)]
+    rows("people.csv", ["id", "age", "town", "answer"], people)
+    rows("new.csv", ["town", "age", "id"], [["b", 33, 1], ["zzz", 40, 2], ["", 20, 3]])
+    table = (
+        *("--data", "batchwise.sources.table.Table", "--data.path", "people.csv", "--data.target", "answer"),
+        *("--data.ignore", "[id]", "--data.batch_size", 8, *CLASSIFY, "--model.network.in_features", 4),
+        *("--model.network.num_classes", 2, "--trainer.accelerator", "cpu"),
+    )
+    done("fit", *table, *CSV, "--name", "people", "--trainer.max_epochs", 2)
+    predict = ("predict", *table, "--name", "people", "--ckpt_path", "last", "--data.predict_path", "new.csv")
+    done(*predict, "--predictions", "./before.csv")
+    rows("people.csv", ["id", "age", "town", "answer"], [[*row[:3], row[3].upper()] for row in people])
+    assert "has the labels NO, YES, which training has not seen: it knows no, yes" in refused(
+        "test", *table, *CSV, "--name", "people", "--ckpt_path", "last"
+    )
+    rows("people.csv", ["id", "age", "town", "answer"], [[row[0], 2 * row[1], *row[2:]] for row in people])
+    assert "trained on other data: it has learnt columns" in refused(
+        "fit", *table, *CSV, "--name", "people", "--ckpt_path", "last", "--trainer.max_epochs", 3
+    )
+    Path("people.csv").unlink()
+    done(*predict, "--predictions", "./after.csv")
+    assert Path("before.csv").read_bytes() == Path("after.csv").read_bytes()
+
+
+def test_predictions_replace_no_other_file() -> None:
+    pictures("photos", {"cat": 40, "dog": 180})
+    images = [[f"photos/{label}/{number}.png", label] for label in ("cat", "dog") for number in range(12)]
+    rows("list.csv", ["path", "label"], images)
+    rows("example.csv", ["example", "path", "label"], [[n, *row] for n, row in enumerate(images)])
+    settings = (*FOLDER[:3], "list.csv", *FOLDER[4:], "--model.network.num_classes", 5)
+    done("fit", *settings, *CSV, "--name", "pets", "--trainer.max_epochs", 1)
+    predict = ("predict", *settings, "--name", "pets", "--ckpt_path", "last", "--predictions")
+    Path("notes.csv").write_text("mine\n1\n")
+    Path("notes.parquet").write_text("mine")
+    Path("empty.csv").touch()
+    Path("folder.csv").mkdir()
+    before = {path.name: path.read_bytes() for path in Path().glob("*.csv") if path.is_file()}
+    for name, words in (
+        ("./list.csv", "list.csv is an input of this run: write another name"),
+        ("photos/../list.csv", "is an input of this run"),
+        ("./notes.csv", "notes.csv exists, and predict did not write it: write another name, or --force true"),
+        ("./notes.parquet", "notes.parquet exists, and predict did not write it"),
+        ("./empty.csv", "empty.csv exists, and predict did not write it"),
+        ("./folder.csv", "folder.csv is a folder"),
+    ):
+        assert words in refused(*predict, name), name
+    assert "is an input of this run" in refused(*predict, "./list.csv", "--force", "true")
+    assert before == {path.name: path.read_bytes() for path in Path().glob("*.csv") if path.is_file()}
+    for name in ("./new.csv", "./new.csv", "./new.parquet", "./new.parquet", "predictions.csv", "predictions.csv"):
+        done(*predict, name)
+    done(*predict, "./notes.csv", "--force", "true")
+    assert Path("notes.csv").read_bytes() == Path("new.csv").read_bytes()
