@@ -1,10 +1,9 @@
-"""Labels and their numbers."""
+"""Labels and their numbers, and values in a few words."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
-
-from batchwise.data.learnt import shown
 
 
 def sorted_labels(labels: Iterable[str]) -> list[str]:
@@ -32,3 +31,13 @@ def label_numbers(labels: Sequence[str], known: Sequence[str], where: object) ->
             f"{where} has the labels {shown(unknown)}, which training has not seen: it knows {shown(list(known))}"
         )
     return np.fromiter((numbers[label] for label in labels), np.int64, len(labels))
+
+
+def shown(value: Any) -> str:
+    """Return a value in a few words."""
+    if hasattr(value, "tolist"):  # a tensor or an array
+        value = value.tolist()
+    if isinstance(value, list):
+        some = ", ".join(map(shown, value[:8])) + (f" and {len(value) - 8} more" if len(value) > 8 else "")
+        return some if all(isinstance(item, str) for item in value) else f"[{some}]"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from batchwise.data.examples import Examples
+from batchwise.data.labels import shown
 
 Saved = tuple[dict[str, Any], list[str] | None]
 """What was learnt, and the names of the classes."""
@@ -135,13 +136,3 @@ def same(one: Any, other: Any) -> bool:
     if isinstance(one, float) and isinstance(other, float):
         return math.isclose(one, other, rel_tol=1e-5, abs_tol=1e-8) or (math.isnan(one) and math.isnan(other))
     return type(one) is type(other) and one == other
-
-
-def shown(value: Any) -> str:
-    """Return a value in a few words."""
-    if isinstance(value, Tensor):
-        value = value.tolist()
-    if isinstance(value, list):
-        some = ", ".join(map(shown, value[:8])) + (f" and {len(value) - 8} more" if len(value) > 8 else "")
-        return some if all(isinstance(item, str) for item in value) else f"[{some}]"
-    return f"{value:.6g}" if isinstance(value, float) else str(value)

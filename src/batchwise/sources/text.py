@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from batchwise.batching.loader import MicroBatch
 from batchwise.batching.ragged import PADDING, Ragged
 from batchwise.data.examples import Source
+from batchwise.data.labels import shown
+from batchwise.data.learnt import same
 from batchwise.data.split import Fractions
 from batchwise.sources.documents import find_files
 from batchwise.sources.tokens import Tokens
@@ -100,11 +103,22 @@ class Text(Fractions):
         """Return blocks [N, T]; or sequences and, if there are labels, their numbers [N]."""
         if split not in self.meta["splits"]:
             return None
+        if self.recalled and not same(self.learn(), self.learnt):
+            now, known = (
+                {**one, "characters": f"{len(one['characters'])} characters"} for one in (self.learn(), self.learnt)
+            )
+            raise ValueError(f"training has learnt {shown(known)} from its texts, and data.files now give {shown(now)}")
         tokens = np.memmap(self.folder / f"{split}.tokens", self.meta["dtype"], "r")
         if self.packing is not None:
             return (tokens.reshape(-1, self.sequence_length),)
         lengths, labels = (np.load(self.folder / f"{split}.{name}.npy") for name in ("lengths", "labels"))
         return Ragged(tokens, np.concatenate([[0], lengths.cumsum()]), *[labels][: self.labelled])
+
+    def learn(self) -> dict[str, Any]:
+        """The characters and the labels that there are, in order, and a hash of the tokenizer's file."""
+        path = Path(self.vocabulary_name)
+        tokenizer = sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else None
+        return {"characters": self.meta["characters"], "classes": self.meta["classes"], "tokenizer": tokenizer}
 
     def transform(self, batch: MicroBatch, training: bool) -> MicroBatch:
         """Make the inputs and targets of a language model."""
@@ -133,7 +147,7 @@ class Text(Fractions):
     @property
     def class_names(self) -> list[str] | None:
         """The labels, in the order of their numbers."""
-        return self.meta["classes"] or None
+        return self.learnt["classes"] or None
 
     def check(self, network: nn.Module) -> None:
         """Check that the network knows all tokens."""

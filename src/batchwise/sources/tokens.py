@@ -13,6 +13,7 @@ import numpy as np
 
 from batchwise.batching.packing import best_fit
 from batchwise.batching.ragged import PADDING
+from batchwise.data.labels import sorted_labels
 from batchwise.sources.documents import Document, key_of, read, split_keys
 from batchwise.sources.vocabulary import Vocabulary, make_vocabulary
 
@@ -109,7 +110,7 @@ class Tokens:
         for split, document in self.documents():
             characters |= set(document.text) if split == "train" else set()
             labels |= {document.label} if document.label is not None else set()
-        return "".join(sorted(characters)), sorted(labels, key=int if all(map(str.isdecimal, labels)) else str)
+        return "".join(sorted(characters)), sorted_labels(labels)
 
     def _sequences(self, document: Document, vocabulary: Vocabulary) -> tuple[np.ndarray, list[int]]:
         """Return the tokens of a document with the separator, and the lengths of its sequences."""

@@ -17,8 +17,8 @@ from small import Classify, Points, adamw, fit, network, trainer
 from torch import Tensor
 
 from batchwise.callbacks.checkpoint import Last
-from batchwise.data.labels import label_numbers, sorted_labels
-from batchwise.data.learnt import plain, same, shown
+from batchwise.data.labels import label_numbers, shown, sorted_labels
+from batchwise.data.learnt import plain, same
 from batchwise.tasks.classification import Classification
 
 # In Python
@@ -309,3 +309,31 @@ def test_predictions_replace_no_other_file() -> None:
         done(*predict, name)
     done(*predict, "./notes.csv", "--force", "true")
     assert Path("notes.csv").read_bytes() == Path("new.csv").read_bytes()
+
+
+@pytest.mark.parametrize("vocabulary", ["bytes", "characters"])
+def test_texts_with_other_labels_or_characters_are_refused(vocabulary: str) -> None:
+    from batchwise.sources.text import Text
+
+    texts = [[f"{'good' if n % 2 else 'bad'} number {n}", ("no", "yes")[n % 2]] for n in range(60)]
+    rows("texts.csv", ["text", "label"], texts)
+
+    def data() -> Text:
+        return Text("texts.csv", vocabulary, label_column="label", val_fraction=0.2, test_fraction=0.2, batch_size=8)
+
+    first = data()
+    first.setup("fit")
+    state = first.state_dict()
+    torch.save(state["learnt"], "learnt.pt")
+    again = data()
+    again.recall({"learnt": torch.load("learnt.pt", weights_only=True), "class_names": state["class_names"]})
+    again.setup("test")
+    assert again.class_names == ["no", "yes"]
+    changed = [[text.replace("o", "ö"), label] for text, label in texts]
+    for now in ([[text, label.upper()] for text, label in texts], changed if vocabulary == "characters" else None):
+        if now is not None:
+            rows("texts.csv", ["text", "label"], now)
+            other = data()
+            other.recall(state)
+            with pytest.raises(ValueError, match="training has learnt from its texts: .*; and data.files now give: "):
+                other.setup("test")
