@@ -82,8 +82,9 @@ class Classification(Task):
 
     def check(self, data: DataModule, outputs: Tensor) -> None:
         """Check that the network has an output for each class and that targets are class numbers."""
-        if outputs.ndim != 2:
-            raise ValueError(f"model.network gives the shape {list(outputs.shape)}: logits [N, classes] are needed")
+        if not isinstance(outputs, Tensor) or outputs.ndim != 2:
+            given = f"shape {list(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
+            raise ValueError(f"model.network gives the {given}: logits [N, classes] are needed")
         for step in data.augment:
             if isinstance(step, Mixing) and step.num_classes != outputs.shape[1]:
                 raise ValueError(

@@ -12,6 +12,7 @@ from torch import nn
 
 from batchwise.callbacks.checkpoint import Last
 from batchwise.callbacks.ema import EMA
+from batchwise.errors import TrainingStopped
 from batchwise.models.dropout import Dropout
 from batchwise.models.frozen import CHECKSUM, checksum
 
@@ -106,6 +107,20 @@ def test_another_network_is_refused(tmp_path: Path) -> None:
     assert set(values) == {"test/loss", "test/accuracy"}
 
 
+def test_what_changes_without_learning_is_not_lost() -> None:
+    class Teacher(Classify):
+        def on_train_batch_end(self, *_: Any) -> None:
+            with torch.no_grad():
+                self.network.base[0].weight.mul_(0.99)  # type: ignore[union-attr, operator]
+
+    settings: dict[str, Any] = {"max_steps": 3, "callbacks": [Last()], "enable_checkpointing": True}
+    with pytest.raises(
+        TrainingStopped, match=r"parameters that do not learn have changed, and would be lost: leave it"
+    ):
+        fit(Teacher(Net(), optimizer=adamw, save_frozen=False), **settings)
+    fit(Teacher(Net(), optimizer=adamw), **settings)
+
+
 def test_the_checksum_is_that_of_all_bits() -> None:
     values = [torch.randn(3, 4), torch.arange(5.0).bfloat16(), torch.ones(2, dtype=torch.float64)]
     right = checksum(values)
@@ -114,7 +129,12 @@ def test_the_checksum_is_that_of_all_bits() -> None:
         others = [value.clone() for value in values]
         others[changed].view(-1)[0] += 1
         assert checksum(others)[2] != right[2]
-    assert torch.equal(checksum([values[0].T, *values[1:]]), right)  # whatever the layout in memory
+    for moved in ([values[0].flip(0), *values[1:]], [-values[0], *values[1:]], [values[1], values[0], values[2]]):
+        assert checksum(moved)[2] != right[2]
+    apart = values[0].T.contiguous().T  # whatever the layout in memory
+    assert torch.equal(checksum([apart, *values[1:]]), right)
+    long = torch.arange(2**20 + 3, dtype=torch.float32)
+    assert torch.equal(checksum([long]), checksum(long.split(2**19 + 1)))
     assert checksum([]).tolist() == [0, 0, 0]
 
 

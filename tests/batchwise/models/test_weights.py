@@ -214,6 +214,19 @@ def test_names_that_mean_two_weights_are_refused() -> None:
         matched(saved, own)
 
 
+def test_names_that_no_weight_needs_may_be_ambiguous() -> None:
+    """A peft model with two adapters has two heads, and each goes to itself."""
+    head = Classifier().head.state_dict()
+    saved = {
+        f"head.modules_to_save.{one}.{name}": value + len(one) for one in ("a", "bc") for name, value in head.items()
+    }
+    assert matched(saved, saved) == {name: name for name in saved}
+    with pytest.raises(
+        ValueError, match=r"head\.modules_to_save\.a\.weight and head\.modules_to_save\.bc\.weight may both"
+    ):
+        matched(saved, {f"head.{name}": value for name, value in head.items()})
+
+
 def test_tied_weights_are_saved_once() -> None:
     weights = Tied().state_dict()
     del weights["last.weight"]
