@@ -14,6 +14,8 @@ from batchwise.models.frozen import CHECKSUM
 
 FILES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin", "adapter_model.safetensors")
 """The files with weights that a folder of Hugging Face may have. The first has the names of several others."""
+TRAINED, REPLACED = ".modules_to_save.", ".original_module."
+"""Parts of the names that peft gives to the weights of a copy of a module, which learns, and of the module."""
 
 
 def weight_differences(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str | None:
@@ -86,7 +88,7 @@ class _ByPlainName(dict[str, list[str]]):
         for name in saved:
             self.setdefault(plain_name(name), []).append(name)
         for plain, names in self.items():
-            self[plain] = [name for name in names if ".modules_to_save." in name] or names
+            self[plain] = [name for name in names if TRAINED in name] or names
         self._saved = saved
 
     def only(self, plain: str) -> str:
@@ -123,7 +125,8 @@ def matched(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str,
     inner, plain = {inner_name(name): name for name in saved}, _ByPlainName(saved)
     pairs = {name: inner[inner_name(name)] for name in own if inner_name(name) in inner}
     pairs |= {name: name for name in own if name in saved}
-    pairs |= {name: plain.only(plain_name(name)) for name in own if name not in pairs and plain_name(name) in plain}
+    others = {name: plain.only(plain_name(name)) for name in own if name not in pairs and plain_name(name) in plain}
+    pairs |= {name: source for name, source in others.items() if REPLACED not in name or TRAINED not in source}
     if pairs:
         return pairs
     mine, ways = {name: plain_name(name) for name in own}, {}
