@@ -12,6 +12,7 @@ from lightning.pytorch.profilers import PassThroughProfiler, Profiler
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 
 from batchwise import host
+from batchwise.callbacks.adding import AddUp
 from batchwise.callbacks.phases import Phases
 from batchwise.callbacks.pictures import Pictures
 from batchwise.callbacks.record import Record
@@ -105,7 +106,7 @@ class Trainer(pl.Trainer):
         usual = (Record(), Pictures(), Samples())
         own = [one for one in usual if not any(isinstance(callback, type(one)) for callback in given)]
         super().__init__(
-            callbacks=[Recorder(), *given, *own],
+            callbacks=[Recorder(), AddUp(), *given, *own],
             accumulate_grad_batches=1,
             log_every_n_steps=log_every_n_steps,
             num_sanity_val_steps=num_sanity_val_steps,

@@ -32,8 +32,8 @@ class Mixture(Blocks):
     goes on where the last one ended. The order in a batch is random.
 
     Args:
-        proportions: share of each source, by name. They need not sum to one. Shares of up to four decimals are exact;
-            others are rounded to 1/10000. A source with 0 is left out.
+        proportions: share of each source, by name. They need not sum to one. Shares (of their sum) of up to four decimals
+            are exact; others are rounded to 1/10000. A source with 0 is left out.
         epoch_examples: positions in an epoch; null: as many as all sources together have examples.
 
     Raises:

@@ -68,7 +68,7 @@ def _check_monitors(trainer: Trainer, model: Task) -> None:
     known = model.metric_names()
     for callback in trainer.callbacks:
         monitor = getattr(callback, "monitor", None)
-        if monitor is not None and monitor not in known and not any(map(_logs, [model, *trainer.callbacks])):
+        if monitor and monitor not in known and not any(map(_logs, [model, *trainer.callbacks])):
             raise ValueError(
                 f"{type(callback).__name__} monitors '{monitor}', which is not measured: write one of "
                 f"{', '.join(known)}"

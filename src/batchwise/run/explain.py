@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Collection
+from pydoc import locate
 
 KINDS = {
     "int": "a whole number",
@@ -37,16 +38,9 @@ def explain(message: str, known: Collection[str] = (), lists: Collection[str] = 
     if not found and not tried:
         return _not_of_a_key(line, known, outer)
     key = outer + name
-    untyped = re.search(
-        r"Expected a path but (\S+) .*Import path (?:\S+ )?does not correspond to a sub\w+ of (\w+)", problem
-    )
-    if untyped:
-        return (
-            f"{key} {untyped[1]} gives no {untyped[2]}: write a class of that kind, or a function whose return type is "
-            f"written (`-> {untyped[2]}`)"
-        )
-    if "Expected a dot import path string" in problem and (given := re.search(r"a path but (.+?) either", problem)):
-        return f"{key} is {given[1]}: write the path of a class or function, such as package.module.Name"
+    given = re.search(r"a path but (.+?) either", problem)
+    if given and (said := _of_a_path(given[1], problem)):
+        return f"{key} {said}"
     if early := re.search(r"NestedArg\(key='([\w.]+)'", problem):
         return f"{key}.{early[1]} comes before {key}: write --{key} CLASS first"
     value = tried[2] if tried else _value(problem)
@@ -62,7 +56,22 @@ def explain(message: str, known: Collection[str] = (), lists: Collection[str] = 
         return f"{key} {verb} {value}: write {wanted}{' for each' if each else ''}"
     if " - Problem with given class_path" in problem:
         problem = problem[problem.rindex("Problem with") :]
+    if given and "Expected a dot import path string" in problem:
+        return f"{key} is {given[1]}: write the path of a class or function, such as package.module.Name"
     return f"{key}: {problem}"
+
+
+def _of_a_path(path: str, problem: str) -> str | None:
+    """Return what is wrong with the path of a class or function, and what to write."""
+    if untyped := re.search(r"does not correspond to a subclass of (\w+)", problem):
+        return (
+            f"{path} gives no {untyped[1]}: write a class of that kind, or a function whose return type is written "
+            f"(`-> {untyped[1]}`)"
+        )
+    if "is abstract" in problem:
+        missing = sorted(getattr(locate(path), "__abstractmethods__", ["a method"]))
+        return f"{path} lacks {' and '.join(missing)}: define {'them' if missing[1:] else 'it'} in the class"
+    return None
 
 
 GENERAL = (

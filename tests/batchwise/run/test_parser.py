@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 import pytest
@@ -174,6 +175,30 @@ def test_a_run_with_such_numbers_in_its_checkpoint_is_resumed(tmp_path: Path, mo
     assert second.checkpoint()["global_step"] == 3
     wrong = run_here("fit", *DIGITS, *CSV, *own, "--data.most", 0)
     assert (wrong.code, wrong.err) == (2, "error: data.most is 0: write a whole number of at least 1\n")
+
+
+class Abstract(Layer, ABC):
+    @abstractmethod
+    def forward(self) -> None: ...
+
+    @abstractmethod
+    def backward(self) -> None: ...
+
+
+def test_an_abstract_class_names_its_methods() -> None:
+    assert said("--data.layer", f"{__name__}.Abstract") == (
+        f"data.layer {__name__}.Abstract lacks backward and forward: define them in the class"
+    )
+    own = ("--model", "batchwise.tasks.task.Task", "--model.network", "batchwise.models.mlp.MLP")
+    result = run_here("fit", *DIGITS, *own)
+    assert result.code == 2
+    assert result.err.splitlines()[-1] == "error: model batchwise.tasks.task.Task lacks losses: define it in the class"
+
+
+def test_what_is_no_path() -> None:
+    assert said("--data.layer", "5") == (
+        "data.layer is 5: write the path of a class or function, such as package.module.Name"
+    )
 
 
 def made_without_a_type(width: int = 1):

@@ -216,8 +216,10 @@ def test_logging_changes_no_weight() -> None:
 # In each logger, on several devices
 
 MODULE = """
+import json
 from small import Classify, Memory, Points, network
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping
 import torch
 
 FLAGS = %s
@@ -245,6 +247,20 @@ class Everywhere(Classify):
         inputs = torch.cat([one.inputs for one in batch.micro_batches])
         for name, flags in FLAGS.items():
             self.log(f"task/{name}", inputs.sum(1).mean(), **flags)
+
+    def on_train_epoch_end(self):
+        self.log("end", float(self.global_rank))
+
+
+class Monitors(EarlyStopping):
+    def __init__(self):
+        super().__init__(monitor="end", patience=9)
+
+    def on_train_epoch_end(self, trainer, task):
+        seen = [float(trainer.callback_metrics[name]) for name in ("end", "losses/epoch")]
+        with open(f"seen{trainer.global_rank}", "a") as file:
+            file.write(json.dumps(seen) + chr(10))
+        super().on_train_epoch_end(trainer, task)
 
 
 class Says(Callback):
@@ -276,7 +292,7 @@ def everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[object,
             "accelerator": "cpu",
             "precision": "64-true",
             "logger": loggers,
-            "callbacks": [{"class_path": "own_logs.Says"}],
+            "callbacks": [{"class_path": "own_logs.Says"}, {"class_path": "own_logs.Monitors"}],
             "log_every_n_steps": EVERY,
             "max_epochs": 2,
         },
@@ -300,7 +316,9 @@ def in_tensorboard(run: Result, name: str) -> dict[int, float]:
     return {event.step: event.value for event in events.Scalars(name)}
 
 
-@pytest.mark.parametrize(("devices", "micro_batch_size"), [(1, None), (1, 3), (2, 2)])
+@pytest.mark.parametrize(
+    ("devices", "micro_batch_size"), [(1, None), (1, 3), (2, 2), pytest.param(2, None, marks=pytest.mark.weekly)]
+)
 def test_every_logger_on_any_devices(
     everywhere: tuple[object, ...], devices: int, micro_batch_size: int | None
 ) -> None:
@@ -315,6 +333,10 @@ def test_every_logger_on_any_devices(
             check(run.rows, data, flags, name)
             check(lambda name: in_wandb(run, name), data, flags, name)
             check(lambda name: in_tensorboard(run, name), data, flags, name, 1e-6)  # which keeps float32
+    means = [[(devices - 1) / 2, mean] for mean in run.rows("losses/epoch").values()]
+    for rank in range(devices):
+        seen = [json.loads(line) for line in Path(f"seen{rank}").read_text().splitlines()]
+        assert torch.tensor(seen).sub(torch.tensor(means)).abs().max() < 1e-6
 
 
 def test_the_example_of_the_documents() -> None:
