@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import examples
 import pytest
 import torch
 from helpers import CSV, DIGITS, run_here
@@ -15,6 +16,7 @@ from batchwise.callbacks.ema import EMA
 from batchwise.errors import TrainingStopped
 from batchwise.models.dropout import Dropout
 from batchwise.models.frozen import CHECKSUM, checksum
+from batchwise.tasks.classification import Classification
 
 
 class Net(nn.Module):
@@ -136,6 +138,27 @@ def test_the_checksum_is_that_of_all_bits() -> None:
     long = torch.arange(2**20 + 3, dtype=torch.float32)
     assert torch.equal(checksum([long]), checksum(long.split(2**19 + 1)))
     assert checksum([]).tolist() == [0, 0, 0]
+
+
+def test_adapters_of_peft(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    lora, data = examples.load("lora"), examples.load("bert").Lines
+
+    def made() -> tuple[Any, Any]:
+        torch.manual_seed(1)
+        return Classification(lora.adapted(), optimizer=adamw, exact_dropout=True, save_frozen=False), data(
+            batch_size=13
+        )
+
+    settings: dict[str, Any] = {"callbacks": [Last()], "enable_checkpointing": True}
+    whole, _ = fit(*made(), max_steps=6, limit_val_batches=1, **settings)
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    assert last.stat().st_size < 60_000
+    weights = saved(last)["state_dict"]
+    assert all(".lora_" in name or ".modules_to_save." in name for name in weights if name != CHECKSUM)
+    fit(*made(), max_steps=3, limit_val_batches=1, **settings)
+    again, _ = fit(*made(), str(last), max_steps=6, limit_val_batches=1, **settings)
+    assert furthest(again, whole) == 0
 
 
 def test_on_the_command_line() -> None:
