@@ -11,7 +11,6 @@ from torch.nn.parallel import DistributedDataParallel
 from batchwise.callbacks.checkpoint import Last
 from batchwise.data.examples import SPLITS
 from batchwise.errors import Mistake
-from batchwise.models.frozen import leave_out
 from batchwise.tasks.finite import Finite
 from batchwise.tasks.hooks import row_is_due
 from batchwise.tasks.making import refuse, start_momenta, take_states
@@ -67,6 +66,7 @@ class Recorder(Callback):
         saved, self._saved = self._saved or {}, None
         for name, learns in saved.get(KEY, {}).get("learning", {}).items():
             pl_module.get_parameter(name).requires_grad_(learns)
+        pl_module._tuning.watch(pl_module)
         pl_module._step.stop_requested = False
         pl_module._measures.to(pl_module.device)
         if not pl_module._measures.rehearsed:
@@ -116,8 +116,7 @@ class Recorder(Callback):
         the order of the model.
         """
         pl_module._step.finite.settle(pl_module)
-        if not pl_module._tuning.save_frozen:
-            leave_out(pl_module, checkpoint["state_dict"])
+        pl_module._tuning.thin(pl_module, checkpoint["state_dict"])
         learning = _learning(pl_module)
         checkpoint[KEY] = {
             "sums": pl_module._measures.state(row_is_due(trainer, trainer.global_step)),

@@ -13,6 +13,7 @@ from batchwise.optim.groups import matches
 CHECKSUM = "_frozen"
 """The name under which a checkpoint without frozen parameters has their checksum."""
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_PIECE = 2**20
 
 
 def check_patterns(key: str, patterns: Iterable[str], network: nn.Module) -> None:
@@ -57,10 +58,16 @@ class Frozen:
 # Checkpoints without frozen parameters
 
 
+def not_learning(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that do not learn, in the order of their names. Tied ones have several."""
+    named = sorted(module.named_parameters(remove_duplicate=False))
+    return {name: one for name, one in named if not one.requires_grad}
+
+
 def leave_out(module: nn.Module, state: dict[str, Any]) -> None:
     """Take the parameters that do not learn out of a state dict, and put their checksum in."""
-    frozen = {name: one for name, one in module.named_parameters(remove_duplicate=False) if not one.requires_grad}
-    state[CHECKSUM] = checksum(frozen[name] for name in sorted(frozen) if name in state)
+    frozen = not_learning(module)
+    state[CHECKSUM] = checksum(one for name, one in frozen.items() if name in state)
     for name in frozen:
         state.pop(name, None)
 
@@ -91,12 +98,18 @@ def fill_in(module: nn.Module, state: dict[str, Any], prefix: str = "") -> None:
 
 
 def checksum(parameters: Iterable[Tensor]) -> Tensor:
-    """Return the number of values, their bytes, and the sum of their bits as whole numbers, int64 [3], on the host.
+    """Return the number of values, their bytes, and a weighted sum of their bits, int64 [3], on the host.
 
-    The sum is the same on any device, because whole numbers do not round.
+    Bits count as whole numbers, which do not round, so that the sum is the same on any device. Each is multiplied by an
+    odd number of its own, so that the order of the values counts.
     """
     count, size, total = 0, 0, torch.zeros((), dtype=torch.int64)
     for parameter in parameters:
-        bits = parameter.detach().contiguous().view(_BITS[parameter.element_size()])
-        count, size, total = count + bits.numel(), size + bits.nbytes, total + bits.sum(dtype=torch.int64).cpu()
+        bits = parameter.detach().flatten().view(_BITS[parameter.element_size()])
+        size += bits.nbytes
+        own = torch.zeros_like(total, device=bits.device)
+        for piece in bits.split(_PIECE):  # the products take 8 bytes each
+            own += (piece * torch.arange(2 * count + 1, 2 * (count + len(piece)) + 1, 2, device=bits.device)).sum()
+            count += len(piece)
+        total = total + own.cpu()
     return torch.stack([torch.tensor(count), torch.tensor(size), total])

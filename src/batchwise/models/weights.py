@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from glob import glob
 from pathlib import Path
@@ -14,6 +14,8 @@ from batchwise.models.frozen import CHECKSUM
 
 FILES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin", "adapter_model.safetensors")
 """The files with weights that a folder of Hugging Face may have. The first has the names of several others."""
+TRAINED, REPLACED = ".modules_to_save.", ".original_module."
+"""Parts of the names that peft gives to the weights of a copy of a module, which learns, and of the module."""
 
 
 def weight_differences(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str | None:
@@ -79,22 +81,27 @@ def plain_name(name: str) -> str:
     return re.sub(r"\.(base_layer|original_module|modules_to_save\.\w+|default)(?=\.|$)", "", name)
 
 
-def _by_plain_name(saved: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return the saved names by their plain names. What peft has trained counts, and not what it has replaced.
+class _ByPlainName(dict[str, list[str]]):
+    """The saved names by their plain names. What peft has trained counts, and not what it has replaced."""
 
-    Raises:
-        ValueError: two different weights have the same plain name.
-    """
-    names: dict[str, list[str]] = defaultdict(list)
-    for name in saved:
-        names[plain_name(name)].append(name)
-    found = {}
-    for plain, several in names.items():
-        trained = [name for name in several if ".modules_to_save." in name] or several
-        if any(not torch.equal(saved[name], saved[trained[0]]) for name in trained):
-            raise ValueError(f"{' and '.join(trained[:2])} may both be {plain}: rename one of them")
-        found[plain] = trained[0]
-    return found
+    def __init__(self, saved: Mapping[str, Tensor]) -> None:
+        for name in saved:
+            self.setdefault(plain_name(name), []).append(name)
+        for plain, names in self.items():
+            self[plain] = [name for name in names if TRAINED in name] or names
+        self._saved = saved
+
+    def only(self, plain: str) -> str:
+        """Return the one name.
+
+        Raises:
+            ValueError: different weights have this plain name.
+        """
+        first, *others = self[plain]
+        for other in others:
+            if not torch.equal(self._saved[first], self._saved[other]):
+                raise ValueError(f"{first} and {other} may both be {plain}: rename one of them")
+        return first
 
 
 def _beginnings(names: Iterable[str]) -> Counter[str]:
@@ -115,18 +122,20 @@ def matched(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str,
     Raises:
         ValueError: several weights would fit.
     """
-    inner, plain = {inner_name(name): name for name in saved}, _by_plain_name(saved)
+    inner, plain = {inner_name(name): name for name in saved}, _ByPlainName(saved)
     pairs = {name: inner[inner_name(name)] for name in own if inner_name(name) in inner}
     pairs |= {name: name for name in own if name in saved}
-    pairs |= {name: plain[plain_name(name)] for name in own if name not in pairs and plain_name(name) in plain}
+    others = {name: plain.only(plain_name(name)) for name in own if name not in pairs and plain_name(name) in plain}
+    pairs |= {name: source for name, source in others.items() if REPLACED not in name or TRAINED not in source}
     if pairs:
         return pairs
     mine, ways = {name: plain_name(name) for name in own}, {}
     for start in _beginnings(mine.values()):
         within = {name: short.removeprefix(start) for name, short in mine.items() if short.startswith(start)}
-        ways[start] = {name: plain[short] for name, short in within.items() if short in plain}
+        ways[start] = {name: plain.only(short) for name, short in within.items() if short in plain}
     for start in _beginnings(plain):
-        ways[f"-{start}"] = {name: plain[start + short] for name, short in mine.items() if start + short in plain}
+        within = {name: start + short for name, short in mine.items() if start + short in plain}
+        ways[f"-{start}"] = {name: plain.only(long) for name, long in within.items()}
     fits = {
         start: {name: source for name, source in way.items() if saved[source].shape == own[name].shape}
         for start, way in ways.items()

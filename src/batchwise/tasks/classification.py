@@ -13,6 +13,7 @@ from batchwise.batching.loader import MicroBatch
 from batchwise.data.mixing import Mixing
 from batchwise.data.module import DataModule
 from batchwise.ranges import ClosedUnitInterval
+from batchwise.tasks.losses import described
 from batchwise.tasks.task import Losses, Task
 
 
@@ -82,8 +83,8 @@ class Classification(Task):
 
     def check(self, data: DataModule, outputs: Tensor) -> None:
         """Check that the network has an output for each class and that targets are class numbers."""
-        if outputs.ndim != 2:
-            raise ValueError(f"model.network gives the shape {list(outputs.shape)}: logits [N, classes] are needed")
+        if not isinstance(outputs, Tensor) or outputs.ndim != 2:
+            raise ValueError(f"model.network gives {described(outputs)}: logits [N, classes] are needed")
         for step in data.augment:
             if isinstance(step, Mixing) and step.num_classes != outputs.shape[1]:
                 raise ValueError(

@@ -3,9 +3,11 @@
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from batchwise.models.frozen import Frozen, check_patterns
+from batchwise.errors import TrainingStopped
+from batchwise.models.frozen import CHECKSUM, Frozen, check_patterns, checksum, leave_out, not_learning
 from batchwise.models.weights import take_weights
 from batchwise.optim.groups import parameter_groups
 
@@ -38,6 +40,7 @@ class FineTuning:
         self.init_from: str | None = init_from
         """None once the weights are loaded, and if they come from a checkpoint."""
         self.lr_factors, self.save_frozen = lr_factors, save_frozen
+        self._left_out: tuple[list[str], Tensor] | None = None
         self.frozen = Frozen(network, freeze)
         for parameter in self.frozen.parameters:
             parameter.requires_grad_(False)
@@ -46,6 +49,30 @@ class FineTuning:
         """Load the initial weights, only once. Return a line that reports it."""
         path, self.init_from = self.init_from, None
         return None if path is None else take_weights(network, path)
+
+    def watch(self, task: nn.Module) -> None:
+        """Note what checkpoints leave out, at the beginning of a training."""
+        if not self.save_frozen:
+            frozen = not_learning(task)
+            self._left_out = list(frozen), checksum(frozen.values())
+
+    def thin(self, task: nn.Module, state: dict[str, Any]) -> None:
+        """Take what does not learn out of the weights of a checkpoint, if it is left out.
+
+        Raises:
+            TrainingStopped: it has changed all the same, as an averaged teacher does, so it would be lost.
+        """
+        if self.save_frozen:
+            return
+        names = [name for name in not_learning(task) if name in state]
+        leave_out(task, state)
+        if self._left_out and self._left_out[0] == names and not torch.equal(self._left_out[1], state[CHECKSUM]):
+            raise TrainingStopped(
+                "model.save_frozen is false, but parameters that do not learn have changed, and would be lost: leave "
+                "it out, or make them buffers",
+                everywhere=True,
+            )
+        self._left_out = names, state[CHECKSUM]
 
     def hold_norms(self, network: nn.Module) -> None:
         """Keep frozen batch norms in evaluation mode, so that they use their statistics and do not change them."""

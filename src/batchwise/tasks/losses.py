@@ -23,9 +23,14 @@ def checked(given: Any, examples: int, name: str) -> tuple[Tensor, Tensor | None
     """
     losses, weights = given if isinstance(given, tuple) else (given, None)
     if not isinstance(losses, Tensor) or losses.ndim == 0 or len(losses) != examples:
-        what = f"the shape {list(losses.shape)}" if isinstance(losses, Tensor) else f"a {type(given).__name__}"
+        what = described(losses if isinstance(losses, Tensor) else given)
         raise ValueError(
-            f"{name} gave {what} for {examples} examples: return one loss per target (reduction='none'), with "
-            "the examples in the first dimension"
+            f"{name} gave {what} for {examples} examples: return one loss per target (reduction='none'), with the "
+            "examples in the first dimension"
         )
     return losses, weights
+
+
+def described(value: Any) -> str:
+    """Return the shape of a tensor in words, or the type of something else."""
+    return f"the shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

@@ -10,6 +10,7 @@ from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError, R2Score
 
 from batchwise.batching.loader import MicroBatch
 from batchwise.data.module import DataModule
+from batchwise.tasks.losses import described
 from batchwise.tasks.sums import widest
 from batchwise.tasks.task import Task
 
@@ -52,8 +53,8 @@ class Regression(Task):
 
     def check(self, data: DataModule, outputs: Tensor) -> None:
         """Check that there is an output for each target and that targets are finite. Set their mean and std."""
-        if outputs.ndim != 2:
-            raise ValueError(f"model.network gives the shape {list(outputs.shape)}: numbers [N, K] are needed")
+        if not isinstance(outputs, Tensor) or outputs.ndim != 2:
+            raise ValueError(f"model.network gives {described(outputs)}: numbers [N, K] are needed")
         count = outputs.shape[1]
         if len(self.target_mean) != count:
             self.target_mean = self.target_mean.new_zeros(count)

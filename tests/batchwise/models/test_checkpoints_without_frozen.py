@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import examples
 import pytest
 import torch
 from helpers import CSV, DIGITS, run_here
@@ -12,8 +13,10 @@ from torch import nn
 
 from batchwise.callbacks.checkpoint import Last
 from batchwise.callbacks.ema import EMA
+from batchwise.errors import TrainingStopped
 from batchwise.models.dropout import Dropout
 from batchwise.models.frozen import CHECKSUM, checksum
+from batchwise.tasks.classification import Classification
 
 
 class Net(nn.Module):
@@ -106,6 +109,20 @@ def test_another_network_is_refused(tmp_path: Path) -> None:
     assert set(values) == {"test/loss", "test/accuracy"}
 
 
+def test_what_changes_without_learning_is_not_lost() -> None:
+    class Teacher(Classify):
+        def on_train_batch_end(self, *_: Any) -> None:
+            with torch.no_grad():
+                self.network.base[0].weight.mul_(0.99)  # type: ignore[union-attr, operator]
+
+    settings: dict[str, Any] = {"max_steps": 3, "callbacks": [Last()], "enable_checkpointing": True}
+    with pytest.raises(
+        TrainingStopped, match=r"parameters that do not learn have changed, and would be lost: leave it"
+    ):
+        fit(Teacher(Net(), optimizer=adamw, save_frozen=False), **settings)
+    fit(Teacher(Net(), optimizer=adamw), **settings)
+
+
 def test_the_checksum_is_that_of_all_bits() -> None:
     values = [torch.randn(3, 4), torch.arange(5.0).bfloat16(), torch.ones(2, dtype=torch.float64)]
     right = checksum(values)
@@ -114,8 +131,34 @@ def test_the_checksum_is_that_of_all_bits() -> None:
         others = [value.clone() for value in values]
         others[changed].view(-1)[0] += 1
         assert checksum(others)[2] != right[2]
-    assert torch.equal(checksum([values[0].T, *values[1:]]), right)  # whatever the layout in memory
+    for moved in ([values[0].flip(0), *values[1:]], [-values[0], *values[1:]], [values[1], values[0], values[2]]):
+        assert checksum(moved)[2] != right[2]
+    apart = values[0].T.contiguous().T  # whatever the layout in memory
+    assert torch.equal(checksum([apart, *values[1:]]), right)
+    long = torch.arange(2**20 + 3, dtype=torch.float32)
+    assert torch.equal(checksum([long]), checksum(long.split(2**19 + 1)))
     assert checksum([]).tolist() == [0, 0, 0]
+
+
+def test_adapters_of_peft(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    lora, data = examples.load("lora"), examples.load("bert").Lines
+
+    def made() -> tuple[Any, Any]:
+        torch.manual_seed(1)
+        return Classification(lora.adapted(), optimizer=adamw, exact_dropout=True, save_frozen=False), data(
+            batch_size=13
+        )
+
+    settings: dict[str, Any] = {"callbacks": [Last()], "enable_checkpointing": True}
+    whole, _ = fit(*made(), max_steps=6, limit_val_batches=1, **settings)
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    assert last.stat().st_size < 60_000
+    weights = saved(last)["state_dict"]
+    assert all(".lora_" in name or ".modules_to_save." in name for name in weights if name != CHECKSUM)
+    fit(*made(), max_steps=3, limit_val_batches=1, **settings)
+    again, _ = fit(*made(), str(last), max_steps=6, limit_val_batches=1, **settings)
+    assert furthest(again, whole) == 0
 
 
 def test_on_the_command_line() -> None:

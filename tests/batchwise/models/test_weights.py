@@ -2,9 +2,11 @@
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import examples
 import pytest
 import torch
 from helpers import CSV, DIGITS, run_here
@@ -212,6 +214,45 @@ def test_names_that_mean_two_weights_are_refused() -> None:
     saved = {"network._orig_mod.head.base_layer.bias": torch.zeros(3), "head.base_layer.bias": torch.ones(3)}
     with pytest.raises(ValueError, match=r"head\.base_layer\.bias may both be head\.bias: rename one"):
         matched(saved, own)
+
+
+def test_what_peft_has_replaced_stays() -> None:
+    """A checkpoint without frozen parameters has the head that learns, but not the one it replaced."""
+    head = Classifier().head.state_dict()
+    trained, replaced = ({f"head.{kind}.{name}": value for name, value in head.items()} for kind in (
+        "modules_to_save.default", "original_module"
+    ))  # fmt: skip
+    assert matched(trained, trained | replaced).keys() == trained.keys()
+    assert len(matched({f"head.{name}": value for name, value in head.items()}, trained | replaced)) == 4
+
+
+def test_the_page_writes_a_network_for_hugging_face(monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers")
+    project = examples.load("bert")
+    monkeypatch.setitem(sys.modules, "project.bert", project)
+    trained = project.bert()
+    folder = Path("runs/bert/now/checkpoints")
+    folder.mkdir(parents=True)
+    torch.save(
+        {"state_dict": {f"network.{name}": value for name, value in trained.state_dict().items()}}, folder / "best.ckpt"
+    )
+    (code,) = re.findall(r"```python\n(.*?)```", (examples.DOCS / "fine-tuning.md").read_text(), re.DOTALL)
+    exec(code, {})
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained("my-bert").state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in trained.state_dict().items())
+
+
+def test_names_that_no_weight_needs_may_be_ambiguous() -> None:
+    """A peft model with two adapters has two heads, and each goes to itself."""
+    head = Classifier().head.state_dict()
+    saved = {
+        f"head.modules_to_save.{one}.{name}": value + len(one) for one in ("a", "bc") for name, value in head.items()
+    }
+    assert matched(saved, saved) == {name: name for name in saved}
+    with pytest.raises(
+        ValueError, match=r"head\.modules_to_save\.a\.weight and head\.modules_to_save\.bc\.weight may both"
+    ):
+        matched(saved, {f"head.{name}": value for name, value in head.items()})
 
 
 def test_tied_weights_are_saved_once() -> None:

@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from helpers import CSV, DIGITS, TWO, run_here
@@ -12,6 +13,7 @@ from batchwise.batching.gradients import weighted_sum
 from batchwise.batching.loader import MicroBatch
 from batchwise.sources.digits import Digits
 from batchwise.tasks.classification import Classification
+from batchwise.tasks.regression import Regression
 
 
 def prepared(weights: Any, **data: Any) -> Classification:
@@ -21,6 +23,14 @@ def prepared(weights: Any, **data: Any) -> Classification:
     task = Classification(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), class_weights=weights)
     task.check(module, torch.zeros(2, 10))
     return task
+
+
+@pytest.mark.parametrize(("task", "needed"), [(Classification, "logits [N, classes]"), (Regression, "numbers [N, K]")])
+def test_outputs_of_another_kind_are_refused(task: Any, needed: str) -> None:
+    """A model of Hugging Face gives a tuple if its configuration says `return_dict: false`."""
+    for outputs, given in (((torch.zeros(2, 3),), "a tuple"), (torch.zeros(2, 3, 4), "the shape [2, 3, 4]")):
+        with pytest.raises(ValueError, match=re.escape(f"model.network gives {given}: {needed} are needed")):
+            task(nn.Linear(3, 3)).check(Digits(batch_size=4), outputs)
 
 
 def test_the_mean_is_by_weight_as_in_torch() -> None:
