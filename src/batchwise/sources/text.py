@@ -104,10 +104,13 @@ class Text(Fractions):
         if split not in self.meta["splits"]:
             return None
         if self.recalled and not same(self.learn(), self.learnt):
-            now, known = (
-                {**one, "characters": f"{len(one['characters'])} characters"} for one in (self.learn(), self.learnt)
+            known, now = (
+                f"{len(one['characters'])} characters, labels {shown(one['classes'])}"
+                for one in (self.learnt, self.learn())
             )
-            raise ValueError(f"training has learnt {shown(known)} from its texts, and data.files now give {shown(now)}")
+            raise ValueError(
+                f"training has learnt from its texts: {known}; and data.files now give: {now}: use the same"
+            )
         tokens = np.memmap(self.folder / f"{split}.tokens", self.meta["dtype"], "r")
         if self.packing is not None:
             return (tokens.reshape(-1, self.sequence_length),)

@@ -335,5 +335,5 @@ def test_texts_with_other_labels_or_characters_are_refused(vocabulary: str) -> N
             rows("texts.csv", ["text", "label"], now)
             other = data()
             other.recall(state)
-            with pytest.raises(ValueError, match="training has learnt from its texts: .*; and data.files now give: "):
+            with pytest.raises(ValueError, match=r"training has learnt from its texts: .*; and data.files now give: "):
                 other.setup("test")
