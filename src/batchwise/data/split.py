@@ -22,6 +22,8 @@ def split_examples(
 ) -> dict[str, Tensor]:
     """Return the numbers of the examples of each split, sorted. Each split has each class in its proportion.
 
+    If the classes are too small for that, a split is drawn from all classes together, and has one example or more.
+
     Args:
         labels: class of each example, integers [N]; all the same if there are no classes.
         val_fraction: share of the examples for validation.
@@ -37,7 +39,14 @@ def split_examples(
         val, test = (round(fraction * len(members)) for fraction in (val_fraction, test_fraction))
         for split, index in zip(parts, members.split([len(members) - val - test, val, test]), strict=True):
             parts[split].append(index[:most_per_class] if split == "train" else index)
-    return {split: torch.cat(index).sort().values for split, index in parts.items()}
+    found = {split: torch.cat(index) for split, index in parts.items()}
+    for split, fraction in (("val", val_fraction), ("test", test_fraction)):
+        count = max(1, round(fraction * len(labels)))
+        # Where each class is too small for its share, all classes give one together.
+        if fraction and not len(found[split]) and len(found["train"]) > count:
+            order = torch.randperm(len(found["train"]), generator=generator)
+            found[split], found["train"] = found["train"][order].split([count, len(order) - count])
+    return {split: index.sort().values for split, index in found.items()}
 
 
 class Fractions(DataModule):

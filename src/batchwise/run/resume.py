@@ -57,6 +57,11 @@ def _newest(runs: Path, which: str) -> Path | None:
     for folder in sorted(runs.glob("*/checkpoints"), reverse=True):
         wanted = folder / f"{which}.ckpt"
         if not wanted.exists() and not (which == "last" and (folder / "previous.ckpt").exists()):
+            if which == "best" and any(folder.glob("*.ckpt")):
+                raise ValueError(
+                    f"ckpt_path best: the newest run, {folder.parent}, has no best.ckpt, because it was not validated: "
+                    "write last, or the file of an older run"
+                )
             continue
         spares = [folder / "previous.ckpt", folder / "best.ckpt"] if which == "last" else []
         for path in (wanted, *spares):

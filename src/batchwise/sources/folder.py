@@ -1,34 +1,23 @@
 """Images in folders, one folder per class; or a list of image files with their labels."""
 
-import csv
-import json
 import os
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from batchwise.batching.fetch import Rows
 from batchwise.batching.loader import MicroBatch
 from batchwise.data.labels import label_numbers, sorted_labels
-from batchwise.data.split import ALIASES, Fractions
+from batchwise.data.split import Fractions
 from batchwise.sources.images import ImageFormat, Resize, cached_images
+from batchwise.sources.layout import Listing, find_images, image_files
 
 _COUNTED = 1024  # the most training images that mean and std are taken from
-
-
-class Listing(NamedTuple):
-    """Image files by their names in `root`, their labels, and their splits if the data has splits."""
-
-    root: Path
-    names: list[str]
-    labels: list[str]
-    splits: list[str]
 
 
 class Folder(Fractions):
@@ -40,13 +29,13 @@ class Folder(Fractions):
 
     Args:
         path: a folder with a sub-folder of images per class; or a folder with train, val and test folders that have
-            such sub-folders (without val, a fraction of train is taken); or a .csv or .jsonl file with `path`, `label`
-            and, if you like, `split`.
+            such sub-folders (without val, a fraction of train is taken); or a .csv, .tsv or .jsonl file with `path`,
+            `label` and, if you like, `split`.
         size: height and width in pixels; one number: a square.
         channels: 3 (RGB) or 1 (grey).
         resize: crop (resize, then cut off both ends of the longer side), stretch, or pad with black.
         cache: folder of the cache; null: `.cache` beside the images.
-        predict_path: a folder of images to predict, at any depth; null: the test split.
+        predict_path: an image to predict, or a folder of images at any depth; null: the test split.
         **kwargs: those of `Fractions`. Up to `max_unreadable` images that cannot be read are left out.
     """
 
@@ -91,7 +80,8 @@ class Folder(Fractions):
             names, numbers = self._to_predict[0], self._readable
         else:
             names, numbers = self._listing.names, self._index["test"]
-        return {"path": [names[number] for number in numbers[index]]}
+        # Names need not be UTF-8, but a file of predictions is.
+        return {"path": [os.fsencode(names[number]).decode(errors="replace") for number in numbers[index]]}
 
     @property
     def class_names(self) -> list[str]:  # type: ignore[override]
@@ -102,24 +92,7 @@ class Folder(Fractions):
 
     @cached_property
     def _listing(self) -> Listing:
-        if self.path.is_file():
-            listing = listed(self.path)
-        elif self.path.is_dir():
-            listing = Listing(self.path, [], [], [])
-            folders = subfolders(self.path)
-            known = [name for name in folders if name in ALIASES]
-            by_split = known == folders and (self.recalled or any(ALIASES[name] == "train" for name in known))
-            for top in folders if by_split else [""]:
-                for label in subfolders(self.path / top):
-                    for name in image_files(self.path / top / label):
-                        listing.names.append(os.path.join(top, label, name))
-                        listing.labels.append(label)
-                        listing.splits.extend([ALIASES[top]] if by_split else [])
-        else:
-            raise ValueError(f"data.path {self.path} does not exist: write a folder, or a .csv or .jsonl file")
-        if not listing.names:
-            raise ValueError(f"data.path {self.path} has no images: write a folder that has one sub-folder per class")
-        return listing
+        return find_images(self.path, train=not self.recalled)
 
     @cached_property
     def _targets(self) -> Tensor:
@@ -161,7 +134,7 @@ class Folder(Fractions):
     @cached_property
     def _to_predict(self) -> tuple[list[str], np.memmap, dict[str, str]]:
         root = Path(self.predict_path or "")
-        names = image_files(root)
+        root, names = (root.parent, [root.name]) if root.is_file() else (root, image_files(root))
         if not names:
             raise ValueError(f"data.predict_path {root} has no images")
         return names, *self._decoded(root, names)
@@ -184,41 +157,3 @@ class Folder(Fractions):
         mean = share @ np.arange(256)
         std = np.sqrt(share @ np.arange(256) ** 2 - mean**2).clip(1.0)
         return mean, std
-
-
-def subfolders(folder: Path) -> list[str]:
-    """Return the names of the folders in a folder, sorted, without hidden ones."""
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-
-
-def image_files(folder: Path) -> list[str]:
-    """Return the names of the images in a folder, at any depth, sorted, without hidden ones."""
-    kinds, found = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}, []
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [os.path.join(parent, name) for name in files if os.path.splitext(name)[1].lower() in kinds]
-    return sorted(os.path.relpath(path, folder) for path in found if not os.path.basename(path).startswith("."))
-
-
-def listed(path: Path) -> Listing:
-    """Return the images that a CSV or JSON-lines file lists. Their paths are relative to the file.
-
-    Raises:
-        ValueError: it is no such file, or a row lacks path or label, or has an unknown split.
-    """
-    with path.open(newline="") as file:
-        try:
-            lines = csv.DictReader(file) if path.suffix == ".csv" else map(json.loads, filter(str.strip, file))
-            rows = list(lines)
-        except (ValueError, csv.Error) as error:
-            raise ValueError(f"data.path {path} cannot be read as CSV (.csv) or JSON-lines: {error}") from error
-    for number, row in enumerate(rows, 1):
-        for key in ("path", "label"):
-            if not isinstance(row, dict) or row.get(key) in (None, ""):
-                raise ValueError(f"row {number} of {path} has no {key}: write `path` and `label` in each")
-        if row.get("split", "train") not in ALIASES:
-            raise ValueError(f"row {number} of {path} has the split '{row['split']}': write train, val or test")
-    splits = [ALIASES[row["split"]] for row in rows if "split" in row]
-    if len(splits) not in (0, len(rows)):
-        raise ValueError(f"{len(rows) - len(splits):,} rows of {path} have no split: write it in all or in none")
-    return Listing(path.parent, [row["path"] for row in rows], [str(row["label"]) for row in rows], splits)

@@ -53,6 +53,11 @@ class ImageFormat(NamedTuple):
             raise ValueError(f"data.channels is {channels}: write 3 (RGB) or 1 (grey)")
         return cls(height, width, channels, resize)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of an image."""
+        return self.height * self.width * self.channels
+
     def decode(self, file: Path | BinaryIO) -> np.ndarray:
         """Return an image as an array, upright even if the camera was held otherwise.
 
@@ -95,12 +100,15 @@ def cached_images(
     for name in names:
         try:
             status = os.stat(root / name)
-            content.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+            content.update(os.fsencode(name) + f"\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
         except OSError:  # decoding will report it
-            content.update(f"{name}\0".encode())
+            content.update(os.fsencode(name) + b"\0")
     images, list_of_unreadable = (folder / f"{content.hexdigest()[:16]}.{kind}" for kind in ("images", "unreadable"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if images.exists() and (damage := _damage(images, list_of_unreadable, len(names) * form.nbytes)):
+            print(f"the cache {images} is damaged ({damage}): it is made anew", flush=True)
+            images.unlink()
         if not images.exists():
             with _alone(images.with_suffix(".lock")):
                 if not images.exists():
@@ -108,13 +116,29 @@ def cached_images(
                     _check(names, list_of_unreadable, max_unreadable)
                     images.with_suffix(".part").replace(images)
     except OSError as error:
-        needed = len(names) * form.height * form.width * form.channels / 1e9
+        needed = len(names) * form.nbytes / 1e9
         raise ValueError(
             f"data.cache {folder} cannot be written ({error.strerror}; {len(names):,} images take {needed:.3f} GB): "
             "make room, or write another folder; what is decoded already is kept"
         ) from error
     unreadable = _check(names, list_of_unreadable, max_unreadable)
     return np.memmap(images, np.uint8, "r", shape=(len(names), form.channels, form.height, form.width)), unreadable
+
+
+def _damage(images: Path, unreadable: Path, size: int) -> str | None:
+    """Return what is wrong with a cache; None: nothing."""
+    if images.stat().st_size != size:
+        return f"{images.stat().st_size:,} bytes in place of {size:,}"
+    return None if _problems(unreadable) is not None else f"{unreadable.name} cannot be read"
+
+
+def _problems(path: Path) -> dict[str, str] | None:
+    """Return why images cannot be read, by name; None: the list of them is lost."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 @contextmanager
@@ -134,7 +158,7 @@ def _alone(path: Path) -> Iterator[None]:
 
 def _decode(root: Path, names: list[str], form: ImageFormat, part: Path, unreadable: Path) -> None:
     """Write all images to `part`, from where it ends. Images that were unreadable are tried again."""
-    blank = bytes(form.height * form.width * form.channels)
+    blank = bytes(form.nbytes)
 
     def read(name: str) -> tuple[bytes, str | None]:
         try:
@@ -149,7 +173,9 @@ def _decode(root: Path, names: list[str], form: ImageFormat, part: Path, unreada
         done = images.seek(0, os.SEEK_END) // len(blank)
         if (len(names) - done) * len(blank) > shutil.disk_usage(part).free:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        problems = json.loads(unreadable.read_text()) if done else {}
+        problems = _problems(unreadable)
+        if problems is None or done > len(names):  # nothing was decoded yet, or it is damaged
+            done, problems = images.truncate(0), {}
         again = [number for number in range(done) if names[number] in problems]
         numbers, size = [*again, *range(done, len(names))], max(1, _CHUNK // len(blank))
         for start in range(0, len(numbers), size):
