@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from batchwise.batching.loader import MicroBatch
+from batchwise.data.augmentation import Augmentation
 from batchwise.data.module import DataModule
 from batchwise.models import place
 from batchwise.models.kept import home_of, kept_buffers, kept_modes
@@ -68,9 +69,7 @@ def _rehearse(task: "Task", data: DataModule) -> None:
         if not all(_close(losses, again[term], same=True) for term, losses in whole.items()):
             _warn_of_randomness(task)
         elif not task._couples and is_cut:
-            # Each half is read by itself, because padding depends on what is read together.
-            halves = [data.examples("train", part, at) for part, at in ((index[:half], 0), (index[half:], half))]
-            parts = _losses(task, data, [part for part in halves if len(part)], player, 0)
+            parts = _losses(task, data, _halves(data, batch, index, half), player, 0, half)
             if apart := [term for term, losses in whole.items() if not _close(losses, parts[term])]:
                 which = f"losses['{apart[0]}']" if apart[0] else "losses"
                 raise ValueError(
@@ -79,6 +78,17 @@ def _rehearse(task: "Task", data: DataModule) -> None:
                     "of batchwise.tasks.contrastive, or run each batch whole on one device (data.micro_batch_size null)"
                 )
     _check_gradients(task, data, batch)
+
+
+def _halves(data: DataModule, batch: MicroBatch, index: Tensor, half: int) -> list[MicroBatch]:
+    """Return what is cut: each half, read by itself, because padding depends on what is read together.
+
+    A module that augments may draw for all examples together. Then it is the whole, which is augmented and then cut.
+    """
+    if not all(isinstance(step, Augmentation) for step in data.augment):
+        return [batch]
+    halves = [data.examples("train", part, at) for part, at in ((index[:half], 0), (index[half:], half))]
+    return [part for part in halves if len(part)]
 
 
 @contextmanager
@@ -99,12 +109,11 @@ def _as_it_was(task: "Task", data: DataModule) -> Iterator[None]:
 
 
 def _losses(
-    task: "Task", data: DataModule, batches: list[MicroBatch], player: tuple[str, ...], seed: int
+    task: "Task", data: DataModule, batches: list[MicroBatch], player: tuple[str, ...], seed: int, most: int = 2**31
 ) -> dict[str, Tensor]:
-    """Return the sum of weighted losses of each example by term, [N], over some micro-batches."""
+    """Return the sum of weighted losses of each example by term, [N], over micro-batches of at most `most`."""
     found: dict[str, list[Tensor]] = {}
-    for batch in batches:
-        part = _on_device(task, data, batch)
+    for part in (part for batch in batches for part in _on_device(task, data, batch).split(most)):
         seed_generator(home_of(task), seed + part.position)
         with torch.no_grad():
             parts = _call(task, part, player)
