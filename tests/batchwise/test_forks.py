@@ -44,6 +44,7 @@ sys.exit(3)
 """
 
 
+@pytest.mark.weekly
 def test_a_forked_process_finds_what_a_new_interpreter_finds(tmp_path: Path) -> None:
     (tmp_path / "look.py").write_text(LOOK)
     folder = tmp_path / "elsewhere"

@@ -202,6 +202,7 @@ def test_the_truth_is_found(micro_batch_size: int) -> None:
     assert x[1].item() == pytest.approx(50 * 13 / 12, rel=4 * deviation)  # the variances' mean is 13 / 12
 
 
+@pytest.mark.weekly
 def test_two_processes_find_what_one_finds() -> None:
     """With the same parts; also with a single micro-batch on each, and where one of them has nothing to do."""
     run = linear(examples=12801)  # the last batch is of one example

@@ -3,9 +3,12 @@
 import shutil
 from typing import Any
 
+import pytest
+
 QUICK = "test_scaling.py or test_predictions.py or test_public_names"
 
 
+@pytest.mark.weekly
 def test_without_examples(copy: Any) -> None:
     for path in (copy.root / "src" / copy.package).glob("*"):
         if path.is_file() and path.name not in ("__init__.py", "__main__.py"):

@@ -4,6 +4,7 @@ import re
 import sys
 from typing import Any
 
+import pytest
 from helpers import ROOT
 
 NEW = "my_very_own_project"
@@ -11,6 +12,7 @@ ENGINE = r"src/batchwise/|tests/batchwise/|scripts/(lab/|\w+\.py)|CHANGELOG\.md"
 HOUSE = "tests/batchwise/test_house.py::test_the_engine_imports_no_package_beside_it"
 
 
+@pytest.mark.weekly
 def test_there_and_back(copy: Any) -> None:
     old, before = copy.package, copy.contents()
     done = copy.script("rename", NEW)

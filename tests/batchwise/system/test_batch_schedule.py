@@ -3,6 +3,7 @@
 import re
 import shutil
 
+import pytest
 from helpers import CSV, DIGITS, TWO, furthest, run_here, run_process
 
 GROWING = (
@@ -51,6 +52,7 @@ def test_a_share_of_the_batches_is_taken_once() -> None:
     assert max(result.rows("examples").items()) == (20, 1280)
 
 
+@pytest.mark.weekly
 def test_an_adaptive_batch_is_resumed_with_the_sizes_that_were_chosen() -> None:
     schedule = "{class_path: batchwise.batching.schedule.Adaptive, init_args: {most: 128}}"
     noise = "{class_path: batchwise.callbacks.noise_scale.NoiseScale, init_args: {every_n_steps: 1}}"

@@ -42,6 +42,7 @@ def test_every_execution_gives_the_same_weights_and_losses(whole_batch: Result, 
     assert len(whole_batch.rows("train/loss")) == 39
 
 
+@pytest.mark.weekly
 def test_two_processes_have_the_loss_curve_of_one_in_float32() -> None:
     one, two = fit(), fit(*TWO)
     ours, theirs = two.rows("train/loss"), one.rows("train/loss")

@@ -48,6 +48,7 @@ def fit(*arguments: object, run: Any = run_here, **environment: str) -> Result:
     return result
 
 
+@pytest.mark.weekly
 @pytest.mark.usefixtures("thaw")
 def test_gradients_that_are_dropped_until_an_epoch_are_exact_on_any_devices() -> None:
     """In 4 micro-batches; and on one device until the layers thaw, and on two from there."""
