@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -283,3 +284,18 @@ def test_sweep_of_wandb(run: Callable, project: str, monkeypatch: pytest.MonkeyP
         assert float(row[column]) == definition["parameters"][key]["values"][-1]
     assert definition["method"] == "grid"
     assert definition["metric"]["name"].removeprefix("sweep/") in row
+
+
+def test_a_class_that_learns() -> None:
+    """The mean that it has learnt is in its state, and is used from there."""
+    names: dict[str, Any] = {"__name__": "example"}
+    exec(code_of("class Centred"), names)
+    data, again = (names["Centred"](batch_size=64, seed=0) for _ in range(2))
+    data.setup("fit")
+    mean = data.state_dict()["learnt"]["mean"]
+    again.recall({"learnt": {"mean": mean + 1}, "class_names": None})
+    first, second = (
+        one.to_device(one.examples("train", 2000), torch.device("cpu"), training=False).inputs for one in (data, again)
+    )
+    assert first.mean(0).abs().max() < 1e-5
+    assert torch.allclose(second, first - 1, atol=1e-5)
