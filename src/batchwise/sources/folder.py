@@ -14,10 +14,12 @@ from batchwise.batching.fetch import Rows
 from batchwise.batching.loader import MicroBatch
 from batchwise.data.labels import label_numbers, sorted_labels
 from batchwise.data.split import Fractions
-from batchwise.sources.images import ImageFormat, Resize, cached_images
+from batchwise.ranges import PositiveInt
+from batchwise.sources.images import ImageFormat, Resize, cached_images, white_of
 from batchwise.sources.layout import Listing, find_images, image_files
 
 _COUNTED = 1024  # the most training images that mean and std are taken from
+_LOOKED_AT = 64  # the most training images whose bits are looked at
 
 
 class Folder(Fractions):
@@ -34,6 +36,8 @@ class Folder(Fractions):
         size: height and width in pixels; one number: a square.
         channels: 3 (RGB) or 1 (grey).
         resize: crop (resize, then cut off both ends of the longer side), stretch, or pad with black.
+        white: value that becomes white in images of more than 8 bits; null: the smallest of 255, 1,023, 4,095, 16,383
+            and 65,535 that 64 of the training images do not exceed.
         cache: folder of the cache; null: `.cache` beside the images.
         predict_path: an image to predict, or a folder of images at any depth; null: the test split.
         **kwargs: those of `Fractions`. Up to `max_unreadable` images that cannot be read are left out.
@@ -45,12 +49,13 @@ class Folder(Fractions):
         size: int | tuple[int, int] = 64,
         channels: int = 3,
         resize: Resize = "crop",
+        white: PositiveInt | None = None,
         cache: str | None = None,
         predict_path: str | None = None,
         **kwargs,
     ) -> None:
         super().__init__(**kwargs)
-        self.format = ImageFormat.of(size, channels, resize)
+        self.format = ImageFormat.of(size, channels, resize)._replace(white=white)
         self.path, self.cache, self.predict_path = Path(path), cache, predict_path
         self.has_predict_split = predict_path is not None
 
@@ -72,7 +77,9 @@ class Folder(Fractions):
     def learn(self) -> dict[str, Any]:
         """The labels, in the order of their numbers; mean and std of each channel, from 0 to 255."""
         mean, std = self._statistics
-        return {"classes": sorted_labels(self._listing.labels), "mean": mean.tolist(), "std": std.tolist()}
+        return {"classes": sorted_labels(self._listing.labels), "mean": mean.tolist(), "std": std.tolist()} | {
+            "white": self._format.white
+        }
 
     def describe(self, index: Tensor) -> dict[str, list]:
         """Return the path of each image."""
@@ -115,10 +122,10 @@ class Folder(Fractions):
             parts |= {split: train[index] for split, index in self.divide(self._targets[train], test=False).items()}
         _, unreadable = self._images
         left_out = f", {len(unreadable):,} unreadable ones left out" if unreadable else ""
-        names = self._classes
-        self.say(
-            f"{self.path}: {len(self._targets):,} images{left_out}, {len(names):,} classes: {', '.join(names[:10])}"
-        )
+        names, white = self._classes, self._format.white
+        bits = f", 0 to {white:,} become 0 to 255" if white is not None else ""
+        classes = f"{len(names):,} classes: {', '.join(names[:10])}"
+        self.say(f"{self.path}: {len(self._targets):,} images{left_out}{bits}, {classes}")
         readable = torch.tensor([name not in unreadable for name in self._listing.names])
         parts = {split: index[readable[index]] for split, index in parts.items()}
         if not self.recalled and not len(parts.get("train", ())):
@@ -144,8 +151,18 @@ class Folder(Fractions):
         names, _, unreadable = self._to_predict
         return torch.tensor([number for number, name in enumerate(names) if name not in unreadable])
 
+    @cached_property
+    def _format(self) -> ImageFormat:
+        if self.format.white is not None:
+            return self.format
+        if self.recalled:
+            return self.format._replace(white=self.learnt["white"])
+        root, names, _, splits = self._listing
+        train = [name for name, split in zip(names, splits or ["train"] * len(names), strict=True) if split == "train"]
+        return self.format._replace(white=white_of(root / name for name in train[:: -(-len(train) // _LOOKED_AT) or 1]))
+
     def _decoded(self, root: Path, names: list[str]) -> tuple[np.memmap, dict[str, str]]:
-        return cached_images(root, names, self.format, Path(self.cache or root / ".cache"), self.max_unreadable)
+        return cached_images(root, names, self._format, Path(self.cache or root / ".cache"), self.max_unreadable)
 
     @cached_property
     def _statistics(self) -> tuple[np.ndarray, np.ndarray]:

@@ -1,12 +1,13 @@
 """Image files as one memory-mapped array. They are decoded and resized once, then kept in a cache."""
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,12 +33,14 @@ class ImageFormat(NamedTuple):
         width: in pixels.
         channels: 3 (RGB) or 1 (grey).
         resize: crop (resize, then cut off both ends of the longer side), stretch, or pad with black.
+        white: the value that becomes 255, in images of more than 8 bits; None: there are none.
     """
 
     height: int
     width: int
     channels: int
     resize: Resize
+    white: int | None = None
 
     @classmethod
     def of(cls, size: int | tuple[int, int], channels: int, resize: Resize) -> "ImageFormat":
@@ -67,13 +70,30 @@ class ImageFormat(NamedTuple):
         with Image.open(file) as image:
             mode, size = "L" if self.channels == 1 else "RGB", (self.width, self.height)
             image.draft(mode, (2 * self.width, 2 * self.height))  # spares large JPEGs pixels that resizing would drop
+            eight_bits: Image.Image = image
             if image.mode.startswith(("I", "F")):
-                raise ValueError("more than 8 bits per channel: convert it")
-            upright = ImageOps.exif_transpose(image).convert(mode)
+                if self.white is None:
+                    raise ValueError("more than 8 bits per channel: convert it, or write data.white")
+                values = np.asarray(image, np.float32) * (255 / self.white)
+                eight_bits = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
+            upright = ImageOps.exif_transpose(eight_bits).convert(mode)
             if upright.size != size:
                 upright = _RESIZE[self.resize](upright, size, Image.Resampling.BICUBIC)
             array = np.asarray(upright)
         return array[None] if self.channels == 1 else array.transpose(2, 0, 1)
+
+
+def white_of(files: Iterable[Path]) -> int | None:
+    """Return the smallest of 2^8 - 1, 2^10 - 1 and so on that images of more than 8 bits do not exceed; None: none is.
+
+    Such images are often of 12 bits, kept in 16. Floats have no usual range, and do not count.
+    """
+    largest = 0
+    for file in files:
+        with contextlib.suppress(Exception), Image.open(file) as image:  # decoding will report it
+            if image.mode.startswith("I"):
+                largest = max(largest, int(np.asarray(image).max()))
+    return next((2**bits - 1 for bits in (8, 10, 12, 14, 16) if largest < 2**bits), 2**32 - 1) if largest else None
 
 
 def cached_images(

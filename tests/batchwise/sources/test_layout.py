@@ -286,3 +286,33 @@ def test_the_best_of_an_older_run_is_not_taken_in_silence() -> None:
         f"error: ckpt_path best: the newest run, {second.folder.relative_to(Path.cwd())}, has no best."
     )
     assert line.endswith("because it was not validated: write last, or the file of an older run")
+
+
+@pytest.mark.parametrize(("largest", "white"), [(200, 255), (1000, 1023), (4000, 4095), (9000, 16383), (65535, 65535)])
+@pytest.mark.parametrize("kind", ["png", "tif"])
+def test_images_of_16_bits(largest: int, white: int, kind: str, capsys: pytest.CaptureFixture) -> None:
+    for label, level in (("a", largest), ("b", largest // 2)):
+        touch(f"{label}/x")
+        for number in range(3):
+            Image.fromarray(np.full((2, 2), level, np.uint16)).save(f"data/{label}/{number}.{kind}")
+    settings: dict[str, Any] = {"size": 2, "channels": 1, "val_fraction": 0, "test_fraction": 0, "batch_size": 2}
+    data = Folder("data", **settings)
+    data.setup("fit")
+    images, labels = data.load("train")  # type: ignore[misc]
+    pixels = images.gather(torch.arange(len(labels)), False)
+    found = {int(label): int(pixels[number].max()) for number, label in enumerate(labels)}
+    assert found == {0: round(largest * 255 / white), 1: round(largest // 2 * 255 / white)}
+    assert f"0 to {white:,} become 0 to 255" in capsys.readouterr().out
+    again = Folder("data", **settings, predict_path="data/b")
+    again.recall(data.state_dict() | {"learnt": data.learnt | {"white": 65535}})
+    (predicted,) = again.load("predict")  # type: ignore[misc]
+    assert int(predicted.gather(torch.arange(3), False).max()) == round(largest // 2 * 255 / 65535)
+    (given,) = Folder("data", **settings, white=largest, predict_path="data/a").load("predict")  # type: ignore[misc]
+    assert int(given.gather(torch.arange(3), False).min()) == 255
+
+
+def test_floats_need_a_scale() -> None:
+    touch("a/x")
+    Image.fromarray(np.full((2, 2), 0.5, np.float32)).save("data/a/1.tif")
+    with pytest.raises(ValueError, match=r"more than 8 bits per channel: convert it, or write data\.white"):
+        Folder("data", size=2, batch_size=2).load("train")
