@@ -1,5 +1,6 @@
 """Labels and their numbers, and values in a few words."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,6 +12,21 @@ def sorted_labels(labels: Iterable[str]) -> list[str]:
     different = set(labels)
     numbers = all(label.isdecimal() for label in different)
     return sorted(different, key=lambda label: (int(label) if numbers else 0, label))
+
+
+def check_alike(labels: Iterable[str], where: object) -> None:
+    """Refuse labels that differ only by case or blanks.
+
+    Raises:
+        ValueError: two labels look alike.
+    """
+    alike: dict[str, set[str]] = defaultdict(set)
+    for label in set(labels):
+        alike[" ".join(label.split()).casefold()].add(label)
+    for several in alike.values():
+        if len(several) > 1:
+            names = " and ".join(map(repr, sorted(several)))
+            raise ValueError(f"{where} has the labels {names}, which look like one: give both the same name")
 
 
 def label_numbers(labels: Sequence[str], known: Sequence[str], where: object) -> np.ndarray:

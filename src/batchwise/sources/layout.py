@@ -3,14 +3,13 @@
 import csv
 import json
 import os
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from PIL import Image
 
-from batchwise.data.labels import shown
+from batchwise.data.labels import check_alike, shown
 from batchwise.data.split import ALIASES
 
 PATHS = ("path", "file", "filename", "file_name", "filepath", "image", "image_path")
@@ -47,18 +46,8 @@ def find_images(path: Path, train: bool = True) -> Listing:
         raise ValueError(f"data.path {path} does not exist: write a folder, or a .csv, .tsv or .jsonl file")
     if not listing.names:
         raise ValueError(f"data.path {path} has no images: write a folder that has one sub-folder per class")
-    _check_labels(path, listing.labels)
+    check_alike(listing.labels, f"data.path {path}")
     return listing
-
-
-def _check_labels(path: Path, labels: Iterable[str]) -> None:
-    alike: dict[str, set[str]] = defaultdict(set)
-    for label in set(labels):
-        alike[" ".join(label.split()).casefold()].add(label)
-    for several in alike.values():
-        if len(several) > 1:
-            names = " and ".join(map(repr, sorted(several)))
-            raise ValueError(f"data.path {path} has the labels {names}, which look like one: give both the same name")
 
 
 # Folders

@@ -2,53 +2,24 @@
 
 import warnings
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from batchwise.data.labels import label_numbers
+from batchwise.data.labels import check_alike, label_numbers, sorted_labels
 from batchwise.data.split import ALIASES, Fractions
-from batchwise.errors import optional
+from batchwise.sources.columns import Column, form_of, is_text, numbers, stray, texts
+from batchwise.sources.reading import read_table
 
 if TYPE_CHECKING:
     from pyarrow import ChunkedArray
     from pyarrow import Table as ArrowTable
 
 MOST_CATEGORIES = 1000
-
-
-class Column(NamedTuple):
-    """How a column becomes inputs, by its values in the training split.
-
-    Args:
-        name: name of the column.
-        mean: mean of the numbers, without missing ones.
-        std: standard deviation of the numbers, without missing ones; 0 if all are the same.
-        missing: whether some numbers are missing.
-        categories: the values of a column of categories, in order; None for a column of numbers.
-    """
-
-    name: str
-    mean: float = 0.0
-    std: float = 0.0
-    missing: bool = False
-    categories: list[str] | None = None
-
-    def inputs(self, values: np.ndarray) -> np.ndarray:
-        """Return the inputs [N, 1 or more] for the values [N]: one-hot, or standardised, with 0 if missing."""
-        if self.categories is not None:
-            return np.array(self.categories) == values[:, None]
-        there = ~np.isnan(values)
-        known = np.where(there, (values - self.mean) / self.std if self.std else 0.0, 0.0)
-        return np.column_stack([known, ~there]) if self.missing else known[:, None]
-
-
-def texts(column: "ChunkedArray") -> np.ndarray:
-    """Return a column as text [N]. A missing value is empty."""
-    return column.cast("string").fill_null("").to_numpy().astype(str)
+MOST_CLASSES = 20
+"""Whole numbers, written with a decimal point, may be classes if there are at most so many."""
 
 
 class Table(Fractions):
@@ -69,7 +40,7 @@ class Table(Fractions):
         categorical: columns of numbers that are names, such as postcodes.
         ignore: columns that are not inputs, such as identifiers.
         split_column: the column that says train, val or test; null: fractions are taken, of each class alike.
-        delimiter: the character between the fields of a CSV file; null: a comma, in .tsv files a tab.
+        delimiter: the character between the fields of a CSV file; null: it is found out.
         predict_path: file of the rows to predict, with or without the target; null: the rows of the test split.
         **kwargs: those of `Fractions`.
     """
@@ -102,7 +73,7 @@ class Table(Fractions):
         """Return inputs float32 [N, F] and targets, int64 or float32; just inputs for `predict_path`."""
         if split == "predict":
             assert self.predict_path is not None
-            return (self._inputs(self._read(self.predict_path), self.predict_path),)
+            return (self._inputs(read_table(self.predict_path, self.delimiter)[0], self.predict_path),)
         index = self._index.get(split)
         return None if index is None else (self._all_inputs[index], self._all_targets[index])
 
@@ -127,25 +98,11 @@ class Table(Fractions):
         """The labels, in the order of their numbers; None if targets are numbers."""
         return None if self._labels is None else [str(label) for label in self._labels]
 
-    def _read(self, path: str) -> "ArrowTable":
-        optional("pyarrow", "table")
-        from pyarrow import ArrowException, csv, parquet
-
-        try:
-            if Path(path).suffix in (".parquet", ".pq") or Path(path).is_dir():
-                return parquet.read_table(path)
-            delimiter = self.delimiter or ("\t" if Path(path).suffix == ".tsv" else ",")
-            return csv.read_csv(
-                path,
-                parse_options=csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-                convert_options=csv.ConvertOptions(strings_can_be_null=True),
-            )
-        except (OSError, ArrowException) as error:
-            raise ValueError(f"{path} cannot be read: {error}") from error
-
     @cached_property
     def _table(self) -> "ArrowTable":
-        table = self._read(self.path)
+        table, found = read_table(self.path, self.delimiter)
+        for line in found:
+            self.say(f"{self.path}: {line}")
         for key, names in {
             "target": self.targets,
             "categorical": self.categorical,
@@ -165,13 +122,24 @@ class Table(Fractions):
         from pyarrow import types
 
         column = self._table[self.targets[0]]
-        kind = self.target_kind or ("number" if self.several or types.is_floating(column.type) else None)
-        if kind is None and types.is_integer(column.type):
+        kind = self.target_kind or ("number" if self.several else None)
+        if kind is None and types.is_floating(column.type):
+            different = column.unique().drop_null().to_numpy()
+            kind = None if len(different) <= MOST_CLASSES and (different == np.floor(different)).all() else "number"
+        if kind is None and self._form(self.targets[0], column) is not None:
+            kind = "number"
+        if kind is None and not is_text(column) and not types.is_boolean(column.type):
             raise ValueError(
                 f"the target '{self.targets[0]}' of {self.path} holds whole numbers: "
                 "write data.target_kind class or number"
             )
-        return None if kind == "number" else sorted(value for value in column.unique().to_pylist() if value is not None)
+        if kind == "number":
+            return None
+        labels = [value for value in column.unique().to_pylist() if value is not None]
+        if not is_text(column):
+            return sorted(labels)
+        check_alike(labels, f"the target '{self.targets[0]}' of {self.path}")
+        return sorted_labels(labels)
 
     @cached_property
     def _all_targets(self) -> Tensor:
@@ -188,24 +156,24 @@ class Table(Fractions):
         if known is not None:
             labels = self._table[self.targets[0]].to_pylist()
             return torch.from_numpy(label_numbers(labels, known, f"the target '{self.targets[0]}' of {self.path}"))
-        columns = [self._numbers(self._table[name], name, self.path) for name in self.targets]
+        columns = [
+            numbers(self._table[name], name, self.path, self._form(name, self._table[name])) for name in self.targets
+        ]
         targets = torch.from_numpy(np.column_stack(columns)).float()
         return targets if self.several else targets.squeeze(1)
 
-    def _numbers(self, column: "ChunkedArray", name: str, path: str) -> np.ndarray:
-        """Return a column as float64 [N]. A missing value is NaN."""
+    def _form(self, name: str, column: "ChunkedArray") -> str | None:
+        """Return the form of the numbers or dates that the texts of a column stand for; None: they are names."""
+        if not is_text(column) or name in self.categorical:
+            return None
+        values = [value for value in column.unique().to_pylist() if value is not None]
         try:
-            values = column.cast("float64").to_numpy().astype(np.float64)
-        except (ValueError, NotImplementedError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"column '{name}' of {path} does not hold numbers ({reason}): data.ignore leaves it out"
-            ) from error
-        if np.isinf(values).any():
-            raise ValueError(
-                f"column '{name}' of {path} is infinite in row {np.isinf(values).argmax() + 1}: correct it"
-            )
-        return values
+            form = form_of(values)
+        except ValueError as error:
+            raise ValueError(f"column '{name}' of {self.path} holds {error}: write them as 2024-12-31") from None
+        if form is not None:
+            self.say(f"{self.path}: column '{name}' holds {form}" + (", as days" if form.startswith("dates") else ""))
+        return form
 
     # Splits
 
@@ -242,21 +210,26 @@ class Table(Fractions):
     def _fit(self, name: str, column: "ChunkedArray") -> Column:
         from pyarrow import types
 
-        index, kind = self._index["train"].numpy(), column.type
-        kind = kind.value_type if types.is_dictionary(kind) else kind
-        if name in self.categorical or types.is_string(kind) or types.is_large_string(kind):
+        index, form = self._index["train"].numpy(), self._form(name, column)
+        if types.is_nested(column.type):
+            raise ValueError(f"column '{name}' of {self.path} holds lists: data.ignore leaves it out")
+        if name in self.categorical or (is_text(column) and form is None):
             categories = np.unique(texts(column)[index]).tolist()
             if len(categories) > min(MOST_CATEGORIES, max(20, len(index) // 2)):
+                wrong = stray(categories)
+                hint = f"correct '{wrong}', which is no number or date; or " if wrong else ""
                 raise ValueError(
                     f"column '{name}' of {self.path} has {len(categories):,} different values in {len(index):,} "
-                    "training rows: leave it out with data.ignore, or merge rare values"
+                    f"training rows: {hint}leave it out with data.ignore, or merge rare values"
                 )
             return Column(name, categories=categories)
-        values = self._numbers(column, name, self.path)[index]
+        if types.is_date(column.type) or types.is_timestamp(column.type):
+            self.say(f"{self.path}: column '{name}' holds dates, as days")
+        values = numbers(column, name, self.path, form)[index]
         known = values[~np.isnan(values)]
         if len(known) == 0 or known.min() == known.max():
-            return Column(name, missing=len(known) < len(values) and len(known) > 0)
-        return Column(name, known.mean(), known.std(), missing=len(known) < len(values))
+            return Column(name, missing=len(known) < len(values) and len(known) > 0, form=form)
+        return Column(name, known.mean(), known.std(), missing=len(known) < len(values), form=form)
 
     def _inputs(self, table: "ArrowTable", path: str) -> Tensor:
         columns = []
@@ -264,7 +237,8 @@ class Table(Fractions):
             if column.name not in table.column_names:
                 raise ValueError(f"{path} has no column '{column.name}', which training had")
             values = table[column.name]
-            values = self._numbers(values, column.name, path) if column.categories is None else texts(values)
+            is_name = column.categories is not None
+            values = texts(values) if is_name else numbers(values, column.name, path, column.form)
             columns.append(column.inputs(values).astype(np.float32))
         return torch.from_numpy(np.concatenate(columns, 1))
 

@@ -130,7 +130,6 @@ def test_fractions_are_stratified_and_keyed() -> None:
         index(val_fraction=0.5, test_fraction=0.5)
 
 
-DATES = PEOPLE.replace("1.5", "2020-01-01").replace("1.7", "2020-01-02").replace("1.6", "").replace("2.0", "")
 NAMES = "n,label\n" + "".join(f"name {number},{'ab'[number % 2]}\n" for number in range(100))
 WRONG = {
     "no file": ({"path": "nosuch.csv"}, "nosuch.csv cannot be read: .*nosuch.csv"),
@@ -158,7 +157,6 @@ WRONG = {
     "nothing to train on": ({"text": PEOPLE.replace("train", "val")}, "no row of people.csv is for training"),
     "infinite": ({"text": PEOPLE.replace("2.0", "inf")}, "column 'height' of people.csv is infinite in row 6"),
     "classes of several": ({"target": ["one", "town"], "target_kind": "class"}, "write data.target_kind number"),
-    "dates": ({"text": DATES}, "'height' .* data.ignore leaves it out"),
     "identifiers": (
         {"text": NAMES, "ignore": [], "split_column": None},
         "'n' of people.csv has 68 different values in 68 training rows: leave it out with data.ignore",

@@ -1,0 +1,240 @@
+"""Tables as people have them: what a file and a column are taken for, and what is refused, in one line."""
+
+import math
+from collections.abc import Callable
+from datetime import date, datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pytest
+import torch
+from pyarrow import parquet
+
+from batchwise.sources.columns import form_of, to_number
+from batchwise.sources.table import Table
+
+FORMS: dict[str, tuple[list[str], str | None, list[float]]] = {
+    "whole": (["1", "-2", "+3"], "numbers", [1, -2, 3]),
+    "decimals": (["1.5", ".5", "2."], "numbers", [1.5, 0.5, 2]),
+    "exponents": (["1e3", "2.5E-1"], "numbers", [1000, 0.25]),
+    "dashes": (["1", "-", "--"], "numbers", [1, math.nan, math.nan]),
+    "question marks": (["?", "2"], "numbers", [math.nan, 2]),
+    "None": (["None", "NA", "n/a", "null", "4"], "numbers", [math.nan] * 4 + [4]),
+    "blanks around": ([" 1 ", "2"], "numbers", [1, 2]),
+    "thousands": (["1,234", "12,345,678", "5"], "numbers with commas between thousands", [1234, 12345678, 5]),
+    "thousands and decimals": (["1,234.5"], "numbers with commas between thousands", [1234.5]),
+    "decimal comma": (["1,5", "2"], "numbers with a decimal comma", [1.5, 2]),
+    "decimal comma and thousands": (["1.234,5", "0,25"], "numbers with a decimal comma", [1234.5, 0.25]),
+    "ISO dates": (["1970-01-02", "1970-02-01"], "dates", [1, 31]),
+    "ISO moments": (["1970-01-02 12:00:00", "1970-01-01T06:00"], "dates", [1.5, 0.25]),
+    "days first": (["31.12.1970", "1.1.1970"], "dates, day first", [364, 0]),
+    "days first, slashes": (["31/12/1970", "01/02/1970"], "dates, day first", [364, 31]),
+    "days first, hyphens": (["13-01-1970"], "dates, day first", [12]),
+    "days first, with time": (["02.01.1970 12:00"], "dates, day first", [1.5]),
+    "months first": (["12/31/1970", "1/2/1970"], "dates, month first", [364, 1]),
+    "points mean days first": (["01.02.1970"], "dates, day first", [31]),
+    "dates with a dash": (["1970-01-02", "-"], "dates", [1, math.nan]),
+    "texts": (["a", "b"], None, []),
+    "a text among numbers": (["1", "a"], None, []),
+    "only dashes": (["-", "?"], None, []),
+    "underscores": (["1_000"], None, []),
+    "no date": (["2024-13-01"], None, []),
+    "two years": (["1.1.24"], None, []),
+    "versions": (["1.2.3"], None, []),
+    "times": (["12:30"], None, []),
+}
+
+
+@pytest.mark.parametrize("case", FORMS)
+def test_the_form_of_a_column(case: str) -> None:
+    values, form, right = FORMS[case]
+    assert form_of(values) == form
+    if form is not None:
+        assert [to_number(value, form) for value in values] == pytest.approx(right, nan_ok=True)
+
+
+@pytest.mark.parametrize("values", [["01/02/2024"], ["01/02/2024", "03/04/2024", "?"], ["01-02-2024"]])
+def test_dates_that_may_be_either(values: list[str]) -> None:
+    with pytest.raises(ValueError, match="whose day and month may be either"):
+        form_of(values)
+
+
+def made(text: str | bytes, **settings: Any) -> Table:
+    """A table of 30 rows of a text, of which `{n}` is the number of the row and `{k}` a class."""
+    Path("t.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
+    usual = {"path": "t.csv", "target": "k", "batch_size": 4, "val_fraction": 0, "test_fraction": 0}
+    return Table(**usual | settings)
+
+
+def rows(head: str, row: Callable[[int], str]) -> str:
+    return "\n".join([head, *(row(number) for number in range(30))]) + "\n"
+
+
+def k(number: int) -> str:
+    return "no" if number % 2 else "yes"
+
+
+def n_k(delimiter: str) -> str:
+    return rows(delimiter.join(("n", "k")), lambda i: f"{i}{delimiter}{k(i)}")
+
+
+CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
+    # What is read, the settings, and the inputs: their number, or the values of the first one before they are scaled.
+    "commas": (n_k(","), {}, range(30)),
+    "semicolons": (n_k(";"), {}, range(30)),
+    "tabs in .csv": (n_k("\t"), {}, range(30)),
+    "bars": (n_k("|"), {}, range(30)),
+    "a delimiter that is written": (n_k(";"), {"delimiter": ";"}, range(30)),
+    "a mark of byte order": (b"\xef\xbb\xbf" + n_k(",").encode(), {}, range(30)),
+    "Windows line ends": (n_k(",").replace("\n", "\r\n"), {}, range(30)),
+    "blanks in the head": (rows("n, k", lambda i: f"{i},{k(i)}"), {}, range(30)),
+    "an index of pandas": (rows(",n,k", lambda i: f"{i},{i},{k(i)}"), {}, 1),
+    "an index from 1": (rows(",n,k", lambda i: f"{i + 1},{i},{k(i)}"), {}, 1),
+    "Unnamed: 0": (rows("Unnamed: 0,n,k", lambda i: f"{i},{i},{k(i)}"), {}, 1),
+    "an unnamed column that is no index": (rows(",k", lambda i: f"{i * i},{k(i)}"), {}, 1),
+    "numbers with dashes": (rows("n,k", lambda i: f"{i if i % 7 else '-'},{k(i)}"), {}, 2),
+    "numbers with question marks": (rows("n,k", lambda i: f"{i if i % 7 else '?'},{k(i)}"), {}, 2),
+    "numbers with None": (rows("n,k", lambda i: f"{i if i % 7 else 'None'},{k(i)}"), {}, 2),
+    "a decimal comma": (rows("n;k", lambda i: f"{i},5;{k(i)}"), {}, [i + 0.5 for i in range(30)]),
+    "thousands": (rows("n,k", lambda i: f'"{i + 1},000",{k(i)}'), {}, [1000 * (i + 1) for i in range(30)]),
+    "dates": (rows("n,k", lambda i: f"1970-01-{i + 1:02},{k(i)}"), {}, range(30)),
+    "dates, day first": (rows("n,k", lambda i: f"{i + 1:02}.01.1970,{k(i)}"), {}, range(30)),
+    "dates, month first": (rows("n,k", lambda i: f"1/{i + 1}/1970,{k(i)}"), {}, range(30)),
+    "dates as categories": (
+        rows("n,k", lambda i: f"0{1 + i % 3}.01.1970,{k(i)}"), {"categorical": ["n"]}, 3,
+    ),
+    "numbers as categories": (rows("n,k", lambda i: f"{i % 4},{k(i)}"), {"categorical": ["n"]}, 4),
+    "unix seconds": (rows("n,k", lambda i: f"{1_700_000_000 + i},{k(i)}"), {}, range(30)),
+    "large whole numbers": (rows("n,k", lambda i: f"{10**15 + i},{k(i)}"), {}, range(30)),
+    "classes that are fractions": (
+        rows("n,k", lambda i: f"{i},{i % 2}.0"), {"target_kind": "class"}, range(30),
+    ),
+    "numbers to predict": (rows("n,k", lambda i: f"{i},{i}.5"), {}, range(30)),
+    "numbers to predict, decimal comma": (rows("n;k", lambda i: f"{i};{i},5"), {}, range(30)),
+    "true and false": (rows("n,k", lambda i: f"{i},{'true' if i % 2 else 'false'}"), {}, range(30)),
+    "a column that is ignored": (rows("n,t,k", lambda i: f"{i},text {i},{k(i)}"), {"ignore": ["t"]}, range(30)),
+    "a quoted line break": (rows("n,t,k", lambda i: f'{i},"a\nb",{k(i)}'), {}, 2),
+    "no rows": ("n,k\n", {}, "t.csv has no rows: it has the columns n, k"),
+    "an empty file": ("", {}, "t.csv cannot be read"),
+    "a name twice": (rows("n,n,k", lambda i: f"{i},{i},{k(i)}"), {}, "1 column name.s. twice, such as 'n': rename one"),
+    "names that differ by a blank": (rows("n, n,k", lambda i: f"{i},{i},{k(i)}"), {}, "twice, such as 'n'"),
+    "Yes and yes": (rows("n,k", lambda i: f"{i},{('Yes', 'yes', 'no')[i % 3]}"), {}, "labels 'Yes' and 'yes', which"),
+    "yes with a blank": (rows("n,k", lambda i: f"{i},{('yes', 'yes ', 'no')[i % 3]}"), {}, "labels 'yes' and 'yes '"),
+    "whole numbers to predict": (rows("n,k", lambda i: f"{i},{i % 2}"), {}, "holds whole numbers: write data"),
+    "whole fractions to predict": (rows("n,k", lambda i: f"{i},{i % 2}.0"), {}, "holds whole numbers: write data.targ"),
+    "dates that may be either": (
+        rows("n,k", lambda i: f"01/0{1 + i % 3}/2024,{k(i)}"), {}, "whose day and month may be either: write them as",
+    ),
+    "a word among numbers": (
+        rows("n,k", lambda i: f"{i if i != 7 else 'seven'},{k(i)}"), {}, "correct 'seven', which is no number or date",
+    ),
+    "a folder that is not there": (n_k(","), {"path": "~/nosuch/t.csv"}, "nosuch/t.csv cannot be read"),
+    "no such target": (n_k(","), {"target": "z"}, "has no column 'z': write one of n, k"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tables(case: str) -> None:
+    text, settings, expected = CASES[case]
+    data = made(text, **settings)
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected) as error:
+            data.load("train")
+        assert "\n" not in str(error.value)
+        return
+    inputs, targets = data.load("train")  # type: ignore[misc]
+    assert len(inputs) == len(targets) == 30
+    if isinstance(expected, int):
+        assert inputs.shape[1] == expected
+        return
+    right = torch.tensor(list(expected), dtype=torch.float64)
+    right = ((right - right.mean()) / right.std(correction=0)).float()
+    torch.testing.assert_close(inputs[:, 0], right, rtol=0, atol=1e-5)
+
+
+def test_latin_1_is_read_as_such(capsys: pytest.CaptureFixture) -> None:
+    data = made(rows("n,k", lambda i: f"{i},{'café' if i % 2 else 'thé'}").encode("latin-1"))
+    data.load("train")
+    assert data.class_names == ["café", "thé"]
+    assert "t.csv: it is not UTF-8, and is read as Latin-1" in capsys.readouterr().out
+
+
+def test_guesses_are_printed(capsys: pytest.CaptureFixture) -> None:
+    made(rows(";n;d;k", lambda i: f"{i};{i},5;{i + 1:02}.01.2024;{k(i)}")).load("train")
+    said = capsys.readouterr().out
+    for line in (
+        "fields are separated by ';'",
+        "the first column is an index and is left out",
+        "column 'n' holds numbers with a decimal comma",
+        "column 'd' holds dates, day first, as days",
+    ):
+        assert f"t.csv: {line}" in said
+
+
+PARQUET: dict[str, tuple[Any, Any]] = {
+    "categories": (pyarrow.array(["a", "b", "c"] * 10).dictionary_encode(), 3),
+    "decimals": (pyarrow.array([Decimal(i) / 4 for i in range(30)]), [i / 4 for i in range(30)]),
+    "dates": (pyarrow.array([date(1970, 1, i + 1) for i in range(30)]), range(30)),
+    "moments": (pyarrow.array([datetime(1970, 1, i + 1) for i in range(30)]), range(30)),
+    "large texts": (pyarrow.array(["a", "b"] * 15, pyarrow.large_string()), 2),
+    "half precision": (pyarrow.array(np.arange(30, dtype=np.float16)), range(30)),
+    "true and false": (pyarrow.array([True, False] * 15), [1, 0] * 15),
+    "missing numbers": (pyarrow.array([None if i == 3 else i for i in range(30)]), 2),
+    "missing dates": (pyarrow.array([None if i == 3 else date(1970, 1, i + 1) for i in range(30)]), 2),
+    "lists": (pyarrow.array([[1, 2]] * 30), "column 'n' of t.parquet holds lists: data.ignore leaves it out"),
+    "bytes": (pyarrow.array([b"a"] * 30), "column 'n' of t.parquet does not hold numbers"),
+}
+
+
+@pytest.mark.parametrize("case", PARQUET)
+def test_parquet(case: str) -> None:
+    column, expected = PARQUET[case]
+    table = pyarrow.table({"n": column, "k": pyarrow.array([k(i) for i in range(30)])})
+    parquet.write_table(table, "t.parquet", row_group_size=7)
+    data = made(b"", path="t.parquet")
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            data.load("train")
+        return
+    inputs, _ = data.load("train")  # type: ignore[misc]
+    if isinstance(expected, int):
+        assert inputs.shape[1] == expected
+        return
+    right = torch.tensor(list(expected), dtype=torch.float64)
+    right = ((right - right.mean()) / right.std(correction=0)).float()
+    torch.testing.assert_close(inputs[:, 0], right, rtol=0, atol=1e-4)
+
+
+NEW = {
+    "reordered": "k,t,n\nyes,a,3\n",
+    "without the target": "n,t\n3,a\n",
+    "more columns": "x,n,t,y\n1,3,a,2\n",
+    "a new category": "n,t\n3,zzz\n",
+    "a missing number": "n,t\n,a\n",
+    "a dash": "n,t\n-,a\n",
+    "semicolons": "n;t\n3;a\n",
+}
+
+
+@pytest.mark.parametrize("case", NEW)
+def test_rows_to_predict(case: str) -> None:
+    Path("new.csv").write_text(NEW[case])
+    data = made(rows("n,t,k", lambda i: f"{i if i else '-'},{'ab'[i % 2]},{k(i)}"), predict_path="new.csv")
+    train, _ = data.load("train")  # type: ignore[misc]
+    (found,) = data.load("predict")  # type: ignore[misc]
+    right = train[3].clone()
+    right[2:] = torch.tensor([0.0, 0.0] if case == "a new category" else [1.0, 0.0])
+    if case in ("a missing number", "a dash"):
+        right[:2] = torch.tensor([0.0, 1.0])
+    assert torch.equal(found[0], right)
+
+
+def test_rows_to_predict_that_do_not_fit() -> None:
+    text = rows("n,t,k", lambda i: f"{i},{'ab'[i % 2]},{k(i)}")
+    for new, words in (("n\n3\n", "new.csv has no column 't', which training had"), ("n,t\nthree,a\n", "hold numbers")):
+        Path("new.csv").write_text(new)
+        with pytest.raises(ValueError, match=words):
+            made(text, predict_path="new.csv").load("predict")
