@@ -115,9 +115,12 @@ def test_a_fraction_of_zero_makes_no_split():
     assert len(data.load("train")[1]) == 1797
 
 
-def test_a_split_without_images_is_refused():
-    with pytest.raises(ValueError, match="the val split has no examples"):
-        Digits(val_fraction=0.002, batch_size=8).setup("fit")
+def test_a_share_too_small_for_each_class_is_drawn_from_all():
+    data = Digits(val_fraction=0.002, batch_size=8)
+    data.setup("fit")
+    val = data.split("val")
+    assert val is not None
+    assert len(val) == round(0.002 * 1797)
 
 
 def test_a_plan_for_the_training_split():
