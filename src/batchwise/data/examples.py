@@ -96,6 +96,12 @@ class Examples(Reserved, pl.LightningDataModule, ABC):
             fetch, (devices, _) = self.split(name), self.replicas
             if fetch is not None and len(fetch) == 0:
                 raise ValueError(f"the {name} split has no examples: check where it is read from")
+            lengths = getattr(fetch, "lengths", None)
+            if lengths is not None and len(lengths) and int(lengths.min()) == 0:
+                raise ValueError(
+                    f"example {int(lengths.argmin())} of the {name} split has no values ({int((lengths == 0).sum()):,} "
+                    "are empty): leave such sequences out in load"
+                )
             if fetch is not None and name != "train" and len(fetch) < devices:
                 raise ValueError(f"the {name} split has {len(fetch)} examples: use at most {len(fetch)} devices")
             if fetch is None and name != "val":

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from batchwise.batching.random import mix
+from batchwise.errors import optional
 
 STDLIB = "stdlib"
 """Name for the source of Python's own standard library: text that is on every machine (PSF licence)."""
-CSV, JSON_LINES = (".csv", ".tsv"), (".jsonl", ".ndjson")
+CSV, JSON_LINES, PARQUET = (".csv", ".tsv"), (".jsonl", ".ndjson"), (".parquet", ".pq")
 
 
 class Document(NamedTuple):
@@ -61,7 +62,7 @@ def read(path: Path, text_column: str, label_column: str | None, delimiter: str 
     """Yield the documents of a file, without empty ones.
 
     Args:
-        path: each row of a CSV, TSV or JSON-lines file is a document; any other file is plain text.
+        path: each row of a CSV, TSV, JSON-lines or Parquet file is a document; any other file is plain text.
         text_column: the column of the text.
         label_column: the column of the label; None: there are no labels.
         delimiter: what separates two documents of a plain text; None: the whole file is one.
@@ -70,7 +71,7 @@ def read(path: Path, text_column: str, label_column: str | None, delimiter: str 
         ValueError: the file cannot be read in this way; the message says where.
     """
     try:
-        if path.suffix in CSV + JSON_LINES:
+        if path.suffix.lower() in CSV + JSON_LINES + PARQUET:
             for place, row in _rows(path):
                 for column in filter(None, (text_column, label_column)):
                     if row.get(column) is None:
@@ -89,10 +90,21 @@ def read(path: Path, text_column: str, label_column: str | None, delimiter: str 
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict]]:
+    kind = path.suffix.lower()
+    if kind in PARQUET:
+        optional("pyarrow", "table")
+        from pyarrow import ArrowException, parquet
+
+        try:
+            rows = parquet.read_table(path).to_pylist()
+        except (OSError, ArrowException) as error:
+            raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
+        yield from ((f"{path}, row {number},", row) for number, row in enumerate(rows, 1))
+        return
     with path.open(newline="", encoding="utf-8-sig") as file:
-        if path.suffix in CSV:
+        if kind in CSV:
             csv.field_size_limit(2**31 - 1)  # by default a text of more than 131,072 characters is refused
-            reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+            reader = csv.DictReader(file, delimiter="\t" if kind == ".tsv" else ",")
             for row in reader:
                 yield f"{path}, line {reader.line_num},", row
             return

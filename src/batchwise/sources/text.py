@@ -17,7 +17,7 @@ from batchwise.data.examples import Source
 from batchwise.data.labels import shown
 from batchwise.data.learnt import same
 from batchwise.data.split import Fractions
-from batchwise.sources.documents import find_files
+from batchwise.sources.documents import Document, find_files, read
 from batchwise.sources.tokens import Tokens
 from batchwise.sources.vocabulary import Vocabulary, make_vocabulary
 
@@ -55,6 +55,7 @@ class Text(Fractions):
         val_fraction: share of the documents for validation (at least one), drawn by a hash of their texts.
         test_fraction: share of the documents for the test.
         split_seed: decides which documents are in which split.
+        predict_path: paths and patterns of the texts to predict, of which labels are not read; null: the test split.
         cache: folder for the tokens.
         **kwargs: those of `DataModule`.
     """
@@ -74,6 +75,7 @@ class Text(Fractions):
         val_fraction: float = 0.05,
         test_fraction: float = 0.05,
         split_seed: int = 0,
+        predict_path: str | list[str] | None = None,
         cache: str = ".cache",
         **kwargs,
     ) -> None:
@@ -95,12 +97,18 @@ class Text(Fractions):
         }
         self.patterns = {"train": files, "val": val_files, "test": test_files}
         self.vocabulary_name, self.sequence_length, self.packing = vocabulary, sequence_length, packing
+        self.predict_path, self.has_predict_split = predict_path, predict_path is not None
         self.document_mask, self.labelled, self.cache = document_mask, label_column is not None, cache
 
     # What the network is given
 
     def load(self, split: str) -> Source | None:
         """Return blocks [N, T]; or sequences and, if there are labels, their numbers [N]."""
+        if split == "predict":
+            tokens = Tokens({}, {}, **self.arguments)
+            found = [tokens.sequences(document, self.vocabulary) for document in self._to_predict]
+            lengths = np.array([0, *(length for _, lengths in found for length in lengths)])
+            return Ragged(np.concatenate([values for values, _ in found]).astype(np.int32), lengths.cumsum())
         if split not in self.meta["splits"]:
             return None
         if self.recalled and not same(self.learn(), self.learnt):
@@ -116,6 +124,22 @@ class Text(Fractions):
             return (tokens.reshape(-1, self.sequence_length),)
         lengths, labels = (np.load(self.folder / f"{split}.{name}.npy") for name in ("lengths", "labels"))
         return Ragged(tokens, np.concatenate([[0], lengths.cumsum()]), *[labels][: self.labelled])
+
+    def describe(self, index: Tensor) -> dict[str, list]:
+        """Return the texts that are classified, if they are those of `predict_path`."""
+        if not (self.has_predict_split and self.labelled):
+            return {}
+        return {"text": [self._to_predict[number].text for number in index.tolist()]}
+
+    @cached_property
+    def _to_predict(self) -> list[Document]:
+        files = find_files("data.predict_path", self.predict_path or [])
+        label = "" if self.labelled else None  # which only says that a text is one sequence
+        columns = self.arguments["text_column"], None, self.arguments["delimiter"]
+        found = [Document(document.text, label) for path in files for document in read(path, *columns)]
+        if not found:
+            raise ValueError(f"data.predict_path {self.predict_path} has no text: write files that have some")
+        return found
 
     def learn(self) -> dict[str, Any]:
         """The characters and the labels that there are, in order, and a hash of the tokenizer's file."""
@@ -188,4 +212,4 @@ class Text(Fractions):
     @cached_property
     def vocabulary(self) -> Vocabulary:
         """Text to tokens and back."""
-        return make_vocabulary(self.vocabulary_name, self.meta["characters"])
+        return make_vocabulary(self.vocabulary_name, self.learnt["characters"])

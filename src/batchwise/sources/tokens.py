@@ -86,7 +86,7 @@ class Tokens:
         parts = {split: _Split(folder / split, dtype) for split in ("train", "val", "test")}
         for split, document in self.documents():
             label = None if document.label is None else classes.index(document.label)
-            parts[split].add(*self._sequences(document, vocabulary), label)
+            parts[split].add(*self.sequences(document, vocabulary), label)
         splits = {}
         for split, part in parts.items():
             blocks = part.finish(self.packing, self.sequence_length)
@@ -112,7 +112,7 @@ class Tokens:
             labels |= {document.label} if document.label is not None else set()
         return "".join(sorted(characters)), sorted_labels(labels)
 
-    def _sequences(self, document: Document, vocabulary: Vocabulary) -> tuple[np.ndarray, list[int]]:
+    def sequences(self, document: Document, vocabulary: Vocabulary) -> tuple[np.ndarray, list[int]]:
         """Return the tokens of a document with the separator, and the lengths of its sequences."""
         tokens, separator, most = vocabulary.encode(document.text), np.array([vocabulary.size]), self.sequence_length
         if document.label is not None:

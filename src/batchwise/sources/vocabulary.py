@@ -8,6 +8,9 @@ import numpy as np
 
 from batchwise.errors import optional
 
+UNKNOWN = "\ufffd"
+"""What a token stands for that the vocabulary does not know. A network may know more tokens, and give them."""
+
 
 class Bytes:
     """The 256 bytes of UTF-8: any text, no unknown token."""
@@ -20,7 +23,9 @@ class Bytes:
 
     def decode(self, tokens: list[int]) -> str:
         """Return the text."""
-        return bytes(tokens).decode(errors="replace")
+        return b"".join(bytes([token]) if token < self.size else UNKNOWN.encode() for token in tokens).decode(
+            errors="replace"
+        )
 
 
 class Characters:
@@ -47,7 +52,7 @@ class Characters:
 
     def decode(self, tokens: list[int]) -> str:
         """Return the characters."""
-        return "".join((self.characters + "\ufffd")[token] for token in tokens)
+        return "".join(self.characters[token] if token < len(self.characters) else UNKNOWN for token in tokens)
 
 
 def _codes(text: str) -> np.ndarray:
