@@ -69,6 +69,16 @@ class Mixture(DataModule):
         for module in self.modules.values():
             module.prepare_data()
 
+    def learn(self) -> dict[str, Any]:
+        """What each module learns, by its name."""
+        return {name: module.learn() for name, module in self.modules.items()}
+
+    def setup(self, stage: str) -> None:
+        """Give each module what it has learnt in training, then load the splits that `stage` needs."""
+        for name, module in self.modules.items():
+            module.recall({"learnt": self.learnt.get(name, {}), "class_names": None} if self.recalled else None)
+        super().setup(stage)
+
     def load(self, split: str) -> Source | None:
         """Return the examples of a split of all modules, source after source."""
         loaded = {name: module.load(split) for name, module in self.modules.items()}

@@ -19,6 +19,7 @@ from torch import Tensor
 from batchwise.callbacks.checkpoint import Last
 from batchwise.data.labels import label_numbers, shown, sorted_labels
 from batchwise.data.learnt import plain, same
+from batchwise.data.mixture import Mixture
 from batchwise.tasks.classification import Classification
 
 # In Python
@@ -337,3 +338,24 @@ def test_texts_with_other_labels_or_characters_are_refused(vocabulary: str) -> N
             other.recall(state)
             with pytest.raises(ValueError, match=r"training has learnt from its texts: .*; and data.files now give: "):
                 other.setup("test")
+
+
+def mixture(*shifts: float) -> Mixture:
+    modules = {name: Centred() for name in ("one", "two")}
+    for module, shift in zip(modules.values(), shifts, strict=True):
+        module.batch_size = None
+        module.shift = shift
+    return Mixture(modules, {"one": 1, "two": 1}, batch_size=10, seed=3)
+
+
+def test_a_mixture_keeps_what_each_module_has_learnt() -> None:
+    train(mixture(0.0, 1.0))  # type: ignore[arg-type]
+    state = torch.load(LAST, weights_only=True)["Mixture"]["learnt"]
+    assert same(state["two"]["mean"], state["one"]["mean"] + 1)
+    data = mixture(5.0, 5.0)
+    trainer().test(Classify(network()), data, LAST, verbose=False)
+    for name, module in data.modules.items():
+        assert same(module.learnt["mean"], state[name]["mean"])  # type: ignore[attr-defined]
+    train(mixture(0.0, 1.0), ckpt_path=LAST, max_steps=6)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"trained on other data: it has learnt two "):
+        train(mixture(0.0, 2.0), ckpt_path=LAST, max_steps=7)  # type: ignore[arg-type]
