@@ -77,9 +77,12 @@ class Hub(Fractions):
         return replace(batch, inputs=batch.inputs.to(torch.get_default_dtype()).div_(127.5).sub_(1))
 
     def labels(self) -> Tensor | None:
-        """Return the training targets [examples] if they are classes."""
+        """Return the training targets [examples] if they are whole numbers."""
         train = self.load("train")
-        return None if train is None or not self.class_names else train.targets()
+        if train is None:
+            return None
+        targets = train.targets()
+        return None if targets.is_floating_point() or targets.ndim > 1 else targets
 
     @cached_property
     def _sets(self) -> dict[str, Any]:
@@ -136,6 +139,10 @@ class Hub(Fractions):
 
     @cached_property
     def _parts(self) -> dict[str, "Columns"]:
+        for split, part in self._sets.items():
+            for column in () if self._images else self.inputs:
+                check_column(part, column, split, is_input=True)
+            check_column(part, self.target, split, is_input=False)
         parts = {split: Columns(part, self) for split, part in self._sets.items()}
         if "val" not in parts or len(parts) == 1:
             train = parts["train"]
@@ -143,6 +150,41 @@ class Hub(Fractions):
             for split, index in self.divide(labels, test=len(parts) == 1).items():
                 parts[split] = Columns(train.dataset, self, index)
         return parts
+
+
+def check_column(dataset: Any, name: str, split: str, is_input: bool) -> None:
+    """Check that a column can be trained on, without reading more of the file than the column.
+
+    Raises:
+        ValueError: values are missing, not finite, texts, arrays of unequal length, or labels below 0.
+    """
+    from pyarrow import compute, types
+
+    column: Any = dataset.with_format("arrow")[name] if dataset._indices else dataset.data.column(name)
+    column = column.combine_chunks() if hasattr(column, "combine_chunks") else column
+    where, kind = f"column '{name}' of the {split} split", column.type
+    wrong, problem, remedy = compute.is_null(column), "is missing", "fill it in, or filter these rows out"  # type: ignore[attr-defined]
+    if types.is_floating(kind) and not column.null_count:
+        wrong, problem = compute.invert(compute.is_finite(column)), "is not finite"  # type: ignore[attr-defined]
+    if types.is_integer(kind) and not column.null_count and not is_input:
+        wrong, problem = compute.less(column, 0), "is below 0"  # type: ignore[attr-defined]
+        remedy = "-1 says that there is no label, so filter these rows out"
+    count = compute.sum(wrong).as_py() or 0  # type: ignore[attr-defined]
+    if count:
+        row = compute.index(wrong, True).as_py() + 1  # type: ignore[attr-defined]
+        raise ValueError(f"{where} {problem} in {count:,} of {len(column):,} rows, such as row {row}: {remedy}")
+    if is_input and (types.is_string(kind) or types.is_large_string(kind)):
+        raise ValueError(
+            f"{where} holds texts: save them as a file for batchwise.sources.text.Text, or make tokens of them in a "
+            "data module of your own"
+        )
+    if types.is_list(kind) or types.is_large_list(kind):
+        lengths = compute.min_max(compute.list_value_length(column)).as_py()  # type: ignore[attr-defined]
+        if lengths["min"] != lengths["max"]:
+            raise ValueError(
+                f"{where} holds arrays of {lengths['min']} to {lengths['max']} values: make them equally long, or "
+                "return batchwise.batching.ragged.Ragged from a data module of your own"
+            )
 
 
 class Columns(Dataset):

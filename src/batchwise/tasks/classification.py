@@ -128,8 +128,9 @@ def check_labels(data: DataModule, classes: int) -> None:
     """
     found: dict[str, Tensor] = {}
     for name, fetch in data.loaded():
-        targets = getattr(fetch, "fields", (None,))[-1]
-        if targets is None or len(fetch.fields) < 2:  # type: ignore[attr-defined]
+        fields = getattr(fetch, "fields", ())
+        targets = fields[-1] if len(fields) > 1 else data.labels() if name == "train" and not fields else None
+        if targets is None:
             continue
         if not isinstance(targets, Tensor):
             raise ValueError(

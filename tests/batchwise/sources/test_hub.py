@@ -1,6 +1,7 @@
 """`datasets` on local files alone: Parquet, CSV, an Arrow cache, image folders."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from PIL import Image
 
 from batchwise.batching.fetch import DataError, Request
 from batchwise.sources.hub import Hub
+from batchwise.tasks.classification import Classification
 
 datasets = pytest.importorskip("datasets")
 pa = pytest.importorskip("pyarrow")
@@ -120,7 +122,7 @@ def test_images_of_several_sizes() -> None:
         (("nosuch.parquet", "x"), ["nosuch.parquet", "no such file"]),
         (("pets.parquet", "size", "kind"), ["no column 'size'", "number, width, kind"]),
         (("torn.parquet", "x"), ["torn.parquet cannot be read"]),
-        (("other.jsonl", "words", "kind"), ["column 'words'", "numbers, arrays of one shape, or images"]),
+        (("other.jsonl", "words", "kind"), ["column 'words' of the train split holds texts: save them as a file"]),
     ],
 )
 def test_what_is_wrong_is_said(arguments: tuple[str, ...], words: list[str]) -> None:
@@ -148,3 +150,47 @@ def test_it_trains_from_the_command_line() -> None:
     )
     assert result.code == 0, result.err
     assert "best val/accuracy 1.0000" in result.out
+
+
+WRONG: dict[str, tuple[dict[str, list], str]] = {
+    "a missing number": (
+        {"width": [None, 1.0]},
+        "'width' of the train split is missing in 1 of 20 rows, such as row 3",
+    ),
+    "a number that is not finite": ({"width": [math.nan]}, "'width' .* is not finite in 1 of 20 rows, such as row 3"),
+    "infinite": ({"width": [math.inf, -math.inf]}, "'width' .* is not finite in 2 of 20 rows, such as row 3"),
+    "a missing label": ({"kind": [None]}, "'kind' of the train split is missing in 1 of 20 rows, such as row 3"),
+    "no label": (
+        {"number": [-1, -1]},
+        "'number' .* is below 0 in 2 of 20 rows, such as row 3: -1 says",
+    ),
+    "arrays of unequal length": (
+        {"many": [[1.0], [1.0, 2.0, 3.0]]},
+        "'many' .* holds arrays of 1 to 3 values: make",
+    ),
+    "a missing array": ({"many": [None]}, "'many' .* is missing in 1 of 20 rows, such as row 3"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_columns_are_judged_before_training(case: str) -> None:
+    change, words = WRONG[case]
+    table: dict[str, list] = {key: values[:20] for key, values in rows().items()} | {"many": [[1.0, 2.0]] * 20}
+    for name, values in change.items():
+        table[name] = [*table[name][:2], *values, *table[name][2 + len(values) :]]
+    pa.parquet.write_table(pa.table(table), "wrong.parquet")
+    target = "number" if "number" in change else "kind"
+    data = Hub("wrong.parquet", "many" if "many" in change else "width", target, batch_size=4)
+    with pytest.raises(ValueError, match=words) as error:
+        data.setup("fit")
+    assert "\n" not in str(error.value)
+
+
+def test_labels_that_begin_with_one() -> None:
+    table = {"width": [[float(n), 1.0] for n in range(30)], "kind": [1 + n % 3 for n in range(30)]}
+    pa.parquet.write_table(pa.table(table), "ones.parquet")
+    data = Hub("ones.parquet", "width", "kind", batch_size=4)
+    data.setup("fit")
+    task = Classification(torch.nn.Linear(2, 3))
+    with pytest.raises(ValueError, match=r"label 3 at example \d+ of the train split, but model.network has 3 outputs"):
+        task.prepare(data, "train")
