@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from copy import copy
+from functools import cached_property
 from typing import Any, final
 
 import lightning.pytorch as pl
@@ -116,6 +117,12 @@ class Examples(Reserved, pl.LightningDataModule, ABC):
             workers = self.num_workers, self.max_unreadable
             self.__loaded[name] = None if source is None else make_fetch(source, *workers, collate)
         return self.__loaded[name]
+
+    def _forget(self) -> None:
+        """Forget the splits, and all cached properties of a subclass."""
+        self.__loaded, self.__fed = {}, {}
+        for name in [name for name in vars(self) if isinstance(getattr(type(self), name, None), cached_property)]:
+            delattr(self, name)
 
     has_predict_split = False
     """Whether `load` has a "predict" split. Without one, `predict` runs on the test split."""

@@ -59,6 +59,7 @@ class Learning(Examples):
         Args:
             state: of this data module in a checkpoint; None: learn anew.
         """
+        before = self.__own if self.__saved is None else self.__saved[0]
         if state is None or "learnt" not in state:
             self.__saved = None
             if state is not None and type(self).learn is not Learning.learn:
@@ -68,7 +69,10 @@ class Learning(Examples):
                     stacklevel=2,
                 )
         else:
-            self.__saved = plain(state["learnt"], "learnt"), state["class_names"]
+            self.__saved = plain(state["learnt"], "learnt"), state.get("class_names")
+        now = self.__own if self.__saved is None else self.__saved[0]
+        if before is not None and not same(before, now):
+            self._forget()  # examples that were loaded by what was known before
 
     @final
     def check_recalled(self, training: bool) -> None:

@@ -256,6 +256,9 @@ class DataModule(Learning):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the position, the limit and the changes of batch size."""
+        if not self.recalled:  # a checkpoint that is no local file is read too late
+            self.recall(state_dict)
+            self.check_recalled(training=True)
         self.__restored_step, self.__limit = state_dict["step"], state_dict["micro_batch_limit"]
         if isinstance(self.batch_size_schedule, Adaptive) and self.__plan is not None:
             self.__plan = replace(self.__plan, changes=tuple((seen, size) for seen, size in state_dict["changes"]))

@@ -20,6 +20,7 @@ from batchwise.callbacks.checkpoint import Last
 from batchwise.data.labels import label_numbers, shown, sorted_labels
 from batchwise.data.learnt import plain, same
 from batchwise.data.mixture import Mixture
+from batchwise.sources.folder import Folder
 from batchwise.tasks.classification import Classification
 
 # In Python
@@ -359,3 +360,22 @@ def test_a_mixture_keeps_what_each_module_has_learnt() -> None:
     train(mixture(0.0, 1.0), ckpt_path=LAST, max_steps=6)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"trained on other data: it has learnt two "):
         train(mixture(0.0, 2.0), ckpt_path=LAST, max_steps=7)  # type: ignore[arg-type]
+
+
+def test_a_data_module_that_is_used_again_loads_by_what_it_now_knows() -> None:
+    pictures("photos/train", {"cat": 40, "dog": 180}, 4)
+    pictures("photos/test", {"cat": 40, "dog": 180}, 2)
+    data = Folder("photos", size=4, batch_size=2, val_fraction=0)
+    data.setup("fit")
+    state = data.state_dict()
+    data.setup("test")
+    before = data.examples("test", 4).targets.tolist()
+    assert before == [0, 0, 1, 1]
+    first = data.split("test")
+    data.recall(state)  # the same: nothing is loaded again
+    assert data.split("test") is first
+    data.recall({"learnt": state["learnt"] | {"classes": ["dog", "cat"]}, "class_names": ["dog", "cat"]})
+    data.setup("test")
+    assert data.examples("test", 4).targets.tolist() == [1, 1, 0, 0]
+    data.recall(None)
+    assert data.examples("test", 4).targets.tolist() == before
