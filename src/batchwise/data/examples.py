@@ -100,9 +100,10 @@ class Examples(Reserved, pl.LightningDataModule, ABC):
                 raise ValueError(f"the {name} split has no examples: check where it is read from")
             lengths = getattr(fetch, "lengths", None)
             if lengths is not None and len(lengths) and int(lengths.min()) == 0:
+                empty = int((lengths == 0).sum())
                 warnings.warn(
-                    f"example {int(lengths.argmin())} of the {name} split has no values ({int((lengths == 0).sum()):,} are "
-                    "empty): a mean over it is not a number, so weigh it with 0, or leave it out in load",
+                    f"example {int(lengths.argmin())} of the {name} split has no values ({empty:,} are empty): a mean "
+                    "over it is not a number, so weigh it with 0, or leave it out in load",
                     stacklevel=2,
                 )
             if fetch is not None and name != "train" and len(fetch) < devices:
