@@ -54,12 +54,12 @@ class Classification(Task):
         mixed = batch.targets.ndim == 2  # probabilities [N, C], of augmentations that mix examples
         if self._measures.are_due(self.training):
             self.measure(_probability(logits), batch.targets.argmax(1) if mixed else batch.targets)
-        smoothing = self.label_smoothing
-        if self.weights is None or not mixed:
+        smoothing, by_class = self.label_smoothing, self.weights
+        if by_class is None or not mixed:
             losses = F.cross_entropy(logits, batch.targets, reduction="none", label_smoothing=smoothing)
-            return losses if self.weights is None else (losses, self.weights[batch.targets].to(losses))
+            return losses if by_class is None else (losses, by_class[batch.targets].to(losses))
         # Each class in a mixture has its own weight. So the divisor is the sum of these weights.
-        each = self.weights.to(logits)
+        each = by_class.to(logits)
         weights = (batch.targets.to(each) @ each).clamp_min(torch.finfo(each.dtype).tiny)
         return F.cross_entropy(
             logits, batch.targets, each, reduction="none", label_smoothing=smoothing

@@ -22,7 +22,7 @@ def checked(given: Any, examples: int, name: str) -> tuple[Tensor, Tensor | None
         ValueError: it is not one loss per target.
     """
     losses, weights = given if isinstance(given, tuple) else (given, None)
-    if not isinstance(losses, Tensor) or losses.ndim == 0 or len(losses) != examples:
+    if not isinstance(losses, Tensor) or losses.ndim == 0 or losses.shape[0] != examples:
         what = described(losses if isinstance(losses, Tensor) else given)
         raise ValueError(
             f"{name} gave {what} for {examples} examples: return one loss per target (reduction='none'), with the "
