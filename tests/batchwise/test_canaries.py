@@ -16,6 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.connectors.logger_connector import logger_connector, result
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MeanMetric, MetricCollection
 
 QUIET: dict[str, Any] = {
     "logger": False,
@@ -127,6 +128,15 @@ PRIVATE = {
 def test_private_names_of_modules(name: str) -> None:
     module, _ = PRIVATE[name]
     assert callable(getattr(module, name))
+
+
+def test_private_names_of_torchmetrics() -> None:
+    """What tasks/measures.py touches: whether metrics are joined, and the states that they begin with."""
+    metrics = MetricCollection({"mean": MeanMetric()})
+    assert metrics._enable_compute_groups is True
+    assert MetricCollection({"mean": MeanMetric()}, compute_groups=False)._enable_compute_groups is False
+    mean = MeanMetric()
+    assert mean._defaults.keys() == mean.metric_state.keys() == {"mean_value", "weight"}
 
 
 def test_wandb_counts_its_steps() -> None:
