@@ -66,7 +66,7 @@ def whole_batch(tmp_path_factory: pytest.TempPathFactory) -> Result:
     [
         (("--trainer.accumulate_grad_batches", 5), 5),
         (processes(2), 1),
-        ((*processes(3), "--data.micro_batch_size", 24), 2),
+        pytest.param((*processes(3), "--data.micro_batch_size", 24), 2, marks=pytest.mark.weekly),
     ],
     ids=["5 micro-batches", "2 processes", "3 processes x 2 micro-batches"],
 )
