@@ -20,7 +20,6 @@ ALTERNATIVES = {
     "bench_sequences.py": {"random", "sorted within the batch", "batches and micro-batches in tokens", "packed"},
 }
 """Alternatives that each table of a benchmark has, among others."""
-WEEKLY = [name for name in ALTERNATIVES if name != "bench_step.py"]
 
 
 def test_all_benchmarks_are_here() -> None:
@@ -28,7 +27,8 @@ def test_all_benchmarks_are_here() -> None:
     assert found == ALTERNATIVES.keys() | {"bench_gpu.py"}
 
 
-@pytest.mark.parametrize("name", ["bench_step.py", *(pytest.param(name, marks=pytest.mark.weekly) for name in WEEKLY)])
+@pytest.mark.weekly
+@pytest.mark.parametrize("name", ALTERNATIVES)
 def test_benchmark(name: str) -> None:
     command = [
         sys.executable,

@@ -114,6 +114,7 @@ def mine(template: Any) -> Any:
     return project
 
 
+@pytest.mark.weekly
 def test_a_project_goes_on_with_the_next_version(template: Any, mine: Any) -> None:
     assert "epoch 1  average loss " in mine.python(*FIT)
     before = mine.contents()

@@ -286,6 +286,7 @@ def apart(result: Result, network: nn.Module, scale: Tensor) -> float:
     return max(weights, abs(float(state["loss.log_scale"] - scale)))
 
 
+@pytest.mark.weekly
 def test_two_devices_are_exact(command: tuple[object, ...]) -> None:
     whole = run_here(*command, "--name", "whole")
     assert whole.code == 0, whole.err
