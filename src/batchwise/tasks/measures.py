@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,9 @@ from batchwise.tasks.terms import Terms
 
 if TYPE_CHECKING:
     from batchwise.tasks.task import Task
+
+MOST_HELD = 2**20
+"""Number of values that may wait for a row in the log."""
 
 
 class Measures:
@@ -34,6 +38,8 @@ class Measures:
         self.metrics: MetricCollection | None = None
         self.step_metrics: MetricCollection | None = None
         """The same metrics, over one training batch."""
+        self._held: list[tuple[Tensor, ...]] = []
+        """Values of its micro-batches, which the metrics get together: an update takes as long as a small network."""
         self.tables: dict[str, Tensor] = {}
         """Metrics of the last evaluation that are not a single number, such as `val/confusion`."""
         self.shown: dict[str, float] = {}
@@ -90,6 +96,7 @@ class Measures:
     def forget_step(self) -> None:
         """Forget the metrics and terms of the step, because its micro-batches are run again."""
         self.terms.running = None
+        self._held.clear()
         if self.row_is_due and self.step_metrics is not None:
             self.step_metrics.reset()
 
@@ -105,6 +112,21 @@ class Measures:
             return
         if place.current is not None and not place.current.counts:
             return stand_in(metrics, values)
+        size = place.current.size if training and place.current is not None else 0
+        by_example = size and all(isinstance(value, Tensor) and value.shape[:1] == (size,) for value in values)
+        if by_example and (len(self._held) + 1) * sum(value.numel() for value in values) <= MOST_HELD:
+            self._held.append(tuple(value.detach() for value in values))
+            return
+        self._update_step()
+        self._update(metrics, values)
+
+    def _update_step(self) -> None:
+        """Give the values that are held to the metrics of the step."""
+        for _, group in groupby(self._held, lambda held: [(value.dtype, value.shape[1:]) for value in held]):
+            self._update(self.step_metrics, tuple(torch.cat(parts) for parts in zip(*group, strict=True)))
+        self._held.clear()
+
+    def _update(self, metrics: Any, values: tuple[Tensor, ...]) -> None:
         # One number per example is summed in double precision, so that the sum does not depend on the micro-batches.
         metrics.update(*(value.to(widest(value.device)) if _is_column(value) else value for value in values))
 
@@ -126,6 +148,7 @@ class Measures:
         if self.terms.names:
             values = self.terms.row()
         if self.step_metrics is not None:
+            self._update_step()
             found = computed(self.step_metrics, examples).items()
             values |= {f"train/{name}": value.item() for name, value in found if value.numel() == 1}
             self.step_metrics.reset()

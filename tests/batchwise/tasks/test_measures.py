@@ -19,6 +19,7 @@ from torchmetrics.regression import MeanSquaredError, PearsonCorrCoef, R2Score
 from torchmetrics.wrappers import ClasswiseWrapper
 
 from batchwise import DataModule, MicroBatch, Task
+from batchwise.tasks import measures
 from batchwise.tasks.classification import Classification
 from batchwise.tasks.measures import computed, stand_in
 from batchwise.tasks.multilabel import MultiLabel
@@ -123,6 +124,52 @@ def test_a_number_per_example_is_summed_in_double_precision(size: int) -> None:
     values = 1e3 + torch.randn(64, 1, generator=torch.Generator().manual_seed(0))
     found = evaluated(Means(Scaled()), Given(values, torch.zeros(64), eval_batch_size=size))
     assert found["mean"] == pytest.approx(float(values.double().mean()), rel=1e-12)
+
+
+class Updates(Metric):
+    """The number of examples of each update."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def update(self, values: Tensor) -> None:
+        self.sizes.append(len(values) if values.ndim else 0)
+
+    def compute(self) -> Tensor:
+        UPDATES.append(self.sizes)
+        self.sizes = []
+        return torch.zeros(())
+
+
+UPDATES: list[list[int]] = []
+
+
+@pytest.mark.parametrize(
+    ("what", "most", "expected"),
+    [("losses", 12, [10]), ("losses", 11, [7, 3]), ("mean", 12, [0] * 4), ("both", 12, [2, 0, 3, 0, 2, 0, 3, 0])],
+)
+def test_a_row_measures_the_whole_batch_at_once(
+    what: str, most: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Counted(Task):
+        def losses(self, batch: MicroBatch) -> Tensor:
+            losses = self(batch.inputs).square().sum(1)
+            if what != "mean":
+                self.measure(losses)
+            if what != "losses":
+                self.measure(losses.mean())
+            return losses
+
+        def make_metrics(self, outputs: Tensor) -> MetricCollection:
+            return MetricCollection({"updates": Updates()})
+
+    monkeypatch.setattr(measures, "MOST_HELD", most)
+    UPDATES.clear()
+    memory = Memory()
+    data = Points(micro_batch_size=3)
+    fit(Counted(nn.Linear(5, 3).double(), optimizer=adamw), data, max_steps=2, log_every_n_steps=1, logger=memory)
+    assert expected in UPDATES, UPDATES
 
 
 def test_what_needs_two_examples_is_left_out_where_there_is_one(tmp_path: Path) -> None:
