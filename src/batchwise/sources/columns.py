@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 MISSING = frozenset(("", "-", "--", "?", ".", "na", "n/a", "#n/a", "nan", "none", "null", "missing"))
 """Texts, in lower case, that stand for a missing value where the others are numbers or dates."""
+SHOWN = 20
+"""Number of columns of a kind whose names are printed."""
 _DAY = 86_400  # seconds
 
 
@@ -54,13 +56,15 @@ def _match(pattern: str, text: str) -> re.Match[str]:
     return found
 
 
-FORMS: dict[str, Callable[[str], float]] = {
-    "numbers": _plain,
-    "numbers with commas between thousands": _thousands,
-    "numbers with a decimal comma": _comma,
-    "dates": _iso,
-    "dates, day first": _day_first,
-    "dates, month first": _month_first,
+Kind = Literal["number", "thousands", "decimal_comma", "date", "day_first", "month_first", "category", "ignore"]
+"""What a column holds: 1234.5; 1,234.5; 1.234,5; 2024-12-31; 31/12/2024; 12/31/2024; names; nothing of use."""
+FORMS: dict[Kind, Callable[[str], float]] = {
+    "number": _plain,
+    "thousands": _thousands,
+    "decimal_comma": _comma,
+    "date": _iso,
+    "day_first": _day_first,
+    "month_first": _month_first,
 }
 """How a text becomes a number. Dates become days since 1970."""
 
@@ -70,7 +74,7 @@ def is_missing(text: str) -> bool:
     return text.strip().lower() in MISSING
 
 
-def form_of(values: Sequence[str]) -> str | None:
+def form_of(values: Sequence[str]) -> Kind | None:
     """Return the form in which all values are numbers or dates; None: they are texts.
 
     Args:
@@ -82,8 +86,8 @@ def form_of(values: Sequence[str]) -> str | None:
     known = [value.strip() for value in values if not is_missing(value)]
     if not known:
         return None
-    fitting = [name for name, parse in FORMS.items() if all(parses(value, parse) for value in known)]
-    if len(fitting) == 2 and fitting[0] == "dates, day first" and not all("." in value for value in known):
+    fitting: list[Kind] = [name for name, parse in FORMS.items() if all(parses(value, parse) for value in known)]
+    if len(fitting) == 2 and fitting[0] == "day_first" and not all("." in value for value in known):
         raise ValueError(f"dates such as {known[0]}, whose day and month may be either")
     return fitting[0] if fitting else None
 
@@ -97,7 +101,7 @@ def parses(value: str, parse: Callable[[str], float]) -> bool:
     return True
 
 
-def to_number(value: str, form: str) -> float:
+def to_number(value: str, form: Kind) -> float:
     """Return the number that a text stands for; NaN if it is missing.
 
     Raises:
@@ -109,7 +113,7 @@ def to_number(value: str, form: str) -> float:
 def stray(values: Sequence[str]) -> str | None:
     """Return the text that keeps a column from being numbers; None: it is no such column."""
     known = [value for value in values if not is_missing(value)]
-    for name in ("numbers", "dates"):
+    for name in ("number", "date"):
         wrong = [value for value in known if not parses(value.strip(), FORMS[name])]
         if len(known) > 20 and 0 < len(wrong) <= len(known) // 10:
             return wrong[0]
@@ -128,7 +132,7 @@ class Column(NamedTuple):
         std: standard deviation of the numbers, without missing ones; 0 if all are the same.
         missing: whether some numbers are missing.
         categories: the values of a column of categories, in order; None for a column of numbers.
-        form: the form of the texts that stand for the numbers, of `columns.FORMS`; None: they are numbers in the file.
+        form: of the texts that stand for the numbers, of `FORMS`; "date" also for the dates of a file.
     """
 
     name: str
@@ -136,7 +140,7 @@ class Column(NamedTuple):
     std: float = 0.0
     missing: bool = False
     categories: list[str] | None = None
-    form: str | None = None
+    form: Kind = "number"
 
     def inputs(self, values: np.ndarray) -> np.ndarray:
         """Return the inputs [N, 1 or more] for the values [N]: one-hot, or standardised, with 0 if missing."""
@@ -145,6 +149,50 @@ class Column(NamedTuple):
         there = ~np.isnan(values)
         known = np.where(there, (values - self.mean) / self.std if self.std else 0.0, 0.0)
         return np.column_stack([known, ~there]) if self.missing else known[:, None]
+
+
+def kind_of(column: "ChunkedArray", given: Kind | None) -> Kind:
+    """Return what a column holds.
+
+    Args:
+        column: of a table.
+        given: what its owner says; None: it is found out.
+
+    Raises:
+        ValueError: it cannot hold that; or it is to be found out, and holds lists, or dates that may be either.
+    """
+    from pyarrow import types
+
+    if given in ("category", "ignore"):
+        return given
+    if types.is_nested(column.type):
+        raise ValueError("lists: write ignore")
+    if not is_text(column):
+        found: Kind = "date" if types.is_date(column.type) or types.is_timestamp(column.type) else "number"
+        if given not in (None, found):
+            raise ValueError(f"{found}s already: write {found}, category or ignore")
+        return found
+    if given is not None:
+        return given
+    try:
+        return form_of([value for value in column.unique().to_pylist() if value is not None]) or "category"
+    except ValueError as error:
+        raise ValueError(f"{error}: write day_first or month_first") from None
+
+
+def described(columns: Sequence[Column], ignored: Sequence[str]) -> list[str]:
+    """Return what columns are taken for: a line for each kind, with the names of the columns."""
+    kinds: dict[str, list[str]] = {}
+    for column in columns:
+        more = f" ({len(column.categories)} values)" if column.categories is not None else ""
+        more = " (constant)" if not more and not column.std else " (some missing)" if column.missing else more
+        kinds.setdefault("category" if column.categories is not None else column.form, []).append(column.name + more)
+    kinds |= {"ignore": list(ignored)} if ignored else {}
+    return [f"  {kind:<13} {', '.join(names[:SHOWN])}{_more(names)}" for kind, names in kinds.items()]
+
+
+def _more(names: Sequence[str]) -> str:
+    return f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
 
 
 def is_text(column: "ChunkedArray") -> bool:
@@ -159,25 +207,37 @@ def texts(column: "ChunkedArray") -> np.ndarray:
     return column.cast("string").fill_null("").to_numpy().astype(str)
 
 
-def numbers(column: "ChunkedArray", name: str, path: str, form: str | None = None) -> np.ndarray:
+def numbers(column: "ChunkedArray", name: str, path: str, form: Kind = "number") -> np.ndarray:
     """Return a column as float64 [N]: dates as days since 1970, and a missing value as NaN."""
     from pyarrow import timestamp, types
 
-    try:
-        if is_text(column):
-            different = column.dictionary_encode().combine_chunks()
-            known = np.array([*(to_number(one, form or "numbers") for one in different.dictionary.to_pylist()), np.nan])
-            values = known[different.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
-        elif types.is_date(column.type) or types.is_timestamp(column.type):
-            moments = column.cast(timestamp("us")).cast("int64").cast("float64").to_numpy()
-            values = moments.astype(np.float64) / 86.4e9
-        else:
+    if is_text(column):
+        different = column.dictionary_encode().combine_chunks()
+        known = [_to_number(one, form, column, name, path) for one in different.dictionary.to_pylist()]
+        values = np.array([*known, np.nan])[different.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
+    elif types.is_date(column.type) or types.is_timestamp(column.type):
+        moments = column.cast(timestamp("us")).cast("int64").cast("float64").to_numpy()
+        values = moments.astype(np.float64) / 86.4e9
+    else:
+        try:
             values = column.cast("float64").to_numpy().astype(np.float64)
-    except (ValueError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"column '{name}' of {path} does not hold numbers ({reason}): data.ignore leaves it out"
-        ) from error
+        except (ValueError, NotImplementedError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"column '{name}' of {path} does not hold numbers ({reason}): write data.columns {{{name}: ignore}}"
+            ) from error
     if np.isinf(values).any():
         raise ValueError(f"column '{name}' of {path} is infinite in row {np.isinf(values).argmax() + 1}: correct it")
     return values
+
+
+def _to_number(value: str, form: Kind, column: "ChunkedArray", name: str, path: str) -> float:
+    from pyarrow import compute
+
+    try:
+        return to_number(value, form)
+    except ValueError:
+        row = compute.index(column, value).as_py() + 1  # type: ignore[attr-defined]
+        raise ValueError(
+            f"column '{name}' of {path} holds '{value}' in row {row}, and should hold {form}: correct it"
+        ) from None

@@ -3,6 +3,7 @@
 import os
 from dataclasses import replace
 from functools import cached_property
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,8 @@ class Folder(Fractions):
     ) -> None:
         super().__init__(**kwargs)
         self.format = ImageFormat.of(size, channels, resize)._replace(white=white)
-        self.path, self.cache, self.predict_path = Path(path), cache, predict_path
+        self.path, self.cache = Path(path).expanduser(), cache and expanduser(cache)
+        self.predict_path = predict_path and expanduser(predict_path)
         self.has_predict_split = predict_path is not None
 
     def load(self, split: str) -> tuple[Rows, ...] | tuple[Rows, Tensor] | None:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import cached_property
 from io import BytesIO
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from batchwise.batching.loader import MicroBatch
-from batchwise.data.labels import label_numbers, sorted_labels
+from batchwise.data.labels import check_alike, label_numbers, sorted_labels
 from batchwise.data.split import ALIASES, Fractions
 from batchwise.errors import optional
+from batchwise.sources.checking import check_column, check_images
 from batchwise.sources.images import ImageFormat, Resize
 
 FILES = {
@@ -62,7 +64,7 @@ class Hub(Fractions):
         **kwargs,
     ) -> None:
         super().__init__(**kwargs)
-        self.source, self.name, self.revision = source, name, revision
+        self.source, self.name, self.revision = expanduser(source), name, revision
         self.inputs, self.target = [inputs] if isinstance(inputs, str) else inputs, target
         self.format = ImageFormat.of(size, channels, resize)
 
@@ -130,7 +132,9 @@ class Hub(Fractions):
             return feature.names
         if getattr(feature, "dtype", None) not in ("string", "large_string"):
             return None
-        return sorted_labels(label for part in self._sets.values() for label in part.unique(self.target))
+        labels = {label for part in self._sets.values() for label in part.unique(self.target) if label is not None}
+        check_alike(labels, f"column '{self.target}'")
+        return sorted_labels(labels)
 
     @property
     def _images(self) -> bool:
@@ -140,9 +144,12 @@ class Hub(Fractions):
     @cached_property
     def _parts(self) -> dict[str, "Columns"]:
         for split, part in self._sets.items():
-            for column in () if self._images else self.inputs:
-                check_column(part, column, split, is_input=True)
-            check_column(part, self.target, split, is_input=False)
+            for name in (*self.inputs, self.target):
+                where = f"column '{name}' of the {split} split"
+                if self._images and name != self.target:
+                    check_images(_arrow(part, name), where)
+                else:
+                    check_column(_arrow(part, name), where, "label" if name == self.target else "input")
         parts = {split: Columns(part, self) for split, part in self._sets.items()}
         if "val" not in parts or len(parts) == 1:
             train = parts["train"]
@@ -152,39 +159,9 @@ class Hub(Fractions):
         return parts
 
 
-def check_column(dataset: Any, name: str, split: str, is_input: bool) -> None:
-    """Check that a column can be trained on, without reading more of the file than the column.
-
-    Raises:
-        ValueError: values are missing, not finite, texts, arrays of unequal length, or labels below 0.
-    """
-    from pyarrow import compute, types
-
-    column: Any = dataset.with_format("arrow")[name] if dataset._indices else dataset.data.column(name)
-    column = column.combine_chunks() if hasattr(column, "combine_chunks") else column
-    where, kind = f"column '{name}' of the {split} split", column.type
-    wrong, problem, remedy = compute.is_null(column), "is missing", "fill it in, or filter these rows out"  # type: ignore[attr-defined]
-    if types.is_floating(kind) and not column.null_count:
-        wrong, problem = compute.invert(compute.is_finite(column)), "is not finite"  # type: ignore[attr-defined]
-    if types.is_integer(kind) and not column.null_count and not is_input:
-        wrong, problem = compute.less(column, 0), "is below 0"  # type: ignore[attr-defined]
-        remedy = "-1 says that there is no label, so filter these rows out"
-    count = compute.sum(wrong).as_py() or 0  # type: ignore[attr-defined]
-    if count:
-        row = compute.index(wrong, True).as_py() + 1  # type: ignore[attr-defined]
-        raise ValueError(f"{where} {problem} in {count:,} of {len(column):,} rows, such as row {row}: {remedy}")
-    if is_input and (types.is_string(kind) or types.is_large_string(kind)):
-        raise ValueError(
-            f"{where} holds texts: save them as a file for batchwise.sources.text.Text, or make tokens of them in a "
-            "data module of your own"
-        )
-    if types.is_list(kind) or types.is_large_list(kind):
-        lengths = compute.min_max(compute.list_value_length(column)).as_py()  # type: ignore[attr-defined]
-        if lengths["min"] != lengths["max"]:
-            raise ValueError(
-                f"{where} holds arrays of {lengths['min']} to {lengths['max']} values: make them equally long, or "
-                "return batchwise.batching.ragged.Ragged from a data module of your own"
-            )
+def _arrow(dataset: Any, name: str) -> Any:
+    """Return a column, without reading more of the file than that."""
+    return dataset.with_format("arrow")[name] if dataset._indices else dataset.data.column(name)
 
 
 class Columns(Dataset):
@@ -229,6 +206,8 @@ class Columns(Dataset):
 
     def _tensor(self, values: object, name: str) -> Tensor:
         array = np.asarray(values)
+        if array.dtype.kind == "M":  # dates become days
+            array = array.astype("datetime64[us]").astype(np.int64) / 86.4e9
         if array.dtype.kind not in "biuf":
             raise TypeError(f"column '{name}' holds {array.dtype}: numbers, arrays of one shape, or images are needed")
         return torch.from_numpy(array).float()

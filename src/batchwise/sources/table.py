@@ -10,11 +10,11 @@ from torch import Tensor
 
 from batchwise.data.labels import check_alike, label_numbers, sorted_labels
 from batchwise.data.split import ALIASES, Fractions
-from batchwise.sources.columns import Column, form_of, is_text, numbers, stray, texts
+from batchwise.sources.checking import check_column
+from batchwise.sources.columns import Column, Kind, described, is_text, kind_of, numbers, stray, texts
 from batchwise.sources.reading import read_table
 
 if TYPE_CHECKING:
-    from pyarrow import ChunkedArray
     from pyarrow import Table as ArrowTable
 
 MOST_CATEGORIES = 1000
@@ -37,8 +37,9 @@ class Table(Fractions):
         target: the column to predict. Several columns give targets [N, K], for regression, or for several labels per
             example (0 and 1).
         target_kind: class or number; null: text is a class, a fraction is a number.
-        categorical: columns of numbers that are names, such as postcodes.
-        ignore: columns that are not inputs, such as identifiers.
+        columns: what columns hold, by name, where it is not what the run prints: category (such as postcodes), ignore
+            (such as identifiers), number, thousands (1,234.5), decimal_comma (1.234,5), date (2024-12-31), day_first
+            (31/12/2024) or month_first (12/31/2024).
         split_column: the column that says train, val or test; null: fractions are taken, of each class alike.
         delimiter: the character between the fields of a CSV file; null: it is found out.
         predict_path: file of the rows to predict, with or without the target; null: the rows of the test split.
@@ -50,8 +51,7 @@ class Table(Fractions):
         path: str,
         target: str | list[str],
         target_kind: Literal["class", "number"] | None = None,
-        categorical: list[str] | None = None,
-        ignore: list[str] | None = None,
+        columns: dict[str, Kind] | None = None,
         split_column: str | None = None,
         delimiter: str | None = None,
         predict_path: str | None = None,
@@ -66,7 +66,7 @@ class Table(Fractions):
         self.targets = [target] if isinstance(target, str) else target
         self.several = not isinstance(target, str)
         self.target_kind = target_kind
-        self.categorical, self.ignore, self.split_column = categorical or [], ignore or [], split_column
+        self.columns, self.split_column = columns or {}, split_column
         self.has_predict_split = predict_path is not None
 
     def load(self, split: str) -> tuple[Tensor, ...] | None:
@@ -105,8 +105,7 @@ class Table(Fractions):
             self.say(f"{self.path}: {line}")
         for key, names in {
             "target": self.targets,
-            "categorical": self.categorical,
-            "ignore": self.ignore,
+            "columns": self.columns,
             "split_column": [self.split_column] if self.split_column else [],
         }.items():
             for name in names:
@@ -126,7 +125,7 @@ class Table(Fractions):
         if kind is None and types.is_floating(column.type):
             different = column.unique().drop_null().to_numpy()
             kind = None if len(different) <= MOST_CLASSES and (different == np.floor(different)).all() else "number"
-        if kind is None and self._form(self.targets[0], column) is not None:
+        if kind is None and is_text(column) and self._kind(self.targets[0]) != "category":
             kind = "number"
         if kind is None and not is_text(column) and not types.is_boolean(column.type):
             raise ValueError(
@@ -143,37 +142,25 @@ class Table(Fractions):
 
     @cached_property
     def _all_targets(self) -> Tensor:
-        from pyarrow import compute
-
         for name in self.targets:
-            missing = compute.is_null(self._table[name], nan_is_null=True).to_numpy()  # type: ignore[attr-defined]
-            if missing.any():
-                raise ValueError(
-                    f"the target '{name}' of {self.path} is missing in {missing.sum():,} of {len(missing):,} rows, "
-                    f"such as row {missing.argmax() + 1}: fill it in, or delete these rows"
-                )
+            check_column(self._table[name], f"the target '{name}' of {self.path}", "target")
         known = self._labels if self.recalled else self._found_labels
         if known is not None:
             labels = self._table[self.targets[0]].to_pylist()
             return torch.from_numpy(label_numbers(labels, known, f"the target '{self.targets[0]}' of {self.path}"))
-        columns = [
-            numbers(self._table[name], name, self.path, self._form(name, self._table[name])) for name in self.targets
-        ]
-        targets = torch.from_numpy(np.column_stack(columns)).float()
+        targets = torch.from_numpy(np.column_stack([self._numbers(name) for name in self.targets])).float()
         return targets if self.several else targets.squeeze(1)
 
-    def _form(self, name: str, column: "ChunkedArray") -> str | None:
-        """Return the form of the numbers or dates that the texts of a column stand for; None: they are names."""
-        if not is_text(column) or name in self.categorical:
-            return None
-        values = [value for value in column.unique().to_pylist() if value is not None]
+    def _kind(self, name: str) -> Kind:
         try:
-            form = form_of(values)
+            return kind_of(self._table[name], self.columns.get(name))
         except ValueError as error:
-            raise ValueError(f"column '{name}' of {self.path} holds {error}: write them as 2024-12-31") from None
-        if form is not None:
-            self.say(f"{self.path}: column '{name}' holds {form}" + (", as days" if form.startswith("dates") else ""))
-        return form
+            raise ValueError(f"data.columns: '{name}' of {self.path} holds {error}") from None
+
+    def _numbers(self, name: str) -> np.ndarray:
+        kind = self._kind(name)
+        form = "number" if kind in ("category", "ignore") else kind
+        return numbers(self._table[name], name, self.path, form)
 
     # Splits
 
@@ -198,8 +185,8 @@ class Table(Fractions):
 
     @cached_property
     def _fitted(self) -> list[Column]:
-        others = {*self.targets, *self.ignore, self.split_column}
-        columns = [self._fit(name, self._table[name]) for name in self._table.column_names if name not in others]
+        others = {*self.targets, *self._ignored, self.split_column}
+        columns = [self._fit(name) for name in self._table.column_names if name not in others]
         constant = [f"'{column.name}'" for column in columns if column.categories is None and not column.std]
         if constant:
             warnings.warn(
@@ -207,29 +194,24 @@ class Table(Fractions):
             )
         return columns
 
-    def _fit(self, name: str, column: "ChunkedArray") -> Column:
-        from pyarrow import types
-
-        index, form = self._index["train"].numpy(), self._form(name, column)
-        if types.is_nested(column.type):
-            raise ValueError(f"column '{name}' of {self.path} holds lists: data.ignore leaves it out")
-        if name in self.categorical or (is_text(column) and form is None):
-            categories = np.unique(texts(column)[index]).tolist()
+    def _fit(self, name: str) -> Column:
+        index, kind = self._index["train"].numpy(), self._kind(name)
+        if kind == "category":
+            categories = np.unique(texts(self._table[name])[index]).tolist()
             if len(categories) > min(MOST_CATEGORIES, max(20, len(index) // 2)):
                 wrong = stray(categories)
                 hint = f"correct '{wrong}', which is no number or date; or " if wrong else ""
                 raise ValueError(
                     f"column '{name}' of {self.path} has {len(categories):,} different values in {len(index):,} "
-                    f"training rows: {hint}leave it out with data.ignore, or merge rare values"
+                    f"training rows: {hint}leave it out with data.columns {{{name}: ignore}}, or merge rare values"
                 )
             return Column(name, categories=categories)
-        if types.is_date(column.type) or types.is_timestamp(column.type):
-            self.say(f"{self.path}: column '{name}' holds dates, as days")
-        values = numbers(column, name, self.path, form)[index]
+        values = self._numbers(name)[index]
         known = values[~np.isnan(values)]
+        missing = len(known) < len(values)
         if len(known) == 0 or known.min() == known.max():
-            return Column(name, missing=len(known) < len(values) and len(known) > 0, form=form)
-        return Column(name, known.mean(), known.std(), missing=len(known) < len(values), form=form)
+            return Column(name, missing=missing and len(known) > 0, form=kind)
+        return Column(name, known.mean(), known.std(), missing=missing, form=kind)
 
     def _inputs(self, table: "ArrowTable", path: str) -> Tensor:
         columns = []
@@ -248,4 +230,10 @@ class Table(Fractions):
         names = self.class_names
         what = f"{len(names)} classes: {', '.join(names[:10])}" if names else f"{targets[0].numel()} numbers to predict"
         self.say(f"{self.path}: {len(inputs):,} rows, {len(self._columns)} columns, {inputs.shape[1]} inputs, {what}")
+        for line in described(self._columns, self._ignored):
+            self.say(line)
         return inputs
+
+    @property
+    def _ignored(self) -> list[str]:
+        return [name for name, kind in self.columns.items() if kind == "ignore"]

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from functools import cached_property
 from hashlib import sha256
+from os.path import expanduser
 from pathlib import Path
 from typing import Any, Literal
 
@@ -86,8 +87,9 @@ class Text(Fractions):
             raise ValueError(f"data.packing is {packing}, but each text has a label of its own: write packing: null")
         if document_mask and packing is None:
             raise ValueError("data.document_mask is set, but sequences are not packed: write packing: best_fit or cut")
+        self.vocabulary_name, self.cache = expanduser(vocabulary), expanduser(cache)
         self.arguments = {
-            "vocabulary": vocabulary,
+            "vocabulary": self.vocabulary_name,
             "sequence_length": sequence_length,
             "packing": packing,
             "text_column": text_column,
@@ -96,9 +98,9 @@ class Text(Fractions):
             "split_seed": split_seed,
         }
         self.patterns = {"train": files, "val": val_files, "test": test_files}
-        self.vocabulary_name, self.sequence_length, self.packing = vocabulary, sequence_length, packing
+        self.sequence_length, self.packing = sequence_length, packing
         self.predict_path, self.has_predict_split = predict_path, predict_path is not None
-        self.document_mask, self.labelled, self.cache = document_mask, label_column is not None, cache
+        self.document_mask, self.labelled = document_mask, label_column is not None
 
     # What the network is given
 

@@ -1,6 +1,7 @@
 """Fine-tuning: the initial weights, the frozen parameters, and learning rates for parts of the network."""
 
 from collections.abc import Iterable
+from os.path import expanduser
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ class FineTuning:
         check_patterns("model.lr_factors", lr_factors, network)
         if not all(factor > 0 for factor in lr_factors.values()):
             raise ValueError(f"model.lr_factors is {lr_factors}: write factors above 0 (model.freeze keeps weights)")
-        self.init_from: str | None = init_from
+        self.init_from = init_from and expanduser(init_from)
         """None once the weights are loaded, and if they come from a checkpoint."""
         self.lr_factors, self.save_frozen = lr_factors, save_frozen
         self._left_out: tuple[list[str], Tensor] | None = None

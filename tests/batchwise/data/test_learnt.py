@@ -264,7 +264,7 @@ def test_a_table_that_is_gone() -> None:
     rows("new.csv", ["town", "age", "id"], [["b", 33, 1], ["zzz", 40, 2], ["", 20, 3]])
     table = (
         *("--data", "batchwise.sources.table.Table", "--data.path", "people.csv", "--data.target", "answer"),
-        *("--data.ignore", "[id]", "--data.batch_size", 8, *CLASSIFY, "--model.network.in_features", 4),
+        *("--data.columns", "{id: ignore}", "--data.batch_size", 8, *CLASSIFY, "--model.network.in_features", 4),
         *("--model.network.num_classes", 2, "--trainer.accelerator", "cpu"),
     )
     done("fit", *table, *CSV, "--name", "people", "--trainer.max_epochs", 2)

@@ -17,26 +17,26 @@ from batchwise.sources.columns import form_of, to_number
 from batchwise.sources.table import Table
 
 FORMS: dict[str, tuple[list[str], str | None, list[float]]] = {
-    "whole": (["1", "-2", "+3"], "numbers", [1, -2, 3]),
-    "decimals": (["1.5", ".5", "2."], "numbers", [1.5, 0.5, 2]),
-    "exponents": (["1e3", "2.5E-1"], "numbers", [1000, 0.25]),
-    "dashes": (["1", "-", "--"], "numbers", [1, math.nan, math.nan]),
-    "question marks": (["?", "2"], "numbers", [math.nan, 2]),
-    "None": (["None", "NA", "n/a", "null", "4"], "numbers", [math.nan] * 4 + [4]),
-    "blanks around": ([" 1 ", "2"], "numbers", [1, 2]),
-    "thousands": (["1,234", "12,345,678", "5"], "numbers with commas between thousands", [1234, 12345678, 5]),
-    "thousands and decimals": (["1,234.5"], "numbers with commas between thousands", [1234.5]),
-    "decimal comma": (["1,5", "2"], "numbers with a decimal comma", [1.5, 2]),
-    "decimal comma and thousands": (["1.234,5", "0,25"], "numbers with a decimal comma", [1234.5, 0.25]),
-    "ISO dates": (["1970-01-02", "1970-02-01"], "dates", [1, 31]),
-    "ISO moments": (["1970-01-02 12:00:00", "1970-01-01T06:00"], "dates", [1.5, 0.25]),
-    "days first": (["31.12.1970", "1.1.1970"], "dates, day first", [364, 0]),
-    "days first, slashes": (["31/12/1970", "01/02/1970"], "dates, day first", [364, 31]),
-    "days first, hyphens": (["13-01-1970"], "dates, day first", [12]),
-    "days first, with time": (["02.01.1970 12:00"], "dates, day first", [1.5]),
-    "months first": (["12/31/1970", "1/2/1970"], "dates, month first", [364, 1]),
-    "points mean days first": (["01.02.1970"], "dates, day first", [31]),
-    "dates with a dash": (["1970-01-02", "-"], "dates", [1, math.nan]),
+    "whole": (["1", "-2", "+3"], "number", [1, -2, 3]),
+    "decimals": (["1.5", ".5", "2."], "number", [1.5, 0.5, 2]),
+    "exponents": (["1e3", "2.5E-1"], "number", [1000, 0.25]),
+    "dashes": (["1", "-", "--"], "number", [1, math.nan, math.nan]),
+    "question marks": (["?", "2"], "number", [math.nan, 2]),
+    "None": (["None", "NA", "n/a", "null", "4"], "number", [math.nan] * 4 + [4]),
+    "blanks around": ([" 1 ", "2"], "number", [1, 2]),
+    "thousands": (["1,234", "12,345,678", "5"], "thousands", [1234, 12345678, 5]),
+    "thousands and decimals": (["1,234.5"], "thousands", [1234.5]),
+    "decimal comma": (["1,5", "2"], "decimal_comma", [1.5, 2]),
+    "decimal comma and thousands": (["1.234,5", "0,25"], "decimal_comma", [1234.5, 0.25]),
+    "ISO dates": (["1970-01-02", "1970-02-01"], "date", [1, 31]),
+    "ISO moments": (["1970-01-02 12:00:00", "1970-01-01T06:00"], "date", [1.5, 0.25]),
+    "days first": (["31.12.1970", "1.1.1970"], "day_first", [364, 0]),
+    "days first, slashes": (["31/12/1970", "01/02/1970"], "day_first", [364, 31]),
+    "days first, hyphens": (["13-01-1970"], "day_first", [12]),
+    "days first, with time": (["02.01.1970 12:00"], "day_first", [1.5]),
+    "months first": (["12/31/1970", "1/2/1970"], "month_first", [364, 1]),
+    "points mean days first": (["01.02.1970"], "day_first", [31]),
+    "dates with a dash": (["1970-01-02", "-"], "date", [1, math.nan]),
     "texts": (["a", "b"], None, []),
     "a text among numbers": (["1", "a"], None, []),
     "only dashes": (["-", "?"], None, []),
@@ -104,9 +104,9 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
     "dates, day first": (rows("n,k", lambda i: f"{i + 1:02}.01.1970,{k(i)}"), {}, range(30)),
     "dates, month first": (rows("n,k", lambda i: f"1/{i + 1}/1970,{k(i)}"), {}, range(30)),
     "dates as categories": (
-        rows("n,k", lambda i: f"0{1 + i % 3}.01.1970,{k(i)}"), {"categorical": ["n"]}, 3,
+        rows("n,k", lambda i: f"0{1 + i % 3}.01.1970,{k(i)}"), {"columns": {"n": "category"}}, 3,
     ),
-    "numbers as categories": (rows("n,k", lambda i: f"{i % 4},{k(i)}"), {"categorical": ["n"]}, 4),
+    "numbers as categories": (rows("n,k", lambda i: f"{i % 4},{k(i)}"), {"columns": {"n": "category"}}, 4),
     "unix seconds": (rows("n,k", lambda i: f"{1_700_000_000 + i},{k(i)}"), {}, range(30)),
     "large whole numbers": (rows("n,k", lambda i: f"{10**15 + i},{k(i)}"), {}, range(30)),
     "classes that are fractions": (
@@ -115,7 +115,31 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
     "numbers to predict": (rows("n,k", lambda i: f"{i},{i}.5"), {}, range(30)),
     "numbers to predict, decimal comma": (rows("n;k", lambda i: f"{i};{i},5"), {}, range(30)),
     "true and false": (rows("n,k", lambda i: f"{i},{'true' if i % 2 else 'false'}"), {}, range(30)),
-    "a column that is ignored": (rows("n,t,k", lambda i: f"{i},text {i},{k(i)}"), {"ignore": ["t"]}, range(30)),
+    "a date of either kind": (
+        rows("n,k", lambda i: f"01/0{1 + i % 3}/1970,{k(i)}"), {"columns": {"n": "day_first"}},
+        [(0, 31, 59)[i % 3] for i in range(30)],
+    ),
+    "another date of either kind": (
+        rows("n,k", lambda i: f"01/0{1 + i % 3}/1970,{k(i)}"), {"columns": {"n": "month_first"}},
+        [i % 3 for i in range(30)],
+    ),
+    "numbers that look like thousands": (
+        rows("n,k", lambda i: f'"{i + 1},{i + 100}",{k(i)}'), {"columns": {"n": "decimal_comma"}},
+        [i + 1 + (i + 100) / 1000 for i in range(30)],
+    ),
+    "a word among numbers that are said to be": (
+        rows("n,k", lambda i: f"{i if i != 7 else 'seven'},{k(i)}"), {"columns": {"n": "number"}},
+        "column 'n' of t.csv holds 'seven' in row 8, and should hold number: correct it",
+    ),
+    "a form for numbers": (
+        n_k(","), {"columns": {"n": "day_first"}}, "'n' of t.csv holds numbers already: write number, category or ign",
+    ),
+    "a column that is not there": (
+        n_k(","), {"columns": {"z": "ignore"}}, "data.columns: t.csv has no column 'z': write one of n, k",
+    ),
+    "a column that is ignored": (
+        rows("n,t,k", lambda i: f"{i},text {i},{k(i)}"), {"columns": {"t": "ignore"}}, range(30),
+    ),
     "a quoted line break": (rows("n,t,k", lambda i: f'{i},"a\nb",{k(i)}'), {}, 2),
     "no rows": ("n,k\n", {}, "t.csv has no rows: it has the columns n, k"),
     "an empty file": ("", {}, "t.csv cannot be read"),
@@ -126,7 +150,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
     "whole numbers to predict": (rows("n,k", lambda i: f"{i},{i % 2}"), {}, "holds whole numbers: write data"),
     "whole fractions to predict": (rows("n,k", lambda i: f"{i},{i % 2}.0"), {}, "holds whole numbers: write data.targ"),
     "dates that may be either": (
-        rows("n,k", lambda i: f"01/0{1 + i % 3}/2024,{k(i)}"), {}, "whose day and month may be either: write them as",
+        rows("n,k", lambda i: f"01/0{1 + i % 3}/2024,{k(i)}"), {}, "whose day and month may be either: write day_first",
     ),
     "a word among numbers": (
         rows("n,k", lambda i: f"{i if i != 7 else 'seven'},{k(i)}"), {}, "correct 'seven', which is no number or date",
@@ -168,10 +192,9 @@ def test_guesses_are_printed(capsys: pytest.CaptureFixture) -> None:
     for line in (
         "fields are separated by ';'",
         "the first column is an index and is left out",
-        "column 'n' holds numbers with a decimal comma",
-        "column 'd' holds dates, day first, as days",
     ):
         assert f"t.csv: {line}" in said
+    assert said.endswith("\n  decimal_comma n\n  day_first     d\n")
 
 
 PARQUET: dict[str, tuple[Any, Any]] = {
@@ -184,7 +207,7 @@ PARQUET: dict[str, tuple[Any, Any]] = {
     "true and false": (pyarrow.array([True, False] * 15), [1, 0] * 15),
     "missing numbers": (pyarrow.array([None if i == 3 else i for i in range(30)]), 2),
     "missing dates": (pyarrow.array([None if i == 3 else date(1970, 1, i + 1) for i in range(30)]), 2),
-    "lists": (pyarrow.array([[1, 2]] * 30), "column 'n' of t.parquet holds lists: data.ignore leaves it out"),
+    "lists": (pyarrow.array([[1, 2]] * 30), "data.columns: 'n' of t.parquet holds lists: write ignore"),
     "bytes": (pyarrow.array([b"a"] * 30), "column 'n' of t.parquet does not hold numbers"),
 }
 
@@ -234,7 +257,10 @@ def test_rows_to_predict(case: str) -> None:
 
 def test_rows_to_predict_that_do_not_fit() -> None:
     text = rows("n,t,k", lambda i: f"{i},{'ab'[i % 2]},{k(i)}")
-    for new, words in (("n\n3\n", "new.csv has no column 't', which training had"), ("n,t\nthree,a\n", "hold numbers")):
+    for new, words in (
+        ("n\n3\n", "new.csv has no column 't', which training had"),
+        ("n,t\nthree,a\n", "column 'n' of new.csv holds 'three' in row 1, and should hold number"),
+    ):
         Path("new.csv").write_text(new)
         with pytest.raises(ValueError, match=words):
             made(text, predict_path="new.csv").load("predict")

@@ -157,17 +157,18 @@ WRONG: dict[str, tuple[dict[str, list], str]] = {
         {"width": [None, 1.0]},
         "'width' of the train split is missing in 1 of 20 rows, such as row 3",
     ),
-    "a number that is not finite": ({"width": [math.nan]}, "'width' .* is not finite in 1 of 20 rows, such as row 3"),
-    "infinite": ({"width": [math.inf, -math.inf]}, "'width' .* is not finite in 2 of 20 rows, such as row 3"),
+    "a number that is not finite": ({"width": [math.nan]}, "'width' .* is missing in 1 of 20 rows, such as row 3"),
+    "infinite": ({"width": [math.inf, -math.inf]}, "'width' .* is infinite in 2 of 20 rows, such as row 3"),
     "a missing label": ({"kind": [None]}, "'kind' of the train split is missing in 1 of 20 rows, such as row 3"),
     "no label": (
         {"number": [-1, -1]},
-        "'number' .* is below 0 in 2 of 20 rows, such as row 3: -1 says",
+        "'number' .* is -1, which says that there is no label, in 2 of 20 rows, such as row 3: filter",
     ),
     "arrays of unequal length": (
         {"many": [[1.0], [1.0, 2.0, 3.0]]},
         "'many' .* holds arrays of 1 to 3 values: make",
     ),
+    "labels that look alike": ({"kind": ["Cat", "cat"]}, "column 'kind' has the labels 'Cat' and 'cat', which look"),
     "a missing array": ({"many": [None]}, "'many' .* is missing in 1 of 20 rows, such as row 3"),
 }
 

@@ -29,7 +29,7 @@ def file(text: str = PEOPLE, name: str = "people.csv") -> str:
 
 
 def people(text: str = PEOPLE, **settings: object) -> Table:
-    standard: dict = {"target": "label", "ignore": ["income"], "split_column": "split", "batch_size": 2}
+    standard: dict = {"target": "label", "columns": {"income": "ignore"}, "split_column": "split", "batch_size": 2}
     return Table(file(text), **standard | settings)
 
 
@@ -85,14 +85,14 @@ def test_rows_to_predict_need_no_target() -> None:
 
 @pytest.mark.filterwarnings("ignore:the same in all")
 def test_numbers_to_predict() -> None:
-    inputs, targets = fields(people(target="income", ignore=["label"]), "train")
+    inputs, targets = fields(people(target="income", columns={"label": "ignore"}), "train")
     assert targets == [10.5, 20.5, 30.5, 40.5]
     assert len(inputs[0]) == 7
-    several = people(target=["income", "one"], ignore=["label"], categorical=["age"])
+    several = people(target=["income", "one"], columns={"label": "ignore", "age": "category"})
     inputs, targets = fields(several, "train")
     assert targets == [[10.5, 7], [20.5, 7], [30.5, 7], [40.5, 7]]
     assert [row[:3] for row in inputs] == [[1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 1, 0]]  # ages 20, 40, 60
-    whole = people(target="one", target_kind="class", ignore=["label"])
+    whole = people(target="one", target_kind="class", columns={"label": "ignore"})
     assert fields(whole, "val")[1] == [1, 0]
     assert whole.class_names == ["7", "8"]
 
@@ -103,7 +103,12 @@ def test_a_parquet_file_is_the_same_table() -> None:
     table = csv.read_csv(file(), convert_options=csv.ConvertOptions(strings_can_be_null=True))
     table = table.set_column(2, "town", table["town"].dictionary_encode())
     parquet.write_table(table, "people.parquet")
-    settings: dict = {"target": "label", "ignore": ["income", "one"], "split_column": "split", "batch_size": 2}
+    settings: dict = {
+        "target": "label",
+        "columns": {"income": "ignore", "one": "ignore"},
+        "split_column": "split",
+        "batch_size": 2,
+    }
     for split in ("train", "val", "test"):
         assert fields(Table("people.parquet", **settings), split) == fields(Table("people.csv", **settings), split)
 
@@ -139,27 +144,27 @@ WRONG = {
     ),
     "empty": ({"text": ""}, "people.csv cannot be read: Empty CSV file"),
     "unknown target": ({"target": "wage"}, "data.target: people.csv has no column 'wage': write one of split, age"),
-    "unknown ignored": ({"ignore": ["wage"]}, "data.ignore: people.csv has no column 'wage'"),
+    "unknown ignored": ({"columns": {"wage": "ignore"}}, "data.columns: people.csv has no column 'wage'"),
     "missing target": (
         {"text": PEOPLE.replace("20.5,yes", "20.5,")},
         "target 'label' .* is missing in 1 of 7 rows, such as row 2",
     ),
     "NaN target": (
         {"text": PEOPLE.replace("30.5", "nan"), "target": "income"},
-        "target 'income' of people.csv is missing in 1 of 7 rows, such as row 3: fill it in, or delete these rows",
+        "target 'income' of people.csv is missing in 1 of 7 rows, such as row 3: fill it in, or filter these rows out",
     ),
     "whole numbers as target": ({"target": "one"}, "'one' of people.csv holds whole numbers: write data.target_kind"),
     "text as number": (
         {"target": "town", "target_kind": "number", "text": PEOPLE.replace("60,,", "60,Ulm,")},
-        "'town' .* does not hold numbers",
+        "'town' of people.csv holds 'Bern' in row 1, and should hold number",
     ),
     "unknown split": ({"text": PEOPLE.replace("val", "vel")}, "data.split_column 'split' of people.csv holds 'vel'"),
     "nothing to train on": ({"text": PEOPLE.replace("train", "val")}, "no row of people.csv is for training"),
     "infinite": ({"text": PEOPLE.replace("2.0", "inf")}, "column 'height' of people.csv is infinite in row 6"),
     "classes of several": ({"target": ["one", "town"], "target_kind": "class"}, "write data.target_kind number"),
     "identifiers": (
-        {"text": NAMES, "ignore": [], "split_column": None},
-        "'n' of people.csv has 68 different values in 68 training rows: leave it out with data.ignore",
+        {"text": NAMES, "columns": {}, "split_column": None},
+        "'n' of people.csv has 68 different values in 68 training rows: leave it out with data.columns",
     ),
     "rows to predict": ({"predict_path": "short.csv"}, "short.csv has no column 'town', which training had"),
 }
