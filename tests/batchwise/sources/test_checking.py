@@ -65,7 +65,7 @@ def test_columns(case: str, chunks: int) -> None:
     column = pyarrow.chunked_array([values[:cut], values[cut:]], kind)
     if words is None:
         return check_column(column, "column 'x'", role)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="^column 'x' ") as error:
+    with pytest.raises(ValueError, match=r"^column 'x' ") as error:
         check_column(column, "column 'x'", role)  # type: ignore[arg-type]
     assert words in str(error.value)
     assert "\n" not in str(error.value)
