@@ -49,7 +49,8 @@ def check_column(column: Any, where: str, role: Literal["input", "target", "labe
         least, most = compute.min_max(values).as_py().values()  # type: ignore[attr-defined]
         if role == "label" and least == -1:
             wrong = compute.equal(values, -1)  # type: ignore[attr-defined]
-            _refuse(wrong, where, "is -1, which says that there is no label,", width, rows, "filter these rows out")
+            remedy = "filter these rows out, or number the labels from 0"
+            _refuse(wrong, where, "is -1, which says that there is no label,", width, rows, remedy)
         if role == "input" and max(-least, most) > LARGEST:
             warnings.warn(
                 f"{where} holds numbers to {max(-least, most):,}, of which float32 has only some: subtract a constant, "
