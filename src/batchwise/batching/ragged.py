@@ -1,7 +1,7 @@
 """Sequences of unequal length, stored one after the other. A micro-batch is one gather, padded to its longest."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,12 +25,21 @@ class Ragged:
         offsets: where each sequence begins, and where the last one ends, int64 [examples + 1].
         *others: other fields of each example, such as labels, [examples, ...]; dicts, tuples and lists of one value per
             example too.
+        empty: what becomes of sequences without values, over which a mean is not a number: refuse (before training),
+            drop (the others are numbered anew), or keep (their losses must be finite, or have the weight 0).
 
     Raises:
         ValueError: the offsets are no rising positions within the values, or the other fields differ in length.
     """
 
-    def __init__(self, values: Tensor | np.ndarray, offsets: Tensor | np.ndarray, *others: Any) -> None:
+    def __init__(
+        self,
+        values: Tensor | np.ndarray,
+        offsets: Tensor | np.ndarray,
+        *others: Any,
+        empty: Literal["refuse", "drop", "keep"] = "refuse",
+    ) -> None:
+        self.empty = empty
         self.mapped = isinstance(values, np.memmap)
         self.values = as_tensor(values)
         self.offsets = as_tensor(offsets).long()
@@ -43,6 +52,12 @@ class Ragged:
                 "and at last the end, in rising order"
             )
         self._others = InMemory((self.lengths, *others))  # which checks that the lengths are equal
+        if empty == "drop" and not bool(self.lengths.all()):
+            some = self.lengths.nonzero().squeeze(1)
+            # Where an empty sequence begins, the next one does.
+            self.offsets = torch.cat([self.offsets[some], self.offsets[-1:]])
+            self.lengths = self.offsets.diff()
+            self._others = InMemory(tuple(select(field, some) for field in self._others.fields))
         self.fields = (self.values, *self._others.fields[1:])
 
     def __len__(self) -> int:

@@ -1,6 +1,5 @@
 """The examples of each split, and their way to a device."""
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from copy import copy
@@ -99,12 +98,10 @@ class Examples(Reserved, pl.LightningDataModule, ABC):
             if fetch is not None and len(fetch) == 0:
                 raise ValueError(f"the {name} split has no examples: check where it is read from")
             lengths = getattr(fetch, "lengths", None)
-            if lengths is not None and len(lengths) and int(lengths.min()) == 0:
-                empty = int((lengths == 0).sum())
-                warnings.warn(
-                    f"example {int(lengths.argmin())} of the {name} split has no values ({empty:,} are empty): a mean "
-                    "over it is not a number, so weigh it with 0, or leave it out in load",
-                    stacklevel=2,
+            if getattr(fetch, "empty", "keep") == "refuse" and lengths is not None and not bool(lengths.all()):
+                raise ValueError(
+                    f"example {int(lengths.argmin())} of the {name} split has no values ({int((lengths == 0).sum()):,} "
+                    "are empty), and a mean over it is not a number: write Ragged(..., empty='drop'), or 'keep'"
                 )
             if fetch is not None and name != "train" and len(fetch) < devices:
                 raise ValueError(f"the {name} split has {len(fetch)} examples: use at most {len(fetch)} devices")

@@ -183,7 +183,8 @@ def _join_ragged(names: list[str], parts: list[Ragged]) -> Ragged:
     others = _join("other fields", names, [part.fields[1:] for part in parts])
     lengths = torch.cat([part.lengths for part in parts])
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    return Ragged(_join("sequences", names, values), offsets, *others)
+    empty = "refuse" if any(part.empty == "refuse" for part in parts) else "keep"
+    return Ragged(_join("sequences", names, values), offsets, *others, empty=empty)
 
 
 def _kind(part: Any) -> str:

@@ -112,14 +112,27 @@ def test_no_new_texts() -> None:
             made(predict_path=path).load("predict")
 
 
-@pytest.mark.parametrize("empty", [0, 5, 9])
-def test_an_empty_sequence_is_named_before_training(empty: int) -> None:
+@pytest.mark.parametrize("places", [[0], [5], [9], [0, 1, 4, 8, 9]])
+def test_an_empty_sequence_is_refused_dropped_or_kept(places: list[int]) -> None:
     class Sequences(DataModule):
-        def load(self, split: str) -> Any:
-            lengths = torch.full((10,), 3)
-            lengths[empty] = 0
-            offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-            return Ragged(torch.ones(27, 2), offsets, torch.zeros(10))
+        def __init__(self, empty: Any) -> None:
+            super().__init__(batch_size=4)
+            self.empty = empty
 
-    with pytest.warns(UserWarning, match=f"example {empty} of the train split has no values .1 are empty.: a mean"):
-        Sequences(batch_size=4).setup("fit")
+        def load(self, split: str) -> Any:
+            lengths = torch.arange(2, 12)
+            lengths[places] = 0
+            offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+            return Ragged(torch.arange(int(offsets[-1])), offsets, torch.arange(10), empty=self.empty)
+
+    words = f"example {places[0]} of the train split has no values .{len(places)} are empty., .* write Ragged"
+    with pytest.raises(ValueError, match=words):
+        Sequences("refuse").setup("fit")
+    kept, dropped = Sequences("keep"), Sequences("drop")
+    kept.setup("fit")
+    dropped.setup("fit")
+    some = [number for number in range(10) if number not in places]
+    every, fewer = kept.examples("train", torch.tensor(some)), dropped.examples("train", 10)
+    assert len(fewer) == len(some)
+    assert torch.equal(fewer.inputs, every.inputs)
+    assert fewer.targets.tolist() == some
