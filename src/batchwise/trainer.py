@@ -27,10 +27,41 @@ from batchwise.ranges import PositiveInt
 from batchwise.tasks.logs import Connector, Results
 
 REFUSED = {
-    "overfit_batches": "trainer.limit_train_batches, with data.order batchwise.batching.order.Sequential",
-    "barebones": "trainer.logger, enable_checkpointing and enable_progress_bar false",
+    "overfit_batches": ", and write trainer.limit_train_batches, with data.order batchwise.batching.order.Sequential",
+    "barebones": ", and write trainer.logger, enable_checkpointing and enable_progress_bar false",
+    "model_registry": ", and write trainer.logger.log_model, which keeps checkpoints in W&B",
+    "use_distributed_sampler": ", because the data module cuts the batches",
 }
 """Arguments of Lightning's trainer that this one does not take, and what to write instead."""
+LEAST = {
+    "log_every_n_steps": 1,
+    "check_val_every_n_epoch": 1,
+    "num_sanity_val_steps": -1,
+    "gradient_clip_val": 0,
+    "min_epochs": 0,
+    "min_steps": 0,
+}
+"""The smallest values of arguments that Lightning does not check."""
+
+
+def check_arguments(given: dict[str, Any]) -> None:
+    """Refuse arguments that would do something else than they say.
+
+    Raises:
+        ValueError: one of them would.
+    """
+    for name, remedy in REFUSED.items():
+        if given.get(name):
+            raise ValueError(f"trainer.{name} is {given[name]}: leave it out{remedy}")
+    for name, least in LEAST.items():
+        value = given.get(name)
+        if value is not None and value < least:
+            raise ValueError(f"trainer.{name} is {value}: write at least {least}")
+    if given.get("val_check_interval") in (0, 0.0):
+        raise ValueError(
+            "trainer.val_check_interval is 0: write a number of steps, or a share of the epoch; "
+            "trainer.limit_val_batches 0 is no validation"
+        )
 
 
 class Unprofiled(PassThroughProfiler):
@@ -90,11 +121,8 @@ class Trainer(pl.Trainer):
         threads: PositiveInt | None = None,
         **kwargs: Any,
     ) -> None:
-        if use_distributed_sampler:
-            raise ValueError("trainer.use_distributed_sampler is true: leave it out, the data module cuts the batches")
-        for name, remedy in REFUSED.items():
-            if kwargs.get(name):
-                raise ValueError(f"trainer.{name} is {kwargs[name]}: leave it out, and write {remedy}")
+        counts = {"log_every_n_steps": log_every_n_steps, "num_sanity_val_steps": num_sanity_val_steps}
+        check_arguments(kwargs | counts | {"use_distributed_sampler": use_distributed_sampler})
         self.accumulation = accumulate_grad_batches
         self.channels_last, self.compile, self.capture = bool(channels_last), bool(compile), capture
         if matmul_precision is not None:
@@ -122,6 +150,11 @@ class Trainer(pl.Trainer):
             raise ValueError(
                 f"trainer.strategy is {type(self.strategy).__name__}, which keeps gradients where the exact step does "
                 "not see them: write ddp, or lightning.pytorch.strategies.ModelParallelStrategy (FSDP2)"
+            )
+        if getattr(self.strategy, "_start_method", None) == "spawn":
+            raise ValueError(
+                "trainer.strategy is ddp_spawn, which moves the data that is in memory: write ddp in a script, or "
+                "ddp_notebook in a notebook"
             )
         # Lightning makes its own loop with the same arguments.
         self.fit_loop.epoch_loop = EpochLoop(self, min_steps=self.min_steps, max_steps=self.max_steps)

@@ -120,6 +120,10 @@ class Batch:
     def __init__(self, step: int, epoch: int, size: int, micro_batches: list[MicroBatch]) -> None:
         self.step, self.epoch, self.size, self.micro_batches = step, epoch, size, micro_batches
 
+    def __len__(self) -> int:
+        """Return the number of examples on this device. `size` is that of all devices."""
+        return sum(map(len, self.micro_batches))
+
     def cut(self, limit: int | None, unit: int = 1) -> None:
         """Cut micro-batches of more than `limit` examples into smaller ones of whole units."""
         if limit is not None:

@@ -8,7 +8,7 @@ from batchwise.callbacks.ema import EMA
 from batchwise.checkpoints import data_state, read_checkpoint
 from batchwise.data.examples import SPLITS
 from batchwise.data.module import DataModule
-from batchwise.errors import mistakes
+from batchwise.errors import Mistake, mistakes
 from batchwise.models.frozen import fill_in
 from batchwise.models.weights import weight_differences
 from batchwise.run.resume import training_differences
@@ -62,7 +62,18 @@ def check(
             done = _check_checkpoint(checkpoint, trainer, model, data, config)
         if stage == "fit" and data.split("val") is not None:
             _check_monitors(trainer, model)
+            _check_interval(trainer, data)
     return done
+
+
+def _check_interval(trainer: Trainer, data: DataModule) -> None:
+    every, epochs = getattr(trainer, "val_check_interval", None), trainer.check_val_every_n_epoch  # None: a time
+    steps = data.plan.steps_per_epoch if data.plan else 0
+    if isinstance(every, int) and epochs is not None and every > steps > 0:
+        raise Mistake(
+            f"trainer.val_check_interval is {every:,}, but an epoch has {steps:,} steps: write at most that, or "
+            "trainer.check_val_every_n_epoch null, which counts on over epochs"
+        )
 
 
 def _check_monitors(trainer: Trainer, model: Task) -> None:

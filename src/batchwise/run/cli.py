@@ -44,6 +44,9 @@ UNFOUNDED = (
     "could not find the monitored key",  # it was checked; validation has not run yet
     "`broadcast_buffers` is deprecated",
     "smaller than the logging interval",
+    "with a model that overrides the configure_model callback",  # which shards only with FSDP
+    "there is no last checkpoint available",  # OnExceptionCheckpoint asks for one
+    "was called without a model",
     "in eval mode at the start of training",  # frozen batch norms are meant to be
 )
 """Warnings of Lightning and PyTorch that are wrong here, or that a user can do nothing about."""
@@ -155,7 +158,17 @@ class CLI(LightningCLI):
         elif settings.get("enable_progress_bar") is not False:
             callbacks.append(ProgressBar())
         settings["callbacks"] = [*callbacks, RunRecord(self.plain_config, str(self.subcommand))]
-        return super().instantiate_trainer(**(plain(vars(settings)) | kwargs))
+        try:
+            return super().instantiate_trainer(**(plain(vars(settings)) | kwargs))
+        except (TypeError, ModuleNotFoundError) as error:
+            raise Mistake(f"trainer: {str(error).splitlines()[0]}") from error
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and check the seed, which is set at once."""
+        super().parse_arguments(parser, args)
+        seed = self.settings.get("seed_everything")
+        if type(seed) is int and not 0 <= seed < 2**32:
+            raise Mistake(f"seed_everything is {seed}: write a whole number from 0 to {2**32 - 1:,}")
 
     def _usual_callbacks(self, given: list[Callback], saving: bool) -> list[Callback]:
         """Return the usual callbacks that are missing. Let all best checkpoints go into the run's folder."""

@@ -3,6 +3,7 @@
 import inspect
 import sys
 from collections.abc import Callable, Iterator
+from enum import Enum
 from pathlib import Path
 from typing import Any, NoReturn, get_origin
 
@@ -12,6 +13,9 @@ from jsonargparse._util import import_object
 from lightning.pytorch.cli import LightningArgumentParser
 
 from batchwise.run.explain import explain
+
+# Defaults may be members of an enumeration, such as those of Lightning's Timer. In a configuration they are plain.
+yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
 
 
 class Parser(LightningArgumentParser):

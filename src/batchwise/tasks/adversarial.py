@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from batchwise.batching.loader import MicroBatch
-from batchwise.tasks.making import finish
+from batchwise.tasks.making import made
 from batchwise.tasks.players import Players
 from batchwise.tasks.task import Losses, Task
 
@@ -63,11 +63,11 @@ class Adversarial(Task):
         """Return one loss per target of a player. In evaluation `player` is "": return the loss to measure."""
 
     def _new_optimizer(self) -> Optimizer:
-        made = {}
+        players = {}
         for name, make in self._make_optimizers.items():
             parameters = self.network.get_submodule(name).named_parameters(prefix=f"network.{name}")
-            made[name] = finish(make(self._tuning.groups(parameters, self._decay_matrices_only)))
-        return Players(made)
+            players[name] = made(make, self._tuning.groups(parameters, self._decay_matrices_only))
+        return Players(players)
 
     def _players(self) -> list[tuple[str, ...]]:
         return [(name,) for name in self._steps]

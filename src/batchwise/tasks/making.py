@@ -1,20 +1,31 @@
 """Adjustments of an optimizer: when it is made, and when a checkpoint is loaded."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import LBFGS, SGD, Adam, Optimizer
+from torch.optim import LBFGS, SGD, Adam, Optimizer, SparseAdam
 
 from batchwise.errors import Mistake
 
+LBFGS_REFUSED = "model.optimizer LBFGS evaluates the loss several times per step: write another optimizer"
 
-def finish(optimizer: Optimizer) -> Optimizer:
-    """Multiply the rate of each group by its factor. Use fused kernels if there are any.
+
+def made(make: Callable[[list], Optimizer], groups: list) -> Optimizer:
+    """Return an optimizer, with the rate of each group times its factor, and with fused kernels if there are any.
+
+    Args:
+        make: the class of the optimizer, with its arguments.
+        groups: of parameters.
 
     Raises:
-        Mistake: the optimizer evaluates the loss several times per step.
+        Mistake: the optimizer evaluates the loss several times per step, or takes sparse gradients.
     """
+    try:
+        optimizer = make(groups)
+    except ValueError as error:
+        raise (Mistake(LBFGS_REFUSED) if "LBFGS" in str(error) else error) from None
     refuse(optimizer)
     for group in optimizer.param_groups:
         group["lr"] *= group.pop("lr_factor", 1.0)
@@ -28,7 +39,9 @@ def finish(optimizer: Optimizer) -> Optimizer:
 def refuse(optimizer: Any) -> None:
     """Raise Mistake for an optimizer that evaluates the loss several times per step, and for none."""
     if isinstance(optimizer, LBFGS):
-        raise Mistake("model.optimizer LBFGS evaluates the loss several times per step: write another optimizer")
+        raise Mistake(LBFGS_REFUSED)
+    if isinstance(optimizer, SparseAdam):
+        raise Mistake("model.optimizer SparseAdam takes sparse gradients, and here they are dense: write Adam")
     if not optimizer.param_groups:  # Lightning's stand-in
         raise Mistake("configure_optimizers gives None: return an optimizer")
 

@@ -24,7 +24,7 @@ from batchwise.tasks.finetuning import FineTuning
 from batchwise.tasks.hooks import THE_ENGINES
 from batchwise.tasks.logs import as_lightning_takes_it
 from batchwise.tasks.losses import Losses, checked
-from batchwise.tasks.making import finish
+from batchwise.tasks.making import made
 from batchwise.tasks.measures import Measures
 from batchwise.tasks.rates import Rates
 from batchwise.tasks.step import Step
@@ -241,7 +241,7 @@ class Task(pl.LightningModule, ABC):
         return optimizer
 
     def _new_optimizer(self) -> Optimizer:
-        return finish(self._make_optimizer(self._tuning.groups(self.named_parameters(), self._decay_matrices_only)))
+        return made(self._make_optimizer, self._tuning.groups(self.named_parameters(), self._decay_matrices_only))
 
     _couples: ClassVar[bool] = False
     """Whether a loss depends on other examples of the batch, on purpose and exactly."""

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
     BatchSizeFinder,
     Callback,
     GradientAccumulationScheduler,
@@ -91,6 +92,11 @@ def _refuse_callbacks(task: "Task", callbacks: list[Callback]) -> None:
         for kind, remedy in REFUSED.items():
             if isinstance(callback, kind):
                 raise ValueError(f"trainer.callbacks: {kind.__name__} {remedy}")
+        if isinstance(callback, BackboneFinetuning) and not hasattr(task, "backbone"):
+            raise ValueError(
+                f"trainer.callbacks: BackboneFinetuning needs {type(task).__name__}.backbone: write a property of that "
+                "name, or model.freeze and model.thaw_after_examples"
+            )
         if isinstance(callback, StochasticWeightAveraging) and any(batchnorms(task.network)):
             raise ValueError(
                 "trainer.callbacks: StochasticWeightAveraging leaves the statistics of batch norm as they are: write "
