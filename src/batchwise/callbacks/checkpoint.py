@@ -17,7 +17,7 @@ from batchwise.errors import TrainingStopped
 from batchwise.ranges import PositiveInt
 from batchwise.tasks.task import Task
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Last(Checkpoint):
@@ -26,8 +26,9 @@ class Last(Checkpoint):
     A checkpoint is saved just before a step begins. By then all that belongs to the steps before it (validation,
     schedules, the end of an epoch) is done and counted.
 
-    After SIGTERM or SIGUSR1 to any process, the running step finishes, a checkpoint is saved, and the run ends with
-    exit code 143. Under SLURM, SIGUSR1 (`sbatch --signal=USR1@90`) also puts the job back into the queue.
+    After SIGTERM, SIGUSR1 or Ctrl-C to any process, the running step finishes, a checkpoint is saved, and the run ends
+    with exit code 143 (130 after Ctrl-C). Under SLURM, SIGUSR1 (`sbatch --signal=USR1@90`) also puts the job back into
+    the queue. A second Ctrl-C stops at once, and saves nothing.
 
     Args:
         every_n_steps: optimizer steps between two checkpoints; null: one at the start of each epoch. The end of
@@ -50,7 +51,11 @@ class Last(Checkpoint):
 
         def note(number: int, _: object) -> None:
             # A handler may run between any two instructions, so it only sets flags.
+            if number == self._signal == signal.SIGINT:
+                raise KeyboardInterrupt
             self._signal, pl_module._step.stop_requested = number, True
+            if number == signal.SIGINT and trainer.is_global_zero:
+                os.write(2, b"\nstopping after this step, to save; Ctrl-C again stops at once, without saving\n")
 
         if threading.current_thread() is threading.main_thread():
             self._handlers = {number: signal.signal(number, note) for number in SIGNALS}
@@ -73,7 +78,7 @@ class Last(Checkpoint):
                 subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=False)
             raise TrainingStopped(
                 f"stopped by a signal after step {step:,}; saved, and the same command with --ckpt_path last goes on",
-                code=128 + signal.SIGTERM,
+                code=128 + (signal.SIGINT if self._signal == signal.SIGINT else signal.SIGTERM),
                 everywhere=True,
             )
 

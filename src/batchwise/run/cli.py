@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -262,6 +263,12 @@ def run(arguments: list[str]) -> int:
         with mistakes():
             check_files(arguments)
         CLI(arguments)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Lightning ends the process with 1 after an interrupt.
+        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        print("error: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     except Exception as error:
         if isinstance(error, Mistake):
             if os.environ.get("BATCHWISE_TRACEBACK"):

@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers import CSV, DIGITS, TWO, Result, Started, furthest, run_here
 
+from batchwise.callbacks.checkpoint import SIGNALS
 from batchwise.checkpoints import DurableIO
 from batchwise.errors import TrainingStopped
 
@@ -187,8 +188,8 @@ def child(pid: int) -> int:
 
 @pytest.mark.parametrize(
     ("number", "devices"),
-    [(signal.SIGTERM, 1), (signal.SIGUSR1, 1), (signal.SIGTERM, 2)],
-    ids=["SIGTERM", "SIGUSR1", "SIGTERM to the second of two processes"],
+    [(signal.SIGTERM, 1), (signal.SIGUSR1, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)],
+    ids=["SIGTERM", "SIGUSR1", "Ctrl-C", "SIGTERM to the second of two processes"],
 )
 def test_a_signal_saves_and_stops(number: int, devices: int) -> None:
     double = ("--trainer.precision", "64-true")
@@ -196,8 +197,11 @@ def test_a_signal_saves_and_stops(number: int, devices: int) -> None:
     process = Started(*arguments, fresh=devices == 2, OMP_NUM_THREADS="1")
     leader = process.process.pid
     result = signalled(process, number, lambda: child(leader) if devices == 2 else leader)
-    assert result.code == 143, result.err
+    assert result.code == (130 if number == signal.SIGINT else 143), result.err
     lines = errors(result)
+    if number == signal.SIGINT:
+        lines = [line for line in lines if line]
+        assert lines.pop(0) == "stopping after this step, to save; Ctrl-C again stops at once, without saving"
     found = re.fullmatch(
         r"error: stopped by a signal after step ([\d,]+); saved, and the same command with --ckpt_path last goes on",
         lines[0],
@@ -360,6 +364,36 @@ def test_wrong_interval() -> None:
 
 
 def test_signals_are_as_before_after_training() -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    before = [signal.getsignal(number) for number in SIGNALS]
     run_here(*FIT, "--trainer.max_steps", 2)
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_a_second_interrupt_stops_at_once(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import time\nfrom lightning.pytorch.callbacks import Callback\n"
+        "class Slow(Callback):\n    def on_train_batch_end(self, trainer, *_):\n"
+        "        if trainer.global_step == 30:\n            print('asleep', flush=True)\n            time.sleep(60)\n"
+    )
+    path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
+    process = Started(*FIT, "--trainer.callbacks+", "slow.Slow", "--trainer.max_epochs", 100, PYTHONPATH=path)
+    try:
+        deadline = time.monotonic() + 60
+        while "asleep" not in process.out:
+            trains = process.process.poll() is None and time.monotonic() < deadline
+            assert trains, process.out + process.err
+            time.sleep(0.01)
+        for _ in range(2):
+            os.kill(process.process.pid, signal.SIGINT)
+            time.sleep(0.5)
+        begun = time.monotonic()
+        result = process.end(timeout=30)
+        assert time.monotonic() - begun < 20
+    finally:
+        if process.process.poll() is None:
+            process.kill()
+    assert result.code == 130, result.err
+    assert errors(result)[-1] == "error: interrupted"
+    assert "Traceback" not in result.err
+    (folder,) = Path("runs/digits").iterdir()
+    assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] < 30
