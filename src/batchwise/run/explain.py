@@ -38,6 +38,8 @@ def explain(message: str, known: Collection[str] = (), lists: Collection[str] = 
     if not found and not tried:
         return _not_of_a_key(line, known, outer)
     key = outer + name
+    if denied := re.search(r"Importing '([^']+)' is not allowed", problem):
+        return f"{key} names {denied[1]}, which may run any code: a configuration must not; call it in a class of yours"
     given = re.search(r"a path but (.+?) either", problem)
     if given and (said := _of_a_path(given[1], problem)):
         return f"{key} {said}"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn, get_origin
 
 import yaml
-from jsonargparse import Namespace, _typehints
+from jsonargparse import Namespace, _typehints, set_parsing_settings
 from jsonargparse._util import import_object
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -16,6 +16,22 @@ from batchwise.run.explain import explain
 
 # Defaults may be members of an enumeration, such as those of Lightning's Timer. In a configuration they are plain.
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
+
+# Beyond what jsonargparse denies by itself (`os`, `subprocess`, `pickle` and others): what runs code of a file or an
+# address. An argument without a type takes any class, so that a configuration could name these too.
+set_parsing_settings(
+    import_path_denylist=[
+        *(
+            "torch.load",
+            "torch.serialization",
+            "torch.hub",
+            "torch.jit.load",
+            "torch.package",
+            "torch.utils.cpp_extension",
+        ),
+        *("numpy.load", "joblib", "dill", "cloudpickle", "pandas.read_pickle"),
+    ]
+)
 
 
 class Parser(LightningArgumentParser):

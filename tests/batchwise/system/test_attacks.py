@@ -1,6 +1,7 @@
 """Files that would run code, or write where they should not, are refused with one line, and nothing has happened."""
 
 import io
+import json
 import os
 import pickle
 import tarfile
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from helpers import DIGITS, Result, run_here
 
 FIT = ("fit", *DIGITS, "--trainer.max_steps", 2)
@@ -80,7 +82,7 @@ ATTACKS = {
 
 def refused(result: Result, *words: str) -> None:
     assert result.code == 2, result.out
-    (line,) = [line for line in result.err.splitlines() if not line.startswith("warning:")]
+    (line,) = [line for line in result.err.splitlines() if not line.startswith(("warning:", "note:"))]
     print(line)
     assert line.startswith("error: ")
     assert all(word in line for word in words), line
@@ -108,6 +110,34 @@ def test_checkpoint(trained: Result, attack: Callable[[], None], verb: str) -> N
 def test_configuration_that_would_run_code(text: str) -> None:
     Path("evil.yaml").write_text(text)
     refused(run_here(*FIT, "--config", "evil.yaml"), "--config evil.yaml is not YAML", "python/object")
+
+
+@pytest.mark.parametrize(
+    ("path", "arguments"),
+    [
+        ("os.system", f"command: touch {OWNED}"),
+        ("posix.system", f"command: touch {OWNED}"),
+        ("subprocess.Popen", f"args: [touch, {OWNED}], shell: true"),
+        ("shutil.rmtree", "path: runs"),
+        ("pickle.load", "file: evil"),
+        ("torch.load", "f: evil"),
+        ("torch.serialization.load", "f: evil"),
+        ("torch.hub.load", "repo_or_dir: evil, model: evil"),
+        ("numpy.load", "file: evil"),
+    ],
+)
+def test_a_configuration_does_not_name_what_runs_code(
+    path: str, arguments: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An argument without a type takes whatever class a configuration names."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    lines = ["from torch import nn", "class Net(nn.Linear):", "    def __init__(self, part=None):", "        ..."]
+    (tmp_path / "untyped.py").write_text("\n".join(lines))
+    part = {"class_path": path, "init_args": yaml.safe_load(f"{{{arguments}}}")}
+    for network in ({"class_path": "untyped.Net", "init_args": {"part": part}}, part):
+        Path("evil.yaml").write_text(json.dumps({"model": {"init_args": {"network": network}}}))
+        line = f"model.network names {path}, which may run any code: a configuration must not"
+        refused(run_here(*FIT, "--config", "evil.yaml"), line)
 
 
 @pytest.mark.parametrize("name", ["../elsewhere", "a/../../b", "/tmp/elsewhere", ""])
