@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from batchwise.data.augment import Augmentation
     from batchwise.data.module import DataModule
     from batchwise.optim.schedule import Schedule
+    from batchwise.run.loading import load
     from batchwise.tasks.task import Task
     from batchwise.trainer import Trainer
 
@@ -30,6 +31,7 @@ _HOMES = {
     "Schedule": "optim.schedule",
     "Task": "tasks.task",
     "Trainer": "trainer",
+    "load": "run.loading",
 }
 __all__ = [
     "Augmentation",
@@ -42,6 +44,7 @@ __all__ = [
     "Schedule",
     "Task",
     "Trainer",
+    "load",
 ]
 
 

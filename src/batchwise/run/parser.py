@@ -40,7 +40,7 @@ class Parser(LightningArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # An abbreviated flag would change its meaning on the day another flag is added.
         super().__init__(*args, allow_abbrev=False, **kwargs)
-        self.add_instantiator(_instantiate, object, subclasses=True)
+        self.add_instantiator(instantiate, object, subclasses=True)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print one line and exit with 2."""
@@ -67,7 +67,8 @@ def plain(value: Any) -> Any:
     return value
 
 
-def _instantiate(kind: Callable[..., object], /, *args: object, **kwargs: object) -> object:
+def instantiate(kind: Callable[..., object], /, *args: object, **kwargs: object) -> object:
+    """Make an object of a configuration, from ordinary numbers."""
     return kind(*plain(args), **plain(kwargs))
 
 

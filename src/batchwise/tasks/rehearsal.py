@@ -94,7 +94,7 @@ def _halves(data: DataModule, batch: MicroBatch, index: Tensor, half: int) -> li
 @contextmanager
 def _as_it_was(task: "Task", data: DataModule) -> Iterator[None]:
     """Restore modes, buffers, metrics and the generator afterwards. Batch norm looks at no other example."""
-    trainer, task._trainer, task._rehearses = task._trainer, data.trainer, data
+    trainer, task._trainer, task._own_data = task._trainer, data.trainer, data
     devices = [home_of(task)] if home_of(task).type == "cuda" else []
     try:
         with kept_modes(task), kept_buffers(task), torch.random.fork_rng(devices=devices):
@@ -102,7 +102,7 @@ def _as_it_was(task: "Task", data: DataModule) -> Iterator[None]:
                 norm.eval()
             yield
     finally:
-        task._trainer, task._rehearses, place.current = trainer, None, None
+        task._trainer, task._own_data, place.current = trainer, None, None
         for module in task.modules():
             if isinstance(module, Metric):
                 module.reset()

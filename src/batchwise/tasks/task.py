@@ -102,7 +102,7 @@ class Task(pl.LightningModule, ABC):
         self._step = Step(network, max_skipped_steps)
         self._measures = Measures(Terms(coefficients or {}, type(self).counts is not Task.counts))
         self._channels_last = False
-        self._rehearses: DataModule | None = None
+        self._own_data: DataModule | None = None  # where there is no trainer: in a trial, and in a task that is loaded
         self._tuning.hold_norms(network)
 
     # What a subclass writes
@@ -141,7 +141,7 @@ class Task(pl.LightningModule, ABC):
     @property
     def data(self) -> DataModule:
         """The data module, which owns the batch."""
-        data = self._rehearses or getattr(self._trainer, "datamodule", None)
+        data = self._own_data or getattr(self._trainer, "datamodule", None)
         if not isinstance(data, DataModule):
             raise TypeError("a Task trains from a batchwise.DataModule: pass datamodule= to the trainer")
         return data
@@ -190,7 +190,7 @@ class Task(pl.LightningModule, ABC):
         Raises:
             ValueError: a name is logged with different arguments, or a metric object for each step.
         """
-        if self._rehearses is not None:
+        if self._own_data is not None:
             self._measures.logged.add(name)
             return
         super().log(name, **as_lightning_takes_it(value, kwargs))

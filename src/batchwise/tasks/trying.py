@@ -62,7 +62,7 @@ def outputs_of(task: "Task", data: DataModule, batch: MicroBatch, precision: Any
     Raises:
         ValueError: the network cannot take the data.
     """
-    task._rehearses = data
+    task._own_data = data
     try:
         with kept_modes(task), torch.no_grad(), precision.forward_context():
             task.eval()
@@ -75,7 +75,7 @@ def outputs_of(task: "Task", data: DataModule, batch: MicroBatch, precision: Any
             f"{shape(batch.inputs)} per example: {str(error).splitlines()[0]}"
         ) from error
     finally:
-        task._rehearses = None
+        task._own_data = None
 
 
 REFUSED: dict[type[Callback], str] = {

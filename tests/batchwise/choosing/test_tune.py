@@ -126,7 +126,7 @@ verbs.tune = watched
 class Small(Classification):
     def losses(self, batch):
         with open(f"sizes-{rank}", "a") as file:
-            file.write(f"{len(batch)} " * (self._rehearses is None))
+            file.write(f"{len(batch)} " * (self._own_data is None))
         if rank == "1" and len(batch) > 100:
             raise torch.OutOfMemoryError("out of memory")
         return super().losses(batch)

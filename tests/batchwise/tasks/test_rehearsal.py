@@ -209,7 +209,7 @@ def test_it_changes_nothing() -> None:
 
     class Waits(Classify):
         def losses(self, batch: MicroBatch) -> Tensor:
-            if self._rehearses is not None and waits:
+            if self._own_data is not None and waits:
                 raise AttributeError
             return super().losses(batch)
 
@@ -268,7 +268,7 @@ def test_it_costs_as_much_as_two_micro_batches() -> None:
     seen = []
 
     def counting(task: Task, batch: MicroBatch) -> Tensor:
-        seen.append(len(batch) if task._rehearses is not None else 0)
+        seen.append(len(batch) if task._own_data is not None else 0)
         return each(task, batch)
 
     fit(made(counting), Points(micro_batch_size=5), max_steps=1)

@@ -218,7 +218,7 @@ def test_terms_that_are_not_known_before_training(make: Any) -> None:
 
     class Late(make):
         def losses(self, batch: MicroBatch) -> Any:
-            if self._rehearses is not None:
+            if self._own_data is not None:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
             return super().losses(batch)
 

@@ -1,0 +1,92 @@
+"""A trained task from a checkpoint, for use in Python: without a trainer, and without the training examples."""
+
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentError
+from lightning.pytorch.cli import LightningArgumentParser
+from torch import Tensor
+
+from batchwise.batching.fetch import Request, make_fetch
+from batchwise.batching.loader import make_batch
+from batchwise.checkpoints import data_state, read_checkpoint, unreadable
+from batchwise.data.module import DataModule
+from batchwise.models.frozen import CHECKSUM
+from batchwise.run.parser import instantiate
+from batchwise.tasks.task import Task
+
+
+class Trained:
+    """A trained task, and the data module whose `transform` its inputs need.
+
+    Args:
+        task: has the weights of the checkpoint.
+        data: has what training has learnt from its examples, such as the names of the classes.
+    """
+
+    def __init__(self, task: Task, data: DataModule) -> None:
+        self.task, self.data = task, data
+
+    @torch.inference_mode()
+    def predict(self, inputs: Any, batch_size: int = 256) -> dict[str, Tensor]:
+        """Return the columns that the command `predict` writes, by name, [N, ...] on the host.
+
+        Args:
+            inputs: as `load` of the data module gives them: tensors or arrays [N, ...], dicts and tuples of them, a
+                list of one value per example, or `Ragged`.
+            batch_size: most examples that go through the network together.
+        """
+        fetch, task = make_fetch(inputs if hasattr(inputs, "stream") else (inputs,)), self.task
+        dtype = next((one.dtype for one in task.parameters() if one.is_floating_point()), torch.float32)
+        parts = []
+        for index in torch.arange(len(fetch)).split(batch_size):
+            fields, _ = next(iter(fetch.stream([Request.one(index)])))
+            batch = self.data.to_device(make_batch(fields, index), task.device, training=False)
+            parts.append(task.predictions(batch.cast(dtype)))
+        return {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
+
+
+def load(path: str | PathLike[str], device: str | torch.device = "cpu") -> Trained:
+    """Load a checkpoint of the command line, with its model and data module, ready to predict.
+
+    Args:
+        path: a file such as `runs/digits/TIME/checkpoints/best.ckpt`.
+        device: where the network runs.
+
+    Raises:
+        ValueError: it is no such file, or its model cannot be made here.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ValueError(f"{path} does not exist: write a checkpoint, such as runs/NAME/TIME/checkpoints/best.ckpt")
+    if reason := unreadable(file):
+        raise ValueError(f"{path} cannot be read: {reason}")
+    checkpoint = read_checkpoint(file)
+    if "config" not in checkpoint:
+        raise ValueError(
+            f"{path} has no configuration, because no command has written it: make the task yourself, and write "
+            "task.load_state_dict(torch.load(path, weights_only=True)['state_dict'])"
+        )
+    task, data = _made(checkpoint["config"], path)
+    state = checkpoint["state_dict"]
+    if CHECKSUM in state:  # the checkpoint leaves out what does not learn
+        task._tuning.take(task.network)
+    floats = (one.dtype for one in state.values() if one.is_floating_point())
+    task.to(dtype=next(floats, torch.float32)).load_state_dict(state)
+    data.recall(data_state(file, data))
+    task._own_data = data
+    return Trained(task.to(device).eval(), data)
+
+
+def _made(config: dict[str, Any], path: object) -> tuple[Task, DataModule]:
+    parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_instantiator(instantiate, object, subclasses=True)
+    parser.add_subclass_arguments(Task, "model")
+    parser.add_subclass_arguments(DataModule, "data")
+    try:
+        made = parser.instantiate_classes(parser.parse_object(config))
+    except ArgumentError as error:
+        raise ValueError(f"the model of {path} cannot be made here: {' '.join(str(error).split())}") from error
+    return made["model"], made["data"]
