@@ -26,6 +26,7 @@ from batchwise.errors import Mistake, mistakes
 from batchwise.models.frozen import CHECKSUM
 from batchwise.run import checks, folders, report, resume
 from batchwise.run.auto import choose_settings
+from batchwise.run.main import LEADER
 from batchwise.run.parser import Parser, check_files, plain, texts
 from batchwise.run.record import RunRecord
 from batchwise.run.redact import redact
@@ -259,6 +260,8 @@ def run(arguments: list[str]) -> int:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     inherited = folders.FOLDER in os.environ
+    if not inherited:
+        os.environ[LEADER] = str(os.getpid())
     try:
         with mistakes():
             check_files(arguments)
@@ -283,4 +286,5 @@ def run(arguments: list[str]) -> int:
         if not inherited:
             folders.all_have_met()
             os.environ.pop(folders.FOLDER, None)
+            os.environ.pop(LEADER, None)
     return 0

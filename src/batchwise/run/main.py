@@ -1,6 +1,9 @@
 """The entry of `python -m {program}`: help comes at once, and a command does not wait for needless imports."""
 
+import ctypes
 import gc
+import os
+import signal
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -10,6 +13,9 @@ from typing import Any
 from batchwise import __version__
 from batchwise.run import program
 
+LEADER = "BATCHWISE_LEADER"
+"""The environment variable that tells the processes of a training the number of the one that has started them."""
+PR_SET_PDEATHSIG = 1
 HELP = """usage: python -m {program} COMMAND --config FILE [--config OVERLAY ...] [--KEY VALUE ...]
 
 commands:
@@ -73,6 +79,15 @@ def _load() -> Callable[[list[str]], int]:
     return sys.modules["batchwise.run.cli"].run
 
 
+def end_with_the_leader() -> None:
+    """Let this process end with the one that has started it, also while others wait for that (on Linux)."""
+    leader = os.environ.get(LEADER, "")
+    if sys.platform == "linux" and "LOCAL_RANK" in os.environ and leader not in ("", str(os.getpid())):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != int(leader):
+            sys.exit(1)
+
+
 def main(name: str | None, arguments: list[str] | None = None) -> int:
     """Run a command; return its exit code: 0 done, 1 it failed, 2 the user's mistake.
 
@@ -81,6 +96,7 @@ def main(name: str | None, arguments: list[str] | None = None) -> int:
         arguments: the command and its flags; None: those of this process.
     """
     program.name = name or program.name
+    end_with_the_leader()
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         # Importing Lightning takes seconds, and nobody should wait for these lines.

@@ -89,7 +89,9 @@ def findings(trainer: Trainer, folder: Path, picture: str | None) -> None:
 def _upload(trainer: Trainer) -> None:
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger) and logger.offline_folder:
-            print(f"upload it:  wandb sync {os.path.relpath(logger.offline_folder)}")
+            folder = os.path.relpath(logger.offline_folder)
+            print(f"look at it: wandb leet {os.path.dirname(folder)}")
+            print(f"upload it:  wandb sync {folder}")
 
 
 def failure(error: Exception) -> int | None:

@@ -1,5 +1,6 @@
 """Checkpoints are never torn, and training resumes from them as if it had not stopped."""
 
+import contextlib
 import csv
 import os
 import re
@@ -218,6 +219,24 @@ def test_a_signal_saves_and_stops(number: int, devices: int) -> None:
     # Two processes sum in another order than one.
     assert furthest(on, whole) == 0 if devices == 1 else furthest(on, whole) < 1e-9
     assert len(lines) == 1, result.err
+
+
+def test_processes_end_with_the_one_that_started_them() -> None:
+    """The second process is killed with the first, wherever it is: here, while it imports."""
+    process = Started(*FIT, *TWO, "--trainer.max_epochs", 100000, fresh=True, OMP_NUM_THREADS="1")
+    leader, deadline = process.process.pid, time.monotonic() + 60
+    while True:
+        with contextlib.suppress(ValueError):  # there is none yet
+            rank = child(leader)
+            break
+        assert time.monotonic() < deadline, process.out + process.err
+        time.sleep(0.01)
+    process.process.kill()
+    process.process.wait()
+    begun = time.monotonic()
+    while Path(f"/proc/{rank}").exists() and "zombie" not in Path(f"/proc/{rank}/status").read_text():
+        assert time.monotonic() - begun < 5
+        time.sleep(0.01)
 
 
 # Resume

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,21 @@ def test_the_end_says_how_to_go_on(trained: Result) -> None:
     result = run_here(*command.split()[:-2], "--print_config")
     assert result.code == 0, result.err
     assert yaml.safe_load(result.out)["trainer"]["default_root_dir"] == str(root(trained))
+
+
+def test_the_log_can_be_looked_at_without_an_account(trained: Result) -> None:
+    (command,) = [line.split(": ")[1] for line in trained.out.splitlines() if line.startswith("look at it:")]
+    program, verb, folder = command.split()
+    viewer = [
+        str(Path(sys.executable).with_name(program)),
+        verb,
+        "inspect",
+        "--summary",
+        folder,
+    ]  # its terminal is left out
+    said = subprocess.run(viewer, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert f"digits-{trained.folder.name}" in said
+    assert "val/accuracy" in said
 
 
 def test_validate_measures_what_training_measured(trained: Result) -> None:

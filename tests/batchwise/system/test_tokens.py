@@ -20,7 +20,7 @@ from batchwise.sources.text import Text
 class Holes(Text):
     def load(self, split):
         whole = super().load(split)
-        return Ragged(whole.values, sorted([*whole.offsets.tolist(), *whole.offsets[:12].tolist()]))
+        return Ragged(whole.values, sorted([*whole.offsets.tolist(), *whole.offsets[:12].tolist()]), empty="keep")
 """
 
 
