@@ -84,7 +84,9 @@ def end_with_the_leader() -> None:
     leader = os.environ.get(LEADER, "")
     if sys.platform == "linux" and "LOCAL_RANK" in os.environ and leader not in ("", str(os.getpid())):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != int(leader):
+        try:
+            os.kill(int(leader), 0)
+        except ProcessLookupError:  # it has ended already
             sys.exit(1)
 
 
