@@ -189,7 +189,12 @@ def child(pid: int) -> int:
 
 @pytest.mark.parametrize(
     ("number", "devices"),
-    [(signal.SIGTERM, 1), (signal.SIGUSR1, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)],
+    [
+        (signal.SIGTERM, 1),
+        pytest.param(signal.SIGUSR1, 1, marks=pytest.mark.weekly),
+        (signal.SIGINT, 1),
+        (signal.SIGTERM, 2),
+    ],
     ids=["SIGTERM", "SIGUSR1", "Ctrl-C", "SIGTERM to the second of two processes"],
 )
 def test_a_signal_saves_and_stops(number: int, devices: int) -> None:
@@ -221,6 +226,7 @@ def test_a_signal_saves_and_stops(number: int, devices: int) -> None:
     assert len(lines) == 1, result.err
 
 
+@pytest.mark.weekly
 def test_processes_end_with_the_one_that_started_them() -> None:
     """The second process is killed with the first, wherever it is: here, while it imports."""
     process = Started(*FIT, *TWO, "--trainer.max_epochs", 100000, fresh=True, OMP_NUM_THREADS="1")
@@ -272,7 +278,10 @@ def uninterrupted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
     return settings, result
 
 
-@pytest.mark.parametrize("stops", [(7,), (10,), (19,), (20,), (21,), (5, 10, 33), (20, 40, 41)], ids=str)
+MORE_STOPS = [pytest.param(stops, marks=pytest.mark.weekly) for stops in ((7,), (10,), (21,), (20, 40, 41))]
+
+
+@pytest.mark.parametrize("stops", [(19,), (20,), (5, 10, 33), *MORE_STOPS], ids=str)
 def test_stopping_changes_nothing(uninterrupted: tuple[tuple, Result], stops: tuple[int, ...]) -> None:
     settings, whole = uninterrupted
     parts = []
