@@ -188,8 +188,8 @@ class DataModule(Learning):
             trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
         if plan.batch_size > plan.examples and (trainer is None or trainer.is_global_zero):
             warnings.warn(
-                f"data.batch_size is {plan.batch_size}, but there are only {plan.examples} examples: every step trains "
-                "on all of them",
+                f"data.batch_size is {plan.batch_size}, but an epoch has only {plan.examples} examples: each epoch is "
+                "one step",
                 stacklevel=2,
             )
 

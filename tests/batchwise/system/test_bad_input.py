@@ -166,7 +166,7 @@ def test_odd_data_is_warned_of() -> None:
     with pytest.warns(UserWarning, match="all 40 training examples have the label 0"):
         result = run_here(*FIT, *own(classes=1), "--trainer.max_steps", 1)
     assert result.code == 0
-    with pytest.warns(UserWarning, match="batch_size is 50, but there are only 40 examples"):
+    with pytest.warns(UserWarning, match="batch_size is 50, but an epoch has only 40 examples: each epoch is one step"):
         result = run_here(*FIT, *own(batch_size=50), "--trainer.max_steps", 1)
     assert result.code == 0
 
