@@ -157,6 +157,7 @@ def test_digits_from_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert f"micro_batch_size  {chosen['data']['micro_batch_size']}\n" in trained.out
 
 
+@pytest.mark.weekly
 def test_two_devices_agree_and_nothing_is_changed(tmp_path: Path) -> None:
     """One of them runs out of memory."""
     (tmp_path / "watched.py").write_text(WATCHED)

@@ -84,6 +84,7 @@ def logs(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name != "checkpoints")
 
 
+@pytest.mark.weekly
 def test_the_project_is_the_package_that_is_started() -> None:
     Path("shop").mkdir()
     Path("shop/__init__.py").touch()

@@ -29,6 +29,7 @@ assert type(sys.modules["scipy.signal"]).__name__ == "module"
 """
 
 
+@pytest.mark.weekly
 def test_loading_leaves_no_trace() -> None:
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
