@@ -46,11 +46,11 @@ class Last(Checkpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: Task) -> None:
         """Listen for signals. The step at which training starts or resumes counts as saved."""
         self._saved_at = trainer.global_step
-        self._rotate, self._within_epoch = None, False
+        self._signal, self._rotate, self._within_epoch = None, None, False
         _leave_whole_epochs(trainer.fit_loop)
 
         def note(number: int, _: object) -> None:
-            # A handler may run between any two instructions, so it only sets flags.
+            # A handler may run between any two instructions, so it sets flags, and writes past Python's buffers.
             if number == self._signal == signal.SIGINT:
                 raise KeyboardInterrupt
             self._signal, pl_module._step.stop_requested = number, True

@@ -11,11 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
+import small
 import torch
 from helpers import CSV, DIGITS, TWO, Result, Started, furthest, run_here
 
-from batchwise.callbacks.checkpoint import SIGNALS
+from batchwise.callbacks.checkpoint import SIGNALS, Last
 from batchwise.checkpoints import DurableIO
 from batchwise.errors import TrainingStopped
 
@@ -395,6 +397,19 @@ def test_signals_are_as_before_after_training() -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
     run_here(*FIT, "--trainer.max_steps", 2)
     assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_the_first_interrupt_of_each_training_saves() -> None:
+    last = Last()
+
+    class Interrupts(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            if trainer.global_step == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    for _ in range(2):
+        with pytest.raises(TrainingStopped, match="stopped by a signal after step 3; saved"):
+            small.fit(callbacks=[last, Interrupts()], enable_checkpointing=True)
 
 
 def test_a_second_interrupt_stops_at_once(tmp_path: Path) -> None:
