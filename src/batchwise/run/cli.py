@@ -48,7 +48,7 @@ UNFOUNDED = (
     "smaller than the logging interval",
     "with a model that overrides the configure_model callback",  # which shards only with FSDP
     "there is no last checkpoint available",  # OnExceptionCheckpoint asks for one
-    "was called without a model",
+    "was called without a model",  # likewise
     "in eval mode at the start of training",  # frozen batch norms are meant to be
 )
 """Warnings of Lightning and PyTorch that are wrong here, or that a user can do nothing about."""

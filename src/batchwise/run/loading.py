@@ -1,4 +1,4 @@
-"""A trained task from a checkpoint, for use in Python: without a trainer, and without the training examples."""
+"""Loads a checkpoint to predict in Python. It needs no trainer and no training examples."""
 
 from os import PathLike
 from pathlib import Path

@@ -3,6 +3,8 @@
 import warnings
 from typing import Any, Literal
 
+from batchwise.sources.columns import is_text
+
 LARGEST = 2**24
 """From here on, float32 has not all whole numbers."""
 
@@ -37,7 +39,7 @@ def check_column(column: Any, where: str, role: Literal["input", "target", "labe
     _refuse(compute.is_null(values, nan_is_null=True), where, "is missing", width, rows)  # type: ignore[attr-defined]
     if types.is_floating(kind):
         _refuse(compute.is_inf(values), where, "is infinite", width, rows)  # type: ignore[attr-defined]
-    if role == "input" and (types.is_string(kind) or types.is_large_string(kind)):
+    if role == "input" and is_text(values):
         raise ValueError(
             f"{where} holds texts: save them as a file for batchwise.sources.text.Text or batchwise.sources.table."
             "Table, or make tokens of them in a data module of your own"

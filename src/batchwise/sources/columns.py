@@ -152,11 +152,11 @@ class Column(NamedTuple):
 
 
 def kind_of(column: "ChunkedArray", given: Kind | None) -> Kind:
-    """Return what a column holds.
+    """Return the kind of a column: the given one, or the one that its values have.
 
     Args:
         column: of a table.
-        given: what its owner says; None: it is found out.
+        given: the kind in the configuration; None: it is found out.
 
     Raises:
         ValueError: it cannot hold that; or it is to be found out, and holds lists, or dates that may be either.
@@ -168,7 +168,7 @@ def kind_of(column: "ChunkedArray", given: Kind | None) -> Kind:
     if types.is_nested(column.type):
         raise ValueError("lists: write ignore")
     if not is_text(column):
-        found: Kind = "date" if types.is_date(column.type) or types.is_timestamp(column.type) else "number"
+        found: Kind = "date" if is_date(column) else "number"
         if given not in (None, found):
             raise ValueError(f"{found}s already: write {found}, category or ignore")
         return found
@@ -181,12 +181,14 @@ def kind_of(column: "ChunkedArray", given: Kind | None) -> Kind:
 
 
 def described(columns: Sequence[Column], ignored: Sequence[str]) -> list[str]:
-    """Return what columns are taken for: a line for each kind, with the names of the columns."""
+    """Return one line for each kind of column, with the names of its columns."""
     kinds: dict[str, list[str]] = {}
     for column in columns:
-        more = f" ({len(column.categories)} values)" if column.categories is not None else ""
-        more = " (constant)" if not more and not column.std else " (some missing)" if column.missing else more
-        kinds.setdefault("category" if column.categories is not None else column.form, []).append(column.name + more)
+        if column.categories is not None:
+            kind, note = "category", f" ({len(column.categories)} values)"
+        else:
+            kind, note = column.form, " (constant)" if not column.std else " (some missing)" if column.missing else ""
+        kinds.setdefault(kind, []).append(column.name + note)
     kinds |= {"ignore": list(ignored)} if ignored else {}
     return [f"  {kind:<13} {', '.join(names[:SHOWN])}{_more(names)}" for kind, names in kinds.items()]
 
@@ -202,6 +204,13 @@ def is_text(column: "ChunkedArray") -> bool:
     return types.is_string(column.type) or types.is_large_string(column.type)
 
 
+def is_date(column: "ChunkedArray") -> bool:
+    """Return whether a column holds dates or moments."""
+    from pyarrow import types
+
+    return types.is_date(column.type) or types.is_timestamp(column.type)
+
+
 def texts(column: "ChunkedArray") -> np.ndarray:
     """Return a column as text [N]. A missing value is empty."""
     return column.cast("string").fill_null("").to_numpy().astype(str)
@@ -209,13 +218,13 @@ def texts(column: "ChunkedArray") -> np.ndarray:
 
 def numbers(column: "ChunkedArray", name: str, path: str, form: Kind = "number") -> np.ndarray:
     """Return a column as float64 [N]: dates as days since 1970, and a missing value as NaN."""
-    from pyarrow import timestamp, types
+    from pyarrow import timestamp
 
     if is_text(column):
         different = column.dictionary_encode().combine_chunks()
         known = [_to_number(one, form, column, name, path) for one in different.dictionary.to_pylist()]
         values = np.array([*known, np.nan])[different.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
-    elif types.is_date(column.type) or types.is_timestamp(column.type):
+    elif is_date(column):
         moments = column.cast(timestamp("us")).cast("int64").cast("float64").to_numpy()
         values = moments.astype(np.float64) / 86.4e9
     else:

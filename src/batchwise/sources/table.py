@@ -206,7 +206,7 @@ class Table(Fractions):
                     f"training rows: {hint}leave it out with data.columns {{{name}: ignore}}, or merge rare values"
                 )
             return Column(name, categories=categories)
-        values = self._numbers(name)[index]
+        values = numbers(self._table[name], name, self.path, kind)[index]
         known = values[~np.isnan(values)]
         missing = len(known) < len(values)
         if len(known) == 0 or known.min() == known.max():
