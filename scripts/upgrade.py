@@ -97,7 +97,7 @@ def engine(root: Path, name: str) -> dict[str, bytes]:
             if path.is_file() and "__pycache__" not in path.parts and (ROOT / place).exists():
                 found[path.relative_to(root).as_posix()] = path.read_bytes()
     for path in found:
-        if path.startswith("docs/") and path.endswith(".md"):
+        if path.startswith("docs/") and path.endswith((".md", ".ipynb")):
             found[path] = rename(found[path].decode(), template, name).encode()
     return found
 

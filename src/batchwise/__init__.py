@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from batchwise.data.module import DataModule
     from batchwise.optim.schedule import Schedule
     from batchwise.run.loading import load
+    from batchwise.run.python import Trainer
     from batchwise.tasks.task import Task
-    from batchwise.trainer import Trainer
 
 __version__ = "0.2.0"
 STARTED = perf_counter()
@@ -30,7 +30,7 @@ _HOMES = {
     "Ragged": "batching.ragged",
     "Schedule": "optim.schedule",
     "Task": "tasks.task",
-    "Trainer": "trainer",
+    "Trainer": "run.python",
     "load": "run.loading",
 }
 __all__ = [

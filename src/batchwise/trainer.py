@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins import _PLUGIN_INPUT, CheckpointIO
 from lightning.pytorch.profilers import PassThroughProfiler, Profiler
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
@@ -162,6 +162,12 @@ class Trainer(pl.Trainer):
             loop._results = Results(self, training=False)
         self._logger_connector = Connector(self)
         self.phases = Phases()
+
+    @property
+    def checkpoint_callback(self) -> Checkpoint | None:
+        """The callback that keeps the best checkpoint, or else the first one that keeps any."""
+        kept = self.checkpoint_callbacks
+        return next((callback for callback in kept if isinstance(callback, ModelCheckpoint)), next(iter(kept), None))
 
     def _run(self, model: Any, ckpt_path: Any = None, weights_only: bool | None = None) -> Any:
         data = getattr(self, "datamodule", None)

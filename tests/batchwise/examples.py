@@ -23,12 +23,13 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers.logger import Logger
 from torch.optim import AdamW
 
-from batchwise import DataModule, Task, Trainer
+from batchwise import DataModule, Task
 from batchwise.models.dropout import Dropout
 from batchwise.models.mlp import MLP
 from batchwise.sources.digits import Digits
 from batchwise.tasks.classification import Classification
 from batchwise.tasks.coupled import InfoNCE
+from batchwise.trainer import Trainer
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = ("tasks.md", "contrastive.md", "adversarial.md")

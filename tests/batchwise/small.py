@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from batchwise import DataModule, MicroBatch, Task, Trainer
+from batchwise import DataModule, MicroBatch, Task
 from batchwise.models.dropout import Dropout
+from batchwise.trainer import Trainer
 
 EXAMPLES = 64
 

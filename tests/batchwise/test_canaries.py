@@ -147,7 +147,7 @@ def test_wandb_counts_its_steps() -> None:
 
 
 def test_private_names_of_objects() -> None:
-    """What loop.py, checkpoint.py and hooks.py touch besides; their behaviour is held by the tests of these."""
+    """What loop.py, checkpoint.py, hooks.py and python.py touch besides; their behaviour is held by the tests of these."""
     trainer = pl.Trainer(max_epochs=1, **QUIET)
     loop, fit_loop = trainer.fit_loop.epoch_loop, trainer.fit_loop
     for name in ("_num_ready_batches_reached", "_is_training_done", "_results", "batch_progress", "val_loop"):
@@ -157,6 +157,10 @@ def test_private_names_of_objects() -> None:
     assert fit_loop._restarting is False
     for name in ("on_batch_start", "on_batch_end", "update_train_step_metrics"):
         assert callable(getattr(trainer._logger_connector, name))
+    trainer._default_root_dir = "elsewhere"
+    trainer._logger_connector.configure_logger(True)
+    assert trainer.default_root_dir.endswith("elsewhere")
+    assert (trainer.logger.save_dir or "").endswith("elsewhere")  # type: ignore[union-attr]
     assert Plain()._current_fx_name is None
     checkpoint = ModelCheckpoint(every_n_train_steps=3)
     assert (checkpoint._every_n_train_steps, checkpoint._train_time_interval) == (3, None)

@@ -218,6 +218,16 @@ def test_script_of_the_page_about_tasks() -> None:
     assert names["task"].trainer.global_step == 2 * 20
 
 
+def test_scripts_of_the_page_about_lightning(first_run: tuple, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(first_run[0] / "runs", "runs", symlinks=True)
+    for script in blocks("python", DOCS["lightning.md"]):
+        exec(script, {})
+    shown = capsys.readouterr().out
+    assert "epoch 4  average loss" in shown
+    assert "'test/accuracy': 0.9" in shown
+    assert shown.rstrip().endswith("])")  # a tensor of digits
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_configuration(path: Path, run: Callable) -> None:
     """What is printed is complete: it gives the same again. And it trains, here or in `test_commands`."""

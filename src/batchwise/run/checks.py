@@ -45,7 +45,7 @@ def check(
         data: has the examples.
         stage: fit, validate, test or predict.
         checkpoint: the file that the run starts from; None: it starts afresh.
-        config: the configuration of this training, if the checkpoint must be of the same one.
+        config: the configuration of this training, if the checkpoint must be of the same one; empty: it has none.
 
     Returns:
         The optimizer steps that the checkpoint has done.
@@ -110,6 +110,6 @@ def _check_checkpoint(path: Path, trainer: Trainer, model: Task, data: DataModul
         if changes:
             raise ValueError(
                 f"ckpt_path {path} is of a training that differs ({'; '.join(changes)}): write the old values, or "
-                "--force true to go on with the new"
+                f"{'--force true' if config else 'fit(..., force=True)'} to go on with the new"
             )
     return checkpoint["global_step"]

@@ -1,6 +1,5 @@
 """The command line: Lightning's CLI, whose runs have a folder, are checked before training, and end in plain lines."""
 
-import logging
 import os
 import signal
 import sys
@@ -11,14 +10,10 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import yaml
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from batchwise.callbacks.checkpoint import Last
-from batchwise.callbacks.epoch_line import EpochLine
 from batchwise.callbacks.predictions import Predictions
 from batchwise.callbacks.progress import ProgressBar
-from batchwise.callbacks.summary import Summary
 from batchwise.checkpoints import read_checkpoint
 from batchwise.data.examples import SPLITS
 from batchwise.data.module import DataModule
@@ -30,28 +25,12 @@ from batchwise.run.main import LEADER
 from batchwise.run.parser import Parser, check_files, plain, texts
 from batchwise.run.record import RunRecord
 from batchwise.run.redact import redact
+from batchwise.run.usual import leave_out_unfounded_warnings, usual_callbacks
 from batchwise.run.verbs import CommandTrainer, recipe
 from batchwise.tasks.task import Task
 
 LOGGER = {"class_path": "batchwise.run.wandb.WandbLogger"}
 """The default logger: W&B, into the run's folder, without an account."""
-
-UNFOUNDED = (
-    "sync_dist",  # a metric that is the same on all devices, by construction, need not be averaged over them
-    "args parameter is intended to run from within Python",
-    "Checkpoint directory .* exists and is not empty",
-    "callbacks used to create the checkpoint need to be provided",
-    "your dataloader is not resumable",  # ours is, by the step alone
-    "LeafSpec",
-    "could not find the monitored key",  # it was checked; validation has not run yet
-    "`broadcast_buffers` is deprecated",
-    "smaller than the logging interval",
-    "with a model that overrides the configure_model callback",  # which shards only with FSDP
-    "there is no last checkpoint available",  # OnExceptionCheckpoint asks for one
-    "was called without a model",  # likewise
-    "in eval mode at the start of training",  # frozen batch norms are meant to be
-)
-"""Warnings of Lightning and PyTorch that are wrong here, or that a user can do nothing about."""
 
 
 class CLI(LightningCLI):
@@ -151,7 +130,8 @@ class CLI(LightningCLI):
         given = settings.get("callbacks") or []
         callbacks = list(given) if isinstance(given, list | tuple) else [given]
         if self.subcommand == "fit":
-            callbacks += self._usual_callbacks(callbacks, settings.get("enable_checkpointing") is not False)
+            saving = settings.get("enable_checkpointing") is not False
+            callbacks += usual_callbacks(self.model, callbacks, saving, self.folder)
         if self.subcommand == "predict":
             callbacks.append(Predictions(self.settings.predictions))
             settings["logger"] = False  # nothing is measured
@@ -171,24 +151,6 @@ class CLI(LightningCLI):
         seed = self.settings.get("seed_everything")
         if type(seed) is int and not 0 <= seed < 2**32:
             raise Mistake(f"seed_everything is {seed}: write a whole number from 0 to {2**32 - 1:,}")
-
-    def _usual_callbacks(self, given: list[Callback], saving: bool) -> list[Callback]:
-        """Return the usual callbacks that are missing. Let all best checkpoints go into the run's folder."""
-
-        def missing(kind: type) -> bool:
-            return not any(isinstance(callback, kind) for callback in given)
-
-        usual: list[Callback] = []
-        if saving and missing(Last):
-            usual.append(Last())
-        if saving and missing(ModelCheckpoint):
-            monitor, mode = self.model.monitor
-            usual.append(ModelCheckpoint(monitor=monitor, mode=mode, filename="best"))
-        for callback in (*given, *usual):
-            if isinstance(callback, ModelCheckpoint):
-                callback.dirpath = callback.dirpath or str(self.folder / "checkpoints")
-                callback._enable_version_counter = False
-        return [*usual, *([EpochLine()] if missing(EpochLine) else []), Summary()]
 
     # What happens before and after each verb
 
@@ -229,7 +191,8 @@ class CLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Print the results, the run's folder and the next commands."""
-        report.training(self.trainer, self.folder, self.settings.config)
+        report.training(self.trainer, self.folder)
+        report.next_commands(self.trainer, self.folder, self.settings.config)
 
     def after_validate(self) -> None:
         """Print the metrics."""
@@ -255,10 +218,7 @@ class CLI(LightningCLI):
 def run(arguments: list[str]) -> int:
     """Run the command line; return its exit code."""
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    for pattern in UNFOUNDED:
-        warnings.filterwarnings("ignore", f".*{pattern}.*")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    leave_out_unfounded_warnings()
     inherited = folders.FOLDER in os.environ
     if not inherited:
         os.environ[LEADER] = str(os.getpid())

@@ -48,12 +48,20 @@ class Trained:
         return {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
 
 
-def load(path: str | PathLike[str], device: str | torch.device = "cpu") -> Trained:
-    """Load a checkpoint of the command line, with its model and data module, ready to predict.
+def load(
+    path: str | PathLike[str],
+    device: str | torch.device = "cpu",
+    *,
+    task: Task | None = None,
+    data: DataModule | None = None,
+) -> Trained:
+    """Load a checkpoint, with its model and data module, ready to predict.
 
     Args:
         path: a file such as `runs/digits/TIME/checkpoints/best.ckpt`.
         device: where the network runs.
+        task: a new one, made like the one that was trained. None: the configuration in the checkpoint says how.
+        data: likewise.
 
     Raises:
         ValueError: it is no such file, or its model cannot be made here.
@@ -64,12 +72,14 @@ def load(path: str | PathLike[str], device: str | torch.device = "cpu") -> Train
     if reason := unreadable(file):
         raise ValueError(f"{path} cannot be read: {reason}")
     checkpoint = read_checkpoint(file)
-    if "config" not in checkpoint:
-        raise ValueError(
-            f"{path} has no configuration, because no command has written it: make the task yourself, and write "
-            "task.load_state_dict(torch.load(path, weights_only=True)['state_dict'])"
-        )
-    task, data = _made(checkpoint["config"], path)
+    if task is None or data is None:
+        if "config" not in checkpoint:
+            raise ValueError(
+                f"{path} has no configuration, because it was trained in Python: write "
+                "batchwise.load(path, task=..., data=...), with new ones, made like those that were trained"
+            )
+        own_task, own_data = _made(checkpoint["config"], path)
+        task, data = task or own_task, data or own_data
     state = checkpoint["state_dict"]
     if CHECKSUM in state:  # the checkpoint leaves out what does not learn
         task._tuning.take(task.network)

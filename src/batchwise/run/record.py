@@ -17,11 +17,11 @@ class RunRecord(Callback):
     """Writes the merged configuration to the run's folder, to the loggers, and into each checkpoint.
 
     Args:
-        config: the merged configuration, in plain types.
+        config: the merged configuration, in plain types; None: there is none, because the run was made in Python.
         command: the subcommand. It names the file, so that `test` does not overwrite the configuration of `fit`.
     """
 
-    def __init__(self, config: dict[str, Any], command: str) -> None:
+    def __init__(self, config: dict[str, Any] | None, command: str) -> None:
         self.config = config
         self.command = command
 
@@ -30,21 +30,23 @@ class RunRecord(Callback):
         if not trainer.is_global_zero:
             return
         folders.all_have_met()
-        path = Path(trainer.default_root_dir) / ("config.yaml" if self.command == "fit" else f"{self.command}.yaml")
-        write_whole(path, yaml.safe_dump(self.config, sort_keys=False))
-        if self.command == "fit":
-            plan = pl_module.data.plan.table(pl_module.data.total_steps())  # type: ignore[union-attr]
+        if self.config is not None:
+            path = Path(trainer.default_root_dir) / ("config.yaml" if self.command == "fit" else f"{self.command}.yaml")
+            write_whole(path, yaml.safe_dump(self.config, sort_keys=False))
+        if self.command == stage == "fit":
+            plan = {"plan": pl_module.data.plan.table(pl_module.data.total_steps())}  # type: ignore[union-attr]
             for logger in trainer.loggers:
-                logger.log_hyperparams({"config": self.config, "plan": plan})
+                logger.log_hyperparams(plan if self.config is None else {"config": self.config} | plan)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Task, checkpoint: dict[str, Any]) -> None:
         """Keep the configuration of model and data, to compare on resume, and the last rows of the log."""
-        checkpoint["config"] = {key: self.config[key] for key in ("model", "data")}
+        if self.config is not None:
+            checkpoint["config"] = {key: self.config[key] for key in ("model", "data")}
         checkpoint["log"] = next((logger.recent() for logger in trainer.loggers if isinstance(logger, WandbLogger)), [])
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Task, checkpoint: dict[str, Any]) -> None:
         """Log the rows that a crash may have lost."""
-        if self.command != "fit":
+        if trainer.state.fn != "fit":
             return
         for step, row in checkpoint.get("log") or []:
             for logger in trainer.loggers:

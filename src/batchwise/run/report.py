@@ -52,8 +52,20 @@ def metrics(trainer: Trainer) -> None:
             print(f"{name} {value:.4f}")
 
 
-def training(trainer: Trainer, folder: Path, configs: list | None) -> None:
-    """Print the best metric, the run's folder, and the commands that test the run and continue it.
+def training(trainer: Trainer, folder: Path) -> None:
+    """Print the best metric and the run's folder."""
+    if not trainer.is_global_zero:
+        return
+    for callback in trainer.callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path:
+            score = callback.best_model_score  # None: the processes that trained have ended
+            value = "" if score is None else f" {score:.4f}"
+            print(f"best {callback.monitor}{value}: {callback.best_model_path}")
+    print(f"run folder: {folder}")
+
+
+def next_commands(trainer: Trainer, folder: Path, configs: list | None) -> None:
+    """Print the commands that test a training, continue it, and show its log.
 
     Args:
         trainer: has trained.
@@ -62,11 +74,7 @@ def training(trainer: Trainer, folder: Path, configs: list | None) -> None:
     """
     if not trainer.is_global_zero:
         return
-    for callback in trainer.callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.best_model_score is not None:
-            print(f"best {callback.monitor} {callback.best_model_score:.4f}: {callback.best_model_path}")
     saved = folder / "config.yaml"
-    print(f"run folder: {folder}")
     if (folder / "checkpoints" / "best.ckpt").exists():
         given = " ".join(f"--config {path}" for path in configs or [saved])
         print(f"test it:    python -m {program.name} test {given} --ckpt_path best")
@@ -74,7 +82,7 @@ def training(trainer: Trainer, folder: Path, configs: list | None) -> None:
     if epochs and epochs > 0 and (folder / "checkpoints" / "last.ckpt").exists():
         longer = f"--trainer.max_epochs {2 * epochs}"
         print(f"go on:      python -m {program.name} fit --config {saved} --ckpt_path last {longer}")
-    _upload(trainer)
+    look(trainer)
 
 
 def findings(trainer: Trainer, folder: Path, picture: str | None) -> None:
@@ -83,10 +91,13 @@ def findings(trainer: Trainer, folder: Path, picture: str | None) -> None:
         print(f"run folder: {folder}")
         if picture:
             print(f"look at it: {folder / picture}")
-        _upload(trainer)
+        look(trainer)
 
 
-def _upload(trainer: Trainer) -> None:
+def look(trainer: Trainer) -> None:
+    """Print the commands that show and upload a log of W&B."""
+    if not trainer.is_global_zero:
+        return
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger) and logger.offline_folder:
             folder = os.path.relpath(logger.offline_folder)

@@ -84,7 +84,7 @@ def training_differences(
 
     Args:
         checkpoint: the content of the file.
-        config: the merged configuration of this training.
+        config: the merged configuration of this training; empty: it was made in Python, and has none.
         data_name: the name under which the checkpoint keeps the state of the data module.
         fingerprint: all that decides which examples form a batch, of this training.
         half_life: half-life of the average of weights, in examples, of this training; None: there is no average.
@@ -94,7 +94,7 @@ def training_differences(
     batches = checkpoint.get(data_name, {}).get("fingerprint", {})
     average = checkpoint.get("callbacks", {}).get("EMA", {}).get("half_life_examples")
     pairs = [
-        *_changed(old, new),
+        *(_changed(old, new) if config else ()),
         *_changed({"data": batches}, {"data": fingerprint}),
         *_changed({"EMA.half_life_examples": average}, {"EMA.half_life_examples": half_life}),
     ]

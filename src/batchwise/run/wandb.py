@@ -83,14 +83,17 @@ class WandbLogger(loggers.WandbLogger):
         self._step, self._row = -1, {}  # the row that is not handed over yet
         self._taken = -1  # the newest step of a row in W&B's own count
         self._ended_at = -1  # the last step that W&B had when an earlier part of this training ended
+        self._finished = False  # a test after the training is another part of the run
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
         """The W&B run; made when first asked for."""
-        if self._experiment is not None:
+        if self._experiment is not None and not self._finished:
             return self._experiment
         import wandb
+
+        self._finished = False
 
         # `wandb.init` is called here and not by Lightning, so that its settings are known and it can be tried again.
         modes: tuple[Literal["online", "offline", "disabled"], ...] = ("online", "offline", "disabled")
@@ -186,7 +189,7 @@ class WandbLogger(loggers.WandbLogger):
         If training has failed, the row of the last step is not handed over: metrics may be missing in it. The resumed
         training has them, from the checkpoint.
         """
-        if self._experiment is None:
+        if self._experiment is None or self._finished:
             return
         last = self._step
         if status == "success":
@@ -195,6 +198,8 @@ class WandbLogger(loggers.WandbLogger):
                 self._safely(self._log_checkpoints)
         elif self._row:
             last -= 1
+        self._finished = True
+        self._step, self._row, self._taken = -1, {}, -1
         try:
             self._experiment.finish(0 if status == "success" else 1)
             if not self._broken:

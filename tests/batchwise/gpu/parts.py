@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 
-from batchwise import MicroBatch, Task, Trainer
+from batchwise import MicroBatch, Task
+from batchwise.trainer import Trainer
 
 sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 

@@ -17,10 +17,11 @@ import torch
 from lightning.pytorch.callbacks import BackboneFinetuning, Callback
 from torch import Tensor, nn
 
-from batchwise import MicroBatch, Trainer
+from batchwise import MicroBatch
 from batchwise.batching.loader import Batch
 from batchwise.models.dropout import Dropout
 from batchwise.optim.schedule import Schedule
+from batchwise.trainer import Trainer
 
 pytestmark = [
     pytest.mark.gpu,

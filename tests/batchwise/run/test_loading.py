@@ -7,13 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import small
 import torch
 from helpers import CSV, DIGITS, Result, run_here
 from PIL import Image
 
 import batchwise
-from batchwise.callbacks.checkpoint import Last
 
 NETWORK = "batchwise.models.mlp.MLP"
 CLASSIFY = ("--model", "batchwise.tasks.classification.Classification", "--model.network", NETWORK)
@@ -66,13 +64,6 @@ def test_images_whose_training_set_is_gone() -> None:
     assert loaded.data.class_names == ["cat", "dog"]
 
 
-def test_the_example_of_the_documents(capsys: pytest.CaptureFixture) -> None:
-    assert run_here("fit", *DIGITS, *CSV, "--trainer.max_epochs", 1).code == 0
-    page = (Path(__file__).parents[3] / "docs" / "lightning.md").read_text()
-    exec(page.split("```python\n")[1].split("```")[0], {"__name__": "example"})
-    assert capsys.readouterr().out.startswith("tensor([")
-
-
 def test_double_precision_and_what_is_left_out() -> None:
     run = run_here("fit", *DIGITS, *CSV, "--trainer.max_epochs", 1, "--trainer.precision", "64-true", "--name", "first")
     first = run.folder / "checkpoints" / "last.ckpt"
@@ -105,12 +96,6 @@ def test_what_cannot_be_loaded(make: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words) as error:
         batchwise.load("evil.ckpt")
     assert "\n" not in str(error.value)
-
-
-def test_a_checkpoint_of_python_has_no_configuration() -> None:
-    small.fit(callbacks=[Last()], enable_checkpointing=True, max_steps=2)
-    with pytest.raises(ValueError, match="no configuration, because no command has written it: make the task yourself"):
-        batchwise.load("checkpoints/last.ckpt")
 
 
 def test_a_model_that_is_not_here(trained: Result) -> None:

@@ -1,0 +1,199 @@
+"""`batchwise.Trainer` in scripts and notebooks: what it trains is checked, reported and kept as on the command line."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+
+import batchwise
+from batchwise.errors import Mistake, TrainingStopped
+
+
+def new() -> small.Classify:
+    return small.Classify(small.network(), optimizer=small.adamw)
+
+
+def trainer(**settings: Any) -> batchwise.Trainer:
+    usual: dict[str, Any] = {"accelerator": "cpu", "precision": "64-true", "max_epochs": 3, "logger": False}
+    return batchwise.Trainer(**usual | settings)
+
+
+def saved(folder: Path | None) -> set[str]:
+    assert folder is not None
+    return {path.name for path in (folder / "checkpoints").iterdir()}
+
+
+def test_a_training_is_reported_and_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    task, data, made = new(), small.Points(), trainer(name="points", logger=True)
+    made.fit(task, data)
+    assert made.folder is not None
+    assert made.folder.parent == Path("runs/points")
+    assert saved(made.folder) == {"best.ckpt", "last.ckpt", "previous.ckpt"}
+    assert (made.folder / "lightning_logs").is_dir()
+    shown = capsys.readouterr().out
+    for words in ("batch_size  10", "total_steps  21", "epoch 3  average loss", f"run folder: {made.folder}"):
+        assert words in shown
+    assert f"{made.folder}/checkpoints/best.ckpt" in shown.partition("best val/loss")[2]
+
+    measured = {name: value.item() for name, value in made.callback_metrics.items() if name.startswith("val/")}
+    assert made.validate(task, data, verbose=False) == [measured]
+    score = made.checkpoint_callback.best_model_score  # type: ignore[union-attr]
+    best = torch.load(made.folder / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    for how in ({}, {"ckpt_path": "best"}, {"model": new(), "ckpt_path": "best"}):
+        (found,) = made.validate(datamodule=data, verbose=False, **how)
+        assert found["val/loss"] == pytest.approx(float(score))
+        assert all(torch.equal(value, best[name]) for name, value in made.lightning_module.state_dict().items())  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_a_training_is_gone_on_with(other: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    reference = new()
+    trainer(max_epochs=5, name="whole").fit(reference, small.Points())
+    first = trainer()
+    first.fit(new(), small.Points())
+    task, again = new(), trainer(max_epochs=5)
+    which = str(first.folder / "checkpoints" / "last.ckpt") if other else "last"  # type: ignore[operator]
+    again.fit(task, datamodule=small.Points(micro_batch_size=4), ckpt_path=which)
+    assert "resuming after step 21" in capsys.readouterr().out
+    assert again.folder == first.folder
+    assert small.furthest(task, reference) < 1e-14
+
+
+def test_a_training_that_differs_is_not_gone_on_with() -> None:
+    trainer().fit(new(), small.Points())
+    again = trainer(max_epochs=4)
+    with pytest.raises(Mistake, match=r"batch_size: 10 -> 16.*write the old values, or fit\(..., force=True\)"):
+        again.fit(new(), small.Points(batch_size=16), ckpt_path="last")
+    again.fit(new(), small.Points(batch_size=16), ckpt_path="last", force=True)
+    assert again.current_epoch == 4
+
+
+def test_each_trainer_has_a_folder_of_its_own() -> None:
+    made = [trainer(), trainer()]
+    for one in made:
+        one.fit(new(), small.Points())
+    assert made[0].folder != made[1].folder
+    before = (made[0].folder, saved(made[0].folder))
+    made[0].fit_loop.max_epochs = 4
+    made[0].fit(new(), small.Points())
+    assert (made[0].folder, saved(made[0].folder)) == before
+    assert "BATCHWISE_RUN_FOLDER" not in os.environ
+
+
+@pytest.mark.parametrize("settings", [{"enable_checkpointing": False}, {"fast_dev_run": True, "logger": None}])
+def test_no_folder_where_nothing_is_kept(settings: dict[str, Any]) -> None:
+    made = trainer(**settings)
+    made.fit(new(), small.Points())
+    assert made.folder is None
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_a_mistake_leaves_no_folder_and_can_be_mended() -> None:
+    made = trainer(callbacks=[ModelCheckpoint(monitor="val/acuracy")])
+    with pytest.raises(Mistake, match="monitors 'val/acuracy', which is not measured"):
+        made.fit(new(), small.Points())
+    assert list(Path("runs/run").iterdir()) == []
+    made.checkpoint_callback.monitor = "val/accuracy"  # type: ignore[union-attr]
+    made.fit(new(), small.Points())
+    assert "last.ckpt" in saved(made.folder)
+
+
+def test_own_loggers_and_callbacks_stay_where_they_are() -> None:
+    made = trainer(
+        logger=[CSVLogger("mine", "log")],
+        callbacks=[ModelCheckpoint("kept", filename="{step}", every_n_train_steps=7, save_top_k=-1)],
+        default_root_dir="elsewhere",
+    )
+    made.fit(new(), small.Points())
+    assert {path.name for path in Path("kept").iterdir()} == {"step=7.ckpt", "step=14.ckpt", "step=21.ckpt"}
+    assert (Path("mine") / "log" / "version_0" / "metrics.csv").exists()
+    assert made.folder is not None
+    assert made.folder.parent == Path("elsewhere/run")
+    assert saved(made.folder) == {"last.ckpt", "previous.ckpt"}
+
+
+def test_a_test_is_another_part_of_the_same_run_of_wandb(capsys: pytest.CaptureFixture[str]) -> None:
+    made = trainer(logger=None)
+    made.fit(new(), small.Points())
+    made.test(datamodule=small.Points(), verbose=False)
+    assert made.folder is not None
+    name = f"run-{made.folder.name}"
+    parts = list((made.folder / "wandb").glob(f"offline-run-*-{name}*"))
+    assert len([part for part in parts if (part / f"run-{name}.wandb").stat().st_size > 0]) == 2
+    assert f"wandb leet {made.folder}/wandb" in capsys.readouterr().out
+
+
+def test_what_was_trained_here_predicts_here() -> None:
+    task, data, made = new(), small.Points(), trainer()
+    made.fit(task, data)
+    assert made.folder is not None
+    path = made.folder / "checkpoints" / "last.ckpt"
+    with pytest.raises(ValueError, match=r"has no configuration, .*: write batchwise\.load\(path, task=\.\.\., data="):
+        batchwise.load(path)
+    loaded = batchwise.load(path, task=new(), data=small.Points())
+    assert small.furthest(loaded.task, task) == 0
+
+
+def test_ctrl_c_saves() -> None:
+    class Interrupted(small.Classify):
+        def on_train_batch_end(self, *_: Any) -> None:
+            if self.global_step == 9:
+                os.kill(os.getpid(), 2)
+
+    made = trainer()
+    with pytest.raises(TrainingStopped, match="stopped by a signal after step 9; saved"):
+        made.fit(Interrupted(small.network(), optimizer=small.adamw), small.Points())
+    task, reference = new(), new()
+    trainer().fit(task, small.Points(), ckpt_path="last")
+    trainer(name="whole").fit(reference, small.Points())
+    assert small.furthest(task, reference) == 0
+
+
+def test_a_notebook_on_two_devices(capfd: pytest.CaptureFixture[str]) -> None:
+    one, two = new(), new()
+    trainer(name="one").fit(one, small.Points())
+    made = trainer(name="two", devices=2, strategy="ddp_notebook")
+    made.fit(two, small.Points())
+    assert small.furthest(one, two) < 1e-14
+    assert saved(made.folder) == {"best.ckpt", "last.ckpt", "previous.ckpt"}
+    shown = capfd.readouterr().out
+    assert shown.count("run folder: runs/two") == 1
+    assert f"best val/loss: {made.folder}" in shown
+    (found,) = made.validate(datamodule=small.Points(), ckpt_path="best", verbose=False)
+    assert 0 < found["val/accuracy"] <= 1
+
+
+SCRIPT = """
+import small, test_python
+for name in ("first", "second"):
+    made = test_python.trainer(name=name, devices=2, strategy="ddp")
+    made.fit(test_python.new(), small.Points())
+    open(f"{name}-{made.global_rank}", "w").write(str(made.folder))
+"""
+
+
+@pytest.mark.weekly
+@pytest.mark.parametrize(
+    "launch", [[sys.executable], [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]]
+)
+def test_two_trainings_of_a_script_on_two_devices(launch: list[str]) -> None:
+    Path("script.py").write_text(SCRIPT)
+    here = Path(__file__).parent
+    paths = {"PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
+    done = subprocess.run(
+        [*launch, "script.py"], env=os.environ | paths, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for name in ("first", "second"):
+        folder = Path(Path(f"{name}-0").read_text())
+        assert folder == Path(Path(f"{name}-1").read_text())
+        assert list(Path("runs", name).glob("*-*")) == [folder]
+        assert "last.ckpt" in saved(folder)
+    assert list(Path("runs").glob("*/.*")) == []
