@@ -147,7 +147,7 @@ def test_wandb_counts_its_steps() -> None:
 
 
 def test_private_names_of_objects() -> None:
-    """What loop.py, checkpoint.py, hooks.py and python.py touch besides; their behaviour is held by the tests of these."""
+    """What loop.py, checkpoint.py, hooks.py and python.py touch besides; the tests of these hold its behaviour."""
     trainer = pl.Trainer(max_epochs=1, **QUIET)
     loop, fit_loop = trainer.fit_loop.epoch_loop, trainer.fit_loop
     for name in ("_num_ready_batches_reached", "_is_training_done", "_results", "batch_progress", "val_loop"):

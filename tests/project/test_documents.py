@@ -19,6 +19,8 @@ import torch
 import yaml
 from PIL import Image
 
+import batchwise
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 DOCS = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
@@ -221,6 +223,9 @@ def test_script_of_the_page_about_tasks() -> None:
 def test_scripts_of_the_page_about_lightning(first_run: tuple, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(first_run[0] / "runs", "runs", symlinks=True)
     for script in blocks("python", DOCS["lightning.md"]):
+        if "model.pt2" in script:
+            trained = batchwise.load(next(Path("runs/digits").glob("*/checkpoints/best.ckpt")))
+            trained.export("model.pt2", trained.data.load("test")[0])  # type: ignore[index]
         exec(script, {})
     shown = capsys.readouterr().out
     assert "epoch 4  average loss" in shown

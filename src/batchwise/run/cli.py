@@ -34,7 +34,7 @@ LOGGER = {"class_path": "batchwise.run.wandb.WandbLogger"}
 
 
 class CLI(LightningCLI):
-    """`fit`, `validate`, `test`, `predict`, `inspect`, `tune` and `sweep`. Each run has a folder."""
+    """`fit`, `validate`, `test`, `predict`, `inspect`, `tune`, `sweep` and `export`. Each run has a folder."""
 
     datamodule: DataModule
     model: Task
@@ -69,7 +69,7 @@ class CLI(LightningCLI):
         A known verb is returned alone, because making the parser of each takes 20 milliseconds.
         """
         own = {"model", "datamodule"}
-        verbs = LightningCLI.subcommands() | {"inspect": own, "tune": own, "sweep": own}
+        verbs = LightningCLI.subcommands() | dict.fromkeys(("inspect", "tune", "sweep", "export"), own)
         return {self.verb: verbs[self.verb]} if self.verb in verbs else verbs
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -103,7 +103,7 @@ class CLI(LightningCLI):
         if resumable:
             self.checkpoint = resume.choose_checkpoint(settings.ckpt_path, root, settings.name, command)
             settings.ckpt_path = None if self.checkpoint is None else str(self.checkpoint)
-            if settings.weights_only is None:
+            if "weights_only" in settings and settings.weights_only is None:
                 settings.weights_only = True
         self.folder = folders.choose_folder(root, settings.name, self.checkpoint, restart)
         self.plain_config = redact(yaml.safe_load(self.parser.dump(self.config, skip_none=False)))[command]
@@ -156,7 +156,8 @@ class CLI(LightningCLI):
 
     def _check(self) -> int:
         """Check the run before it starts; return the steps that its checkpoint has done."""
-        stage = str(self.subcommand) if self.subcommand in SPLITS else "fit"
+        command = str(self.subcommand)
+        stage = "predict" if command == "export" else command if command in SPLITS else "fit"
         strict = self.subcommand == "fit" and not self.settings.force
         config = self.plain_config if strict else None
         return checks.check(self.trainer, self.model, self.datamodule, stage, self.checkpoint, config)
@@ -178,6 +179,13 @@ class CLI(LightningCLI):
             writes = next(callback for callback in self.trainer.callbacks if isinstance(callback, Predictions))
             writes.check(self.trainer, texts(self.plain_config.get("data")), self.settings.force)
         self.config_init["predict"]["return_predictions"] = False  # because they are written to a file
+
+    def before_export(self) -> None:
+        """Check, also that no other file is replaced."""
+        path = self.settings.path
+        if path and Path(path).exists() and not self.settings.force:
+            raise Mistake(f"path {path} exists: write another, or --force true to replace it")
+        self._check()
 
     def before_inspect(self) -> None:
         """Load the data alone, because a mistake in the model should not prevent a look at the data."""

@@ -9,11 +9,12 @@ from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser
 from torch import Tensor
 
-from batchwise.batching.fetch import Request, make_fetch
+from batchwise.batching.fetch import Fetch, Request, make_fetch
 from batchwise.batching.loader import make_batch
 from batchwise.checkpoints import data_state, read_checkpoint, unreadable
 from batchwise.data.module import DataModule
 from batchwise.models.frozen import CHECKSUM
+from batchwise.run.exporting import SUFFIXES, Format, export
 from batchwise.run.parser import instantiate
 from batchwise.tasks.task import Task
 
@@ -38,7 +39,7 @@ class Trained:
                 list of one value per example, or `Ragged`.
             batch_size: most examples that go through the network together.
         """
-        fetch, task = make_fetch(inputs if hasattr(inputs, "stream") else (inputs,)), self.task
+        fetch, task = _fetch(inputs), self.task
         dtype = next((one.dtype for one in task.parameters() if one.is_floating_point()), torch.float32)
         parts = []
         for index in torch.arange(len(fetch)).split(batch_size):
@@ -46,6 +47,21 @@ class Trained:
             batch = self.data.to_device(make_batch(fields, index), task.device, training=False)
             parts.append(task.predictions(batch.cast(dtype)))
         return {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
+
+    def export(self, path: str | PathLike[str], inputs: Any) -> float:
+        """Write one file that predicts without this project, and return the largest difference of what it gives.
+
+        Args:
+            path: .pt2 for `torch.export.load`, or .onnx.
+            inputs: examples to try it on, as in `predict`.
+
+        Raises:
+            ValueError: the task cannot be exported, or the file gives something else than `predict`.
+        """
+        kinds: dict[str, Format] = {suffix: kind for kind, suffix in SUFFIXES.items()}
+        if (kind := kinds.get(Path(path).suffix)) is None:
+            raise ValueError(f"{path} ends in none of {', '.join(kinds)}: write one of them")
+        return export(self.task, self.data, _fetch(inputs), Path(path), kind)[1]
 
 
 def load(
@@ -80,7 +96,12 @@ def load(
             )
         own_task, own_data = _made(checkpoint["config"], path)
         task, data = task or own_task, data or own_data
-    state = checkpoint["state_dict"]
+    return restored(task, data, file, device)
+
+
+def restored(task: Task, data: DataModule, file: Path, device: str | torch.device = "cpu") -> Trained:
+    """Give a task the weights of a checkpoint, and a data module what training has learnt. Return both, to predict."""
+    state = read_checkpoint(file)["state_dict"]
     if CHECKSUM in state:  # the checkpoint leaves out what does not learn
         task._tuning.take(task.network)
     floats = (one.dtype for one in state.values() if one.is_floating_point())
@@ -88,6 +109,10 @@ def load(
     data.recall(data_state(file, data))
     task._own_data = data
     return Trained(task.to(device).eval(), data)
+
+
+def _fetch(inputs: Any) -> Fetch:
+    return make_fetch(inputs if hasattr(inputs, "stream") else (inputs,))
 
 
 def _made(config: dict[str, Any], path: object) -> tuple[Task, DataModule]:

@@ -23,6 +23,7 @@ commands:
   validate    measure on the validation split
   test        measure on the test split
   predict     write predictions, one row per example
+  export      write one file that predicts without this project, for PyTorch or ONNX
   tune        choose the batch size: what fits, what is fast, what the gradient says
   sweep       train each batch size to a target, and see which is the fastest
   inspect     look at the batches without training, and find what is wrong with the data

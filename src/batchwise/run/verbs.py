@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from batchwise.choosing.tune import tune
 from batchwise.data.module import DataModule
 from batchwise.errors import mistakes
 from batchwise.ranges import OpenUnitInterval, PositiveFloat, PositiveInt
+from batchwise.run.exporting import SUFFIXES, Format, export
+from batchwise.run.loading import restored
 from batchwise.run.wandb import WandbLogger
 from batchwise.tasks.task import Task
 from batchwise.trainer import Trainer
@@ -37,6 +40,34 @@ class CommandTrainer(Trainer):
         if self.is_global_zero:  # one process sees the batches of all devices
             with mistakes():
                 batches.inspect(self, model, datamodule, seconds)
+
+    def export(
+        self,
+        model: Task,
+        datamodule: DataModule,
+        ckpt_path: str | None = None,
+        format: Format = "torch",
+        path: str | None = None,
+    ) -> None:
+        """Write one file that predicts without this project, and check it on the examples that `predict` takes.
+
+        Args:
+            model: the model of the checkpoint.
+            datamodule: its data.
+            ckpt_path: best, last or a file.
+            format: torch: a program of torch.export; onnx: needs the extra "onnx".
+            path: the file; null: model.pt2 or model.onnx in the run's folder.
+        """
+        if not self.is_global_zero:
+            return
+        file = Path(path) if path else Path(self.default_root_dir, f"model{SUFFIXES[format]}")
+        with mistakes():
+            fetch = datamodule.split("predict")
+            assert fetch is not None
+            trained = restored(model, datamodule, Path(str(ckpt_path)))
+            count, furthest = export(trained.task, trained.data, fetch, file, format)
+        print(f"checked on {count:,} examples: the largest difference of an output is {furthest:.1e}")
+        print(f"exported: {file} ({file.stat().st_size / 2**20:,.1f} MiB)")
 
     def tune(
         self, model: Task, datamodule: DataModule, steps: int = 400, memory_gib: PositiveFloat | None = None

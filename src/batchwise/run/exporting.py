@@ -1,0 +1,208 @@
+"""Exports a trained task as one file that runs without this project: by torch.export, or as ONNX."""
+
+import json
+import logging
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from batchwise.batching.fetch import Fetch, Request
+from batchwise.batching.loader import MicroBatch, make_batch
+from batchwise.batching.structure import leaves, on_tensors, tensors
+from batchwise.data.module import DataModule
+from batchwise.errors import optional
+from batchwise.tasks.task import Task
+
+Format = Literal["torch", "onnx"]
+SUFFIXES: dict[Format, str] = {"torch": ".pt2", "onnx": ".onnx"}
+NOTES = "batchwise.json"
+"""The name, in the exported file, of what training has learnt from its data."""
+TOLERANCE = 1e-3, 1e-4
+"""Largest relative and absolute difference of an exported output: other kernels round otherwise."""
+MOST = 1000
+"""Examples on which the file is checked."""
+
+Outputs = dict[str, Tensor]
+
+
+class Pipeline(nn.Module):
+    """From the inputs of a micro-batch, as `load` of the data module gives them, to the task's predictions by name.
+
+    Args:
+        task: in evaluation mode.
+        data: has the `transform`.
+    """
+
+    def __init__(self, task: Task, data: DataModule) -> None:
+        super().__init__()
+        self.task, self.data = task, data
+        self.dtype = next((one.dtype for one in task.parameters() if one.is_floating_point()), torch.float32)
+
+    def forward(self, inputs: Any) -> Outputs:
+        """Return the columns that `predict` writes."""
+        first = next(tensors(inputs))
+        index = torch.arange(first.shape[0], device=first.device)
+        batch = MicroBatch(on_tensors(inputs, torch.clone), None, index)  # `transform` may work in place
+        return self.task.predictions(self.data.to_device(batch, first.device, training=False).cast(self.dtype))
+
+
+def export(task: Task, data: DataModule, fetch: Fetch, path: Path, kind: Format) -> tuple[int, float]:
+    """Write the file, if what it gives for the examples is what the task gives. Any number of examples may go in.
+
+    Args:
+        task: trained, on the host.
+        data: has the `transform`, and what training has learnt from its examples.
+        fetch: examples to try it on, of which at most `MOST` are used.
+        path: the file. It is not touched if the export fails.
+        kind: torch: `torch.export.load` takes it; onnx: any runtime of ONNX does.
+
+    Returns:
+        The number of examples, and the largest difference of an output.
+
+    Raises:
+        ValueError: the task cannot be exported; the line says why.
+    """
+    if kind == "onnx":
+        for module in ("onnx", "onnxscript", "onnxruntime"):
+            optional(module, "onnx")
+    samples = [_read(fetch, index) for index in _groups(fetch)]
+    for name, leaf in leaves(samples[0], "inputs"):
+        if not isinstance(leaf, Tensor):
+            raise ValueError(
+                f"{name} is a {type(leaf).__name__} with one value per example, and an exported network takes tensors: "
+                "write `collate`, which pads them"
+            )
+    pipeline, part = Pipeline(task, data).eval(), path.with_name(f".{path.name}.part")
+    notes = {"outputs": [], "class_names": data.class_names, "learnt": data.learnt}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metrics, task._measures.metrics = task._measures.metrics, None  # `predictions` may call `losses`, which measures
+    try:
+        with _quietly(), torch.no_grad():
+            shapes = _dynamic(samples, getattr(fetch, "lengths", None) is not None)
+            try:
+                expected = [pipeline(sample) for sample in samples]
+                notes["outputs"] = list(expected[0])
+                program = torch.export.export(pipeline, (samples[0],), dynamic_shapes=(shapes,), strict=False)
+                run = (_save_torch if kind == "torch" else _save_onnx)(program, samples[0], part, notes)
+                found = [run(sample) for sample in samples]
+            except Exception as error:
+                raise ValueError(f"{type(task).__name__} cannot be exported: {_reason(error)}") from error
+        furthest = max(_difference(*pair) for pair in zip(expected, found, strict=True))
+        os.replace(part, path)
+    finally:
+        task._measures.metrics = metrics
+        part.unlink(missing_ok=True)
+    return min(len(fetch), MOST), furthest
+
+
+# The examples
+
+
+def _groups(fetch: Fetch) -> list[Tensor]:
+    """Return numbers of examples: three to record the program with, then one, a few and many."""
+    count = min(len(fetch), MOST)
+    lengths = getattr(fetch, "lengths", None)
+    longest = (
+        torch.arange(3) % len(fetch) if lengths is None else lengths.argsort(descending=True)[torch.arange(3) % count]
+    )
+    index = torch.arange(count)
+    return [longest, *(group for group in (index[:1], index[1:8], *index[8:].split(256)) if len(group))]
+
+
+def _read(fetch: Fetch, index: Tensor) -> Any:
+    fields, _ = next(iter(fetch.stream([Request.one(index)])))
+    return make_batch(fields, index).inputs
+
+
+def _dynamic(samples: list[Any], is_ragged: bool) -> Any:
+    """Return the dimensions that may have any size: the examples, and whatever differs between the samples."""
+    sizes = [[tensor.shape for tensor in tensors(sample)] for sample in samples]
+    places, batch = iter(range(len(sizes[0]))), torch.export.Dim("batch")
+
+    def dimensions(tensor: Tensor) -> dict[int, Any]:
+        number = next(places)
+        differ = [d for d in range(1, tensor.ndim) if len({shapes[number][d] for shapes in sizes}) > 1]
+        if is_ragged and tensor.ndim > 1:
+            differ = sorted({1, *differ})
+        return {0: batch} | dict.fromkeys(differ, torch.export.Dim.DYNAMIC)
+
+    return on_tensors(samples[0], dimensions)
+
+
+# The file
+
+
+def _save_torch(program: Any, sample: Any, path: Path, notes: dict) -> Callable[[Any], Outputs]:
+    with path.open("wb") as file:
+        torch.export.save(program, file, extra_files={NOTES: _json(notes)})
+    with path.open("rb") as file:
+        return torch.export.load(file).module()
+
+
+def _save_onnx(program: Any, sample: Any, path: Path, notes: dict) -> Callable[[Any], Outputs]:
+    names = [re.sub(r"\W+", "_", name).strip("_") for name, _ in leaves(sample, "inputs")]
+    program = program.run_decompositions()  # within torch.onnx, that of a cross-entropy forgets its reduction
+    made: Any = torch.onnx.export(
+        program, dynamo=True, verbose=False, input_names=names, output_names=list(notes["outputs"])
+    )
+    made.model.metadata_props[NOTES] = _json(notes)
+    made.save(str(path))
+    session = optional("onnxruntime", "onnx").InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+    def run(inputs: Any) -> Outputs:
+        given = {name: tensor.numpy() for name, tensor in zip(names, tensors(inputs), strict=True)}
+        known = {one.name for one in session.get_inputs()}  # one that changes nothing is left out
+        found = session.run(list(notes["outputs"]), {name: value for name, value in given.items() if name in known})
+        return dict(zip(notes["outputs"], map(torch.as_tensor, found), strict=True))
+
+    return run
+
+
+def _json(notes: dict) -> str:
+    return json.dumps(notes, default=lambda value: value.tolist())
+
+
+# The check
+
+
+def _difference(expected: Outputs, found: Outputs) -> float:
+    furthest = 0.0
+    for name, right in expected.items():
+        value = found[name]
+        if value.shape != right.shape or not torch.allclose(value.double(), right.double(), *TOLERANCE, equal_nan=True):
+            raise ValueError(f"the exported network gives another '{name}' than the task: nothing was written")
+        if value.numel() and value.is_floating_point():
+            furthest = max(furthest, (value.double() - right.double()).nan_to_num().abs().max().item())
+    return furthest
+
+
+def _reason(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if "Constraints violated" in str(error):
+        return (
+            "it works only with the number of examples that it was tried with: write tensor.shape[0] in place of "
+            "len(tensor) in `transform`, the network and `predictions`"
+        )
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no reason is given'}"
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep the notes of the exporters from the screen."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
