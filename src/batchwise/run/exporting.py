@@ -22,7 +22,7 @@ from batchwise.tasks.task import Task
 
 Format = Literal["torch", "onnx"]
 SUFFIXES: dict[Format, str] = {"torch": ".pt2", "onnx": ".onnx"}
-NOTES = "batchwise.json"
+NOTES = "learnt.json"
 """The name, in the exported file, of what training has learnt from its data."""
 TOLERANCE = 1e-3, 1e-4
 """Largest relative and absolute difference of an exported output: other kernels round otherwise."""
