@@ -42,7 +42,7 @@ class CLI(LightningCLI):
 
     def __init__(self, arguments: list[str]) -> None:
         self.verb = next((argument for argument in arguments if not argument.startswith("-")), None)
-        self.folder = Path()
+        self.arguments, self.folder = arguments, Path()
         self.checkpoint: Path | None = None
         super().__init__(
             Task,
@@ -200,7 +200,7 @@ class CLI(LightningCLI):
     def after_fit(self) -> None:
         """Print the results, the run's folder and the next commands."""
         report.training(self.trainer, self.folder)
-        report.next_commands(self.trainer, self.folder, self.settings.config)
+        report.next_commands(self.trainer, self.folder, self.arguments)
 
     def after_validate(self) -> None:
         """Print the metrics."""

@@ -4,6 +4,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from shlex import quote
 
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
@@ -64,25 +65,35 @@ def training(trainer: Trainer, folder: Path) -> None:
     print(f"run folder: {folder}")
 
 
-def next_commands(trainer: Trainer, folder: Path, configs: list | None) -> None:
+def next_commands(trainer: Trainer, folder: Path, arguments: list[str]) -> None:
     """Print the commands that test a training, continue it, and show its log.
 
     Args:
         trainer: has trained.
         folder: the run's folder.
-        configs: the configuration files of the command line.
+        arguments: of the command line.
     """
     if not trainer.is_global_zero:
         return
-    saved = folder / "config.yaml"
+    saved = f"--config {quote(str(folder / 'config.yaml'))}"
     if (folder / "checkpoints" / "best.ckpt").exists():
-        given = " ".join(f"--config {path}" for path in configs or [saved])
-        print(f"test it:    python -m {program.name} test {given} --ckpt_path best")
-    epochs = trainer.max_epochs
-    if epochs and epochs > 0 and (folder / "checkpoints" / "last.ckpt").exists():
-        longer = f"--trainer.max_epochs {2 * epochs}"
-        print(f"go on:      python -m {program.name} fit --config {saved} --ckpt_path last {longer}")
+        print(f"test it:    python -m {program.name} test {_configs(arguments) or saved} --ckpt_path best")
+    lengths = {"max_epochs": trainer.max_epochs, "max_steps": trainer.max_steps}
+    longer = " ".join(f"--trainer.{name} {2 * length}" for name, length in lengths.items() if length and length > 0)
+    if longer and (folder / "checkpoints" / "last.ckpt").exists():
+        print(f"go on:      python -m {program.name} fit {saved} --ckpt_path last {longer}")
     look(trainer)
+
+
+def _configs(arguments: list[str]) -> str | None:
+    """Return the configuration files of a command that has no other flags; None: it has some."""
+    words, files = iter(arguments[1:]), []
+    for word in words:
+        name, _, value = word.partition("=")
+        if name not in ("--config", "-c"):
+            return None
+        files.append(f"--config {quote(value or next(words, ''))}")
+    return " ".join(files)
 
 
 def findings(trainer: Trainer, folder: Path, picture: str | None) -> None:
@@ -101,8 +112,9 @@ def look(trainer: Trainer) -> None:
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger) and logger.offline_folder:
             folder = os.path.relpath(logger.offline_folder)
-            print(f"look at it: wandb leet {os.path.dirname(folder)}")
-            print(f"upload it:  wandb sync {folder}")
+            place, name = quote(os.path.dirname(folder)), os.path.basename(folder)  # the name may be a pattern
+            print(f"look at it: wandb leet {place}")
+            print(f"upload it:  wandb sync {place}/{name}")
 
 
 def failure(error: Exception) -> int | None:

@@ -1,0 +1,37 @@
+"""The commands that a training prints at its end work as they are pasted, however it was configured."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers import CSV, DIGITS, run_here
+
+DIGITS_FILE, LOG = DIGITS[1], (*CSV[:2], "--config", "short.yaml")
+WAYS: dict[str, tuple[object, ...]] = {
+    "one file": (*DIGITS, *LOG),
+    "flags over a file": (*DIGITS, *LOG, "--model.network.hidden_features", "[32]", "--data.batch_size", 32),
+    "a name and a folder with spaces": (*DIGITS, *LOG, "--name", "my run", "--trainer.default_root_dir", "all runs"),
+    "a file with spaces": ("--config", "my digits.yaml", *LOG),
+    "= and -c": (f"--config={DIGITS_FILE}", *CSV[:2], "-c", "short.yaml"),
+    "by steps": (*DIGITS, *LOG, "--trainer.max_epochs", -1, "--trainer.max_steps", 30),
+    "other classes": (*DIGITS, *LOG, "--model.optimizer", "SGD", "--model.optimizer.lr", 0.1),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_printed_can_be_pasted(way: str) -> None:
+    Path("my digits.yaml").write_text(Path(DIGITS_FILE).read_text())
+    Path("short.yaml").write_text(
+        yaml.safe_dump({"trainer": {"max_epochs": 1}, "data": {"init_args": {"batch_size": 99}}})
+    )
+    first = run_here("fit", *WAYS[way])
+    assert first.code == 0, first.err
+    lines = dict(line.split(":", 1) for line in first.out.splitlines() if line.startswith(("test it:", "go on:")))
+    assert lines.keys() == {"test it", "go on"}
+    for line in lines.values():
+        words = shlex.split(line)
+        assert words[:2] == ["python", "-m"]
+        result = run_here(*words[3:])
+        assert result.code == 0, f"{line}\n{result.err}"
+        assert "test/accuracy" in result.out or "resuming after step" in result.out
