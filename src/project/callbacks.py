@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from batchwise import DataModule, Task
+from batchwise.models.kept import kept_modes
 
 SHADES = " .:-=+*#%@"  # from dark to bright
 
@@ -26,9 +27,9 @@ class Mistakes(Callback):
         """Draw with characters: this works over ssh, too."""
         data: DataModule = pl_module.data  # a task knows its data module
         batch = data.examples("val", 1000)  # the first 1,000, on the CPU, as `load` gives them
-        pl_module.eval()  # without dropout
-        predicted = pl_module.predictions(data.to_device(batch, pl_module.device, training=False))
-        pl_module.train()
+        with kept_modes(pl_module):
+            pl_module.eval()  # without dropout
+            predicted = pl_module.predictions(data.to_device(batch, pl_module.device, training=False))
         if "probability" not in predicted or not trainer.is_global_zero:
             return  # a task without classes; or another device, which computes and does not print
         certainty, digit = predicted["probability"].cpu().max(dim=1)

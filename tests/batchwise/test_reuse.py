@@ -144,3 +144,10 @@ def test_the_same_trainer_with_another_task() -> None:
     trainer.fit(second, datamodule=small.Points())
     assert trainer.global_step == 14
     assert small.furthest(first, second) > 0
+
+
+def test_a_task_in_evaluation_mode_is_not_trained() -> None:
+    task = new().eval()
+    with pytest.raises(ValueError, match=r"Classify is in evaluation mode, .*: write task\.train\(\)"):
+        small.fit(task)
+    small.fit(task.train())

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 
+from batchwise.models.kept import kept_modes
 from batchwise.ranges import PositiveInt
 from batchwise.tasks.task import Task
 
@@ -45,10 +46,9 @@ class Pictures(Callback):
             return
         if not isinstance(batch.targets, Tensor) or batch.targets.ndim != 1:
             return
-        pl_module.eval()
-        with torch.no_grad(), trainer.precision_plugin.forward_context():
+        with torch.no_grad(), kept_modes(pl_module), trainer.precision_plugin.forward_context():
+            pl_module.eval()
             predictions = pl_module.predictions(data.to_device(batch, pl_module.device, training=False))
-        pl_module.train()
         if trainer.is_global_zero and "probability" in predictions:
             picture = draw(images, predictions["probability"].cpu(), batch.targets)
             _log(takers, "val/predictions", picture, trainer.global_step)

@@ -105,6 +105,10 @@ def _refuse_callbacks(task: "Task", callbacks: list[Callback]) -> None:
 
 
 def _check_training(task: "Task", data: DataModule) -> None:
+    if not task.training:
+        raise ValueError(
+            f"{type(task).__name__} is in evaluation mode, in which dropout and norms do not learn: write task.train()"
+        )
     _refuse_callbacks(task, getattr(data.trainer, "callbacks", []))
     task._new_optimizer()
     task._rates.examples_in_all(data)

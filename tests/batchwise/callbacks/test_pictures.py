@@ -2,10 +2,14 @@
 
 import numpy as np
 import pytest
+import small
 import torch
 from helpers import DIGITS, run_here
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import nn
 
 from batchwise.callbacks import pictures
+from batchwise.tasks.classification import Classification
 
 
 def test_a_cell_is_as_dark_as_its_share_of_its_row() -> None:
@@ -26,3 +30,18 @@ def test_it_counts_every_validation_example_once(monkeypatch: pytest.MonkeyPatch
     (counts,) = drawn
     assert counts.sum() == 269
     assert f"val/accuracy {counts.trace() / counts.sum():.4f}" in result.out.split("epoch 2 ")[1]
+
+
+class Images(small.Points):
+    def load(self, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.x.view(-1, 1, 1, 5), self.y
+
+
+def test_a_part_in_evaluation_mode_stays_so() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(5, 8), nn.Dropout(0.0), nn.Linear(8, 3)).double()
+    network[2].eval()
+    task, made = small.fit(Classification(network), Images(), logger=TensorBoardLogger("."), max_epochs=1)
+    assert any(isinstance(one, pictures.Pictures) for one in made.callbacks)
+    assert task.training
+    assert not network[2].training
