@@ -4,6 +4,7 @@ import contextlib
 import csv
 import importlib
 import io
+import json
 import re
 import runpy
 import shlex
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 import torch
@@ -20,6 +22,7 @@ import yaml
 from PIL import Image
 
 import batchwise
+from batchwise.run.main import main
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -231,6 +234,18 @@ def test_scripts_of_the_page_about_lightning(first_run: tuple, capsys: pytest.Ca
     assert "epoch 4  average loss" in shown
     assert "'test/accuracy': 0.9" in shown
     assert shown.rstrip().endswith("])")  # a tensor of digits
+
+
+def test_the_schema_for_editors(project: str) -> None:
+    """The command of docs/configuration.md. Each configuration names the schema, and is right by it."""
+    assert main(project, ["schema", "schema.json"]) == 0
+    written = Path("schema.json").read_text()
+    schema = jsonschema.Draft202012Validator(json.loads(written))
+    for path in CONFIGS + OVERLAYS:
+        (name,) = re.findall(r"^# yaml-language-server: \$schema=(\S+)$", path.read_text(), re.MULTILINE)
+        assert (path.parent / name).resolve() == ROOT / "configs" / "schema.json"
+        assert list(schema.iter_errors(yaml.safe_load(path.read_text()))) == []
+    assert all(f'"{project}.{module}.' in written for module in ("data", "model", "task", "callbacks"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)

@@ -26,6 +26,7 @@ commands:
   export      write one file that predicts without this project, for PyTorch or ONNX
   tune        choose the batch size: what fits, what is fast, what the gradient says
   sweep       train each batch size to a target, and see which is the fastest
+  schema      write the schema from which an editor completes configurations
   inspect     look at the batches without training, and find what is wrong with the data
 
 the flags that matter:
@@ -108,4 +109,7 @@ def main(name: str | None, arguments: list[str] | None = None) -> int:
     if arguments[0] == "--version":
         print(f"batchwise {__version__}")
         return 0
-    return _load()(arguments)
+    run = _load()
+    if arguments[0] == "schema":
+        return import_module("batchwise.run.schema").write(arguments[1:])
+    return run(arguments)

@@ -12,6 +12,7 @@ from jsonargparse import Namespace, _typehints, set_parsing_settings
 from jsonargparse._util import import_object
 from lightning.pytorch.cli import LightningArgumentParser
 
+from batchwise.run import program
 from batchwise.run.explain import explain
 
 # Defaults may be members of an enumeration, such as those of Lightning's Timer. In a configuration they are plain.
@@ -38,6 +39,7 @@ class Parser(LightningArgumentParser):
     """Lightning's parser, whose errors are one line."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("prog", f"python -m {program.name}")  # before Python 3.14, argparse says __main__.py
         # An abbreviated flag would change its meaning on the day another flag is added.
         super().__init__(*args, allow_abbrev=False, **kwargs)
         self.add_instantiator(instantiate, object, subclasses=True)
