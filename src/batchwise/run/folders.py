@@ -72,6 +72,22 @@ def remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
+def logs(folder: Path) -> Path:
+    """Return the folder with links to the logs of all runs of an experiment, from the folder of one of them."""
+    experiment = folder.parent
+    return experiment.parent / "wandb" / experiment.name
+
+
+def link(log: Path, others: Path) -> None:
+    """Link a log to a folder with those of other runs, where they can be compared. Remove links that lead nowhere."""
+    with contextlib.suppress(OSError):  # of a system without links
+        others.mkdir(parents=True, exist_ok=True)
+        for name in others.iterdir():
+            if name.is_symlink() and not name.exists():
+                name.unlink()
+        (others / log.name).symlink_to(os.path.relpath(log, others))
+
+
 def wait_for_folder(parent: Path) -> Path | None:
     """Return the folder that the first process of this training makes in `parent`; None: this process is to make it.
 

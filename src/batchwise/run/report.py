@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from batchwise.batching.fetch import DataError
 from batchwise.data.module import DataModule
 from batchwise.errors import Mistake, TrainingStopped, lost_connection
-from batchwise.run import program
+from batchwise.run import folders, program
 from batchwise.run.explain import explain
 from batchwise.run.redact import hide
 from batchwise.run.wandb import WandbLogger
@@ -106,15 +106,15 @@ def findings(trainer: Trainer, folder: Path, picture: str | None) -> None:
 
 
 def look(trainer: Trainer) -> None:
-    """Print the commands that show and upload a log of W&B."""
+    """Print the commands that show the log of W&B beside those of the other runs of the experiment, and upload it."""
     if not trainer.is_global_zero:
         return
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger) and logger.offline_folder:
-            folder = os.path.relpath(logger.offline_folder)
-            place, name = quote(os.path.dirname(folder)), os.path.basename(folder)  # the name may be a pattern
-            print(f"look at it: wandb leet {place}")
-            print(f"upload it:  wandb sync {place}/{name}")
+            place, name = os.path.split(os.path.relpath(logger.offline_folder))  # the name may be a pattern
+            linked = folders.logs(Path(trainer.default_root_dir)) / (logger.folder or Path()).name
+            print(f"look at it: wandb leet {quote(os.path.relpath(linked.parent) if linked.exists() else place)}")
+            print(f"upload it:  wandb sync {quote(place)}/{name}")
 
 
 def failure(error: Exception) -> int | None:

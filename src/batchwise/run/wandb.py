@@ -219,11 +219,16 @@ class WandbLogger(loggers.WandbLogger):
                 self.experiment.log_artifact(artifact, aliases=[name])
 
     @property
+    def folder(self) -> Path | None:
+        """The folder of this part of the log; None: there is none."""
+        return None if self._broken or self._experiment is None else Path(self._experiment.dir).parent
+
+    @property
     def offline_folder(self) -> str | None:
         """The folder that `wandb sync` uploads, or a pattern for those of all parts; None: there is none."""
-        if not self._offline or self._broken or self._experiment is None:
+        folder = self.folder
+        if not self._offline or folder is None:
             return None
-        folder = Path(self._experiment.dir).parent
         parts = list(folder.parent.glob(f"*run-*-{self._id}"))
         return str(folder if len(parts) == 1 else folder.with_name(f"*run-*-{self._id}"))
 

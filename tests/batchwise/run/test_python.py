@@ -127,7 +127,7 @@ def test_a_test_is_another_part_of_the_same_run_of_wandb(capsys: pytest.CaptureF
     name = f"run-{made.folder.name}"
     parts = list((made.folder / "wandb").glob(f"offline-run-*-{name}*"))
     assert len([part for part in parts if (part / f"run-{name}.wandb").stat().st_size > 0]) == 2
-    assert f"wandb leet {made.folder}/wandb" in capsys.readouterr().out
+    assert "wandb leet runs/wandb/run" in capsys.readouterr().out
 
 
 def test_what_was_trained_here_predicts_here() -> None:

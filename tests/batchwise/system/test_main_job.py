@@ -1,9 +1,19 @@
 """Whole runs on the digits: train, test, predict, resume, log."""
 
 import csv
+import fcntl
 import json
+import os
+import pty
+import re
+import select
+import shutil
+import signal
+import struct
 import subprocess
 import sys
+import termios
+import time
 from pathlib import Path
 
 import pytest
@@ -47,12 +57,36 @@ def test_the_end_says_how_to_go_on(trained: Result) -> None:
 def test_the_log_can_be_looked_at_without_an_account(trained: Result) -> None:
     (command,) = [line.split(": ")[1] for line in trained.out.splitlines() if line.startswith("look at it:")]
     program, verb, folder = command.split()
-    assert folder.endswith(f"digits/{trained.folder.name}/wandb")
-    path = trained.folder / "wandb"  # the path that is printed begins at the folder of that run
+    assert folder.endswith("wandb/digits")
+    (path,) = (
+        root(trained) / "wandb" / "digits"
+    ).iterdir()  # the path that is printed begins at the folder of that run
+    assert path.resolve().parent == trained.folder / "wandb"
     viewer = [str(Path(sys.executable).with_name(program)), verb, "inspect", "--summary", str(path)]
     said = subprocess.run(viewer, capture_output=True, text=True, check=True, timeout=60).stdout
     assert f"digits-{trained.folder.name}" in said
     assert "/accuracy" in said
+
+
+@pytest.mark.weekly
+def test_all_runs_of_an_experiment_can_be_compared() -> None:
+    """The viewer itself, in a terminal of its own; and a run whose folder is gone is not in its list."""
+    runs = [run_here("fit", *DIGITS, "--trainer.max_epochs", 1).folder for _ in range(3)]
+    shutil.rmtree(runs[0])
+    last = run_here("fit", *DIGITS, "--trainer.max_epochs", 1)
+    (command,) = [line.split(": ")[1].split() for line in last.out.splitlines() if line.startswith("look at it:")]
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execve(Path(sys.executable).with_name(command[0]), command, os.environ | {"TERM": "xterm-256color"})
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    shown, end = b"", time.monotonic() + 30
+    while not re.search(rb"Runs.*\[3 items\]", shown) and time.monotonic() < end:
+        if select.select([terminal], [], [], 0.5)[0]:
+            shown += os.read(terminal, 65536)
+            os.write(terminal, b"\x1b]11;rgb:0000/0000/0000\x1b\\\x1b[1;1R")  # it asks for a colour and the cursor
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    assert re.search(rb"Runs.*\[3 items\]", shown), shown
 
 
 def test_validate_measures_what_training_measured(trained: Result) -> None:
