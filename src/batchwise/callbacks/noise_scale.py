@@ -51,6 +51,7 @@ class NoiseScale(Callback, NoiseMeter):
         self._handles: list[RemovableHandle] = []
         self._norms: list[Tensor] = []  # of the current micro-batch, one per parameter
         self._squares: list[Tensor] = []  # one per micro-batch
+        self._is_new = False  # whether a sample was taken since the last row
         self._was_lost = False
 
     def estimate(self) -> Estimate | None:
@@ -74,6 +75,7 @@ class NoiseScale(Callback, NoiseMeter):
             )
         self.samples.clear()
         self._unread.clear()
+        self._is_new = self._was_lost = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Task) -> None:
         """Warn if each batch is one micro-batch, because then there is nothing to compare."""
@@ -126,6 +128,7 @@ class NoiseScale(Callback, NoiseMeter):
         norms = [norm(gradient) for gradient in gradients_of(optimizer)]
         whole = (torch.stack(norms) * (sums.count / batch.size)).square()
         self._unread.append((batch.size, torch.stack([small, whole.sum().to(small), parts])))
+        self._is_new = True
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Task, outputs: object, batch: Batch, batch_idx: int
@@ -133,8 +136,9 @@ class NoiseScale(Callback, NoiseMeter):
         """Remove the hooks. Write the row, if it is due."""
         self._remove_hooks()
         step = trainer.global_step
-        if not self._unread or not row_is_due(trainer, step):
+        if not self._is_new or not row_is_due(trainer, step):
             return
+        self._is_new = False
         estimate = self.estimate()
         if estimate is None:
             return
@@ -159,13 +163,15 @@ class NoiseScale(Callback, NoiseMeter):
         self._squares.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the samples as plain numbers."""
+        """Return the samples as plain numbers, and whether a row is still to be written of them."""
         self.estimate()
-        return {"samples": [list(values) for values in self.samples]}
+        samples = [list(values) for values in self.samples]
+        return {"samples": samples, "is_new": self._is_new, "was_lost": self._was_lost}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the samples of a checkpoint."""
         self.samples.extend(Sample(*values) for values in state_dict["samples"])
+        self._is_new, self._was_lost = state_dict.get("is_new", False), state_dict.get("was_lost", False)
 
 
 def norm(gradient: Tensor) -> Tensor:
