@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,15 @@ class Pipeline(nn.Module):
         return self.task.predictions(self.data.to_device(batch, first.device, training=False).cast(self.dtype))
 
 
-def export(task: Task, data: DataModule, fetch: Fetch, path: Path, kind: Format) -> tuple[int, float]:
+class Exported(NamedTuple):
+    """What was checked: the number of examples, the largest difference of an output, and the names of the outputs."""
+
+    examples: int
+    difference: float
+    outputs: list[str]
+
+
+def export(task: Task, data: DataModule, fetch: Fetch, path: Path, kind: Format) -> Exported:
     """Write the file, if what it gives for the examples is what the task gives. Any number of examples may go in.
 
     Args:
@@ -62,9 +70,6 @@ def export(task: Task, data: DataModule, fetch: Fetch, path: Path, kind: Format)
         fetch: examples to try it on, of which at most `MOST` are used.
         path: the file. It is not touched if the export fails.
         kind: torch: `torch.export.load` takes it; onnx: any runtime of ONNX does.
-
-    Returns:
-        The number of examples, and the largest difference of an output.
 
     Raises:
         ValueError: the task cannot be exported; the line says why.
@@ -80,7 +85,7 @@ def export(task: Task, data: DataModule, fetch: Fetch, path: Path, kind: Format)
                 "write `collate`, which pads them"
             )
     pipeline, part = Pipeline(task, data).eval(), path.with_name(f".{path.name}.part")
-    notes = {"outputs": [], "class_names": data.class_names, "learnt": data.learnt}
+    notes: dict[str, Any] = {"outputs": [], "class_names": data.class_names, "learnt": data.learnt}
     path.parent.mkdir(parents=True, exist_ok=True)
     metrics, task._measures.metrics = task._measures.metrics, None  # `predictions` may call `losses`, which measures
     try:
@@ -99,7 +104,7 @@ def export(task: Task, data: DataModule, fetch: Fetch, path: Path, kind: Format)
     finally:
         task._measures.metrics = metrics
         part.unlink(missing_ok=True)
-    return min(len(fetch), MOST), furthest
+    return Exported(min(len(fetch), MOST), furthest, notes["outputs"])
 
 
 # The examples

@@ -61,7 +61,7 @@ class Trained:
         kinds: dict[str, Format] = {suffix: kind for kind, suffix in SUFFIXES.items()}
         if (kind := kinds.get(Path(path).suffix)) is None:
             raise ValueError(f"{path} ends in none of {', '.join(kinds)}: write one of them")
-        return export(self.task, self.data, _fetch(inputs), Path(path), kind)[1]
+        return export(self.task, self.data, _fetch(inputs), Path(path), kind).difference
 
 
 def load(

@@ -16,6 +16,7 @@ from batchwise.choosing.tune import tune
 from batchwise.data.module import DataModule
 from batchwise.errors import mistakes
 from batchwise.ranges import OpenUnitInterval, PositiveFloat, PositiveInt
+from batchwise.run import publishing
 from batchwise.run.exporting import SUFFIXES, Format, export
 from batchwise.run.loading import restored
 from batchwise.run.wandb import WandbLogger
@@ -48,6 +49,7 @@ class CommandTrainer(Trainer):
         ckpt_path: str | None = None,
         format: Format = "torch",
         path: str | None = None,
+        push: str | None = None,
     ) -> None:
         """Write one file that predicts without this project, and check it on the examples that `predict` takes.
 
@@ -57,17 +59,25 @@ class CommandTrainer(Trainer):
             ckpt_path: best, last or a file.
             format: torch: a program of torch.export; onnx: needs the extra "onnx".
             path: the file; null: model.pt2 or model.onnx in the run's folder.
+            push: OWNER/NAME: also upload file, configuration and a card to the Hugging Face hub, as a private
+                repository if it is new; or a folder such as ./published.
         """
         if not self.is_global_zero:
             return
         file = Path(path) if path else Path(self.default_root_dir, f"model{SUFFIXES[format]}")
+        checkpoint, fetch = Path(str(ckpt_path)), datamodule.split("predict")
+        assert fetch is not None
         with mistakes():
-            fetch = datamodule.split("predict")
-            assert fetch is not None
-            trained = restored(model, datamodule, Path(str(ckpt_path)))
-            count, furthest = export(trained.task, trained.data, fetch, file, format)
-        print(f"checked on {count:,} examples: the largest difference of an output is {furthest:.1e}")
-        print(f"exported: {file} ({file.stat().st_size / 2**20:,.1f} MiB)")
+            if push is not None:
+                publishing.check(push)
+            trained = restored(model, datamodule, checkpoint)
+            found = export(trained.task, trained.data, fetch, file, format)
+        print(f"checked on {found.examples:,} examples: the largest difference of an output is {found.difference:.1e}")
+        print(f"exported: {file} ({file.stat().st_size / 2**20:,.1f} MiB)", flush=True)
+        if push is not None:
+            inputs = datamodule.examples("predict", 1).inputs
+            with mistakes():
+                print(f"published: {publishing.publish(file, checkpoint, inputs, found.outputs, push)}")
 
     def tune(
         self, model: Task, datamodule: DataModule, steps: int = 400, memory_gib: PositiveFloat | None = None
