@@ -13,7 +13,6 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from batchwise.callbacks.predictions import Predictions
-from batchwise.callbacks.progress import ProgressBar
 from batchwise.checkpoints import read_checkpoint
 from batchwise.data.examples import SPLITS
 from batchwise.data.module import DataModule
@@ -25,7 +24,7 @@ from batchwise.run.main import LEADER
 from batchwise.run.parser import Parser, check_files, plain, texts
 from batchwise.run.record import RunRecord
 from batchwise.run.redact import redact
-from batchwise.run.usual import leave_out_unfounded_warnings, usual_callbacks
+from batchwise.run.usual import leave_out_unfounded_warnings, shows_progress, usual_callbacks
 from batchwise.run.verbs import CommandTrainer, recipe
 from batchwise.tasks.task import Task
 
@@ -135,10 +134,8 @@ class CLI(LightningCLI):
         if self.subcommand == "predict":
             callbacks.append(Predictions(self.settings.predictions))
             settings["logger"] = False  # nothing is measured
-        if not sys.stdout.isatty():
-            settings["enable_progress_bar"] = False
-        elif settings.get("enable_progress_bar") is not False:
-            callbacks.append(ProgressBar())
+        if settings.get("enable_progress_bar") is not False:
+            settings["enable_progress_bar"] = shows_progress(callbacks)
         settings["callbacks"] = [*callbacks, RunRecord(self.plain_config, str(self.subcommand))]
         try:
             return super().instantiate_trainer(**(plain(vars(settings)) | kwargs))

@@ -1,7 +1,6 @@
 """The trainer of scripts and notebooks: what it trains is checked, reported and kept as on the command line."""
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
@@ -16,12 +15,11 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from batchwise import trainer
 from batchwise.callbacks.phases import Phases
-from batchwise.callbacks.progress import ProgressBar
 from batchwise.data.module import DataModule
 from batchwise.errors import Mistake
 from batchwise.run import checks, folders, report, resume
 from batchwise.run.record import RunRecord
-from batchwise.run.usual import leave_out_unfounded_warnings, usual_callbacks
+from batchwise.run.usual import leave_out_unfounded_warnings, shows_progress, usual_callbacks
 from batchwise.run.wandb import WandbLogger
 from batchwise.tasks.task import Task
 
@@ -63,8 +61,7 @@ class Trainer(trainer.Trainer):
         self._saves, self._wanted_logger = enable_checkpointing and not trial, False if trial else logger
         given = [] if callbacks is None else list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
         if enable_progress_bar is None:
-            enable_progress_bar = sys.stdout.isatty()
-            given += [ProgressBar()] if enable_progress_bar else []
+            enable_progress_bar = shows_progress(given)
         super().__init__(
             default_root_dir=default_root_dir,
             logger=False if logger is None or logger is True else logger,  # those go into the folder, which comes later

@@ -1,14 +1,17 @@
 """What every training has, from the command line and in Python: its callbacks, and fewer warnings."""
 
 import logging
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 
 from batchwise.callbacks.checkpoint import Last
 from batchwise.callbacks.epoch_line import EpochLine
+from batchwise.callbacks.progress import ProgressBar
 from batchwise.callbacks.summary import Summary
 from batchwise.tasks.task import Task
 
@@ -62,3 +65,12 @@ def usual_callbacks(task: Task, given: Sequence[Callback], saving: bool, folder:
             callback.dirpath = callback.dirpath or str(folder / "checkpoints")
             callback._enable_version_counter = False
     return [*usual, *(kind() for kind in (EpochLine, Summary) if missing(kind))]
+
+
+def shows_progress(given: list[Callback]) -> bool:
+    """Return whether there is a progress bar: one that is given, or else in a terminal ours, which is added."""
+    if any(isinstance(callback, AnyProgressBar) for callback in given):
+        return True
+    if sys.stdout.isatty():
+        given.append(ProgressBar())
+    return sys.stdout.isatty()

@@ -26,3 +26,12 @@ def test_a_terminal_shows_steps_loss_and_examples_per_second(monkeypatch: pytest
     assert re.search(r"examples/s:\s+[\d,]+", text)
     assert "v_num" not in text
     assert "epoch 2  average loss" in text
+
+
+@pytest.mark.parametrize("kind", ["TQDMProgressBar", "RichProgressBar"])
+@pytest.mark.parametrize("stream", [Terminal, io.StringIO])
+def test_a_bar_of_lightning_takes_the_place_of_ours(kind: str, stream: type[io.StringIO]) -> None:
+    arguments = ("fit", *DIGITS, *CSV, "--trainer.max_epochs", 1, f"--trainer.callbacks+={kind}")
+    with contextlib.redirect_stdout(stream()) as terminal:
+        assert main("batchwise", absolute(arguments)) == 0
+    assert "epoch 1  average loss" in terminal.getvalue()
