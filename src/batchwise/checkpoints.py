@@ -87,4 +87,9 @@ def data_state(path: Path, data: object) -> dict[str, Any] | None:
     """Return the state of a data module in a checkpoint; None: it has none, or is no file that can be read here."""
     if not path.is_file() or unreadable(path) is not None:
         return None
-    return read_checkpoint(path).get(type(data).__qualname__)  # the name that Lightning gives it
+    return state_of(read_checkpoint(path), data)
+
+
+def state_of(checkpoint: dict[str, Any], data: object) -> dict[str, Any] | None:
+    """Return the state of a data module in the content of a checkpoint; None: it has none."""
+    return checkpoint.get(type(data).__qualname__)  # the name that Lightning gives it

@@ -64,6 +64,11 @@ def check_arguments(given: dict[str, Any]) -> None:
         )
 
 
+def listed(value: Any) -> list:
+    """Return an argument that takes one thing, several or none, as a list."""
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+
+
 class Unprofiled(PassThroughProfiler):
     """Measures nothing. It is faster than Lightning's, which matters because it is called 40 times per step."""
 
@@ -129,10 +134,9 @@ class Trainer(pl.Trainer):
             torch.set_float32_matmul_precision(matmul_precision)
         if threads is not None:
             host.set_threads(threads)
-        extras = [] if plugins is None else list(plugins) if isinstance(plugins, Sequence) else [plugins]
+        extras, given = listed(plugins), listed(callbacks)
         if not any(isinstance(extra, CheckpointIO) for extra in extras):
             extras.append(DurableIO())
-        given = [] if callbacks is None else list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
         usual = (Record(), Pictures(), Samples())
         own = [one for one in usual if not any(isinstance(callback, type(one)) for callback in given)]
         super().__init__(

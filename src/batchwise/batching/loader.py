@@ -142,6 +142,18 @@ def make_batch(fields: Example, index: Tensor, weights: Tensor | None = None, *p
     return MicroBatch(inputs[0] if len(inputs) == 1 else tuple(inputs), targets, index, weights, *place)
 
 
+def read(fetch: Fetch, index: Tensor, position: int = 0) -> MicroBatch:
+    """Return the examples with the numbers `index`, int64 [N], as one micro-batch on the host.
+
+    Args:
+        fetch: the source of the examples.
+        index: numbers of the examples.
+        position: position of the first one in its batch.
+    """
+    fields, _ = next(iter(fetch.stream([Request.one(index, position)])))
+    return make_batch(fields, index, None, position)
+
+
 class TrainLoader:
     """Yields this device's share of each batch, from any step to the end of its epoch.
 

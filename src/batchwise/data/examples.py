@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from batchwise.batching.collate import stack
-from batchwise.batching.fetch import Fetch, InMemory, Request, make_fetch
-from batchwise.batching.loader import MicroBatch, make_batch
+from batchwise.batching.fetch import Fetch, InMemory, make_fetch
+from batchwise.batching.loader import MicroBatch, read
 from batchwise.batching.order import Order, Shuffled, Sources
 from batchwise.batching.rows import Joined, Rows
 from batchwise.data.augment import Augmentation, augment
@@ -162,8 +162,7 @@ class Examples(Reserved, pl.LightningDataModule, ABC):
         fetch = self.split(name)
         assert fetch is not None
         index = which if isinstance(which, Tensor) else torch.arange(min(which, len(fetch)))
-        fields, _ = next(iter(fetch.stream([Request.one(index, position)])))
-        return make_batch(fields, index, None, position)
+        return read(fetch, index, position)
 
     def labels(self) -> Tensor | None:
         """Return the training targets [examples] if they are whole numbers in memory. Some orders need them."""

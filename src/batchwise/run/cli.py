@@ -24,9 +24,10 @@ from batchwise.run.main import LEADER
 from batchwise.run.parser import Parser, check_files, plain, texts
 from batchwise.run.record import RunRecord
 from batchwise.run.redact import redact
-from batchwise.run.usual import leave_out_unfounded_warnings, shows_progress, usual_callbacks
+from batchwise.run.usual import add_progress_bar, leave_out_unfounded_warnings, usual_callbacks
 from batchwise.run.verbs import CommandTrainer, recipe
 from batchwise.tasks.task import Task
+from batchwise.trainer import listed
 
 LOGGER = {"class_path": "batchwise.run.wandb.WandbLogger"}
 """The default logger: W&B, into the run's folder, without an account."""
@@ -126,8 +127,7 @@ class CLI(LightningCLI):
         if self.subcommand == "fit" and (self.settings.speed == "auto" or self.datamodule.finds_micro_batch):
             everything = self.settings.speed == "auto"
             choose_settings(self.model, self.datamodule, settings, self.plain_config, self.folder, everything)
-        given = settings.get("callbacks") or []
-        callbacks = list(given) if isinstance(given, list | tuple) else [given]
+        callbacks = listed(settings.get("callbacks"))
         if self.subcommand == "fit":
             saving = settings.get("enable_checkpointing") is not False
             callbacks += usual_callbacks(self.model, callbacks, saving, self.folder)
@@ -135,7 +135,7 @@ class CLI(LightningCLI):
             callbacks.append(Predictions(self.settings.predictions))
             settings["logger"] = False  # nothing is measured
         if settings.get("enable_progress_bar") is not False:
-            settings["enable_progress_bar"] = shows_progress(callbacks)
+            settings["enable_progress_bar"] = add_progress_bar(callbacks)
         settings["callbacks"] = [*callbacks, RunRecord(self.plain_config, str(self.subcommand))]
         try:
             return super().instantiate_trainer(**(plain(vars(settings)) | kwargs))
@@ -198,6 +198,7 @@ class CLI(LightningCLI):
         """Print the results, the run's folder and the next commands."""
         report.training(self.trainer, self.folder)
         report.next_commands(self.trainer, self.folder, self.arguments)
+        report.look(self.trainer)
 
     def after_validate(self) -> None:
         """Print the metrics."""
@@ -249,7 +250,6 @@ def run(arguments: list[str]) -> int:
         return code
     finally:
         if not inherited:
-            folders.all_have_met()
-            os.environ.pop(folders.FOLDER, None)
+            folders.forget()
             os.environ.pop(LEADER, None)
     return 0

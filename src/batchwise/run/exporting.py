@@ -13,23 +13,30 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from batchwise.batching.fetch import Fetch, Request
-from batchwise.batching.loader import MicroBatch, make_batch
+from batchwise.batching.fetch import Fetch
+from batchwise.batching.loader import MicroBatch, read
 from batchwise.batching.structure import leaves, on_tensors, tensors
 from batchwise.data.module import DataModule
 from batchwise.errors import optional
+from batchwise.models.kept import home_of
 from batchwise.tasks.task import Task
 
 Format = Literal["torch", "onnx"]
 SUFFIXES: dict[Format, str] = {"torch": ".pt2", "onnx": ".onnx"}
 NOTES = "learnt.json"
-"""The name, in the exported file, of what training has learnt from its data."""
+"""The entry of the exported file that holds the data's classes, vocabulary and statistics, as JSON."""
 TOLERANCE = 1e-3, 1e-4
 """Largest relative and absolute difference of an exported output: other kernels round otherwise."""
 MOST = 1000
 """Examples on which the file is checked."""
 
 Outputs = dict[str, Tensor]
+
+
+def predictions(task: Task, data: DataModule, batch: MicroBatch) -> Outputs:
+    """Return the columns that `predict` writes for a micro-batch on the host, in the precision of the weights."""
+    dtype = next((one.dtype for one in task.parameters() if one.is_floating_point()), torch.float32)
+    return task.predictions(data.to_device(batch, home_of(task), training=False).cast(dtype))
 
 
 class Pipeline(nn.Module):
@@ -43,14 +50,12 @@ class Pipeline(nn.Module):
     def __init__(self, task: Task, data: DataModule) -> None:
         super().__init__()
         self.task, self.data = task, data
-        self.dtype = next((one.dtype for one in task.parameters() if one.is_floating_point()), torch.float32)
 
     def forward(self, inputs: Any) -> Outputs:
         """Return the columns that `predict` writes."""
-        first = next(tensors(inputs))
-        index = torch.arange(first.shape[0], device=first.device)
-        batch = MicroBatch(on_tensors(inputs, torch.clone), None, index)  # `transform` may work in place
-        return self.task.predictions(self.data.to_device(batch, first.device, training=False).cast(self.dtype))
+        index = torch.arange(next(tensors(inputs)).shape[0])
+        inputs = on_tensors(inputs, torch.clone)  # `transform` may work in place
+        return predictions(self.task, self.data, MicroBatch(inputs, None, index))
 
 
 class Exported(NamedTuple):
@@ -62,7 +67,7 @@ class Exported(NamedTuple):
 
 
 def export(task: Task, data: DataModule, fetch: Fetch, path: Path, kind: Format) -> Exported:
-    """Write the file, if what it gives for the examples is what the task gives. Any number of examples may go in.
+    """Write the file, for any number of examples. It is written only if its outputs are those of the task.
 
     Args:
         task: trained, on the host.
@@ -77,7 +82,7 @@ def export(task: Task, data: DataModule, fetch: Fetch, path: Path, kind: Format)
     if kind == "onnx":
         for module in ("onnx", "onnxscript", "onnxruntime"):
             optional(module, "onnx")
-    samples = [_read(fetch, index) for index in _groups(fetch)]
+    samples = [read(fetch, index).inputs for index in _groups(fetch)]
     for name, leaf in leaves(samples[0], "inputs"):
         if not isinstance(leaf, Tensor):
             raise ValueError(
@@ -85,7 +90,6 @@ def export(task: Task, data: DataModule, fetch: Fetch, path: Path, kind: Format)
                 "write `collate`, which pads them"
             )
     pipeline, part = Pipeline(task, data).eval(), path.with_name(f".{path.name}.part")
-    notes: dict[str, Any] = {"outputs": [], "class_names": data.class_names, "learnt": data.learnt}
     path.parent.mkdir(parents=True, exist_ok=True)
     metrics, task._measures.metrics = task._measures.metrics, None  # `predictions` may call `losses`, which measures
     try:
@@ -93,7 +97,8 @@ def export(task: Task, data: DataModule, fetch: Fetch, path: Path, kind: Format)
             shapes = _dynamic(samples, getattr(fetch, "lengths", None) is not None)
             try:
                 expected = [pipeline(sample) for sample in samples]
-                notes["outputs"] = list(expected[0])
+                outputs = list(expected[0])
+                notes = {"outputs": outputs, "class_names": data.class_names, "learnt": data.learnt}
                 program = torch.export.export(pipeline, (samples[0],), dynamic_shapes=(shapes,), strict=False)
                 run = (_save_torch if kind == "torch" else _save_onnx)(program, samples[0], part, notes)
                 found = [run(sample) for sample in samples]
@@ -104,26 +109,18 @@ def export(task: Task, data: DataModule, fetch: Fetch, path: Path, kind: Format)
     finally:
         task._measures.metrics = metrics
         part.unlink(missing_ok=True)
-    return Exported(min(len(fetch), MOST), furthest, notes["outputs"])
+    return Exported(min(len(fetch), MOST), furthest, outputs)
 
 
 # The examples
 
 
 def _groups(fetch: Fetch) -> list[Tensor]:
-    """Return numbers of examples: three to record the program with, then one, a few and many."""
-    count = min(len(fetch), MOST)
-    lengths = getattr(fetch, "lengths", None)
-    longest = (
-        torch.arange(3) % len(fetch) if lengths is None else lengths.argsort(descending=True)[torch.arange(3) % count]
-    )
-    index = torch.arange(count)
-    return [longest, *(group for group in (index[:1], index[1:8], *index[8:].split(256)) if len(group))]
-
-
-def _read(fetch: Fetch, index: Tensor) -> Any:
-    fields, _ = next(iter(fetch.stream([Request.one(index)])))
-    return make_batch(fields, index).inputs
+    """Return numbers of examples: three to record the program with, the longest ones, then one, a few and many."""
+    index, lengths = torch.arange(min(len(fetch), MOST)), getattr(fetch, "lengths", None)
+    by_length = index if lengths is None else lengths.argsort(descending=True)
+    recorded = by_length[torch.arange(3) % len(index)]
+    return [recorded, *(group for group in (index[:1], index[1:8], *index[8:].split(256)) if len(group))]
 
 
 def _dynamic(samples: list[Any], is_ragged: bool) -> Any:

@@ -55,6 +55,11 @@ def choose_folder(root: Path, name: str, checkpoint: Path | None, restart: bool)
     return folder
 
 
+def run_id(folder: Path) -> str:
+    """Return the id of a run in W&B."""
+    return f"{folder.parent.name}-{folder.name}"
+
+
 def place_loggers(loggers: list | Namespace | bool | None, folder: Path) -> None:
     """Let the `save_dir` of each configured logger lie in the run's folder, and name W&B's run after the folder."""
     for logger in loggers if isinstance(loggers, list) else [loggers]:
@@ -62,7 +67,7 @@ def place_loggers(loggers: list | Namespace | bool | None, folder: Path) -> None
         if arguments is not None and "save_dir" in arguments:
             arguments.save_dir = str((folder / (arguments.save_dir or ".")).absolute())
             if "id" in arguments and arguments.id is None:
-                arguments.id = f"{folder.parent.name}-{folder.name}"
+                arguments.id = run_id(folder)
 
 
 def remove_if_empty(folder: Path) -> None:
@@ -112,6 +117,12 @@ def all_have_met() -> None:
     note = _note(Path(os.environ[FOLDER]).parent) if FOLDER in os.environ else None
     if note and rank_zero_only.rank == 0:
         note.unlink(missing_ok=True)
+
+
+def forget() -> None:
+    """Forget the folder that the processes share, because the training is over."""
+    all_have_met()
+    os.environ.pop(FOLDER, None)
 
 
 def _share(folder: Path) -> None:

@@ -9,12 +9,12 @@ from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser
 from torch import Tensor
 
-from batchwise.batching.fetch import Fetch, Request, make_fetch
-from batchwise.batching.loader import make_batch
-from batchwise.checkpoints import data_state, read_checkpoint, unreadable
+from batchwise.batching.fetch import Fetch, make_fetch
+from batchwise.batching.loader import read
+from batchwise.checkpoints import read_checkpoint, state_of, unreadable
 from batchwise.data.module import DataModule
 from batchwise.models.frozen import CHECKSUM
-from batchwise.run.exporting import SUFFIXES, Format, export
+from batchwise.run.exporting import SUFFIXES, Format, export, predictions
 from batchwise.run.parser import instantiate
 from batchwise.tasks.task import Task
 
@@ -39,17 +39,16 @@ class Trained:
                 list of one value per example, or `Ragged`.
             batch_size: most examples that go through the network together.
         """
-        fetch, task = _fetch(inputs), self.task
-        dtype = next((one.dtype for one in task.parameters() if one.is_floating_point()), torch.float32)
-        parts = []
-        for index in torch.arange(len(fetch)).split(batch_size):
-            fields, _ = next(iter(fetch.stream([Request.one(index)])))
-            batch = self.data.to_device(make_batch(fields, index), task.device, training=False)
-            parts.append(task.predictions(batch.cast(dtype)))
+        fetch = _fetch(inputs)
+        batches = (read(fetch, index) for index in torch.arange(len(fetch)).split(batch_size))
+        parts = [predictions(self.task, self.data, batch) for batch in batches]
         return {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
 
     def export(self, path: str | PathLike[str], inputs: Any) -> float:
-        """Write one file that predicts without this project, and return the largest difference of what it gives.
+        """Write one file that predicts without this project.
+
+        Returns:
+            The largest difference between the outputs of the file and those of the task.
 
         Args:
             path: .pt2 for `torch.export.load`, or .onnx.
@@ -96,17 +95,24 @@ def load(
             )
         own_task, own_data = _made(checkpoint["config"], path)
         task, data = task or own_task, data or own_data
-    return restored(task, data, file, device)
+    return restored(task, data, checkpoint, device)
 
 
-def restored(task: Task, data: DataModule, file: Path, device: str | torch.device = "cpu") -> Trained:
-    """Give a task the weights of a checkpoint, and a data module what training has learnt. Return both, to predict."""
-    state = read_checkpoint(file)["state_dict"]
+def restored(task: Task, data: DataModule, checkpoint: dict[str, Any], device: str | torch.device = "cpu") -> Trained:
+    """Load a checkpoint into a task and its data module. Return them, ready to predict.
+
+    Args:
+        task: takes the weights.
+        data: takes the state of the data module, such as the names of the classes.
+        checkpoint: the content of the file.
+        device: where the network runs.
+    """
+    state = checkpoint["state_dict"]
     if CHECKSUM in state:  # the checkpoint leaves out what does not learn
         task._tuning.take(task.network)
     floats = (one.dtype for one in state.values() if one.is_floating_point())
     task.to(dtype=next(floats, torch.float32)).load_state_dict(state)
-    data.recall(data_state(file, data))
+    data.recall(state_of(checkpoint, data))
     task._own_data = data
     return Trained(task.to(device).eval(), data)
 

@@ -7,7 +7,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from batchwise.batching.structure import shape
-from batchwise.checkpoints import read_checkpoint
 from batchwise.errors import optional
 
 USE = {
@@ -52,12 +51,13 @@ def is_folder(where: str) -> bool:
     return where.startswith((".", "/", "~"))
 
 
-def publish(file: Path, checkpoint: Path, inputs: Any, outputs: list[str], where: str) -> str:
+def publish(file: Path, config: Path, checkpoint: dict[str, Any], inputs: Any, outputs: list[str], where: str) -> str:
     """Publish the file with a card and the configuration. A repository that is new is private.
 
     Args:
         file: exported from the checkpoint.
-        checkpoint: in the folder of its run.
+        config: the configuration of its run, if there is such a file.
+        checkpoint: the content of its file, which has the best scores.
         inputs: examples, whose shape the card tells.
         outputs: names of the columns.
         where: OWNER/NAME of the hub, or the path of a folder.
@@ -72,7 +72,6 @@ def publish(file: Path, checkpoint: Path, inputs: Any, outputs: list[str], where
         folder = Path(name, "card")
         folder.mkdir()
         shutil.copy(file, folder / file.name)
-        config = checkpoint.parent.parent / "config.yaml"
         if config.exists():
             shutil.copy(config, folder)
         card = CARD.format(
@@ -81,7 +80,7 @@ def publish(file: Path, checkpoint: Path, inputs: Any, outputs: list[str], where
             file=file.name,
             shape=shape(inputs),
             outputs=", ".join(f"`{output}`" for output in outputs),
-            scores=_scores(read_checkpoint(checkpoint)),
+            scores=_scores(checkpoint),
             use=USE[file.suffix].format(file=file.name),
         )
         (folder / "README.md").write_text(card)

@@ -1,6 +1,5 @@
-"""The trainer of scripts and notebooks: what it trains is checked, reported and kept as on the command line."""
+"""The trainer of scripts and notebooks. It checks, reports and keeps a training as the command line does."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
@@ -19,9 +18,10 @@ from batchwise.data.module import DataModule
 from batchwise.errors import Mistake
 from batchwise.run import checks, folders, report, resume
 from batchwise.run.record import RunRecord
-from batchwise.run.usual import leave_out_unfounded_warnings, shows_progress, usual_callbacks
+from batchwise.run.usual import add_progress_bar, leave_out_unfounded_warnings, usual_callbacks
 from batchwise.run.wandb import WandbLogger
 from batchwise.tasks.task import Task
+from batchwise.trainer import listed
 
 
 class Trainer(trainer.Trainer):
@@ -59,9 +59,9 @@ class Trainer(trainer.Trainer):
         """The folder of this trainer; None: there is none yet."""
         trial = bool(kwargs.get("fast_dev_run"))
         self._saves, self._wanted_logger = enable_checkpointing and not trial, False if trial else logger
-        given = [] if callbacks is None else list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
+        given = listed(callbacks)
         if enable_progress_bar is None:
-            enable_progress_bar = shows_progress(given)
+            enable_progress_bar = add_progress_bar(given)
         super().__init__(
             default_root_dir=default_root_dir,
             logger=False if logger is None or logger is True else logger,  # those go into the folder, which comes later
@@ -102,9 +102,8 @@ class Trainer(trainer.Trainer):
         with self._in_folder("fit", model, ckpt_path) as checkpoint:
             self.phases = Phases(perf_counter())
             self.callbacks += usual_callbacks(model, self.callbacks, self._saves, self.folder or self.root)
-            path = None if checkpoint is None else Path(checkpoint)
-            done = checks.check(self, model, data, "fit", path, None if force else {})
-            report.plan(model, data, done, path)
+            done = checks.check(self, model, data, "fit", checkpoint, None if force else {})
+            report.plan(model, data, done, checkpoint)
             super().fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=weights_only)
             if self.folder is not None:
                 report.training(self, self.folder)
@@ -128,7 +127,7 @@ class Trainer(trainer.Trainer):
             return super().predict(model, *args, ckpt_path=checkpoint, **kwargs)
 
     @contextmanager
-    def _in_folder(self, verb: str, model: Any, which: str | Path | None) -> Iterator[str | None]:
+    def _in_folder(self, verb: str, model: Any, which: str | Path | None) -> Iterator[Path | None]:
         """Make the folder, if anything is to be kept. Yield the checkpoint to start from.
 
         Args:
@@ -140,48 +139,45 @@ class Trainer(trainer.Trainer):
         try:
             if self._saves or self._wanted_logger is not False:
                 self._make_folder(checkpoint, restart=which == "last")
-            yield None if checkpoint is None else str(checkpoint)
+            yield checkpoint
         except Mistake:
             if self.folder is not None:
                 folders.remove_if_empty(self.folder)
             raise
         finally:
-            folders.all_have_met()
-            os.environ.pop(folders.FOLDER, None)
+            folders.forget()
 
     def _checkpoint(self, verb: str, which: str | Path | None) -> Path | None:
         if which is None:
             return None
-        own = {
-            "best": getattr(self.checkpoint_callback, "best_model_path", ""),
-            "last": str(self.folder / "checkpoints" / "last.ckpt") if self.folder else "",
-        }.get(str(which), "")
-        return (
-            Path(own)
-            if own and Path(own).exists()
-            else resume.choose_checkpoint(str(which), self.root, self.name, verb)
-        )
+        own = ""
+        if which == "best":
+            own = getattr(self.checkpoint_callback, "best_model_path", "")
+        elif which == "last" and self.folder is not None:
+            own = self.folder / "checkpoints" / "last.ckpt"
+        if own and Path(own).exists():
+            return Path(own)
+        return resume.choose_checkpoint(str(which), self.root, self.name, verb)
 
     def _make_folder(self, checkpoint: Path | None, restart: bool) -> None:
         if self.folder is None:
             self.folder = folder = self._agreed_folder(checkpoint, restart)
             self._default_root_dir = str(folder)
             if self._wanted_logger is None:
-                run = f"{folder.parent.name}-{folder.name}"
-                self.loggers = [WandbLogger(save_dir=str(folder.absolute()), id=run)]
+                self.loggers = [WandbLogger(save_dir=str(folder.absolute()), id=folders.run_id(folder))]
             elif self._wanted_logger is True:
                 self._logger_connector.configure_logger(True)
         (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
 
     def _agreed_folder(self, checkpoint: Path | None, restart: bool) -> Path:
         """Return a folder that is the same in all processes of this training."""
-        together = torch.distributed.is_initialized()  # by an earlier training of the same script
-        if together and rank_zero_only.rank != 0:
-            folder = None
-        else:
-            folder = folders.choose_folder(self.root, self.name, checkpoint, restart)
-        told = [folder]
-        if together:
-            torch.distributed.broadcast_object_list(told)
-        assert told[0] is not None
+
+        def choose() -> Path:
+            return folders.choose_folder(self.root, self.name, checkpoint, restart)
+
+        if not torch.distributed.is_initialized():
+            return choose()
+        # An earlier training of the same script has brought the processes together.
+        told = [choose() if rank_zero_only.rank == 0 else Path()]
+        torch.distributed.broadcast_object_list(told)
         return told[0]

@@ -37,8 +37,8 @@ class RunRecord(Callback):
             plan = {"plan": pl_module.data.plan.table(pl_module.data.total_steps())}  # type: ignore[union-attr]
             for logger in trainer.loggers:
                 logger.log_hyperparams(plan if self.config is None else {"config": self.config} | plan)
-                if isinstance(logger, WandbLogger) and (log := logger.folder) is not None:
-                    folders.link(log, folders.logs(Path(trainer.default_root_dir)))
+                if isinstance(logger, WandbLogger) and logger.folder is not None:
+                    folders.link(logger.folder, folders.logs(Path(trainer.default_root_dir)))
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Task, checkpoint: dict[str, Any]) -> None:
         """Keep the configuration of model and data, to compare on resume, and the last rows of the log."""

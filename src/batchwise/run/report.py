@@ -66,7 +66,7 @@ def training(trainer: Trainer, folder: Path) -> None:
 
 
 def next_commands(trainer: Trainer, folder: Path, arguments: list[str]) -> None:
-    """Print the commands that test a training, continue it, and show its log.
+    """Print the commands that test a training and continue it.
 
     Args:
         trainer: has trained.
@@ -82,7 +82,6 @@ def next_commands(trainer: Trainer, folder: Path, arguments: list[str]) -> None:
     longer = " ".join(f"--trainer.{name} {2 * length}" for name, length in lengths.items() if length and length > 0)
     if longer and (folder / "checkpoints" / "last.ckpt").exists():
         print(f"go on:      python -m {program.name} fit {saved} --ckpt_path last {longer}")
-    look(trainer)
 
 
 def _configs(arguments: list[str]) -> str | None:
@@ -102,7 +101,7 @@ def findings(trainer: Trainer, folder: Path, picture: str | None) -> None:
         print(f"run folder: {folder}")
         if picture:
             print(f"look at it: {folder / picture}")
-        look(trainer)
+    look(trainer)
 
 
 def look(trainer: Trainer) -> None:
@@ -110,9 +109,9 @@ def look(trainer: Trainer) -> None:
     if not trainer.is_global_zero:
         return
     for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger) and logger.offline_folder:
+        if isinstance(logger, WandbLogger) and logger.folder and logger.offline_folder:
             place, name = os.path.split(os.path.relpath(logger.offline_folder))  # the name may be a pattern
-            linked = folders.logs(Path(trainer.default_root_dir)) / (logger.folder or Path()).name
+            linked = folders.logs(Path(trainer.default_root_dir)) / logger.folder.name
             print(f"look at it: wandb leet {quote(os.path.relpath(linked.parent) if linked.exists() else place)}")
             print(f"upload it:  wandb sync {quote(place)}/{name}")
 

@@ -46,7 +46,10 @@ class Schema(ParserJsonschema):
     """The generator of jsonargparse, which by itself shows each class that is imported, and forbids all others."""
 
     def subclass_def(self, class_type: Any, action: Any) -> dict:
-        """Describe what can be written for a class: its name; its `class_path` and arguments; arguments alone."""
+        """Describe the three ways to write a class.
+
+        They are its name, its `class_path` with arguments, and the arguments alone.
+        """
         paths = sorted(known(class_type))
         other = self.unknown_class_path_schema()
         other["properties"]["class_path"] = {

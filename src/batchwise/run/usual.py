@@ -67,10 +67,10 @@ def usual_callbacks(task: Task, given: Sequence[Callback], saving: bool, folder:
     return [*usual, *(kind() for kind in (EpochLine, Summary) if missing(kind))]
 
 
-def shows_progress(given: list[Callback]) -> bool:
-    """Return whether there is a progress bar: one that is given, or else in a terminal ours, which is added."""
-    if any(isinstance(callback, AnyProgressBar) for callback in given):
+def add_progress_bar(callbacks: list[Callback]) -> bool:
+    """Add our progress bar in a terminal, unless there is another. Return whether there is one."""
+    if any(isinstance(callback, AnyProgressBar) for callback in callbacks):
         return True
-    if sys.stdout.isatty():
-        given.append(ProgressBar())
-    return sys.stdout.isatty()
+    if is_terminal := sys.stdout.isatty():
+        callbacks.append(ProgressBar())
+    return is_terminal

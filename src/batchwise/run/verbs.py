@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 
+from batchwise.checkpoints import read_checkpoint
 from batchwise.choosing import batches
 from batchwise.choosing.sweep import Recipe, sweep
 from batchwise.choosing.tune import tune
@@ -65,7 +66,7 @@ class CommandTrainer(Trainer):
         if not self.is_global_zero:
             return
         file = Path(path) if path else Path(self.default_root_dir, f"model{SUFFIXES[format]}")
-        checkpoint, fetch = Path(str(ckpt_path)), datamodule.split("predict")
+        fetch, checkpoint = datamodule.split("predict"), read_checkpoint(Path(str(ckpt_path)))
         assert fetch is not None
         with mistakes():
             if push is not None:
@@ -76,8 +77,9 @@ class CommandTrainer(Trainer):
         print(f"exported: {file} ({file.stat().st_size / 2**20:,.1f} MiB)", flush=True)
         if push is not None:
             inputs = datamodule.examples("predict", 1).inputs
+            config = Path(str(ckpt_path)).parent.parent / "config.yaml"
             with mistakes():
-                print(f"published: {publishing.publish(file, checkpoint, inputs, found.outputs, push)}")
+                print(f"published: {publishing.publish(file, config, checkpoint, inputs, found.outputs, push)}")
 
     def tune(
         self, model: Task, datamodule: DataModule, steps: int = 400, memory_gib: PositiveFloat | None = None

@@ -83,17 +83,16 @@ class WandbLogger(loggers.WandbLogger):
         self._step, self._row = -1, {}  # the row that is not handed over yet
         self._taken = -1  # the newest step of a row in W&B's own count
         self._ended_at = -1  # the last step that W&B had when an earlier part of this training ended
-        self._finished = False  # a test after the training is another part of the run
+        self.folder: Path | None = None
+        """The folder of the newest part of the log. A test after the training is another part."""
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
         """The W&B run; made when first asked for."""
-        if self._experiment is not None and not self._finished:
+        if self._experiment is not None:
             return self._experiment
         import wandb
-
-        self._finished = False
 
         # `wandb.init` is called here and not by Lightning, so that its settings are known and it can be tried again.
         modes: tuple[Literal["online", "offline", "disabled"], ...] = ("online", "offline", "disabled")
@@ -110,8 +109,10 @@ class WandbLogger(loggers.WandbLogger):
                 )
                 with _redacted_command_line():
                     self._experiment = wandb.init(**self._wandb_init, mode=mode, settings=settings)
+                if not self._broken:
+                    self.folder = Path(self._experiment.dir).parent
                 with suppress(FileNotFoundError):
-                    self._ended_at = int(self._end_file().read_text())
+                    self._ended_at = int(_end_file(self._experiment).read_text())
                 self._experiment.define_metric("trainer/global_step")
                 self._experiment.define_metric("*", step_metric="trainer/global_step", step_sync=True)
                 break
@@ -155,9 +156,6 @@ class WandbLogger(loggers.WandbLogger):
             run.log(self._row | {"trainer/global_step": self._step}, step=step)
         self._row = {}
 
-    def _end_file(self) -> Path:
-        return Path(self._experiment.dir).parents[1] / f"{self._experiment.id}.last-step"
-
     @rank_zero_only
     def recent(self) -> list[list]:
         """Return the rows of the last minute for a checkpoint: lists of a step and its metrics that are numbers."""
@@ -189,7 +187,7 @@ class WandbLogger(loggers.WandbLogger):
         If training has failed, the row of the last step is not handed over: metrics may be missing in it. The resumed
         training has them, from the checkpoint.
         """
-        if self._experiment is None or self._finished:
+        if self._experiment is None:
             return
         last = self._step
         if status == "success":
@@ -198,12 +196,12 @@ class WandbLogger(loggers.WandbLogger):
                 self._safely(self._log_checkpoints)
         elif self._row:
             last -= 1
-        self._finished = True
+        run, self._experiment = self._experiment, None
         self._step, self._row, self._taken = -1, {}, -1
         try:
-            self._experiment.finish(0 if status == "success" else 1)
+            run.finish(0 if status == "success" else 1)
             if not self._broken:
-                self._end_file().write_text(str(max(last, self._ended_at)))
+                _end_file(run).write_text(str(max(last, self._ended_at)))
         except Exception as error:
             self._offline = True
             print(f"W&B: {_first_line(error)}; upload later with: wandb sync", flush=True)
@@ -219,15 +217,10 @@ class WandbLogger(loggers.WandbLogger):
                 self.experiment.log_artifact(artifact, aliases=[name])
 
     @property
-    def folder(self) -> Path | None:
-        """The folder of this part of the log; None: there is none."""
-        return None if self._broken or self._experiment is None else Path(self._experiment.dir).parent
-
-    @property
     def offline_folder(self) -> str | None:
         """The folder that `wandb sync` uploads, or a pattern for those of all parts; None: there is none."""
         folder = self.folder
-        if not self._offline or folder is None:
+        if not self._offline or self._broken or folder is None:
             return None
         parts = list(folder.parent.glob(f"*run-*-{self._id}"))
         return str(folder if len(parts) == 1 else folder.with_name(f"*run-*-{self._id}"))
@@ -240,6 +233,10 @@ class WandbLogger(loggers.WandbLogger):
         except Exception as error:
             self._broken = True
             print(f"W&B failed ({_first_line(error)}): training goes on, without logging to it", flush=True)
+
+
+def _end_file(run: Any) -> Path:
+    return Path(run.dir).parents[1] / f"{run.id}.last-step"
 
 
 @contextmanager

@@ -58,9 +58,7 @@ def test_the_log_can_be_looked_at_without_an_account(trained: Result) -> None:
     (command,) = [line.split(": ")[1] for line in trained.out.splitlines() if line.startswith("look at it:")]
     program, verb, folder = command.split()
     assert folder.endswith("wandb/digits")
-    (path,) = (
-        root(trained) / "wandb" / "digits"
-    ).iterdir()  # the path that is printed begins at the folder of that run
+    (path,) = Path(root(trained), "wandb", "digits").iterdir()  # the printed path begins where the run was started
     assert path.resolve().parent == trained.folder / "wandb"
     viewer = [str(Path(sys.executable).with_name(program)), verb, "inspect", "--summary", str(path)]
     said = subprocess.run(viewer, capture_output=True, text=True, check=True, timeout=60).stdout
