@@ -218,6 +218,7 @@ def test_two_processes_find_what_one_finds() -> None:
     assert two.rows("noise_scale_low")[100] < 50 < two.rows("noise_scale_high")[100]
 
 
+@pytest.mark.weekly
 def test_two_processes_with_several_micro_batches() -> None:
     run = (*linear(micro_batch_size=16), "--trainer.max_steps", 5)
     two, one = run_process(*run, *TWO, timeout=60), run_here(*run, "--name", "one")

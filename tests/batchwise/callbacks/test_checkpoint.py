@@ -195,7 +195,7 @@ def child(pid: int) -> int:
         (signal.SIGTERM, 1),
         pytest.param(signal.SIGUSR1, 1, marks=pytest.mark.weekly),
         (signal.SIGINT, 1),
-        (signal.SIGTERM, 2),
+        pytest.param(signal.SIGTERM, 2, marks=pytest.mark.weekly),
     ],
     ids=["SIGTERM", "SIGUSR1", "Ctrl-C", "SIGTERM to the second of two processes"],
 )

@@ -116,7 +116,8 @@ def agrees(trained: Trained, run: Any, inputs: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[pytest.mark.weekly] * (kind in ("folder", "labelled"))) for kind in KINDS]
+    "kind",
+    [pytest.param(kind, marks=[pytest.mark.weekly] * (kind in ("folder", "labelled", "text"))) for kind in KINDS],
 )
 def test_the_file_gives_what_the_task_gives(kind: str) -> None:
     make, new = KINDS[kind]

@@ -217,7 +217,13 @@ def check(folder: Path, uninterrupted: dict[str, list]) -> int:
     return len(before & after)
 
 
-@pytest.mark.parametrize(("seconds", "written"), [("1000", False), ("0.05", True)], ids=["nothing written", "written"])
+@pytest.mark.parametrize(
+    ("seconds", "written"),
+    [
+        pytest.param("1000", False, id="nothing written", marks=pytest.mark.weekly),
+        pytest.param("0.05", True, id="written"),
+    ],
+)
 def test_a_killed_and_resumed_run_has_every_row(seconds: str, written: bool, uninterrupted: dict[str, list]) -> None:
     """Rows that W&B had not written when it was killed are in the checkpoint; those that it had stand twice."""
     killed = Started(*FIT, OMP_NUM_THREADS="1", WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL=seconds)

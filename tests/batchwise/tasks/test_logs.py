@@ -317,7 +317,8 @@ def in_tensorboard(run: Result, name: str) -> dict[int, float]:
 
 
 @pytest.mark.parametrize(
-    ("devices", "micro_batch_size"), [(1, None), (1, 3), (2, 2), pytest.param(2, None, marks=pytest.mark.weekly)]
+    ("devices", "micro_batch_size"),
+    [(1, None), (1, 3), *(pytest.param(2, size, marks=pytest.mark.weekly) for size in (None, 2))],
 )
 def test_every_logger_on_any_devices(
     everywhere: tuple[object, ...], devices: int, micro_batch_size: int | None
