@@ -3,13 +3,17 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from batchwise.choosing.findings import Findings
 from batchwise.choosing.trials import Result
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 
 def draw(path: Path, findings: Findings) -> None:
-    """Draw four panels as a PNG. A panel stays empty if nothing is known for it.
+    """Draw the answer and three panels of evidence as a PNG. A panel stays empty if nothing is known for it.
 
     Args:
         path: path of the file.
@@ -17,52 +21,78 @@ def draw(path: Path, findings: Findings) -> None:
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(16, 4.4), dpi=110, layout="constrained")
-    fast, gradient, use, rate = panels = figure.subplots(1, 4)
-    knee, best, choices = findings.knee(), findings.best(), findings.choices()
-    fast.plot([size.examples for size in findings.sizes], [size.speed for size in findings.sizes], "o-")
-    fast.axvline(knee.examples, color="tab:green", linestyle="--", label=f"knee: {knee.examples}")
-    fast.set(xscale="log", xlabel="micro-batch (examples)", ylabel="examples per second", title="What is fast")
-    fast.set_ylim(bottom=0)
+    figure = Figure(figsize=(17, 4.4), dpi=110, layout="constrained")
+    panels = figure.subplots(1, 4, width_ratios=[1.5, 1, 1, 1])
+    for panel, fill in zip(panels, (_answer, _rates, _gradient, _speed), strict=True):
+        fill(panel, findings)
+        if panel.get_legend_handles_labels()[0]:  # below the panel, away from the points
+            panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
+    figure.savefig(path)
 
+
+def _answer(panel: "Axes", findings: Findings) -> None:
+    best, choices = findings.best(), findings.choices()
+    panel.set(title="Time to a target", xlabel="batch_size (examples)", ylabel="times as long as the fastest")
+    if best is None:
+        panel.text(0.5, 0.5, "no batch size is recommended", ha="center", transform=panel.transAxes)
+        return
+    panel.plot([each.batch_size for each in choices], [each.seconds for each in choices], "-", label="by the fit")
+    fitted = findings.fitted()
+    assert fitted is not None
+    unit = min((fitted[0] + fitted[1] / each.batch_size) * findings.seconds(each.batch_size) for each in choices)
+    level = findings.level()
+    times = {size: each.steps_to(level) * each.seconds() / unit for size, each in findings.rates.items()}
+    panel.plot(list(times), list(times.values()), "o", label="short trainings, best rate")
+    if best.low < best.high:
+        panel.axvspan(best.low, best.high, color="tab:green", alpha=0.15, label=f"as good: {best.low} to {best.high}")
+    panel.axvline(best.batch_size, color="tab:green", linestyle="--", label=f"recommended: {best.batch_size}")
+    panel.axvline(findings.batch_size, color="gray", linestyle=":", label=f"configured: {findings.batch_size}")
+    panel.set_xscale("log", base=2)
+    ticks = [each.batch_size for each in choices]
+    panel.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    panel.set_yscale("log")
+    top = max([*(each.seconds for each in choices), *(time for time in times.values() if math.isfinite(time))])
+    marks = [mark for mark in (1, 1.5, 2, 3, 5, 10, 20, 50, 100) if mark <= 1.2 * top]
+    panel.set_yticks(marks, [f"{mark:g}" for mark in marks])
+    panel.set_yticks([], minor=True)
+
+
+def _rates(panel: "Axes", findings: Findings) -> None:
+    panel.set(title="Which learning rate", xlabel="times the rate of the configuration", ylabel="loss at the end")
+    for size, each in sorted(findings.rates.items()):
+        factors = sorted({factor for factor, _ in each.branches})
+        known = [factor for factor in factors if math.isfinite(each.loss(factor))]
+        panel.plot(known, [each.loss(factor) for factor in known], "o-", label=f"batch {size:,}")
+    panel.set_xscale("log", base=2)
+    if best := findings.best():
+        panel.axvline(best.factor, color="tab:green", linestyle="--", label=f"recommended: {best.factor:.2g}")
+
+
+def _gradient(panel: "Axes", findings: Findings) -> None:
     known = [(seen, each) for seen, each in findings.noise if not each.lost]
     lost = [(seen, each) for seen, each in findings.noise if each.lost]
     if known:
         centre = [each.scale for _, each in known]
         below = [each.scale - each.low for _, each in known]
         above = [each.high - each.scale for _, each in known]
-        gradient.errorbar([seen for seen, _ in known], centre, [below, above], fmt="o", capsize=3, label="95% interval")
+        panel.errorbar([seen for seen, _ in known], centre, [below, above], fmt="o", capsize=3, label="95% interval")
     if lost:
         bounds = [each.low for _, each in lost]
-        gradient.plot([seen for seen, _ in lost], bounds, "^", color="tab:orange", label="more than")
-    gradient.axhline(findings.batch_size, color="gray", linestyle=":", label=f"batch_size: {findings.batch_size}")
-    gradient.set(xlabel="examples seen", ylabel="gradient noise scale (examples)", title="What the gradient says")
-    gradient.set_yscale("log")
+        panel.plot([seen for seen, _ in lost], bounds, "^", color="tab:orange", label="more than")
+    fitted = findings.fitted()
+    if fitted and fitted[0]:
+        label = f"by the short trainings: {fitted[1] / fitted[0]:,.0f}"
+        panel.axhline(max(1.0, fitted[1] / fitted[0]), color="tab:green", linestyle="--", label=label)
+    panel.set(xlabel="examples seen", ylabel="gradient noise scale (examples)", title="What the gradient says")
+    panel.set_yscale("log")
 
-    if best:
-        sizes = [choice.batch_size for choice in choices]
-        use.plot(sizes, [choice.seconds for choice in choices], "o-", label="time")
-        use.plot(sizes, [choice.examples for choice in choices], "s--", label="examples")
-        use.plot(sizes, [choice.steps for choice in choices], "^:", label="steps")
-        use.axvline(best.batch_size, color="tab:green", linestyle="--", label=f"recommended: {best.batch_size}")
-    use.set(xlabel="batch_size (examples)", ylabel="cost to a target, against the least", title="What to use")
-    use.set_xscale("log", base=2)
-    use.set_yscale("log")
 
-    test = findings.rates
-    if test and test.losses:
-        rate.plot(test.rates[: len(test.losses)], test.losses, label="loss of each step")
-        rate.axvline(test.rule, color="gray", linestyle=":", label=f"by the rule: {test.rule:.2g}")
-        if steepest := test.steepest():
-            rate.axvline(steepest, color="tab:green", linestyle="--", label=f"falls fastest: {steepest:.2g}")
-        rate.set_ylim(0, 1.5 * max(test.losses[:5]))
-    rate.set(xscale="log", xlabel="learning rate", ylabel="training loss", title="What the rate does")
-    for panel in panels:
-        if panel.get_legend_handles_labels()[0]:
-            panel.legend(
-                loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2
-            )  # below the panel, away from the points
-    figure.savefig(path)
+def _speed(panel: "Axes", findings: Findings) -> None:
+    knee = findings.knee()
+    panel.plot([size.examples for size in findings.sizes], [size.speed for size in findings.sizes], "o-")
+    panel.axvline(knee.examples, color="tab:green", linestyle="--", label=f"knee: {knee.examples}")
+    panel.set(xscale="log", xlabel="micro-batch (examples)", ylabel="examples per second", title="What is fast")
+    panel.set_ylim(bottom=0)
 
 
 def draw_sweep(path: Path, found: list[Result], curve: tuple[float, float] | None, target: str) -> None:

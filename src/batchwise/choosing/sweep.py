@@ -35,6 +35,8 @@ class Recipe(NamedTuple):
     """Makes a new task, with the initial weights of a seed."""
     digest: str
     """A hash of all settings except batch size, rate, seed and length."""
+    rates: dict[str, float]
+    """The learning rates among the arguments of the optimizer."""
 
 
 class Target(NamedTuple):
@@ -150,7 +152,7 @@ def sweep(
         raise ValueError("sweep must know how long a training may be: write trainer.max_epochs")
     budget = plan.examples_at(int(steps))
     path = Path(results) if results else Path(trainer.default_root_dir).parent / "sweep.csv"
-    recipe = recipe or Recipe(lambda seed: copy.deepcopy(task), "")
+    recipe = recipe or Recipe(lambda seed: copy.deepcopy(task), "", {})
     config, all_seeds, console = f"{recipe.digest} {target}", [data.seed + number for number in range(seeds)], Console()
 
     def known() -> list[Run]:
@@ -172,7 +174,7 @@ def sweep(
                 bars.update(bar, description=what, completed=len(runs), total=len(runs) + len(waiting))
                 own = recipe.model(seed)
                 own._rates.schedule = replace(own._rates.schedule, shape="constant", warmup=0.0)
-                own._rates.reference = own._rates.reference or plan.batch_size
+                own._rates.refer(plan.batch_size)
                 feed = short.resized(data, size, data.micro_batch_size)
                 feed.seed = seed
                 feed.setup("fit")

@@ -92,18 +92,25 @@ def results(runs: list[Run]) -> list[Result]:
 
 
 def fit(found: list[Result]) -> tuple[float, float] | None:
+    """Return (S, E) of steps = S + E / B; see `least_squares`."""
+    return least_squares({each.batch_size: each.steps for each in found if math.isfinite(each.steps)})
+
+
+def least_squares(steps: dict[int, float]) -> tuple[float, float] | None:
     """Return (S, E) of steps = S + E / B, by least squares of the relative errors.
 
     S is the least number of steps, and E the least number of examples: McCandlish et al. 2018, equation 2.11, S (1 +
-    B_noise / B), with B_noise = E / S. None: fewer than three batch sizes reached the target.
+    B_noise / B), with B_noise = E / S. None: fewer than three batch sizes.
+
+    Args:
+        steps: steps to a target, by batch size.
     """
-    known = [each for each in found if math.isfinite(each.steps)]
-    if len(known) < 3:
+    if len(steps) < 3:
         return None
     from scipy.optimize import nnls
 
-    steps, sizes = (np.array([getattr(each, name) for each in known], float) for name in ("steps", "batch_size"))
-    least, _ = nnls(np.stack([1 / steps, 1 / (sizes * steps)], 1), np.ones(len(known)))
+    sizes, counts = np.array(list(steps), float), np.array(list(steps.values()))
+    least, _ = nnls(np.stack([1 / counts, 1 / (sizes * counts)], 1), np.ones(len(steps)))
     return float(least[0]), float(least[1])
 
 

@@ -1,62 +1,69 @@
-"""`tune`: which batch size to train with, by memory, speed and gradient noise."""
+"""`tune`: which batch size and learning rate to train with, by memory, speed, gradient noise and short branches."""
 
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
 import lightning.pytorch as pl
 import torch
-import yaml
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.seed import isolate_rng
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from batchwise.batching.loader import Batch
 from batchwise.batching.noise import FEWEST
 from batchwise.callbacks.noise_scale import NoiseScale
-from batchwise.choosing import fits, range_test, short
-from batchwise.choosing.figure import draw
+from batchwise.choosing import fits, short
+from batchwise.choosing.advice import leave, report
+from batchwise.choosing.branches import Branch, Rates
 from batchwise.choosing.findings import Findings
-from batchwise.choosing.range_test import RangeTest
 from batchwise.choosing.speed import Stopwatch, Way
 from batchwise.data.module import DataModule
-from batchwise.optim.schedule import Schedule
+from batchwise.errors import TrainingStopped
 from batchwise.tasks.task import Task
 
 PARTS = 4  # micro-batches of a batch; the noise scale comes from their gradients
+SHORTEST = 80
+"""The fewest steps of a branch at the configured batch size: fewer say little, by the noise of the loss."""
+FEWEST_STEPS = 20
+"""The fewest steps of a branch at the batch size of the first guess."""
+BRANCHES = 30
+"""Branches of full length that the budget is divided by."""
+VALIDATED = 4096
+"""The most examples that are validated. With more, the loss of training says it: no branch sees an example twice."""
+WIDER = 2
+"""Batch sizes that are added while the best one is at an end, each four times as large or as small."""
 
 
 class Pace(Callback):
-    """Notes the noise scale in the course of a training, or the time of a step."""
+    """Notes the noise scale in the course of a training."""
 
-    def __init__(self, findings: Findings, noise: NoiseScale | None, progress: Callable[[int], None]) -> None:
-        self.findings, self.noise, self.progress = findings, noise, progress
-        self.started = self.seconds = 0.0
+    def __init__(self, findings: Findings, noise: NoiseScale) -> None:
+        self.findings, self.noise = findings, noise
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Task, outputs: object, batch: Batch, batch_idx: int
     ) -> None:
         """Take an estimate from the samples since the last one, if there are enough."""
-        step = trainer.global_step
-        self.progress(step)
-        if self.noise is None:
-            self.started = perf_counter() if step == _WARM_UP else self.started
-            self.seconds = (perf_counter() - self.started) / max(1, step - _WARM_UP)
-        elif estimate := self.noise.estimate():
+        if estimate := self.noise.estimate():
             assert pl_module.data.plan is not None
-            self.findings.noise.append((pl_module.data.plan.examples_at(step), estimate))
+            self.findings.noise.append((pl_module.data.plan.examples_at(trainer.global_step), estimate))
             self.noise.samples.clear()
 
 
-_WARM_UP, _TIMED = 5, 25  # steps
-
-
-def tune(trainer: pl.Trainer, task: Task, data: DataModule, steps: int, memory_gib: float | None) -> None:
-    """Find the batch size, print tables, draw `tune.png`, and write `tuned.yaml` in the run's folder.
+def tune(
+    trainer: pl.Trainer,
+    task: Task,
+    data: DataModule,
+    budget: float,
+    memory_gib: float | None,
+    rates: dict[str, float],
+) -> Findings:
+    """Find batch size and learning rate, print tables, draw `tune.png`, and write `tuned.yaml` in the run's folder.
 
     All devices take part, as in `fit`. In the first phase each device runs micro-batches by itself, and all agree on
     the result of each. Then come short trainings.
@@ -65,138 +72,139 @@ def tune(trainer: pl.Trainer, task: Task, data: DataModule, steps: int, memory_g
         trainer: has the run's folder, devices and precision.
         task: the task to be trained; it stays as it is.
         data: has the examples.
-        steps: the most optimizer steps of the short run.
+        budget: examples of the short trainings, as a share of those of the training; small trainings take more.
         memory_gib: memory that each device may use, in GiB; None: most of what is free.
-
-    Raises:
-        ValueError: an argument makes no sense.
+        rates: the learning rates in the configuration of the optimizer, by the names of its arguments.
     """
-    if steps < FEWEST:
-        raise ValueError(f"steps is {steps}: the noise scale needs at least {FEWEST}")
     launcher = trainer.strategy.launcher
     if launcher is None:
-        _tune(trainer, task, data, steps, memory_gib)
-    else:
-        launcher.launch(_tune, trainer, task, data, steps, memory_gib, trainer=trainer)
+        return _tune(trainer, task, data, budget, memory_gib, rates)
+    return launcher.launch(_tune, trainer, task, data, budget, memory_gib, rates, trainer=trainer)
 
 
 @isolate_rng()  # restores the generators
-def _tune(trainer: pl.Trainer, task: Task, data: DataModule, steps: int, memory_gib: float | None) -> None:
+def _tune(
+    trainer: pl.Trainer, task: Task, data: DataModule, budget: float, memory_gib: float | None, rates: dict[str, float]
+) -> Findings:
     trainer.strategy.setup_environment()
     trainer.strategy.barrier()  # the first process has prepared the data
     data.setup("fit")
-    plan, train = data.plan, data.split("train")
+    started, plan, train, device = perf_counter(), data.plan, data.split("train"), trainer.strategy.root_device
     assert plan is not None
     assert train is not None
-    device, batch_size, unit = trainer.strategy.root_device, plan.batch_size, plan.unit
 
     def largest(value: float) -> float:
         values = torch.tensor(value, dtype=torch.float64, device=device)
         return float(trainer.strategy.reduce(values, reduce_op="max"))  # type: ignore[arg-type]
 
-    agreed = largest if trainer.world_size > 1 else float
-    budget = -agreed(-(memory_gib * 2**30 if memory_gib else fits.free_memory(device, trainer.num_devices)))
+    agreed, unit = largest if trainer.world_size > 1 else float, plan.unit
+    memory = -agreed(-(memory_gib * 2**30 if memory_gib else fits.free_memory(device, trainer.num_devices)))
     most = min(len(train), 2**14) // unit * unit
     if most == 0:
         raise ValueError(f"there are {len(train)} training examples, of which {unit} must stay together: give it more")
     way = Way(unit, str(trainer.precision), getattr(trainer, "channels_last", False), threads=torch.get_num_threads())
-    findings, console = Findings(batch_size, most // 4, plan.devices, unit), Console()
-    lacks = f"it needs {FEWEST} steps of at least two micro-batches"
-    if task._couples:
-        lacks = "the loss couples the examples of a batch, so that no part of it has a gradient of its own"
+    findings, console = Findings(plan.batch_size, max(unit, most // 2), plan.devices, unit), Console()
     with Progress(console=console, transient=True, disable=not trainer.is_global_zero) as bars:
-
-        def bar(name: str, total: float) -> Callable[[float], None]:
-            number = bars.add_task(name, total=total)
-            return lambda done: bars.update(number, completed=done)
-
-        def train_copy(
-            size: int, micro_batch: int, steps: int, callbacks: list[Callback], whatever_comes: bool = False
-        ) -> None:
-            own = copy.deepcopy(task)
-            own._rates.reference = own._rates.reference or batch_size
-            if whatever_comes:
-                own._rates.schedule, own._step.finite.most = Schedule(), 0
-            short.train(trainer, own, short.resized(data, size, micro_batch), steps, callbacks)
-
+        lacks = ""
         try:
-            progress = bar("what fits, what is fast", math.log2(most))
-            for size in fits.what_fits(Stopwatch(task, data, most, device), way, most, budget, unit, agreed):
+            bar = bars.add_task("what fits, what is fast", total=math.log2(most))
+            for size in fits.what_fits(Stopwatch(task, data, most, device), way, most, memory, unit, agreed):
                 findings.sizes.append(size)
-                progress(math.log2(size.examples))
+                bars.update(bar, completed=math.log2(size.examples))
             if not findings.sizes:
                 raise ValueError(f"not even a micro-batch of {unit} fits: write a smaller model, or more memory_gib")
             findings.sizes.sort()
             findings.all_fit = findings.sizes[-1].examples == most
-            knee = findings.knee().examples
-            pace = Pace(findings, None, lambda step: None)
-            train_copy(batch_size, knee, _WARM_UP + _TIMED, [pace])
-            findings.overhead = agreed(max(0.0, pace.seconds - findings.seconds(batch_size)))
-            total = int(min(steps, data.total_steps()))
-            noise, part = NoiseScale(every_n_steps=1), max(unit, batch_size // PARTS // unit * unit)
-            pace = Pace(findings, noise, bar("what the gradient says", total))
-            if not task._couples:
-                train_copy(batch_size, part, total, [noise, pace])
-            best = findings.best()
-            findings.rates = RangeTest(bar("what the rate does", range_test.STEPS))
-            size = best.batch_size if best else batch_size
-            train_copy(size, knee, range_test.STEPS, [findings.rates], whatever_comes=True)
+            bar = bars.add_task("short trainings", total=None)
+            Search(trainer, task, data, findings, budget, agreed, lambda line: bars.update(bar, description=line)).go()
         except (KeyboardInterrupt, SystemExit):  # Lightning turns the former into the latter
             lacks = "interrupted"
     if findings.sizes and trainer.is_global_zero:
-        report(console, findings, lacks)
-        _leave(Path(trainer.default_root_dir), findings, task, data)
+        examples = data.total_examples()
+        report(console, findings, task, lacks, perf_counter() - started, examples)
+        leave(Path(trainer.default_root_dir), findings, task, data, rates)
+    return findings
 
 
-def report(console: Console, findings: Findings, lacks: str) -> None:
-    """Print the findings.
+class Search:
+    """Short trainings of copies of a task: rates at the configured batch size, its noise, then other batch sizes.
 
     Args:
-        console: for the tables.
-        findings: the measurements.
-        lacks: the reason why there is no noise scale; not used if there is one.
+        trainer: has devices and precision.
+        task: stays as it is.
+        data: has the examples.
+        findings: gets the results.
+        budget: examples of the short trainings, as a share of those of the training.
+        agreed: returns the largest of the values of all devices.
+        say: is told what runs.
     """
-    knee, best, noise = findings.knee(), findings.best(), findings.noise_scale()
-    table = Table("micro-batch", "examples/s", "peak MiB", "", title="what fits, what is fast", box=None)
-    for size in findings.sizes:
-        mark = "<- the knee" if size == knee else ""
-        table.add_row(f"{size.examples:,}", f"{size.speed:,.0f}", f"{size.memory / 2**20:,.0f}", mark)
-    console.print(table)
-    end = "all of the training examples at once" if findings.all_fit else "more would not fit"
-    print(f"largest micro-batch that was run: {findings.sizes[-1].examples:,} ({end})")
-    if best is None or noise is None:
-        print(f"no noise scale ({lacks}): no batch size is recommended")
-        if findings.rates:
-            print(f"learning rate at batch_size {findings.batch_size}: {findings.rates}")
-        return
-    table = Table("batch_size", "steps", "examples", "time", "", title="to a target, against the least", box=None)
-    for choice in findings.choices():
-        mark = "<- recommended" if choice == best else "configured" if choice.batch_size == findings.batch_size else ""
-        figures = (f"{choice.steps:.2f}", f"{choice.examples:.2f}", f"{choice.seconds:.2f}")
-        table.add_row(f"{choice.batch_size:,}", *figures, mark)
-    console.print(table)
-    micro_batch, extra = min(findings.share(best.batch_size), knee.examples), findings.overhead * 1e3
-    print(
-        f"batch_size {best.batch_size} in micro-batches of {micro_batch}: the gradient noise scale is about "
-        f"{noise:,.0f} examples, and a step costs {extra:.2f} ms besides its examples"
-    )
-    if findings.rates:
-        print(f"learning rate at batch_size {best.batch_size}: {findings.rates}")
 
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        task: Task,
+        data: DataModule,
+        findings: Findings,
+        budget: float,
+        agreed: Callable[[float], float],
+        say: Callable[[str], None],
+    ) -> None:
+        self._trainer, self._task, self._data, self._findings = trainer, task, data, findings
+        self._budget, self._agreed, self._say = budget, agreed, say
+        val = data.split("val")
+        self._validates = val is not None and len(val) <= VALIDATED
+        self._knee = findings.knee().examples
 
-def _leave(folder: Path, findings: Findings, task: Task, data: DataModule) -> None:
-    best = findings.best()
-    draw(folder / "tune.png", findings)
-    print(f"look at it: {folder / 'tune.png'}")
-    if best:
-        micro_batch = max(findings.unit, min(findings.share(best.batch_size), findings.knee().examples))
-        sizes: dict[str, int | None] = {"batch_size": best.batch_size, "micro_batch_size": micro_batch}
-        if data.batch_tokens is not None:
-            sizes["batch_tokens"] = None  # or it would contradict `batch_size`
-        overlay = {
-            "trainer": {"accumulate_grad_batches": None},
-            "data": sizes,
-            "model": {"reference_batch_size": task._rates.reference or findings.batch_size},  # the rate follows
-        }
-        (folder / "tuned.yaml").write_text("# tune recommends\n" + yaml.safe_dump(overlay, sort_keys=False))
-        print(f"use it:     --config {folder / 'tuned.yaml'}")
+    def go(self) -> None:
+        """Search, and add what is found to the findings."""
+        findings, own = self._findings, self._findings.batch_size
+        examples = min(self._data.total_examples(), 20 * len(self._data.split("train") or ()))
+        steps = min(max(SHORTEST, round(examples * self._budget / BRANCHES / own)), math.ceil(examples / own))
+        factor = self._rates(own, steps, 1.0)
+        if self._task._couples:
+            return
+        part = max(findings.unit, own // PARTS // findings.unit * findings.unit)
+        noise = NoiseScale(every_n_steps=1)
+        branch = Branch(own, factor, 0, max(FEWEST, steps), None, False)
+        self._train(branch, part, [noise, Pace(findings, noise)])
+        scale, guess = findings.noise_scale() or own, min(findings.first_guess(), findings.largest)
+        far = max(steps / (1 + scale / own), FEWEST_STEPS / (1 + scale / guess))  # steps without noise
+
+        def at(size: int) -> None:
+            near = min(findings.rates, key=lambda other: abs(math.log(other / size)))
+            self._rates(size, max(2, round(far * (1 + scale / size))), findings.rates[near].factor)
+
+        if far > steps / (1 + scale / own):
+            at(own)
+        for size in (guess, guess * 4, guess // 4):
+            if findings.unit <= size <= findings.largest and size not in findings.rates:
+                at(size)
+        for _ in range(WIDER):
+            best = min(findings.choices(), key=lambda choice: choice.seconds, default=None)
+            if best is None:
+                return
+            low, high = min(findings.rates), max(findings.rates)
+            size = best.batch_size * 4 if best.batch_size == high else best.batch_size // 4
+            if low < best.batch_size < high or not findings.unit <= size <= findings.largest:
+                return
+            at(size)
+
+    def _rates(self, size: int, steps: int, middle: float) -> float:
+        """Search for the rate of a batch size, and return it as a factor."""
+        rates = Rates(size, steps, lambda branch: self._train(branch, self._knee, []), self._validates)
+        rates.search(middle)
+        self._findings.rates[size] = rates
+        return rates.factor
+
+    def _train(self, branch: Branch, micro_batch: int, callbacks: list[Callback]) -> None:
+        self._say(f"batch_size {branch.batch_size}, {branch.factor:g} times the rate")
+        task, data = copy.deepcopy(self._task), short.resized(self._data, branch.batch_size, micro_batch)
+        task._rates.refer(self._findings.batch_size)
+        task._rates.schedule = replace(task._rates.schedule, shape="constant", warmup=0.0)
+        assert data.seed is not None
+        data.seed += branch.seed
+        try:
+            short.train(self._trainer, task, data, branch.steps, [branch, *callbacks], validate=branch.validates)
+        except TrainingStopped:  # its loss is not finite any more
+            branch.diverged = True
+        branch.agree(self._agreed)

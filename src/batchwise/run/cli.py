@@ -167,7 +167,7 @@ class CLI(LightningCLI):
         """Check."""
         self._check()
 
-    before_test = before_tune = before_validate
+    before_test = before_validate
 
     def before_predict(self) -> None:
         """Check, also that no other file is replaced."""
@@ -189,10 +189,12 @@ class CLI(LightningCLI):
         checks.load(self.trainer, self.model, self.datamodule, "fit")
 
     def before_sweep(self) -> None:
-        """Check, and tell the trainer how to make new models."""
+        """Check, and tell the trainer how to make new models. `tune` takes the rates from it."""
         self._check()
-        make = self._parser("sweep").instantiate_classes
+        make = self._parser(str(self.config.subcommand)).instantiate_classes
         self.trainer.recipe = recipe(make, self.settings.model, self.model, self.datamodule, self.plain_config)
+
+    before_tune = before_sweep
 
     def after_fit(self) -> None:
         """Print the results, the run's folder and the next commands."""

@@ -82,18 +82,20 @@ class CommandTrainer(Trainer):
                 print(f"published: {publishing.publish(file, config, checkpoint, inputs, found.outputs, push)}")
 
     def tune(
-        self, model: Task, datamodule: DataModule, steps: int = 400, memory_gib: PositiveFloat | None = None
+        self, model: Task, datamodule: DataModule, budget: PositiveFloat = 0.25, memory_gib: PositiveFloat | None = None
     ) -> None:
-        """Choose the batch size by memory, speed and gradient noise scale.
+        """Choose batch size and learning rate by memory, speed, gradient noise and short trainings.
 
         Args:
             model: the model that is to be trained; it is not changed.
             datamodule: the data, with its plan.
-            steps: most optimizer steps of the short run that measures the gradient noise scale.
+            budget: examples of the short trainings, as a share of those of the whole training. They have at least 80
+                steps at the configured batch size, so for a small training it is more.
             memory_gib: memory that each device may use, in GiB; null: most of the free memory.
         """
+        rates = self.recipe.rates if self.recipe else {}
         with mistakes():
-            tune(self, model, datamodule, steps, memory_gib)
+            tune(self, model, datamodule, budget, memory_gib, rates)
 
     def sweep(
         self,
@@ -150,7 +152,7 @@ def recipe(
     """
     plain = copy.deepcopy(config)
     size = plain["data"].get("init_args", {}).pop("batch_size", None)
-    reference = model._rates.reference or (data.plan and data.plan.batch_size) or size
+    reference = model._rates.scaling.reference or (data.plan and data.plan.batch_size) or size
     keys = ("accelerator", "precision", "channels_last", "compile", "threads", "gradient_clip_val")
     parts = [plain["model"], reference, plain["data"], {key: plain["trainer"].get(key) for key in keys}]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
@@ -159,4 +161,6 @@ def recipe(
         torch.manual_seed(seed)
         return instantiate(Namespace(model=copy.deepcopy(settings)))["model"]
 
-    return Recipe(make, digest)
+    arguments = plain["model"].get("init_args", plain["model"]).get("optimizer", {}).get("init_args", {})
+    rates = {name: rate for name, rate in arguments.items() if name == "lr" or name.endswith("_lr")}
+    return Recipe(make, digest, {name: rate for name, rate in rates.items() if isinstance(rate, float | int)})

@@ -1,12 +1,13 @@
 """The learning rate of each step. It is a function of the step number, unless the user sets it."""
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch.optim import Optimizer
 
-from batchwise.optim.scaling import RULES, scale
+from batchwise.optim.scaling import Scaling
 from batchwise.optim.schedule import Schedule
 from batchwise.tasks.players import Players
 
@@ -16,29 +17,22 @@ if TYPE_CHECKING:
     from batchwise.tasks.task import Task
 
 
+_FOLLOW = ("lr", "weight_decay", "betas", "alpha", "eps", "momentum")
+
+
 class Rates:
-    """Sets the rate from the batch size and the schedule.
+    """Sets the rate from the batch size and the schedule, and the other settings that follow the batch.
 
     What the user sets has priority: an optimizer or scheduler from an overridden `configure_optimizers`, and groups,
     rates and schedulers from callbacks. One line then says so.
 
     Args:
         schedule: the learning rate over the training.
-        reference: the batch size for which the optimizer's rate is given; None: the rate does not follow the batch.
-        rule: how the rate follows the batch; None: by the class of the optimizer.
-
-    Raises:
-        ValueError: the rule is not known, or has no reference.
+        scaling: how the settings of the optimizer follow the batch.
     """
 
-    def __init__(self, schedule: Schedule, reference: int | None, rule: str | None) -> None:
-        if reference is not None and reference < 1:
-            raise ValueError(f"model.reference_batch_size is {reference}: write a number of examples")
-        if rule not in (None, *RULES):
-            raise ValueError(f"model.scaling is {rule}: write {', '.join(RULES)}, or null")
-        if rule is not None and reference is None:
-            raise ValueError(f"model.scaling is {rule}, but model.reference_batch_size is not set: write it too")
-        self.schedule, self.reference, self.rule = schedule, reference, rule
+    def __init__(self, schedule: Schedule, scaling: Scaling) -> None:
+        self.schedule, self.scaling = schedule, scaling
         self.base: list[float] = []
         """The rate of each group at the current batch size, without the schedule."""
         self.taken: set[int] = set()
@@ -49,6 +43,10 @@ class Rates:
         self._follows: int | None = None
         self._total = math.inf
         self._single = False
+
+    def refer(self, batch_size: int) -> None:
+        """Take the settings as those for a batch size, unless the user says which one they are for."""
+        self.scaling = replace(self.scaling, reference=self.scaling.reference or batch_size)
 
     def own(self, task: "Task", optimizer: Optimizer) -> None:
         """Set the rates of an optimizer that the task has made."""
@@ -69,7 +67,7 @@ class Rates:
         self._single = bool(getattr(trainer, "capture", None))
         if optimizer is None or optimizer is not trainer.optimizers[0]:
             self._optimizer = None
-            if self.schedule != Schedule() or self.reference is not None:
+            if self.schedule != Schedule() or self.scaling.reference is not None:
                 self._say(task, "configure_optimizers gives the optimizer, so model.schedule and scaling do nothing")
             return
         if trainer.lr_scheduler_configs:
@@ -114,29 +112,21 @@ class Rates:
         self._set = [group["lr"] for group in groups]
 
     def _follow(self, task: "Task", batch_size: int) -> None:
-        """Set the base rate of each group for a batch size. The result depends on the size alone."""
+        """Set what follows the batch, for a batch size. The result depends on the size alone."""
         optimizer = self._optimizer
         assert optimizer is not None
-        free = [number for number in range(len(self._settings)) if number not in self.taken]
-        kept = {number: optimizer.param_groups[number]["lr"] for number in self.taken}
-        for number in free:
-            settings = self._settings[number]
-            optimizer.param_groups[number].update(
-                {key: settings[key] for key in ("lr", "weight_decay") if key in settings}
-            )
-        if self.reference not in (None, batch_size):
-            each = optimizer.players.values() if isinstance(optimizer, Players) else [optimizer]
-            for one in each:
-                before = one.param_groups[0]["lr"]
-                rule = scale(one, batch_size, self.reference, self.rule)
-                if batch_size != self._follows:
-                    self._say(
-                        task,
-                        f"learning rate {before:.4g} at {self.reference} examples per step is "
-                        f"{one.param_groups[0]['lr']:.4g} at {batch_size} (model.scaling {rule})",
-                    )
-        for number, rate in kept.items():
-            optimizer.param_groups[number]["lr"] = rate
+        groups = optimizer.param_groups[: len(self._settings)]
+        before = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+        for group, settings in zip(groups, self._settings, strict=True):
+            group.update({key: settings[key] for key in _FOLLOW if key in settings})
+        each = optimizer.players.values() if isinstance(optimizer, Players) else [optimizer]
+        lines = [line for one in each for line in self.scaling.apply(one, batch_size)]
+        for number, (group, settings) in enumerate(zip(optimizer.param_groups, before, strict=True)):
+            if number in self.taken or number >= len(groups):  # a callback sets it
+                group.update(settings)
+        for line in lines if batch_size != self._follows else []:
+            self._say(task, line)
+        task._step.captured.stale = True
         self.base = [group["lr"] for group in optimizer.param_groups[: len(self._settings)]]
         self._follows = batch_size
 

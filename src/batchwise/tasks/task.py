@@ -19,6 +19,7 @@ from batchwise.models.dropout import convert_dropout
 from batchwise.models.frozen import fill_in
 from batchwise.models.norm import convert_batchnorm
 from batchwise.models.shard import shard
+from batchwise.optim.scaling import Scaling
 from batchwise.optim.schedule import Schedule
 from batchwise.tasks.finetuning import FineTuning
 from batchwise.tasks.hooks import THE_ENGINES
@@ -44,17 +45,16 @@ class Task(pl.LightningModule, ABC):
         optimizer: a class from `torch.optim`, or another callable with the same arguments.
         schedule: the learning rate over the training.
         decay_matrices_only: no weight decay for biases and norms (parameters with fewer than two dimensions).
-        reference_batch_size: the batch size for which the optimizer's rate is given; null: the rate does not follow the
-            batch.
+        reference_batch_size: the batch size that the optimizer's settings are for; null: they do not follow the batch.
         scaling: how the rate follows the batch: linear, sqrt or none; null: by the class of the optimizer.
+        scaling_limit: the batch size beyond which the rate stays, such as the noise scale; null: no such size.
+        scaling_keeps: which of weight_decay, beta2, eps and momentum do not follow the batch; null: momentum.
         init_from: file of initial weights, which are used if name and shape fit: see `take_weights`.
-        freeze: patterns of modules or parameters of the network that do not learn, such as `layers.1` or `*.bias`. A
-            frozen batch norm uses its running statistics and does not change them.
+        freeze: patterns of modules or parameters that do not learn, such as `layers.1` or `*.bias`; batch norms, too.
         lr_factors: factors on the learning rate, by such patterns. If several match, the first counts.
         save_frozen: false: checkpoints leave out the parameters that do not learn. They are checked when one is loaded:
             the network must have the same ones, from where it is made or from `init_from`.
-        exact_dropout: replace PyTorch's dropout layers in the network by layers that draw the same numbers in any
-            micro-batches and on any devices.
+        exact_dropout: replace PyTorch's dropout layers by layers that draw the same numbers in any micro-batches.
         ghost_batch_size: replace the network's batch norms by ghost batch norms over this many examples.
         max_skipped_steps: a step is skipped if its loss or gradient is not finite. After this many skipped steps in a
             row, training stops. 0: no check (on a GPU, it waits for the device, except for fused optimizers).
@@ -79,6 +79,8 @@ class Task(pl.LightningModule, ABC):
         decay_matrices_only: bool = False,
         reference_batch_size: int | None = None,
         scaling: str | None = None,
+        scaling_limit: int | None = None,
+        scaling_keeps: list[str] | None = None,
         init_from: str | None = None,
         freeze: list[str] | None = None,
         lr_factors: dict[str, float] | None = None,
@@ -98,7 +100,7 @@ class Task(pl.LightningModule, ABC):
         self.network = network
         self._make_optimizer, self._decay_matrices_only = optimizer, decay_matrices_only
         self._tuning = FineTuning(network, init_from, freeze or [], lr_factors or {}, save_frozen)
-        self._rates = Rates(schedule, reference_batch_size, scaling)
+        self._rates = Rates(schedule, Scaling(reference_batch_size, scaling, scaling_limit, scaling_keeps))
         self._step = Step(network, max_skipped_steps)
         self._measures = Measures(Terms(coefficients or {}, type(self).counts is not Task.counts))
         self._channels_last = False

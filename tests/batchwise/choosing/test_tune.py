@@ -5,6 +5,8 @@ import re
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,9 @@ from helpers import CSV, DIGITS, TWO, run_here, run_process
 from batchwise.batching.noise import Estimate
 from batchwise.choosing import fits, speed
 from batchwise.choosing import tune as tuning
-from batchwise.choosing.findings import Choice, Findings
+from batchwise.choosing.advice import sentences
+from batchwise.choosing.branches import Branch, Rates
+from batchwise.choosing.findings import Findings
 from batchwise.choosing.fits import Size, what_fits
 from batchwise.choosing.speed import Way
 from batchwise.run import verbs
@@ -61,32 +65,147 @@ def test_whole_units_and_no_more_than_there_are(monkeypatch: pytest.MonkeyPatch)
     assert max(what_fits(machine, Way(1), 300, math.inf, unit=1)).examples == 300  # type: ignore[arg-type]
 
 
-def test_what_follows(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = [Size(16, 0, 1000.0), Size(32, 0, 2000.0), Size(64, 0, 2050.0)]
-    findings = Findings(
-        batch_size=64,
-        largest=512,
-        sizes=sizes,
-        noise=[(100, Estimate(16, 10, 20, False)), (200, Estimate(math.inf, 192, math.inf, True))],
-        overhead=0.01,
+def machine(**settings: Any) -> Findings:
+    return Findings(
+        **{
+            "batch_size": 64,
+            "largest": 512,
+            "sizes": [Size(16, 0, 1000.0), Size(32, 0, 2000.0), Size(64, 0, 2050.0)],
+            "overhead": 0.01,
+            **settings,
+        }
     )
-    assert findings.knee() == sizes[1]
+
+
+def test_what_follows_from_the_noise_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    findings = machine(noise=[(100, Estimate(16, 10, 20, False)), (200, Estimate(math.inf, 192, math.inf, True))])
+    assert findings.knee() == findings.sizes[1]
     # Steps get 4 / 5 and 1 / 4 as far as without noise.
     assert findings.noise_scale() == pytest.approx((16 * 0.8 + 192 * 0.25) / 1.05)
     monkeypatch.setattr(Findings, "noise_scale", lambda self: 64.0)
-    choices = {choice.batch_size: choice for choice in findings.choices()}
+    choices = {choice.batch_size: choice for choice in findings.by_noise()}
     assert choices[64].steps == 2  # at the noise scale, twice the least of steps and of examples
     assert choices[64].examples == 2
     ratio = choices[64].seconds / choices[256].seconds
     assert ratio == pytest.approx(2 * (0.01 + 64 / 2000) / (1.25 * (0.01 + 256 / 2000)))
     assert min(choice.seconds for choice in choices.values()) == 1
+    assert choices[findings.first_guess()].seconds == 1
     findings.devices = 4  # each of which has a quarter
-    choices = {choice.batch_size: choice for choice in findings.choices()}
+    choices = {choice.batch_size: choice for choice in findings.by_noise()}
     ratio = choices[64].seconds / choices[256].seconds
     assert ratio == pytest.approx(2 * (0.01 + 16 / 1000) / (1.25 * (0.01 + 64 / 2000)))
-    near = [Choice(32, 3, 1.5, 1.04), Choice(64, 2, 2, 1.0), Choice(16, 5, 1.25, 1.2)]
-    monkeypatch.setattr(Findings, "choices", lambda self: near)
-    assert findings.best() == near[0]
+
+
+class World:
+    """Trainings whose loss is known: it falls with steps / (1 + noise / B), best at one factor on the rate.
+
+    Args:
+        noise: the noise scale.
+        best: the best factor.
+        overhead: seconds of a step besides a millisecond per 100 examples.
+        most: the largest factor that does not diverge.
+    """
+
+    def __init__(self, noise: float = 100.0, best: float = 4.0, overhead: float = 1e-3, most: float = math.inf) -> None:
+        self.noise, self.best, self.overhead, self.most = noise, best, overhead, most
+        self.trained: list[tuple[int, float, int]] = []
+
+    def train(self, branch: Branch) -> None:
+        self.trained.append((branch.batch_size, branch.factor, branch.seed))
+        branch.rate, branch.noted = 0.1 * branch.factor, 1
+        branch.seconds = self.overhead + branch.batch_size * 1e-5
+        branch.diverged = branch.factor > self.most
+        off = math.log2(branch.factor / self.best)
+        trainer = SimpleNamespace(global_step=0, should_stop=False)
+        for step in range(1, branch.steps + 1):
+            trainer.global_step = step
+            far = step / (1 + self.noise / branch.batch_size) * math.exp(-0.1 * off**2)
+            branch._note(trainer, 1 / (1 + far))
+            if trainer.should_stop:
+                break
+
+    def findings(self, *sizes: int, **settings: Any) -> Findings:
+        findings = machine(**settings)
+        for size in sizes:
+            rates = Rates(size, max(2, round(30 * (1 + self.noise / size))), self.train, True)
+            rates.search(1.0)
+            findings.rates[size] = rates
+        return findings
+
+
+@pytest.mark.parametrize("best", [1 / 64, 0.3, 1.0, 1.5, 4.0, 100.0])
+def test_the_best_rate_is_found_wherever_it_is(best: float) -> None:
+    world = World(best=best)
+    rates = world.findings(64).rates[64]
+    assert rates.between() == pytest.approx(best, rel=0.1)
+    assert abs(math.log2(rates.factor / best)) <= 0.5
+    beside = {rates.factor / 2, rates.factor, rates.factor * 2}
+    assert {factor for _, factor, seed in world.trained if seed == 1} == beside
+    assert len(world.trained) == len(set(world.trained))
+
+
+def test_a_rate_that_diverges_is_not_taken() -> None:
+    rates = World(best=8.0, most=4.0).findings(64).rates[64]
+    assert rates.factor == 4.0
+    assert rates.between() <= 4.0
+
+
+def test_a_branch_that_is_far_behind_ends_early() -> None:
+    world = World(best=1.0)
+    rates = Rates(64, 200, world.train, True)
+    rates.search(1.0)
+    ends = {factor: branch.points[-1][0] for (factor, _), branch in rates.branches.items()}
+    assert ends[1.0] == 200
+    rates._run(1 / 32, 0)
+    assert rates.branches[1 / 32, 0].points[-1][0] <= 100
+    assert rates.loss(1 / 32) > rates.loss(1.0)
+
+
+@pytest.mark.parametrize("noise", [10.0, 100.0, 2000.0])
+def test_the_batch_size_follows_from_the_branches(noise: float) -> None:
+    findings = World(noise).findings(16, 64, 256)
+    fitted = findings.fitted()
+    assert fitted is not None
+    assert fitted[1] / fitted[0] == pytest.approx(noise, rel=0.1)
+    choices = {choice.batch_size: choice for choice in findings.choices()}
+    assert sorted(choices) == [16, 32, 64, 128, 256]
+    for size, choice in choices.items():
+        expected = (1 + noise / size) * (1e-3 + size * 1e-5) / ((1 + noise / 64) * (1e-3 + 64 * 1e-5))
+        assert choice.seconds / choices[64].seconds == pytest.approx(expected, rel=0.15)
+    best = findings.best()
+    assert best is not None
+    assert best.low <= best.batch_size <= best.high
+    assert choices[best.batch_size].seconds <= 1.05
+    assert best.factor == pytest.approx(4.0, rel=0.1)
+    assert best.gain > 1.5  # the configured rate is a quarter of the best
+
+
+def test_a_good_configuration_is_left_as_it_is() -> None:
+    findings = World(best=1.0).findings(16, 64, 256)
+    best = findings.best()
+    assert best is not None
+    findings.batch_size = best.batch_size if best.batch_size in findings.rates else 64
+    assert findings.best().gain < 1.2  # type: ignore[union-attr]
+
+
+def test_where_the_gradient_disagrees_the_range_is_wider() -> None:
+    def findings(noise: float) -> Findings:
+        return World(100.0).findings(16, 64, 256, noise=[(100, Estimate(noise, noise / 2, 2 * noise, False))])
+
+    agree, disagree = findings(120.0), findings(20000.0)
+    assert not agree.disagree()
+    assert disagree.disagree()
+    one, other = agree.best(), disagree.best()
+    assert one is not None
+    assert other is not None
+    assert other.batch_size == one.batch_size
+    assert other.high > one.high
+    assert any(line.startswith("these disagree") for line in sentences(disagree, other))
+    assert not any(line.startswith("these disagree") for line in sentences(agree, one))
+
+
+def test_two_batch_sizes_say_nothing() -> None:
+    assert World().findings(16, 64).best() is None
 
 
 MLP_16 = "{class_path: batchwise.models.mlp.MLP, init_args: {in_features: 64, num_classes: 10, hidden_features: [16]}}"
@@ -140,17 +259,19 @@ def test_digits_from_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(speed, "_TURN", speed._TURN)  # which the module changes
     monkeypatch.setattr(verbs, "tune", verbs.tune)
     import_module("watched")
-    result = run_here("tune", *DIGITS, *CSV, "--steps", 120, "--trainer.accelerator", "cpu")
+    result = run_here("tune", *DIGITS, *CSV, "--trainer.accelerator", "cpu", "--model.optimizer.init_args.lr", 1e-4)
     assert result.code == 0, result.err
     assert Path("same-0").read_text() == "True"  # nothing is changed
     assert "<- the knee" in result.out
     assert "largest micro-batch that was run: 1,259" in result.out
-    assert "the gradient noise scale is about" in result.out
-    assert "learning rate at batch_size" in result.out
+    assert "gradient noise scale: by the short trainings" in result.out
+    assert "<- recommended" in result.out
+    assert re.search(r"tune took [\d.]+ s, [\d.]+ of the time of the training", result.out)
     assert (result.folder / "tune.png").stat().st_size > 10_000
     overlay = result.folder / "tuned.yaml"
     chosen = yaml.safe_load(overlay.read_text())
     assert chosen["model"]["reference_batch_size"] == 64
+    assert chosen["model"]["optimizer"]["init_args"]["lr"] > 5e-4  # it was far too low
     trained = run_here("fit", *DIGITS, *CSV, "--config", overlay, "--trainer.max_epochs", 1)
     assert trained.code == 0, trained.err
     assert f"batch_size  {chosen['data']['batch_size']}\n" in trained.out
@@ -161,10 +282,8 @@ def test_digits_from_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path:
 def test_two_devices_agree_and_nothing_is_changed(tmp_path: Path) -> None:
     """One of them runs out of memory."""
     (tmp_path / "watched.py").write_text(WATCHED)
-    two = (*TWO, "--model", "watched.Small", "--model.network", MLP_16)
-    result = run_process(
-        "tune", *DIGITS, *CSV, *two, "--steps", 80, OMP_NUM_THREADS="1", PYTHONPATH=str(tmp_path), timeout=100
-    )
+    two = (*TWO, "--model", "watched.Small", "--model.network", MLP_16, "--data.eval_batch_size", 50)
+    result = run_process("tune", *DIGITS, *CSV, *two, OMP_NUM_THREADS="1", PYTHONPATH=str(tmp_path), timeout=100)
     assert result.code == 0, result.err
     assert [Path(f"same-{rank}").read_text() for rank in (0, 1)] == ["True", "True"]
     tried = [list(dict.fromkeys(Path(f"sizes-{rank}").read_text().split())) for rank in (0, 1)]
@@ -179,7 +298,7 @@ def test_two_devices_agree_and_nothing_is_changed(tmp_path: Path) -> None:
 
 
 def test_an_interrupt_shows_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(tuning.short, "train", interrupt)
@@ -187,14 +306,14 @@ def test_an_interrupt_shows_what_is_known(monkeypatch: pytest.MonkeyPatch) -> No
     result = run_here("tune", *DIGITS, *CSV)
     assert result.code == 0, result.err
     assert "<- the knee" in result.out
-    assert "no noise scale (interrupted)" in result.out
+    assert "no batch size is recommended (interrupted)" in result.out
     assert not (result.folder / "tuned.yaml").exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (("--steps", 39), "steps is 39: the noise scale needs at least 40"),
+        (("--budget", 0), "budget is 0: write a number above 0"),
         (("--memory_gib", 0), "memory_gib is 0: write a number above 0"),
         (("--data.batch_size", "null"), "data.batch_size is not set"),
     ],

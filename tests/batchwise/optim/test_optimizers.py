@@ -6,7 +6,7 @@ from torch import nn
 
 from batchwise.models.mlp import MLP
 from batchwise.optim.muon import Muon
-from batchwise.optim.scaling import default_rule, scale
+from batchwise.optim.scaling import Scaling, default_rule
 
 OPTIMIZERS = {
     "lars": "{class_path: pytorch_optimizer.LARS, init_args: {lr: 0.5, trust_coefficient: 0.02, weight_decay: 0.0001}}",
@@ -47,6 +47,6 @@ def test_rules() -> None:
     assert default_rule(LARS(weights)) == "linear"
     assert default_rule(Lamb(weights)) == "sqrt"
     optimizer = Muon(weights, weight_decay=0.1, last=0)
-    assert scale(optimizer, 256, 64) == "sqrt"
+    Scaling(64).apply(optimizer, 256)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.04)
     assert optimizer.param_groups[0]["weight_decay"] == pytest.approx(0.2)

@@ -24,6 +24,8 @@ def test_a_schedule_is_resumed_after_its_switch_on_two_processes() -> None:
     assert re.search(r"after 1,889 examples  256\n", whole.out)
     assert "step 30: batch_size 256 from here" in whole.out  # 20 + 10 steps: 1,259 + 640 examples
     assert "learning rate 0.003 at 64 examples per step is 0.006 at 256" in whole.out
+    assert "beta2 0.999 at 64 examples per step is 0.996 at 256" in whole.out
+    assert whole.checkpoint()["optimizer_states"][0]["param_groups"][0]["betas"] == (0.9, pytest.approx(0.999**4))
     examples = whole.rows("examples")
     assert [examples[step] for step in (29, 30, 31, 32, 33, 38)] == [1835, 1899, 2155, 2411, 2518, 3 * 1259]
     assert list(examples) == list(range(1, 39))  # 20 + 13 + 5 steps

@@ -631,7 +631,7 @@ def test_tune_and_the_noise_scale_say_that_there_is_none(
     monkeypatch.setattr(speed, "_TURN", 0.001)  # seconds
     tuned = run_here("tune", *command[1:])
     assert tuned.code == 0, tuned.err
-    assert "no noise scale (the loss couples the examples of a batch, " in tuned.out
+    assert "no batch size is recommended (the loss couples the examples of a batch, " in tuned.out
     assert f"learning rate at batch_size {SIZE}: " in tuned.out
     assert not (tuned.folder / "tuned.yaml").exists()
     noise = ("--trainer.callbacks", "batchwise.callbacks.noise_scale.NoiseScale")

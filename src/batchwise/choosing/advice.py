@@ -1,0 +1,129 @@
+"""What `tune` says: tables, the recommendation with its reasons, and an overlay."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from batchwise.choosing.figure import draw
+from batchwise.choosing.findings import NEAR, Advice, Findings
+from batchwise.data.module import DataModule
+from batchwise.tasks.task import Task
+
+
+def report(console: Console, findings: Findings, task: Task, lacks: str, seconds: float, examples: float) -> None:
+    """Print the findings.
+
+    Args:
+        console: for the tables.
+        findings: the measurements.
+        task: the task to be trained.
+        lacks: the reason why something was not measured; empty if all was.
+        seconds: what the measurements took.
+        examples: examples of the whole training.
+    """
+    knee = findings.knee()
+    table = Table("micro-batch", "examples/s", "peak MiB", "", title="what fits, what is fast", box=None)
+    for size in findings.sizes:
+        mark = "<- the knee" if size == knee else ""
+        table.add_row(f"{size.examples:,}", f"{size.speed:,.0f}", f"{size.memory / 2**20:,.0f}", mark)
+    console.print(table)
+    end = "all of the training examples at once" if findings.all_fit else "more would not fit"
+    print(f"largest micro-batch that was run: {findings.sizes[-1].examples:,} ({end})")
+    best = findings.best()
+    if best is None:
+        print(f"no batch size is recommended ({lacks or why_none(findings, task)})")
+        if rates := findings.rates.get(findings.batch_size):
+            print(f"learning rate at batch_size {findings.batch_size}: {shown(findings, findings.batch_size)}")
+            print(tried(findings) if rates.branches else "")
+        return
+    table = Table("batch_size", "steps", "examples", "time", "", title="to a target, against the least", box=None)
+    for choice in findings.choices():
+        mark = "<- recommended" if choice.batch_size == best.batch_size else ""
+        mark = mark or ("configured" if choice.batch_size == findings.batch_size else "")
+        mark = mark or ("" if choice.batch_size in findings.rates else "between those that were tried")
+        figures = (f"{choice.steps:.2f}", f"{choice.examples:.2f}", f"{choice.seconds:.2f}")
+        table.add_row(f"{choice.batch_size:,}", *figures, mark)
+    console.print(table)
+    for line in sentences(findings, best):
+        print(line)
+    if math.isfinite(examples):
+        training = examples / best.batch_size * findings.seconds(best.batch_size)
+        print(f"tune took {seconds:.1f} s, {seconds / training:.2g} of the time of the training")
+
+
+def why_none(findings: Findings, task: Task) -> str:
+    """Return why there is no recommendation though all was measured."""
+    if task._couples:
+        return "the loss couples the examples of a batch, so that another batch is another loss"
+    return f"only {len(findings.rates)} batch sizes could be tried, and three are needed"
+
+
+def shown(findings: Findings, batch_size: int) -> str:
+    """Return the best learning rate of a batch size, in words."""
+    rates = findings.rates.get(batch_size)
+    factor = findings.factor(batch_size)
+    if rates and (branch := rates.best()[0]).noted:
+        return f"{branch.rate / branch.factor * factor:.3g} ({factor:.2g} times that of the configuration)"
+    return f"{factor:.2g} times that of the configuration"
+
+
+def tried(findings: Findings) -> str:
+    """Return the rates that were tried at the configured batch size, and their losses."""
+    rates = findings.rates[findings.batch_size]
+    factors = sorted({factor for factor, _ in rates.branches})
+    return "tried: " + ", ".join(f"{rates.loss(factor):.4g} at {factor:g} times" for factor in factors)
+
+
+def sentences(findings: Findings, best: Advice) -> list[str]:
+    """Return the recommendation and its reasons, a line each."""
+    spread = f", as good from {best.low:,} to {best.high:,}" if best.low < best.high else ""
+    said = [f"batch_size {best.batch_size}{spread}; learning rate: {shown(findings, best.batch_size)}"]
+    fitted, noise = findings.fitted(), findings.noise_scale()
+    assert fitted is not None
+    critical = fitted[1] / fitted[0] if fitted[0] else math.inf
+    branches = f"{critical:,.0f} examples" if math.isfinite(critical) else "larger than could be seen"
+    gradient = "not known" if noise is None else f"about {noise:,.0f}"
+    said.append(f"gradient noise scale: by the short trainings {branches}, by the gradient {gradient}")
+    if findings.disagree():
+        said.append("these disagree: batch_size follows the short trainings, and the range has what either finds good")
+    if findings.devices == 1 and best.batch_size <= findings.knee().examples:
+        said.append("one device takes this batch whole: accumulating a larger one would take longer")
+    if best.gain <= NEAR:
+        said.append("leave it as it is: the gain is under 5%")
+    elif math.isfinite(best.gain):
+        said.append(f"the configuration would take {best.gain:.2f} times as long")
+    else:
+        said.append("the configuration did not get as far in its short training")
+    return said
+
+
+def leave(folder: Path, findings: Findings, task: Task, data: DataModule, rates: dict[str, float]) -> None:
+    """Draw the picture, and write the overlay if there is something to change.
+
+    Args:
+        folder: the run's folder.
+        findings: the measurements.
+        task: the task to be trained.
+        data: its data.
+        rates: the learning rates in the configuration of the optimizer, by the names of its arguments.
+    """
+    draw(folder / "tune.png", findings)
+    print(f"look at it: {folder / 'tune.png'}")
+    best = findings.best()
+    if best is None or best.gain <= NEAR:
+        return
+    micro_batch = max(findings.unit, min(findings.share(best.batch_size), findings.knee().examples))
+    sizes: dict[str, int | None] = {"batch_size": best.batch_size, "micro_batch_size": micro_batch}
+    if data.batch_tokens is not None:
+        sizes["batch_tokens"] = None  # or it would contradict `batch_size`
+    model: dict[str, Any] = {"reference_batch_size": task._rates.scaling.reference or findings.batch_size}
+    if rates:
+        model["optimizer"] = {"init_args": {name: float(f"{rate * best.factor:.3g}") for name, rate in rates.items()}}
+    overlay = {"trainer": {"accumulate_grad_batches": None}, "data": sizes, "model": model}
+    head = "# tune recommends; the learning rate is that of reference_batch_size, and follows the batch\n"
+    (folder / "tuned.yaml").write_text(head + yaml.safe_dump(overlay, sort_keys=False))
+    print(f"use it:     --config {folder / 'tuned.yaml'}")

@@ -1,0 +1,205 @@
+"""Short trainings of one task from the same weights, at several rates and batch sizes, and how far each gets."""
+
+import math
+import statistics
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+from lightning.pytorch.callbacks import Callback
+
+from batchwise.batching.loader import Batch
+from batchwise.choosing import short
+from batchwise.tasks.task import Task
+
+SHARE = 0.15
+"""The growth of the number of steps from one point of a curve to the next."""
+AHEAD = ((0.5, 0.75), (0.25, 0.5))
+"""After so much of its steps, a branch must have got so much as far as its rival, or it ends."""
+WIDEST = 7
+"""The most rates that are added beyond the first three, each by a factor of two."""
+
+
+class Branch(Callback):
+    """A short training, and its curve: the validation loss after some steps, or without validation that of training.
+
+    Args:
+        batch_size: examples per step.
+        factor: on the rates that the rule gives.
+        seed: of the order of the examples.
+        steps: optimizer steps.
+        rival: a branch of the same batch size; once it is far ahead, this one ends.
+        validates: whether there is a validation split.
+    """
+
+    def __init__(
+        self, batch_size: int, factor: float, seed: int, steps: int, rival: "Branch | None", validates: bool
+    ) -> None:
+        self.batch_size, self.factor, self.seed, self.steps = batch_size, factor, seed, steps
+        self.rival, self.validates = rival, validates
+        self.points: list[tuple[int, float]] = []
+        self.rate = math.nan
+        """The rate of the first group, at this batch size."""
+        self.noted = 0
+        """Groups whose rate the branch has set; 0: the task's own `configure_optimizers` sets them."""
+        self.diverged = False
+        self.seconds = math.inf
+        """The median seconds of a step, on the slowest device."""
+        self._times: list[float] = []
+        self._losses: list[float] = []
+        self._next, self._lap = 1, 0.0
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Task, batch: Batch, batch_idx: int) -> None:
+        """Set the rate, before the first step."""
+        if batch.step == 0:
+            rates = pl_module._rates
+            rates.base = [rate * self.factor for rate in rates.base]
+            self.rate, self.noted = (rates.base or [math.nan])[0], len(rates.base)
+            self._lap = perf_counter()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Task, outputs: object, batch: Batch, batch_idx: int) -> None:
+        """Take the time and the loss, and validate if it is due."""
+        self._losses.append(pl_module._step.sums.mean())  # waits for the device
+        now, step = perf_counter(), trainer.global_step
+        self._times.append(now - self._lap)
+        self._lap = now
+        due = step >= min(self._next, self.steps)
+        if due:
+            self._next = max(step + 1, math.ceil(step * (1 + SHARE)))
+        trainer.val_check_batch = 1 if due and self.validates else short.NEVER
+        if due and not self.validates:
+            self._note(trainer, statistics.mean(self._losses))
+        if due:
+            self._losses.clear()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Task) -> None:
+        """Add a point to the curve."""
+        self._note(trainer, float(trainer.callback_metrics["val/loss"]))
+        self._lap = perf_counter()
+
+    def _note(self, trainer: pl.Trainer, loss: float) -> None:
+        step = trainer.global_step
+        self.points.append((step, loss))
+        if self.rival is not None and len(self.rival.points) > 1:
+            first, theirs = self.rival.points[0][1], self.rival.at(step)
+            for share, least in AHEAD:
+                if step >= share * self.steps:
+                    trainer.should_stop = not first - loss >= least * (first - theirs)
+                    break
+
+    def agree(self, largest: Callable[[float], float]) -> None:
+        """End: all devices take the time of the slowest."""
+        self.seconds = largest(statistics.median(self._times) if self._times else 0.0)
+
+    def at(self, step: float) -> float:
+        """Return the loss after some steps: the mean of the curve around that point, over a fifth of the steps."""
+        if not self.points:
+            return math.inf
+        steps, losses = (np.array(each, float) for each in zip(*self.points, strict=True))
+        near = np.abs(np.log(steps / step)) <= 1.5 * SHARE
+        return float(losses[near].mean()) if near.any() else float(np.interp(step, steps, losses))
+
+    def final(self) -> float:
+        """Return the loss at the end. That of a branch that ended early is as far from its rival's as it was then."""
+        last = self.points[-1][0] if self.points else 0
+        if self.diverged or not self.points or not math.isfinite(self.at(last)):
+            return math.inf
+        if last >= self.steps or self.rival is None:
+            return self.at(last)
+        return self.rival.final() + max(0.0, self.at(last) - self.rival.at(last))
+
+
+Train = Callable[[Branch], None]
+
+
+class Rates:
+    """The branches of one batch size.
+
+    Args:
+        batch_size: examples per step.
+        steps: optimizer steps of a branch.
+        train: trains a branch.
+        validates: whether there is a validation split.
+    """
+
+    def __init__(self, batch_size: int, steps: int, train: Train, validates: bool) -> None:
+        self.batch_size, self.steps, self._train, self._validates = batch_size, steps, train, validates
+        self.branches: dict[tuple[float, int], Branch] = {}
+
+    def _run(self, factor: float, seed: int) -> None:
+        if (factor, seed) not in self.branches:
+            others = [branch for (_, other), branch in self.branches.items() if other == seed]
+            whole = [branch for branch in others if branch.points and branch.points[-1][0] >= self.steps]
+            rival = min(whole, key=Branch.final, default=None)
+            branch = Branch(self.batch_size, factor, seed, self.steps, rival, self._validates)
+            self._train(branch)
+            self.branches[factor, seed] = branch
+
+    def loss(self, factor: float) -> float:
+        """Return the mean of the last losses over the seeds."""
+        return statistics.mean(branch.final() for (other, _), branch in self.branches.items() if other == factor)
+
+    def search(self, middle: float) -> None:
+        """Try a rate, half of it and twice of it, and go on by factors of two while the best one is at an end.
+
+        The best and those beside it are tried once more, with another order of the examples.
+        """
+        for factor in (middle, middle * 2, middle / 2):
+            self._run(factor, 0)
+            if not self.branches[factor, 0].noted:
+                return
+        for _ in range(WIDEST):
+            factors = sorted({factor for factor, _ in self.branches})
+            best = self.factor
+            if factors[0] < best < factors[-1]:
+                break
+            self._run(best / 2 if best == factors[0] else best * 2, 0)
+        best = self.factor
+        for factor in (best, best / 2, best * 2):
+            self._run(factor, 0)
+            self._run(factor, 1)
+
+    @property
+    def factor(self) -> float:
+        """The factor with the least loss at the end; of equals, the lowest."""
+        return min(sorted({factor for factor, _ in self.branches}), key=self.loss)
+
+    def between(self) -> float:
+        """Return the lowest point of a parabola through the best factor and those beside it, against log(factor)."""
+        best = self.factor
+        if not {(best / 2, 0), (best * 2, 0)} <= self.branches.keys():
+            return best
+        below, at, above = self.loss(best / 2), self.loss(best), self.loss(best * 2)
+        if not all(map(math.isfinite, (below, at, above))) or below + above <= 2 * at:
+            return best
+        return best * 2.0 ** float(np.clip((below - above) / (2 * (below + above - 2 * at)), -0.5, 0.5))
+
+    def best(self) -> list[Branch]:
+        """Return the branches at the best factor."""
+        return [branch for (factor, _), branch in self.branches.items() if factor == self.factor]
+
+    def seconds(self) -> float:
+        """Return the median seconds of a step over all branches."""
+        return statistics.median(branch.seconds for branch in self.branches.values() if branch.points)
+
+    def steps_to(self, level: float, factor: float | None = None) -> float:
+        """Return the steps to a loss, at the best factor or at a given one; infinite if it was not reached."""
+        factor = self.factor if factor is None else factor
+        found = [_crossing(branch, level) for (other, _), branch in self.branches.items() if other == factor]
+        return statistics.mean(found) if found else math.inf
+
+
+def _crossing(branch: Branch, level: float) -> float:
+    """Return the steps at which a smoothed curve first reaches a level, between points by their logarithms."""
+    before: tuple[float, float] | None = None
+    for step, _ in branch.points:
+        loss = branch.at(step)
+        if loss <= level:
+            if before is None or before[1] <= loss:
+                return step
+            share = (before[1] - level) / (before[1] - loss)
+            return math.exp(math.log(before[0]) + share * (math.log(step) - math.log(before[0])))
+        before = (step, loss)
+    return math.inf
