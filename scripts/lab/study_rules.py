@@ -126,9 +126,9 @@ def main() -> None:
         base = study.spread((trainings.loss(name, REFERENCE, tuned, None, seed) for seed in range(given.seeds)), 3)
         head = [f"{name} (at {REFERENCE}: {base})"]
         for size in SIZES:
-            head += [f"{size}: by the rules", f"{size}: rate tuned again", "by"]
+            head += [f"{size}: by the rules", f"{size}: rate tuned again", f"{size}: times"]
         figures[name] = study.table(name, head, rows)
-    study.finish(given, None, rules=figures)
+    study.finish(given, None, **figures)
 
 
 if __name__ == "__main__":

@@ -94,12 +94,8 @@ class Branch(Callback):
         self.seconds = largest(statistics.median(self._times) if self._times else 0.0)
 
     def at(self, step: float) -> float:
-        """Return the loss after some steps: the mean of the curve around that point, over a fifth of the steps."""
-        if not self.points:
-            return math.inf
-        steps, losses = (np.array(each, float) for each in zip(*self.points, strict=True))
-        near = np.abs(np.log(steps / step)) <= 1.5 * SHARE
-        return float(losses[near].mean()) if near.any() else float(np.interp(step, steps, losses))
+        """Return the smoothed loss after some steps."""
+        return float(np.interp(math.log(step), *smoothed(self.points))) if self.points else math.inf
 
     def final(self) -> float:
         """Return the loss at the end. That of a branch that ended early is as far from its rival's as it was then."""
@@ -109,6 +105,17 @@ class Branch(Callback):
         if last >= self.steps or self.rival is None:
             return self.at(last)
         return self.rival.final() + max(0.0, self.at(last) - self.rival.at(last))
+
+
+def smoothed(points: list[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray]:
+    """Return logarithms of steps, rising, and the losses that are nearest to those of the points and never rise.
+
+    (Isotonic regression. So a loss that goes up and down counts with its mean.)
+    """
+    from sklearn.isotonic import isotonic_regression
+
+    steps, losses = (np.array(each, float) for each in zip(*sorted(points), strict=True))
+    return np.log(steps), isotonic_regression(np.where(np.isfinite(losses), losses, 1e30), increasing=False)
 
 
 Train = Callable[[Branch], None]
@@ -156,10 +163,11 @@ class Rates:
             if factors[0] < best < factors[-1]:
                 break
             self._run(best / 2 if best == factors[0] else best * 2, 0)
-        best = self.factor
-        for factor in (best, best / 2, best * 2):
-            self._run(factor, 0)
-            self._run(factor, 1)
+        for _ in range(2):  # the second seed may move the best rate by one
+            best = self.factor
+            for factor in (best, best / 2, best * 2):
+                self._run(factor, 0)
+                self._run(factor, 1)
 
     @property
     def factor(self) -> float:
@@ -167,14 +175,18 @@ class Rates:
         return min(sorted({factor for factor, _ in self.branches}), key=self.loss)
 
     def between(self) -> float:
-        """Return the lowest point of a parabola through the best factor and those beside it, against log(factor)."""
+        """Return the lowest point of the parabola nearest to the losses around the best factor, against log(factor).
+
+        It is at most a factor of the square root of two from the best factor, and not above it if twice of it diverged.
+        """
         best = self.factor
-        if not {(best / 2, 0), (best * 2, 0)} <= self.branches.keys():
+        near = [factor for factor in {factor for factor, _ in self.branches} if 1 / 4 <= factor / best <= 4]
+        near = [factor for factor in near if math.isfinite(self.loss(factor))]
+        if len(near) < 3:
             return best
-        below, at, above = self.loss(best / 2), self.loss(best), self.loss(best * 2)
-        if not all(map(math.isfinite, (below, at, above))) or below + above <= 2 * at:
-            return best
-        return best * 2.0 ** float(np.clip((below - above) / (2 * (below + above - 2 * at)), -0.5, 0.5))
+        curvature, slope, _ = np.polyfit([math.log2(factor / best) for factor in near], list(map(self.loss, near)), 2)
+        highest = 0.5 if best * 2 in near else 0.0
+        return best * 2.0 ** float(np.clip(-slope / (2 * curvature), -0.5, highest)) if curvature > 0 else best
 
     def best(self) -> list[Branch]:
         """Return the branches at the best factor."""
@@ -184,22 +196,17 @@ class Rates:
         """Return the median seconds of a step over all branches."""
         return statistics.median(branch.seconds for branch in self.branches.values() if branch.points)
 
+    def curve(self, factor: float | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Return the smoothed curve of all seeds at a factor, or at the best: logarithms of steps, and losses."""
+        factor = self.factor if factor is None else factor
+        return smoothed([point for (own, _), each in self.branches.items() if own == factor for point in each.points])
+
     def steps_to(self, level: float, factor: float | None = None) -> float:
         """Return the steps to a loss, at the best factor or at a given one; infinite if it was not reached."""
-        factor = self.factor if factor is None else factor
-        found = [_crossing(branch, level) for (other, _), branch in self.branches.items() if other == factor]
-        return statistics.mean(found) if found else math.inf
-
-
-def _crossing(branch: Branch, level: float) -> float:
-    """Return the steps at which a smoothed curve first reaches a level, between points by their logarithms."""
-    before: tuple[float, float] | None = None
-    for step, _ in branch.points:
-        loss = branch.at(step)
-        if loss <= level:
-            if before is None or before[1] <= loss:
-                return step
-            share = (before[1] - level) / (before[1] - loss)
-            return math.exp(math.log(before[0]) + share * (math.log(step) - math.log(before[0])))
-        before = (step, loss)
-    return math.inf
+        steps, losses = self.curve(factor)
+        if losses[-1] > level:
+            return math.inf
+        # Of equal losses the middle: the first ones are low by chance, the last ones high.
+        values, first, counts = np.unique(losses, return_index=True, return_counts=True)
+        middle = np.array([steps[start : start + count].mean() for start, count in zip(first, counts, strict=True)])
+        return math.exp(np.interp(level, values, middle))

@@ -40,8 +40,7 @@ def _answer(panel: "Axes", findings: Findings) -> None:
     fitted = findings.fitted()
     assert fitted is not None
     unit = min((fitted[0] + fitted[1] / each.batch_size) * findings.seconds(each.batch_size) for each in choices)
-    level = findings.level()
-    times = {size: each.steps_to(level) * each.seconds() / unit for size, each in findings.rates.items()}
+    times = {size: findings.steps(size) * each.seconds() / unit for size, each in findings.rates.items()}
     panel.plot(list(times), list(times.values()), "o", label="short trainings, best rate")
     if best.low < best.high:
         panel.axvspan(best.low, best.high, color="tab:green", alpha=0.15, label=f"as good: {best.low} to {best.high}")

@@ -15,6 +15,8 @@ from batchwise.choosing.trials import least_squares
 
 NEAR = 1.05
 """A predicted time counts as good as the least if it is at most so many times as long."""
+PROGRESS = (0.9, 0.95, 0.98)
+"""Batch sizes are compared where they have got so far, from the first loss to the lowest that all have reached."""
 FAR = 4.0
 """The noise scale and the branches disagree if one is more than so many times the other."""
 
@@ -113,14 +115,20 @@ class Findings:
 
     # What the branches say
 
-    def level(self) -> float:
-        """Return the lowest loss that each batch size has reached at its best rate, with each seed."""
-        return max(branch.final() for each in self.rates.values() for branch in each.best())
+    def levels(self) -> list[float]:
+        """Return losses that each batch size has reached at its best rate: close to the lowest one."""
+        curves = [each.curve()[1] for each in self.rates.values()]
+        first, last = max(curve[0] for curve in curves), max(curve[-1] for curve in curves)
+        return [last + (1 - share) * (first - last) for share in PROGRESS]
+
+    def steps(self, batch_size: int, factor: float | None = None) -> float:
+        """Return the steps of a batch size to the levels, their geometric mean; infinite if one was not reached."""
+        found = [self.rates[batch_size].steps_to(level, factor) for level in self.levels()]
+        return math.exp(sum(map(math.log, found)) / len(found))
 
     def fitted(self) -> tuple[float, float] | None:
-        """Return (S, E) of steps = S + E / B to the level, from at least three batch sizes."""
-        level = self.level() if self.rates else math.inf
-        found = {size: each.steps_to(level) for size, each in self.rates.items()}
+        """Return (S, E) of steps = S + E / B to the levels, from at least three batch sizes."""
+        found = {size: self.steps(size) for size in self.rates}
         return least_squares({size: steps for size, steps in found.items() if math.isfinite(steps)})
 
     def choices(self) -> list[Choice]:
@@ -142,11 +150,11 @@ class Findings:
         return [choice._replace(seconds=choice.seconds / fastest) for choice in found]
 
     def factor(self, batch_size: int) -> float:
-        """Return the best factor on the rate, between the batch sizes that were tried by their logarithms."""
-        below = max((size for size in self.rates if size <= batch_size), default=min(self.rates))
-        above = min((size for size in self.rates if size >= batch_size), default=max(self.rates))
-        share = 0.0 if below == above else math.log(batch_size / below) / math.log(above / below)
-        return self.rates[below].between() ** (1 - share) * self.rates[above].between() ** share
+        """Return the best factor on the rate, by a power of the batch size that is nearest to those that were found."""
+        sizes = sorted(self.rates)
+        found = np.log([self.rates[size].between() for size in sizes])
+        line = np.polyfit(np.log(sizes), found, min(1, len(sizes) - 1))
+        return math.exp(np.polyval(line, math.log(batch_size)))
 
     def disagree(self) -> bool:
         """Return whether the noise scale of the gradient and that of the branches are far apart."""
@@ -157,18 +165,17 @@ class Findings:
         return not 1 / FAR <= ratio <= FAR
 
     def best(self) -> Advice | None:
-        """Return the batch size of the least predicted time; of those within 5%, that of the fewest examples.
+        """Return the batch size of the least predicted time, and those whose time is within 5% of it.
 
         Where noise scale and branches disagree, it follows the branches, and the range has what either finds as good.
         """
-        near = [choice for choice in self.choices() if choice.seconds <= NEAR]
-        if not near:
+        choices, fitted = self.choices(), self.fitted()
+        if not choices or fitted is None:
             return None
-        best = min(near, key=lambda choice: choice.examples)
+        size = min(choices, key=lambda choice: choice.seconds).batch_size
         also = self.by_noise() if self.disagree() else []
-        as_good = [choice.batch_size for choice in (*near, *also) if choice.seconds <= NEAR]
-        level, own = self.level(), self.rates.get(self.batch_size)
-        ours = (self.fitted() or (0.0, 0.0))[0] + (self.fitted() or (0.0, 0.0))[1] / best.batch_size
-        theirs = own.steps_to(level, 1.0) * own.seconds() if own else math.inf
-        gain = theirs / (ours * self.seconds(best.batch_size))
-        return Advice(best.batch_size, min(as_good), max(as_good), self.factor(best.batch_size), gain)
+        as_good = [choice.batch_size for choice in (*choices, *also) if choice.seconds <= NEAR]
+        own = self.rates.get(self.batch_size)
+        theirs = self.steps(self.batch_size, 1.0) * own.seconds() if own else math.inf
+        gain = theirs / ((fitted[0] + fitted[1] / size) * self.seconds(size))
+        return Advice(size, min(as_good), max(as_good), self.factor(size), gain)

@@ -35,6 +35,8 @@ BRANCHES = 30
 """Branches of full length that the budget is divided by."""
 VALIDATED = 4096
 """The most examples that are validated. With more, the loss of training says it: no branch sees an example twice."""
+LEAST = 3
+"""The fewest batch sizes: two figures, the noise scale and the fewest steps, come from them."""
 WIDER = 2
 """Batch sizes that are added while the best one is at an end, each four times as large or as small."""
 
@@ -176,18 +178,21 @@ class Search:
 
         if far > steps / (1 + scale / own):
             at(own)
-        for size in (guess, guess * 4, guess // 4):
-            if findings.unit <= size <= findings.largest and size not in findings.rates:
+        for by in (1, 4, 1 / 4, 2, 1 / 2, 1 / 16):
+            size = int(guess * by)
+            wanted = by in (1, 4, 1 / 4) or len(findings.rates) < LEAST
+            if wanted and findings.unit <= size <= findings.largest and size not in findings.rates:
                 at(size)
         for _ in range(WIDER):
             best = min(findings.choices(), key=lambda choice: choice.seconds, default=None)
             if best is None:
                 return
-            low, high = min(findings.rates), max(findings.rates)
-            size = best.batch_size * 4 if best.batch_size == high else best.batch_size // 4
-            if low < best.batch_size < high or not findings.unit <= size <= findings.largest:
+            low, high, size = min(findings.rates), max(findings.rates), best.batch_size
+            beyond = {high: (size * 4, size * 2), low: (size // 4, size // 2)}.get(size, ())
+            new = next((each for each in beyond if findings.unit <= each <= findings.largest), None)
+            if new is None:
                 return
-            at(size)
+            at(new)
 
     def _rates(self, size: int, steps: int, middle: float) -> float:
         """Search for the rate of a batch size, and return it as a factor."""

@@ -1,0 +1,81 @@
+"""What does `tune` say where the gradient noise scale misleads? Four cases, with the digits.
+
+- sorted: the data is sorted by class and is not shuffled, so that the parts of a batch are alike.
+- wrong labels: one training label in five is wrong, so that there is noise that no batch averages away.
+- the start: the rate is a hundredth of a good one, so that the network is still at its start.
+- Muon: it normalises the gradient, whose plain norm does not matter.
+
+    python scripts/lab/study_misled.py
+"""
+
+import contextlib
+import io
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import study
+import torch
+from problems import OPTIMIZERS
+from study import FewDigits
+from torch import Tensor
+
+from batchwise.batching.order import Sequential, Shuffled
+from batchwise.choosing import tune
+from batchwise.choosing.advice import sentences
+from batchwise.models.mlp import MLP
+from batchwise.tasks.classification import Classification
+from batchwise.trainer import Trainer
+
+ADAMW = partial(torch.optim.AdamW, lr=4e-3)
+
+
+def by_class(digits: Tensor) -> Tensor:
+    """Return the positions of the images, class by class."""
+    return digits.argsort(stable=True)
+
+
+CASES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "as it should be": (ADAMW, {}),
+    "sorted": (ADAMW, {"choose": by_class, "order": Sequential()}),
+    "wrong labels": (ADAMW, {"wrong": 0.2}),
+    "the start": (partial(torch.optim.AdamW, lr=4e-5), {}),
+    "Muon": (OPTIMIZERS["Muon"], {}),
+}
+
+
+def ask(optimizer: Callable[..., Any], settings: dict[str, Any], epochs: int) -> tuple[float, float, str, str]:
+    """Return the noise scale by the gradient, that of the short trainings, the recommendation, and other lines."""
+    torch.manual_seed(0)
+    task = Classification(MLP(64, 10, [128]), optimizer=optimizer)
+    data = FewDigits(**{"batch_size": 64, "seed": 0, "order": Shuffled(), **settings})
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        trainer = Trainer(
+            accelerator="cpu", logger=False, max_epochs=epochs, default_root_dir=folder, enable_progress_bar=False
+        )
+        data.trainer = trainer
+        data.setup("fit")
+        data.trainer = trainer
+        findings = tune.tune(trainer, task, data, 0.25, None, {})
+    advice, fitted, noise = findings.best(), findings.fitted(), findings.noise_scale()
+    if advice is None or fitted is None:
+        return noise or 0.0, 0.0, "none", ""
+    said = sentences(findings, advice)
+    critical = fitted[1] / fitted[0] if fitted[0] else float("inf")
+    return noise or 0.0, critical, said[0], " ".join(line for line in said[2:] if line.startswith("these"))
+
+
+def main() -> None:
+    """Ask, and print the table."""
+    given = study.arguments(__doc__, seeds=1)
+    rows = []
+    for name, (optimizer, settings) in study.few(given, CASES.items()):
+        noise, critical, said, more = ask(optimizer, settings, 20)
+        rows.append([name, f"{noise:,.0f}", f"{critical:,.0f}", said, more or "-"])
+    head = ["case", "by the gradient", "by the short trainings", "it recommends", "and says"]
+    study.finish(given, None, misled=study.table("The noise scale, in examples", head, rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""The study that holds `tune` against grids of batch sizes and rates, in a tiny form."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import problems
+import pytest
+import study_regret
+import torch
+
+from batchwise.choosing import branches, speed, tune
+
+pytestmark = pytest.mark.weekly
+
+
+def test_the_study_runs_and_goes_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for module in (branches, speed):
+        monkeypatch.setattr(module, "perf_counter", module.perf_counter)  # the study sets another clock
+    monkeypatch.setattr(speed, "_TURN", 0.0)
+    monkeypatch.setattr(tune, "SHORTEST", 20)
+    small = replace(problems.PROBLEMS["digits"], sizes=(64, 256), targets=(0.5, 0.9), epochs=3)
+    monkeypatch.setitem(problems.PROBLEMS, "digits", small)
+    monkeypatch.setattr(
+        sys, "argv", ["study_regret.py", "--problems", "digits", "--optimizers", "SGD", "--seeds", "2", "--folder", "s"]
+    )
+    study_regret.main()
+    runs = list(study_regret.read(Path("s/runs.jsonl")))
+    assert {run.size for run in runs} >= {64, 256}
+    keys = [(run.size, run.factor, run.seed) for run in runs]
+    assert len(keys) == len(set(keys))
+    said = json.loads(Path("s/digits, SGD.json").read_text())
+    out = capsys.readouterr().out
+    assert out.count("| digits | SGD |") == 2
+    assert (said["size"], said["factor"]) in {(run.size, run.factor) for run in runs}
+    assert "developed on, tune: geometric mean" in out
+    study_regret.main()
+    assert len(list(study_regret.read(Path("s/runs.jsonl")))) == len(runs)  # nothing is trained again
+    again = capsys.readouterr().out
+    assert [line for line in again.splitlines() if "|" in line] == [line for line in out.splitlines() if "|" in line]
+
+
+def test_characters() -> None:
+    data = problems.Characters(batch_size=4)
+    examples = data.transform(data.examples("train", 4), training=True)
+    assert examples.inputs.shape == (4, 1024)
+    assert torch.equal(examples.inputs.sum(1), torch.full((4,), 8.0))
+    texts = ["".join(map(chr, data.load(split)[0].flatten().tolist())) for split in ("train", "val")]
+    assert all(" the " in text for text in texts)
+    assert len(texts[0]) > 8 * len(texts[1]) > 8_000
+
+
+@pytest.mark.parametrize("name", problems.PROBLEMS)
+def test_each_problem_trains(name: str, tmp_path: Path) -> None:
+    grid = study_regret.Grid(name, "AdamW", tmp_path / "runs.jsonl")
+    grid.examples = 256
+    run = grid.train(64, 1.0, 0)
+    assert run.step_seconds > 0
+    assert list(study_regret.read(tmp_path / "runs.jsonl")) == [run]
