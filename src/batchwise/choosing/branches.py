@@ -46,7 +46,7 @@ class Branch(Callback):
         """Groups whose rate the branch has set; 0: the task's own `configure_optimizers` sets them."""
         self.diverged = False
         self.seconds = math.inf
-        """The median seconds of a step, on the slowest device."""
+        """Seconds of a step, on the slowest device: longer than a fifth of them, so that other work counts little."""
         self._times: list[float] = []
         self._losses: list[float] = []
         self._next, self._lap = 1, 0.0
@@ -91,7 +91,7 @@ class Branch(Callback):
 
     def agree(self, largest: Callable[[float], float]) -> None:
         """End: all devices take the time of the slowest."""
-        self.seconds = largest(statistics.median(self._times) if self._times else 0.0)
+        self.seconds = largest(float(np.quantile(self._times, 0.2)) if self._times else 0.0)
 
     def at(self, step: float) -> float:
         """Return the smoothed loss after some steps."""
@@ -193,8 +193,8 @@ class Rates:
         return [branch for (factor, _), branch in self.branches.items() if factor == self.factor]
 
     def seconds(self) -> float:
-        """Return the median seconds of a step over all branches."""
-        return statistics.median(branch.seconds for branch in self.branches.values() if branch.points)
+        """Return the seconds of a step, those of the fastest branch."""
+        return min(branch.seconds for branch in self.branches.values() if branch.points)
 
     def curve(self, factor: float | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Return the smoothed curve of all seeds at a factor, or at the best: logarithms of steps, and losses."""

@@ -63,6 +63,7 @@ def _rates(panel: "Axes", findings: Findings) -> None:
         known = [factor for factor in factors if math.isfinite(each.loss(factor))]
         panel.plot(known, [each.loss(factor) for factor in known], "o-", label=f"batch {size:,}")
     panel.set_xscale("log", base=2)
+    panel.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
     if best := findings.best():
         panel.axvline(best.factor, color="tab:green", linestyle="--", label=f"recommended: {best.factor:.2g}")
 

@@ -28,13 +28,16 @@ from batchwise.tasks.task import Task
 
 PARTS = 4  # micro-batches of a batch; the noise scale comes from their gradients
 SHORTEST = 80
-"""The fewest steps of a branch at the configured batch size: fewer say little, by the noise of the loss."""
+"""The fewest steps of a branch at the configured batch size, with the usual budget: fewer say little, by the noise."""
+USUAL = 0.25
+"""The usual budget."""
 FEWEST_STEPS = 20
 """The fewest steps of a branch at the batch size of the first guess."""
 BRANCHES = 30
 """Branches of full length that the budget is divided by."""
-VALIDATED = 4096
-"""The most examples that are validated. With more, the loss of training says it: no branch sees an example twice."""
+VALIDATED = 0.4
+"""The most validation examples, as a share of those of a branch. With more, which take longer than the branch, the loss
+of training says it: in so large a data set, a branch sees hardly an example twice."""
 LEAST = 3
 """The fewest batch sizes: two figures, the noise scale and the fewest steps, come from them."""
 WIDER = 2
@@ -152,16 +155,17 @@ class Search:
         say: Callable[[str], None],
     ) -> None:
         self._trainer, self._task, self._data, self._findings = trainer, task, data, findings
-        self._budget, self._agreed, self._say = budget, agreed, say
+        self._agreed, self._say = agreed, say
         val = data.split("val")
-        self._validates = val is not None and len(val) <= VALIDATED
-        self._knee = findings.knee().examples
+        examples = min(data.total_examples(), 20 * len(data.split("train") or ()))
+        most, least = math.ceil(examples / findings.batch_size), round(SHORTEST * min(1.0, budget / USUAL))
+        steps = max(least, FEWEST_STEPS, round(examples * budget / BRANCHES / findings.batch_size))
+        self._steps, self._knee = min(most, steps), findings.knee().examples
+        self._validates = val is not None and len(val) <= VALIDATED * self._steps * findings.batch_size
 
     def go(self) -> None:
         """Search, and add what is found to the findings."""
-        findings, own = self._findings, self._findings.batch_size
-        examples = min(self._data.total_examples(), 20 * len(self._data.split("train") or ()))
-        steps = min(max(SHORTEST, round(examples * self._budget / BRANCHES / own)), math.ceil(examples / own))
+        findings, own, steps = self._findings, self._findings.batch_size, self._steps
         factor = self._rates(own, steps, 1.0)
         if self._task._couples:
             return
