@@ -64,9 +64,11 @@ def why_none(findings: Findings, task: Task) -> str:
 
 def shown(findings: Findings, batch_size: int) -> str:
     """Return the best learning rate of a batch size, in words."""
-    rates = findings.rates.get(batch_size)
-    factor = findings.factor(batch_size)
-    if rates and (branch := rates.best()[0]).noted:
+    if not findings.sets_rates():
+        return "as configure_optimizers of the task sets it, at any batch size"
+    rates, factor = findings.rates.get(batch_size), findings.factor(batch_size)
+    if rates:
+        branch = rates.best()[0]
         return f"{branch.rate / branch.factor * factor:.3g} ({factor:.2g} times that of the configuration)"
     return f"{factor:.2g} times that of the configuration"
 
@@ -120,10 +122,13 @@ def leave(folder: Path, findings: Findings, task: Task, data: DataModule, rates:
     sizes: dict[str, int | None] = {"batch_size": best.batch_size, "micro_batch_size": micro_batch}
     if data.batch_tokens is not None:
         sizes["batch_tokens"] = None  # or it would contradict `batch_size`
-    model: dict[str, Any] = {"reference_batch_size": task._rates.scaling.reference or findings.batch_size}
-    if rates:
-        model["optimizer"] = {"init_args": {name: float(f"{rate * best.factor:.3g}") for name, rate in rates.items()}}
-    overlay = {"trainer": {"accumulate_grad_batches": None}, "data": sizes, "model": model}
+    overlay: dict[str, Any] = {"trainer": {"accumulate_grad_batches": None}, "data": sizes}
+    if findings.sets_rates():
+        model: dict[str, Any] = {"reference_batch_size": task._rates.scaling.reference or findings.batch_size}
+        if rates:
+            new = {name: float(f"{rate * best.factor:.3g}") for name, rate in rates.items()}
+            model["optimizer"] = {"init_args": new}
+        overlay["model"] = model
     head = "# tune recommends; the learning rate is that of reference_batch_size, and follows the batch\n"
     (folder / "tuned.yaml").write_text(head + yaml.safe_dump(overlay, sort_keys=False))
     print(f"use it:     --config {folder / 'tuned.yaml'}")

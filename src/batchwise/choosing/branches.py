@@ -135,7 +135,8 @@ class Rates:
         self.batch_size, self.steps, self._train, self._validates = batch_size, steps, train, validates
         self.branches: dict[tuple[float, int], Branch] = {}
 
-    def _run(self, factor: float, seed: int) -> None:
+    def run(self, factor: float, seed: int) -> None:
+        """Train a branch, unless that has been done."""
         if (factor, seed) not in self.branches:
             others = [branch for (_, other), branch in self.branches.items() if other == seed]
             whole = [branch for branch in others if branch.points and branch.points[-1][0] >= self.steps]
@@ -154,7 +155,7 @@ class Rates:
         The best and those beside it are tried once more, with another order of the examples.
         """
         for factor in (middle, middle * 2, middle / 2):
-            self._run(factor, 0)
+            self.run(factor, 0)
             if not self.branches[factor, 0].noted:
                 return
         for _ in range(WIDEST):
@@ -162,12 +163,12 @@ class Rates:
             best = self.factor
             if factors[0] < best < factors[-1]:
                 break
-            self._run(best / 2 if best == factors[0] else best * 2, 0)
+            self.run(best / 2 if best == factors[0] else best * 2, 0)
         for _ in range(2):  # the second seed may move the best rate by one
             best = self.factor
             for factor in (best, best / 2, best * 2):
-                self._run(factor, 0)
-                self._run(factor, 1)
+                self.run(factor, 0)
+                self.run(factor, 1)
 
     @property
     def factor(self) -> float:

@@ -63,6 +63,10 @@ class Findings:
     rates: dict[int, Rates] = field(default_factory=dict)
     """The branches of each batch size that was tried."""
 
+    def sets_rates(self) -> bool:
+        """Return whether rates were tried; they were not if `configure_optimizers` of the task sets them."""
+        return any(branch.noted for each in self.rates.values() for branch in each.branches.values())
+
     # What fits and what is fast
 
     def knee(self) -> Size:

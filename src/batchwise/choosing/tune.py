@@ -80,7 +80,15 @@ def tune(
         budget: examples of the short trainings, as a share of those of the training; small trainings take more.
         memory_gib: memory that each device may use, in GiB; None: most of what is free.
         rates: the learning rates in the configuration of the optimizer, by the names of its arguments.
+
+    Raises:
+        ValueError: the task has several optimizers, or too few examples.
     """
+    if task._players() != [()]:
+        raise ValueError(
+            "tune compares losses, and with several optimizers no loss says how far training is: "
+            "compare batch sizes by a metric of yours, with sweep"
+        )
     launcher = trainer.strategy.launcher
     if launcher is None:
         return _tune(trainer, task, data, budget, memory_gib, rates)
@@ -202,6 +210,8 @@ class Search:
         """Search for the rate of a batch size, and return it as a factor."""
         rates = Rates(size, steps, lambda branch: self._train(branch, self._knee, []), self._validates)
         rates.search(middle)
+        if size == self._findings.batch_size:
+            rates.run(1.0, 0)  # how far the configuration gets
         self._findings.rates[size] = rates
         return rates.factor
 

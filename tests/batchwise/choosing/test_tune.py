@@ -158,7 +158,7 @@ def test_a_branch_that_is_far_behind_ends_early() -> None:
     rates.search(1.0)
     ends = {factor: branch.points[-1][0] for (factor, _), branch in rates.branches.items()}
     assert ends[1.0] == 200
-    rates._run(1 / 32, 0)
+    rates.run(1 / 32, 0)
     assert rates.branches[1 / 32, 0].points[-1][0] <= 110
     assert rates.loss(1 / 32) > rates.loss(1.0)
 
@@ -204,6 +204,21 @@ def test_where_the_gradient_disagrees_the_range_is_wider() -> None:
     assert other.high > one.high
     assert any(line.startswith("these disagree") for line in sentences(disagree, other))
     assert not any(line.startswith("these disagree") for line in sentences(agree, one))
+
+
+def test_rates_that_the_task_sets_are_left_alone() -> None:
+    class Own(World):
+        def train(self, branch: Branch) -> None:
+            super().train(branch)
+            branch.noted = 0
+
+    world = Own()
+    findings = world.findings(16, 64, 256)
+    assert {factor for _, factor, _ in world.trained} == {1.0}
+    best = findings.best()
+    assert best is not None
+    assert best.factor == 1.0
+    assert "as configure_optimizers of the task sets it" in sentences(findings, best)[0]
 
 
 def test_two_batch_sizes_say_nothing() -> None:

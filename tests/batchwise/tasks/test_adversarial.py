@@ -102,6 +102,12 @@ def test_a_gan_is_exact_however_it_is_run(gan: tuple[object, ...]) -> None:
             assert max(abs(ours[step] - theirs[step]) for step in ours) < 1e-12, (name, column)
 
 
+def test_tune_has_no_loss_to_go_by(gan: tuple[object, ...]) -> None:
+    result = run_here("tune", *gan[1:])
+    assert result.code == 2
+    assert "with several optimizers no loss says how far training is" in result.err
+
+
 def test_a_gan_resumes_on_another_topology(gan: tuple[object, ...]) -> None:
     run = (*gan, "--model.schedule.shape", "constant")
     whole = run_here(*run, "--trainer.max_epochs", 3, "--name", "whole")
