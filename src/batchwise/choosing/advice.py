@@ -59,6 +59,8 @@ def why_none(findings: Findings, task: Task) -> str:
     """Return why there is no recommendation though all was measured."""
     if task._couples:
         return "the loss couples the examples of a batch, so that another batch is another loss"
+    if not findings.rates:
+        return "the loss was not finite at any rate"
     return f"only {len(findings.rates)} batch sizes could be tried, and three are needed"
 
 

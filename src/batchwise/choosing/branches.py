@@ -114,6 +114,8 @@ def smoothed(points: list[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray]:
     """
     from sklearn.isotonic import isotonic_regression
 
+    if not points:  # it diverged, or was never begun
+        return np.zeros(1), np.full(1, math.inf)
     steps, losses = (np.array(each, float) for each in zip(*sorted(points), strict=True))
     return np.log(steps), isotonic_regression(np.where(np.isfinite(losses), losses, 1e30), increasing=False)
 

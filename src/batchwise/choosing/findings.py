@@ -58,8 +58,6 @@ class Findings:
     noise: list[tuple[int, Estimate]] = field(default_factory=list)
     """Examples seen, and the noise scale of the batches before."""
     all_fit: bool = False
-    overhead: float = 0.0
-    """Seconds of an optimizer step without forward and backward passes."""
     rates: dict[int, Rates] = field(default_factory=dict)
     """The branches of each batch size that was tried."""
 
@@ -86,7 +84,7 @@ class Findings:
     def seconds(self, batch_size: int) -> float:
         """Return the seconds of a step: as measured in the branches, or beyond them by the passes."""
         if not self.rates:
-            return self.passes(batch_size) + self.overhead
+            return self.passes(batch_size)
         sizes = sorted(self.rates)
         within = min(max(batch_size, sizes[0]), sizes[-1])
         times = np.log([self.rates[size].seconds() for size in sizes])

@@ -175,7 +175,7 @@ class Search:
         """Search, and add what is found to the findings."""
         findings, own, steps = self._findings, self._findings.batch_size, self._steps
         factor = self._rates(own, steps, 1.0)
-        if self._task._couples:
+        if self._task._couples or not findings.rates:
             return
         part = max(findings.unit, own // PARTS // findings.unit * findings.unit)
         noise = NoiseScale(every_n_steps=1)
@@ -212,7 +212,8 @@ class Search:
         rates.search(middle)
         if size == self._findings.batch_size:
             rates.run(1.0, 0)  # how far the configuration gets
-        self._findings.rates[size] = rates
+        if math.isfinite(rates.loss(rates.factor)):
+            self._findings.rates[size] = rates
         return rates.factor
 
     def _train(self, branch: Branch, micro_batch: int, callbacks: list[Callback]) -> None:

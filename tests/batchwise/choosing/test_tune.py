@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import small
 import torch
 import yaml
 from helpers import CSV, DIGITS, TWO, run_here, run_process
@@ -17,7 +18,7 @@ from helpers import CSV, DIGITS, TWO, run_here, run_process
 from batchwise.batching.noise import Estimate
 from batchwise.choosing import fits, speed
 from batchwise.choosing import tune as tuning
-from batchwise.choosing.advice import sentences
+from batchwise.choosing.advice import sentences, why_none
 from batchwise.choosing.branches import Branch, Rates
 from batchwise.choosing.findings import Findings
 from batchwise.choosing.fits import Size, what_fits
@@ -72,7 +73,6 @@ def machine(**settings: Any) -> Findings:
             "batch_size": 64,
             "largest": 512,
             "sizes": [Size(16, 0, 1000.0), Size(32, 0, 2000.0), Size(64, 0, 2050.0)],
-            "overhead": 0.01,
             **settings,
         }
     )
@@ -88,13 +88,13 @@ def test_what_follows_from_the_noise_scale(monkeypatch: pytest.MonkeyPatch) -> N
     assert choices[64].steps == 2  # at the noise scale, twice the least of steps and of examples
     assert choices[64].examples == 2
     ratio = choices[64].seconds / choices[256].seconds
-    assert ratio == pytest.approx(2 * (0.01 + 64 / 2000) / (1.25 * (0.01 + 256 / 2000)))
+    assert ratio == pytest.approx(2 * (64 / 2000) / (1.25 * (256 / 2000)))
     assert min(choice.seconds for choice in choices.values()) == 1
     assert choices[findings.first_guess()].seconds == 1
     findings.devices = 4  # each of which has a quarter
     choices = {choice.batch_size: choice for choice in findings.by_noise()}
     ratio = choices[64].seconds / choices[256].seconds
-    assert ratio == pytest.approx(2 * (0.01 + 16 / 1000) / (1.25 * (0.01 + 64 / 2000)))
+    assert ratio == pytest.approx(2 * (16 / 1000) / (1.25 * (64 / 2000)))
 
 
 class World:
@@ -219,6 +219,15 @@ def test_rates_that_the_task_sets_are_left_alone() -> None:
     assert best is not None
     assert best.factor == 1.0
     assert "as configure_optimizers of the task sets it" in sentences(findings, best)[0]
+
+
+def test_what_never_trains_is_said() -> None:
+    findings, world = machine(), World(most=0.0)
+    rates = Rates(64, 20, world.train, True)
+    rates.search(1.0)
+    assert math.isinf(rates.loss(rates.factor))
+    assert findings.best() is None
+    assert why_none(findings, small.Classify(small.network())) == "the loss was not finite at any rate"
 
 
 def test_two_batch_sizes_say_nothing() -> None:
