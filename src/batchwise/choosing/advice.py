@@ -71,8 +71,12 @@ def shown(findings: Findings, batch_size: int) -> str:
     rates, factor = findings.rates.get(batch_size), findings.factor(batch_size)
     if rates:
         branch = rates.best()[0]
-        return f"{branch.rate / branch.factor * factor:.3g} ({factor:.2g} times that of the configuration)"
-    return f"{factor:.2g} times that of the configuration"
+        return f"{branch.rate / branch.factor * factor:.3g} ({_times(factor)} that of the configuration)"
+    return f"{_times(factor)} that of the configuration"
+
+
+def _times(factor: float) -> str:
+    return f"{factor:.2g} times" if factor < 10 else f"{factor:,.0f} times"
 
 
 def tried(findings: Findings) -> str:

@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import grid
 import problems
 import pytest
 import study_regret
@@ -26,7 +27,7 @@ def test_the_study_runs_and_goes_on(monkeypatch: pytest.MonkeyPatch, capsys: pyt
         sys, "argv", ["study_regret.py", "--problems", "digits", "--optimizers", "SGD", "--seeds", "2", "--folder", "s"]
     )
     study_regret.main()
-    runs = list(study_regret.read(Path("s/runs.jsonl")))
+    runs = list(grid.read(Path("s/runs.jsonl")))
     assert {run.size for run in runs} >= {64, 256}
     keys = [(run.size, run.factor, run.seed) for run in runs]
     assert len(keys) == len(set(keys))
@@ -36,7 +37,7 @@ def test_the_study_runs_and_goes_on(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert (said["size"], said["factor"]) in {(run.size, run.factor) for run in runs}
     assert "developed on, tune: geometric mean" in out
     study_regret.main()
-    assert len(list(study_regret.read(Path("s/runs.jsonl")))) == len(runs)  # nothing is trained again
+    assert len(list(grid.read(Path("s/runs.jsonl")))) == len(runs)  # nothing is trained again
     again = capsys.readouterr().out
     assert [line for line in again.splitlines() if "|" in line] == [line for line in out.splitlines() if "|" in line]
 
@@ -53,8 +54,8 @@ def test_characters() -> None:
 
 @pytest.mark.parametrize("name", problems.PROBLEMS)
 def test_each_problem_trains(name: str, tmp_path: Path) -> None:
-    grid = study_regret.Grid(name, "AdamW", tmp_path / "runs.jsonl")
-    grid.examples = 256
-    run = grid.train(64, 1.0, 0)
+    own = grid.Grid(name, "AdamW", tmp_path / "runs.jsonl")
+    own.examples = 256
+    run = own.train(64, 1.0, 0)
     assert run.step_seconds > 0
-    assert list(study_regret.read(tmp_path / "runs.jsonl")) == [run]
+    assert list(grid.read(tmp_path / "runs.jsonl")) == [run]
