@@ -46,7 +46,7 @@ class Branch(Callback):
         """Groups whose rate the branch has set; 0: the task's own `configure_optimizers` sets them."""
         self.diverged = False
         self.seconds = math.inf
-        """Seconds of a step, on the slowest device: longer than a fifth of them, so that other work counts little."""
+        """The median seconds of a step, on the slowest device."""
         self._times: list[float] = []
         self._losses: list[float] = []
         self._next, self._lap = 1, 0.0
@@ -91,7 +91,7 @@ class Branch(Callback):
 
     def agree(self, largest: Callable[[float], float]) -> None:
         """End: all devices take the time of the slowest."""
-        self.seconds = largest(float(np.quantile(self._times, 0.2)) if self._times else 0.0)
+        self.seconds = largest(statistics.median(self._times[1:] or self._times or [0.0]))
 
     def at(self, step: float) -> float:
         """Return the smoothed loss after some steps."""
@@ -136,6 +136,8 @@ class Rates:
     def __init__(self, batch_size: int, steps: int, train: Train, validates: bool) -> None:
         self.batch_size, self.steps, self._train, self._validates = batch_size, steps, train, validates
         self.branches: dict[tuple[float, int], Branch] = {}
+        self.times: list[float] = []
+        """Seconds of a step, measured in turn with other batch sizes."""
 
     def run(self, factor: float, seed: int) -> None:
         """Train a branch, unless that has been done."""
@@ -196,8 +198,8 @@ class Rates:
         return [branch for (factor, _), branch in self.branches.items() if factor == self.factor]
 
     def seconds(self) -> float:
-        """Return the seconds of a step, those of the fastest branch."""
-        return min(branch.seconds for branch in self.branches.values() if branch.points)
+        """Return the seconds of a step."""
+        return statistics.median(self.times or [each.seconds for each in self.branches.values() if each.points])
 
     def curve(self, factor: float | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Return the smoothed curve of all seeds at a factor, or at the best: logarithms of steps, and losses."""

@@ -40,6 +40,8 @@ VALIDATED = 0.4
 of training says it: in so large a data set, a branch sees hardly an example twice."""
 LEAST = 3
 """The fewest batch sizes: two figures, the noise scale and the fewest steps, come from them."""
+ROUNDS, TIMED = 7, 12
+"""Rounds in which the steps of all batch sizes are timed, and steps in each."""
 WIDER = 2
 """Batch sizes that are added while the best one is at an end, each four times as large or as small."""
 
@@ -173,6 +175,14 @@ class Search:
 
     def go(self) -> None:
         """Search, and add what is found to the findings."""
+        self._search()
+        for _ in range(ROUNDS):  # in turn, so that other work on the machine falls on all alike
+            for size, rates in self._findings.rates.items():
+                branch = Branch(size, rates.factor, 0, TIMED, None, False)
+                self._train(branch, self._knee, [])
+                rates.times.append(branch.seconds)
+
+    def _search(self) -> None:
         findings, own, steps = self._findings, self._findings.batch_size, self._steps
         factor = self._rates(own, steps, 1.0)
         if self._task._couples or not findings.rates:
