@@ -52,7 +52,9 @@ def report(console: Console, findings: Findings, task: Task, lacks: str, seconds
         print(line)
     if math.isfinite(examples):
         training = examples / best.batch_size * findings.seconds(best.batch_size)
-        print(f"tune took {seconds:.1f} s, {seconds / training:.2g} of the time of the training")
+        share = seconds / training
+        relative = f"{share:.0%} of the time of" if share < 1 else f"{share:,.0f} times as long as"
+        print(f"tune took {seconds:.1f} s, {relative} the training")
 
 
 def why_none(findings: Findings, task: Task) -> str:

@@ -35,7 +35,7 @@ class Advice(NamedTuple):
 
     batch_size: int
     low: int
-    """The smallest and the largest batch size that are as good, within 5% of the time."""
+    """The smallest and the largest batch size that are as good."""
     high: int
     factor: float
     """On the configured rate."""
@@ -166,17 +166,23 @@ class Findings:
         ratio = fitted[1] / fitted[0] / noise if fitted[0] else math.inf
         return not 1 / FAR <= ratio <= FAR
 
-    def best(self) -> Advice | None:
-        """Return the batch size of the least predicted time, and those whose time is within 5% of it.
+    def unsure(self) -> float:
+        """Return how far a time may be off, as a share: half the distance of the quartiles of its measurements."""
+        quartiles = [np.quantile(each.times, (0.25, 0.5, 0.75)) for each in self.rates.values() if each.times]
+        return max((float((high - low) / middle / 2) for low, middle, high in quartiles), default=0.0)
 
-        Where noise scale and branches disagree, it follows the branches, and the range has what either finds as good.
+    def best(self) -> Advice | None:
+        """Return the batch size of the least predicted time, and those whose time is as good.
+
+        That is within 5% of it, and more where other work on the machine makes the seconds of a step unsure. Where
+        noise scale and branches disagree, it follows the branches, and the range has what either finds as good.
         """
         choices, fitted = self.choices(), self.fitted()
         if not choices or fitted is None:
             return None
         size = min(choices, key=lambda choice: choice.seconds).batch_size
-        also = self.by_noise() if self.disagree() else []
-        as_good = [choice.batch_size for choice in (*choices, *also) if choice.seconds <= NEAR]
+        also, near = self.by_noise() if self.disagree() else [], NEAR + self.unsure()
+        as_good = [choice.batch_size for choice in (*choices, *also) if choice.seconds <= near]
         own = self.rates.get(self.batch_size)
         theirs = self.steps(self.batch_size, 1.0) * own.seconds() if own else math.inf
         gain = theirs / ((fitted[0] + fitted[1] / size) * self.seconds(size))
