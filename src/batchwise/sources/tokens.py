@@ -147,7 +147,7 @@ class _Split:
         lengths = np.array(self.lengths, np.int64)
         blocks = len(lengths)
         if packing == "cut":
-            self.file.write(self._padding(-lengths.sum() % capacity))
+            self.file.write(self._padding(-int(lengths.sum()) % capacity))
             blocks = -(-int(lengths.sum()) // capacity)
         self.file.close()
         if packing is None:
