@@ -285,6 +285,8 @@ def test_digits_from_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(speed, "_TURN", speed._TURN)  # which the module changes
     monkeypatch.setattr(verbs, "tune", verbs.tune)
     import_module("watched")
+    monkeypatch.setattr(tuning, "SHORTEST", 30)
+    monkeypatch.setattr(tuning, "ROUNDS", 2)
     result = run_here("tune", *DIGITS, *CSV, "--trainer.accelerator", "cpu", "--model.optimizer.init_args.lr", 1e-4)
     assert result.code == 0, result.err
     assert Path("same-0").read_text() == "True"  # nothing is changed

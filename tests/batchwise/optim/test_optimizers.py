@@ -15,7 +15,10 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+@pytest.mark.parametrize(
+    "optimizer",
+    [pytest.param(made, id=name, marks=[pytest.mark.weekly] * (name != "lars")) for name, made in OPTIMIZERS.items()],
+)
 def test_digits_are_learned_at_a_large_batch_and_a_resume_is_exact(optimizer: str) -> None:
     common = ("fit", *DIGITS, *CSV, "--model.optimizer", optimizer, "--data.batch_size", 256)
     common = (*common, "--model.schedule", "{shape: constant, warmup_examples: 2000}")

@@ -153,6 +153,7 @@ print(float((found - expected).abs().max()), float(numpy.abs(again - expected.nu
 """
 
 
+@pytest.mark.weekly  # the plain run has the commands of docs/lightning.md
 def test_the_file_runs_without_this_project(trained: Result) -> None:
     loaded = batchwise.load(trained.folder / "checkpoints" / "best.ckpt")
     inputs, _ = loaded.data.load("test")  # type: ignore[misc]

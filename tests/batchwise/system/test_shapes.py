@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from helpers import Result, run_here
 
+from batchwise.choosing import speed, tune
+
 SHAPES = {
     "Dicts": "Images", "Tuples": "Images", "Lists": "Images", "Collated": "Images",
     "Series": "Lengths", "Tokens": "Words",
@@ -52,7 +54,9 @@ def test_inspect(data: str) -> None:
     assert kinds.get(data, "") in result.out
 
 
-def test_tune() -> None:
+def test_tune(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "_TURN", 0.01)  # seconds
+    monkeypatch.setattr(tune, "ROUNDS", 1)
     result = run("tune", "Lists")
     assert "what fits, what is fast" in result.out
     assert (result.folder / "tune.png").exists()
