@@ -62,8 +62,7 @@ def ask(optimizer: Callable[..., Any], settings: dict[str, Any], seed: int) -> t
     if advice is None or fitted is None:
         return noise or 0.0, 0.0, "none", ""
     said = sentences(findings, advice)
-    critical = fitted[1] / fitted[0] if fitted[0] else float("inf")
-    return noise or 0.0, critical, said[0], " ".join(line for line in said[2:] if line.startswith("these"))
+    return noise or 0.0, fitted.noise_scale, said[0], " ".join(line for line in said[2:] if line.startswith("these"))
 
 
 def main() -> None:

@@ -14,12 +14,15 @@ from batchwise.data.module import DataModule
 from batchwise.tasks.task import Task
 
 
-def report(console: Console, findings: Findings, task: Task, lacks: str, seconds: float, examples: float) -> None:
+def report(
+    console: Console, findings: Findings, best: Advice | None, task: Task, lacks: str, seconds: float, examples: float
+) -> None:
     """Print the findings.
 
     Args:
         console: for the tables.
         findings: the measurements.
+        best: the recommendation; None: there is none.
         task: the task to be trained.
         lacks: the reason why something was not measured; empty if all was.
         seconds: what the measurements took.
@@ -33,12 +36,11 @@ def report(console: Console, findings: Findings, task: Task, lacks: str, seconds
     console.print(table)
     end = "all of the training examples at once" if findings.all_fit else "more would not fit"
     print(f"largest micro-batch that was run: {findings.sizes[-1].examples:,} ({end})")
-    best = findings.best()
     if best is None:
         print(f"no batch size is recommended ({lacks or why_none(findings, task)})")
-        if rates := findings.rates.get(findings.batch_size):
+        if findings.batch_size in findings.rates:
             print(f"learning rate at batch_size {findings.batch_size}: {shown(findings, findings.batch_size)}")
-            print(tried(findings) if rates.branches else "")
+            print(tried(findings))
         return
     table = Table("batch_size", "steps", "examples", "time", "", title="to a target, against the least", box=None)
     for choice in findings.choices():
@@ -71,8 +73,7 @@ def shown(findings: Findings, batch_size: int) -> str:
     if not findings.sets_rates():
         return "as configure_optimizers of the task sets it, at any batch size"
     rates, factor = findings.rates.get(batch_size), findings.factor(batch_size)
-    if rates:
-        branch = rates.best()[0]
+    if rates and (branch := rates.best()[0]).rate is not None:
         return f"{branch.rate / branch.factor * factor:.3g} ({_times(factor)} that of the configuration)"
     return f"{_times(factor)} that of the configuration"
 
@@ -94,8 +95,7 @@ def sentences(findings: Findings, best: Advice) -> list[str]:
     said = [f"batch_size {best.batch_size}{spread}; learning rate: {shown(findings, best.batch_size)}"]
     fitted, noise = findings.fitted(), findings.noise_scale()
     assert fitted is not None
-    critical = fitted[1] / fitted[0] if fitted[0] else math.inf
-    branches = f"{critical:,.0f} examples" if math.isfinite(critical) else "larger than could be seen"
+    branches = f"{fitted.noise_scale:,.0f} examples" if fitted.least else "larger than could be seen"
     gradient = "not known" if noise is None else f"about {noise:,.0f}"
     said.append(f"gradient noise scale: by the short trainings {branches}, by the gradient {gradient}")
     if findings.disagree():
@@ -111,19 +111,21 @@ def sentences(findings: Findings, best: Advice) -> list[str]:
     return said
 
 
-def leave(folder: Path, findings: Findings, task: Task, data: DataModule, rates: dict[str, float]) -> None:
+def leave(
+    folder: Path, findings: Findings, best: Advice | None, task: Task, data: DataModule, rates: dict[str, float]
+) -> None:
     """Draw the picture, and write the overlay if there is something to change.
 
     Args:
         folder: the run's folder.
         findings: the measurements.
+        best: the recommendation; None: there is none.
         task: the task to be trained.
         data: its data.
         rates: the learning rates in the configuration of the optimizer, by the names of its arguments.
     """
-    draw(folder / "tune.png", findings)
+    draw(folder / "tune.png", findings, best)
     print(f"look at it: {folder / 'tune.png'}")
-    best = findings.best()
     if best is None or best.gain <= NEAR:
         return
     micro_batch = max(findings.unit, min(findings.share(best.batch_size), findings.knee().examples))

@@ -40,10 +40,8 @@ class Branch(Callback):
         self.batch_size, self.factor, self.seed, self.steps = batch_size, factor, seed, steps
         self.rival, self.validates = rival, validates
         self.points: list[tuple[int, float]] = []
-        self.rate = math.nan
-        """The rate of the first group, at this batch size."""
-        self.noted = 0
-        """Groups whose rate the branch has set; 0: the task's own `configure_optimizers` sets them."""
+        self.rate: float | None = None
+        """The rate of the first group, at this batch size; None: the task's own `configure_optimizers` sets it."""
         self.diverged = False
         self.seconds = math.inf
         """The median seconds of a step, on the slowest device."""
@@ -56,7 +54,7 @@ class Branch(Callback):
         if batch.step == 0:
             rates = pl_module._rates
             rates.base = [rate * self.factor for rate in rates.base]
-            self.rate, self.noted = (rates.base or [math.nan])[0], len(rates.base)
+            self.rate = rates.base[0] if rates.base else None
             self._lap = perf_counter()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Task, outputs: object, batch: Batch, batch_idx: int) -> None:
@@ -123,7 +121,7 @@ def smoothed(points: list[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray]:
 Train = Callable[[Branch], None]
 
 
-class Rates:
+class Branches:
     """The branches of one batch size.
 
     Args:
@@ -160,7 +158,7 @@ class Rates:
         """
         for factor in (middle, middle * 2, middle / 2):
             self.run(factor, 0)
-            if not self.branches[factor, 0].noted:
+            if self.branches[factor, 0].rate is None:
                 return
         for _ in range(WIDEST):
             factors = sorted({factor for factor, _ in self.branches})

@@ -5,33 +5,34 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from batchwise.choosing.findings import Findings
-from batchwise.choosing.trials import Result
+from batchwise.choosing.findings import Advice, Findings
+from batchwise.choosing.trials import Fit, Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def draw(path: Path, findings: Findings) -> None:
+def draw(path: Path, findings: Findings, best: Advice | None) -> None:
     """Draw the answer and three panels of evidence as a PNG. A panel stays empty if nothing is known for it.
 
     Args:
         path: path of the file.
         findings: the findings of `tune`.
+        best: the recommendation; None: there is none.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(17, 4.4), dpi=110, layout="constrained")
     panels = figure.subplots(1, 4, width_ratios=[1.5, 1, 1, 1])
     for panel, fill in zip(panels, (_answer, _rates, _gradient, _speed), strict=True):
-        fill(panel, findings)
+        fill(panel, findings, best)
         if panel.get_legend_handles_labels()[0]:  # below the panel, away from the points
             panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
     figure.savefig(path)
 
 
-def _answer(panel: "Axes", findings: Findings) -> None:
-    best, choices = findings.best(), findings.choices()
+def _answer(panel: "Axes", findings: Findings, best: Advice | None) -> None:
+    choices = findings.choices()
     panel.set(title="Time to a target", xlabel="batch_size (examples)", ylabel="times as long as the fastest")
     if best is None:
         panel.text(0.5, 0.5, "no batch size is recommended", ha="center", transform=panel.transAxes)
@@ -39,7 +40,7 @@ def _answer(panel: "Axes", findings: Findings) -> None:
     panel.plot([each.batch_size for each in choices], [each.seconds for each in choices], "-", label="by the fit")
     fitted = findings.fitted()
     assert fitted is not None
-    unit = min((fitted[0] + fitted[1] / each.batch_size) * findings.seconds(each.batch_size) for each in choices)
+    unit = min(fitted.steps(each.batch_size) * findings.seconds(each.batch_size) for each in choices)
     times = {size: findings.steps(size) * each.seconds() / unit for size, each in findings.rates.items()}
     panel.plot(list(times), list(times.values()), "o", label="short trainings, best rate")
     if best.low < best.high:
@@ -56,7 +57,7 @@ def _answer(panel: "Axes", findings: Findings) -> None:
     panel.set_yticks([], minor=True)
 
 
-def _rates(panel: "Axes", findings: Findings) -> None:
+def _rates(panel: "Axes", findings: Findings, best: Advice | None) -> None:
     panel.set(title="Which learning rate", xlabel="times the rate of the configuration", ylabel="loss at the end")
     for size, each in sorted(findings.rates.items()):
         factors = sorted({factor for factor, _ in each.branches})
@@ -64,11 +65,11 @@ def _rates(panel: "Axes", findings: Findings) -> None:
         panel.plot(known, [each.loss(factor) for factor in known], "o-", label=f"batch {size:,}")
     panel.set_xscale("log", base=2)
     panel.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
-    if best := findings.best():
+    if best:
         panel.axvline(best.factor, color="tab:green", linestyle="--", label=f"recommended: {best.factor:.2g}")
 
 
-def _gradient(panel: "Axes", findings: Findings) -> None:
+def _gradient(panel: "Axes", findings: Findings, best: Advice | None) -> None:
     known = [(seen, each) for seen, each in findings.noise if not each.lost]
     lost = [(seen, each) for seen, each in findings.noise if each.lost]
     if known:
@@ -80,14 +81,14 @@ def _gradient(panel: "Axes", findings: Findings) -> None:
         bounds = [each.low for _, each in lost]
         panel.plot([seen for seen, _ in lost], bounds, "^", color="tab:orange", label="more than")
     fitted = findings.fitted()
-    if fitted and fitted[0]:
-        label = f"by the short trainings: {fitted[1] / fitted[0]:,.0f}"
-        panel.axhline(max(1.0, fitted[1] / fitted[0]), color="tab:green", linestyle="--", label=label)
+    if fitted and fitted.least:
+        label = f"by the short trainings: {fitted.noise_scale:,.0f}"
+        panel.axhline(max(1.0, fitted.noise_scale), color="tab:green", linestyle="--", label=label)
     panel.set(xlabel="examples seen", ylabel="gradient noise scale (examples)", title="What the gradient says")
     panel.set_yscale("log")
 
 
-def _speed(panel: "Axes", findings: Findings) -> None:
+def _speed(panel: "Axes", findings: Findings, best: Advice | None) -> None:
     knee = findings.knee()
     panel.plot([size.examples for size in findings.sizes], [size.speed for size in findings.sizes], "o-")
     panel.axvline(knee.examples, color="tab:green", linestyle="--", label=f"knee: {knee.examples}")
@@ -95,13 +96,13 @@ def _speed(panel: "Axes", findings: Findings) -> None:
     panel.set_ylim(bottom=0)
 
 
-def draw_sweep(path: Path, found: list[Result], curve: tuple[float, float] | None, target: str) -> None:
+def draw_sweep(path: Path, found: list[Result], curve: Fit | None, target: str) -> None:
     """Draw steps, examples and seconds to the target against the batch size as a PNG.
 
     Args:
         path: path of the file.
         found: a result for each batch size.
-        curve: (S, E) of the prediction, steps = S + E / batch size.
+        curve: the prediction.
         target: the target, for the title.
     """
     from matplotlib.figure import Figure
@@ -122,11 +123,11 @@ def draw_sweep(path: Path, found: list[Result], curve: tuple[float, float] | Non
         )
         panel.plot(sizes, [getattr(each, name) for each in reached], "o-", label="median")
         if curve:
-            steps = [curve[0] + curve[1] / size for size in sizes]
+            steps = [curve.steps(size) for size in sizes]
             cost: dict[str, Sequence[float]] = {"steps": [1] * len(sizes), "examples": sizes}
             cost["seconds"] = [each.seconds / each.steps for each in reached]
             predicted = [a * b for a, b in zip(steps, cost[name], strict=True)]
-            label = f"fit: S (1 + N / B), N = {curve[1] / curve[0]:,.0f}" if curve[0] else "fit: E / B"
+            label = f"fit: S (1 + N / B), N = {curve.noise_scale:,.0f}" if curve.least else "fit: E / B"
             panel.plot(sizes, predicted, "--", color="tab:orange", label=label)
         never = [each.batch_size for each in found if math.isinf(each.steps)]
         if never:

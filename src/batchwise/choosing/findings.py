@@ -9,9 +9,9 @@ import numpy as np
 
 from batchwise.batching.noise import Estimate
 from batchwise.choosing import fits
-from batchwise.choosing.branches import Rates
+from batchwise.choosing.branches import Branches
 from batchwise.choosing.fits import Size
-from batchwise.choosing.trials import least_squares
+from batchwise.choosing.trials import Fit, least_squares
 
 NEAR = 1.05
 """A predicted time counts as good as the least if it is at most so many times as long."""
@@ -58,12 +58,12 @@ class Findings:
     noise: list[tuple[int, Estimate]] = field(default_factory=list)
     """Examples seen, and the noise scale of the batches before."""
     all_fit: bool = False
-    rates: dict[int, Rates] = field(default_factory=dict)
+    rates: dict[int, Branches] = field(default_factory=dict)
     """The branches of each batch size that was tried."""
 
     def sets_rates(self) -> bool:
         """Return whether rates were tried; they were not if `configure_optimizers` of the task sets them."""
-        return any(branch.noted for each in self.rates.values() for branch in each.branches.values())
+        return any(branch.rate is not None for each in self.rates.values() for branch in each.branches.values())
 
     # What fits and what is fast
 
@@ -108,7 +108,7 @@ class Findings:
         """Return the costs of each batch size by the noise scale alone (McCandlish et al. 2018, equation 2.11)."""
         noise = self.noise_scale()
         sizes = [2**power for power in range(2, self.largest.bit_length())]
-        return [] if noise is None else self._choices(sizes, 1.0, noise)
+        return [] if noise is None else self._choices(sizes, Fit(1.0, noise))
 
     def first_guess(self) -> int:
         """Return the batch size of the least time by the noise scale; without one, the configured batch size."""
@@ -128,8 +128,8 @@ class Findings:
         found = [self.rates[batch_size].steps_to(level, factor) for level in self.levels()]
         return math.exp(sum(map(math.log, found)) / len(found))
 
-    def fitted(self) -> tuple[float, float] | None:
-        """Return (S, E) of steps = S + E / B to the levels, from at least three batch sizes."""
+    def fitted(self) -> Fit | None:
+        """Return the fit to the steps to the levels, from at least three batch sizes."""
         found = {size: self.steps(size) for size in self.rates}
         return least_squares({size: steps for size, steps in found.items() if math.isfinite(steps)})
 
@@ -140,14 +140,14 @@ class Findings:
             return []
         low, high = min(self.rates), max(self.rates)
         sizes = {2**power for power in range(2, high.bit_length()) if low <= 2**power <= high}
-        return self._choices(sorted({*sizes, *self.rates}), *fitted)
+        return self._choices(sorted({*sizes, *self.rates}), fitted)
 
-    def _choices(self, sizes: list[int], least: float, examples: float) -> list[Choice]:
+    def _choices(self, sizes: list[int], fitted: Fit) -> list[Choice]:
         found = []
         for size in sizes:
-            steps = least + examples / size
-            relative = steps / least if least else steps
-            found.append(Choice(size, relative, steps * size / (examples or 1), steps * self.seconds(size)))
+            steps = fitted.steps(size)
+            costs = (steps / (fitted.least or 1), steps * size / (fitted.examples or 1), steps * self.seconds(size))
+            found.append(Choice(size, *costs))
         fastest = min((choice.seconds for choice in found), default=1.0)
         return [choice._replace(seconds=choice.seconds / fastest) for choice in found]
 
@@ -163,8 +163,7 @@ class Findings:
         noise, fitted = self.noise_scale(), self.fitted()
         if noise is None or fitted is None:
             return False
-        ratio = fitted[1] / fitted[0] / noise if fitted[0] else math.inf
-        return not 1 / FAR <= ratio <= FAR
+        return not 1 / FAR <= fitted.noise_scale / noise <= FAR
 
     def unsure(self) -> float:
         """Return how far a time may be off, as a share: half the distance of the quartiles of its measurements."""
@@ -185,5 +184,5 @@ class Findings:
         as_good = [choice.batch_size for choice in (*choices, *also) if choice.seconds <= near]
         own = self.rates.get(self.batch_size)
         theirs = self.steps(self.batch_size, 1.0) * own.seconds() if own else math.inf
-        gain = theirs / ((fitted[0] + fitted[1] / size) * self.seconds(size))
+        gain = theirs / (fitted.steps(size) * self.seconds(size))
         return Advice(size, min(as_good), max(as_good), self.factor(size), gain)

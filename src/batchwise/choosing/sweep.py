@@ -222,10 +222,10 @@ def report(console: Console, found: list[trials.Result], target: str, budget: in
         if math.isinf(each.steps):
             row = [row[0], "none", row[2], "-", "-", f">{budget:,}", "-", "never"]
         else:
-            predicted = f"{curve[0] + curve[1] / each.batch_size:,.0f}" if curve else "-"
+            predicted = f"{curve.steps(each.batch_size):,.0f}" if curve else "-"
             mark = "fastest" if each.seconds == least else ""
             row += [f"{each.steps:,.0f}", predicted, f"{each.examples:,.0f}", f"{each.seconds:.3g}", mark]
         table.add_row(*row)
     console.print(table)
-    if curve and curve[0]:
-        print(f"steps = {curve[0]:,.1f} (1 + {curve[1] / curve[0]:,.0f} / batch_size), fitted")
+    if curve and curve.least:
+        print(f"steps = {curve.least:,.1f} (1 + {curve.noise_scale:,.0f} / batch_size), fitted")

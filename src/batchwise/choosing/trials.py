@@ -91,16 +91,31 @@ def results(runs: list[Run]) -> list[Result]:
     return found
 
 
-def fit(found: list[Result]) -> tuple[float, float] | None:
-    """Return (S, E) of steps = S + E / B; see `least_squares`."""
+class Fit(NamedTuple):
+    """Steps to a target by batch size: S + E / B (McCandlish et al. 2018, equation 2.11)."""
+
+    least: float
+    """S, the least number of steps."""
+    examples: float
+    """E, the least number of examples."""
+
+    @property
+    def noise_scale(self) -> float:
+        """The batch size that takes twice the least steps, and twice the least examples."""
+        return self.examples / self.least if self.least else math.inf
+
+    def steps(self, batch_size: int) -> float:
+        """Return the steps at a batch size."""
+        return self.least + self.examples / batch_size
+
+
+def fit(found: list[Result]) -> Fit | None:
+    """Return the fit to the batch sizes that reached the target; see `least_squares`."""
     return least_squares({each.batch_size: each.steps for each in found if math.isfinite(each.steps)})
 
 
-def least_squares(steps: dict[int, float]) -> tuple[float, float] | None:
-    """Return (S, E) of steps = S + E / B, by least squares of the relative errors.
-
-    S is the least number of steps, and E the least number of examples: McCandlish et al. 2018, equation 2.11, S (1 +
-    B_noise / B), with B_noise = E / S. None: fewer than three batch sizes.
+def least_squares(steps: dict[int, float]) -> Fit | None:
+    """Return the fit with the least squares of the relative errors; None: there are fewer than three batch sizes.
 
     Args:
         steps: steps to a target, by batch size.
@@ -111,7 +126,7 @@ def least_squares(steps: dict[int, float]) -> tuple[float, float] | None:
 
     sizes, counts = np.array(list(steps), float), np.array(list(steps.values()))
     least, _ = nnls(np.stack([1 / counts, 1 / (sizes * counts)], 1), np.ones(len(steps)))
-    return float(least[0]), float(least[1])
+    return Fit(float(least[0]), float(least[1]))
 
 
 def read(path: Path) -> list[Run]:

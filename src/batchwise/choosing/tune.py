@@ -19,7 +19,7 @@ from batchwise.batching.noise import FEWEST
 from batchwise.callbacks.noise_scale import NoiseScale
 from batchwise.choosing import fits, short
 from batchwise.choosing.advice import leave, report
-from batchwise.choosing.branches import Branch, Rates
+from batchwise.choosing.branches import Branch, Branches
 from batchwise.choosing.findings import Findings
 from batchwise.choosing.speed import Stopwatch, Way
 from batchwise.data.module import DataModule
@@ -135,9 +135,9 @@ def _tune(
         except (KeyboardInterrupt, SystemExit):  # Lightning turns the former into the latter
             lacks = "interrupted"
     if findings.sizes and trainer.is_global_zero:
-        examples = data.total_examples()
-        report(console, findings, task, lacks, perf_counter() - started, examples)
-        leave(Path(trainer.default_root_dir), findings, task, data, rates)
+        best = findings.best()
+        report(console, findings, best, task, lacks, perf_counter() - started, data.total_examples())
+        leave(Path(trainer.default_root_dir), findings, best, task, data, rates)
     return findings
 
 
@@ -174,7 +174,7 @@ class Search:
         self._validates = val is not None and len(val) <= VALIDATED * self._steps * findings.batch_size
 
     def go(self) -> None:
-        """Search, and add what is found to the findings."""
+        """Train the branches, and time the steps of each batch size. The results go into the findings."""
         self._search()
         for _ in range(ROUNDS):  # in turn, so that other work on the machine falls on all alike
             for size, rates in self._findings.rates.items():
@@ -218,7 +218,7 @@ class Search:
 
     def _rates(self, size: int, steps: int, middle: float) -> float:
         """Search for the rate of a batch size, and return it as a factor."""
-        rates = Rates(size, steps, lambda branch: self._train(branch, self._knee, []), self._validates)
+        rates = Branches(size, steps, lambda branch: self._train(branch, self._knee, []), self._validates)
         rates.search(middle)
         if size == self._findings.batch_size:
             rates.run(1.0, 0)  # how far the configuration gets

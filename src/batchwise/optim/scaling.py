@@ -94,7 +94,7 @@ class Scaling:
     def _changes(
         self, optimizer: Optimizer, group: dict[str, Any], batch_size: int, rule: str
     ) -> dict[str, tuple[str, Any, str]]:
-        """Return the key in the group, the new value and the source, by the name of what follows."""
+        """Return what changes in a group: by its name, the key, the new value and the source of the rule."""
         assert self.reference is not None
         ratio, most = batch_size / self.reference, self.limit or max(batch_size, self.reference)
         growth = min(batch_size, most) / min(self.reference, most)

@@ -67,7 +67,7 @@ class Exported(NamedTuple):
 
 
 def export(task: Task, data: DataModule, fetch: Fetch, path: Path, kind: Format) -> Exported:
-    """Write the file, for any number of examples. It is written only if its outputs are those of the task.
+    """Write the file, if it gives the same outputs as the task. It takes any number of examples at once.
 
     Args:
         task: trained, on the host.

@@ -13,7 +13,7 @@ from jsonargparse import Namespace
 from batchwise.checkpoints import read_checkpoint
 from batchwise.choosing import batches
 from batchwise.choosing.sweep import Recipe, sweep
-from batchwise.choosing.tune import tune
+from batchwise.choosing.tune import USUAL, tune
 from batchwise.data.module import DataModule
 from batchwise.errors import mistakes
 from batchwise.ranges import OpenUnitInterval, PositiveFloat, PositiveInt
@@ -82,7 +82,11 @@ class CommandTrainer(Trainer):
                 print(f"published: {publishing.publish(file, config, checkpoint, inputs, found.outputs, push)}")
 
     def tune(
-        self, model: Task, datamodule: DataModule, budget: PositiveFloat = 0.25, memory_gib: PositiveFloat | None = None
+        self,
+        model: Task,
+        datamodule: DataModule,
+        budget: PositiveFloat = USUAL,
+        memory_gib: PositiveFloat | None = None,
     ) -> None:
         """Choose batch size and learning rate by memory, speed, gradient noise and short trainings.
 

@@ -112,7 +112,7 @@ class Rates:
         self._set = [group["lr"] for group in groups]
 
     def _follow(self, task: "Task", batch_size: int) -> None:
-        """Set what follows the batch, for a batch size. The result depends on the size alone."""
+        """Set the rate and all other settings that follow the batch to their values at a batch size."""
         optimizer = self._optimizer
         assert optimizer is not None
         groups = optimizer.param_groups[: len(self._settings)]

@@ -19,7 +19,7 @@ from batchwise.batching.noise import Estimate
 from batchwise.choosing import fits, speed
 from batchwise.choosing import tune as tuning
 from batchwise.choosing.advice import sentences, why_none
-from batchwise.choosing.branches import Branch, Rates
+from batchwise.choosing.branches import Branch, Branches
 from batchwise.choosing.findings import Findings
 from batchwise.choosing.fits import Size, what_fits
 from batchwise.choosing.speed import Way
@@ -113,7 +113,7 @@ class World:
 
     def train(self, branch: Branch) -> None:
         self.trained.append((branch.batch_size, branch.factor, branch.seed))
-        branch.rate, branch.noted = 0.1 * branch.factor, 1
+        branch.rate = 0.1 * branch.factor
         branch.seconds = self.overhead + branch.batch_size * 1e-5
         branch.diverged = branch.factor > self.most
         off = math.log2(branch.factor / self.best)
@@ -129,7 +129,7 @@ class World:
     def findings(self, *sizes: int, **settings: Any) -> Findings:
         findings = machine(**settings)
         for size in sizes:
-            rates = Rates(size, max(2, round(30 * (1 + self.noise / size))), self.train, True)
+            rates = Branches(size, max(2, round(30 * (1 + self.noise / size))), self.train, True)
             rates.search(1.0)
             findings.rates[size] = rates
         return findings
@@ -154,7 +154,7 @@ def test_a_rate_that_diverges_is_not_taken() -> None:
 
 def test_a_branch_that_is_far_behind_ends_early() -> None:
     world = World(best=1.0)
-    rates = Rates(64, 200, world.train, True)
+    rates = Branches(64, 200, world.train, True)
     rates.search(1.0)
     ends = {factor: branch.points[-1][0] for (factor, _), branch in rates.branches.items()}
     assert ends[1.0] == 200
@@ -210,7 +210,7 @@ def test_rates_that_the_task_sets_are_left_alone() -> None:
     class Own(World):
         def train(self, branch: Branch) -> None:
             super().train(branch)
-            branch.noted = 0
+            branch.rate = None
 
     world = Own()
     findings = world.findings(16, 64, 256)
@@ -223,7 +223,7 @@ def test_rates_that_the_task_sets_are_left_alone() -> None:
 
 def test_what_never_trains_is_said() -> None:
     findings, world = machine(), World(most=0.0)
-    rates = Rates(64, 20, world.train, True)
+    rates = Branches(64, 20, world.train, True)
     rates.search(1.0)
     assert math.isinf(rates.loss(rates.factor))
     assert findings.best() is None
