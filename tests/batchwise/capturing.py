@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from batchwise import MicroBatch
+from batchwise.batching.schedule import Milestones
 from batchwise.optim.schedule import Schedule
 
 
@@ -62,6 +63,11 @@ RIGHT: dict[str, Any] = {
     "ghost batch norm": lambda: ({"network": norms, "ghost_batch_size": 4}, {"micro_batch_size": 4}, {}),
     "weights": lambda: ({"task": Weighted}, {"micro_batch_size": 3}, {}),
     "thaw": lambda: ({}, {}, {"callbacks": [Thaw()]}),
+    "larger batches": lambda: (
+        {"reference_batch_size": 64},
+        {"batch_size_schedule": Milestones([24], [0.5]), "micro_batch_size": 4},
+        {},
+    ),
     "reference": lambda: ({"reference_batch_size": 64, "decay_matrices_only": True}, {}, {}),
 }
 
