@@ -2,6 +2,7 @@
 
     python scripts/lab/kill.py              # kills 50 runs with 2 processes: about 10 minutes on 2 cores
     python scripts/lab/kill.py --kills 6
+    python scripts/lab/kill.py --shards     # the data is in shards, and a cache holds half of them
 
 A chain is a sequence of runs on the digits, in float64, with dropout and a short last batch. All processes of a run are
 killed in a step, while a checkpoint is written, or in validation. The same command then goes on, with another number of
@@ -48,6 +49,9 @@ from kill_trace import (
     what_was_hit,
 )
 
+from batchwise.sources.digits import Digits
+from batchwise.sources.shard_writing import write_shards
+
 LAB = Path(__file__).resolve().parent
 CONFIGS = (LAB / "digits.yaml", LAB / "csv.yaml")
 EPOCHS, SAVE_EVERY, VALIDATE_EVERY = 4, 3, 5
@@ -83,7 +87,7 @@ def make_chain(choice: random.Random, kills: int, processes: list[int], same: bo
     return runs
 
 
-def start(run: Run, folder: Path, trace: str, popen: Any) -> Any:
+def start(run: Run, folder: Path, trace: str, popen: Any, data: dict[str, Any]) -> Any:
     """Start `python -m batchwise fit ... --ckpt_path last` as a process group of its own."""
     last = {"class_path": "batchwise.callbacks.checkpoint.Last", "init_args": {"every_n_steps": SAVE_EVERY}}
     trainer = {
@@ -97,9 +101,8 @@ def start(run: Run, folder: Path, trace: str, popen: Any) -> Any:
     }
     sizes = {"batch_size": BATCH_SIZE, "micro_batch_size": run.micro_batch_size, "num_workers": run.num_workers}
     overlay = Path(f"{trace}.yaml")
-    overlay.write_text(
-        json.dumps({"trainer": trainer, "data": {"class_path": "kill_trace.Source", "init_args": sizes}})
-    )
+    source = data | {"init_args": sizes | data.get("init_args", {})}
+    overlay.write_text(json.dumps({"trainer": trainer, "data": source}))
     command = [sys.executable, "-m", "batchwise", "fit", "--ckpt_path", "last"]
     command += [word for file in (*CONFIGS, overlay) for word in ("--config", str(file))]
     path = os.pathsep.join(filter(None, [str(LAB), os.environ.get("PYTHONPATH")]))
@@ -135,7 +138,7 @@ def wait_for_moment(run: Run, process: Any, trace: str) -> int:
     return now
 
 
-def run_chain(runs: list[Run], folder: Path, popen: Any) -> Report:
+def run_chain(runs: list[Run], folder: Path, popen: Any, data: dict[str, Any]) -> Report:
     """Run a chain in a new folder; return its report, which has not been compared with the uninterrupted run yet."""
     folder.mkdir()
     report, trace = Report(), ""
@@ -144,7 +147,7 @@ def run_chain(runs: list[Run], folder: Path, popen: Any) -> Report:
             break
         trace, first = str(folder / f"{number}"), look_at_checkpoints(folder, report)
         report.afresh += number > 0 and first == 0
-        process, now = start(run, folder, trace, popen), 0
+        process, now = start(run, folder, trace, popen, data), 0
         try:
             if run.phase is None:
                 wait(process)
@@ -163,7 +166,23 @@ def run_chain(runs: list[Run], folder: Path, popen: Any) -> Report:
     return report
 
 
-def torture(chains: list[list[Run]], folder: Path, jobs: int = 2, popen: Any = subprocess.Popen) -> list[Report]:
+def in_shards(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Write the digits as shards; return them as data in memory, and as shards with a cache that holds half of them."""
+    digits = Digits(batch_size=BATCH_SIZE)
+    index = write_shards(digits, folder / "shards", 0.004)
+    files = sorted(shard.size for shard in index.of("train"))
+    window = {"class_path": "batchwise.batching.shards.BlockShuffled", "init_args": {"window": len(files) // 5}}
+    given = {"path": str(folder / "shards"), "inputs": "inputs", "target": "targets", "order": window}
+    cached = {"cache": str(folder / "cache"), "cache_gib": sum(files) / 2 / 2**30}
+    return (
+        {"class_path": "kill_trace.Whole", "init_args": given},
+        {"class_path": "kill_trace.Sharded", "init_args": given | cached},
+    )
+
+
+def torture(
+    chains: list[list[Run]], folder: Path, jobs: int = 2, popen: Any = subprocess.Popen, shards: bool = False
+) -> list[Report]:
     """Run the uninterrupted run and the chains, `jobs` at a time; return their reports.
 
     Args:
@@ -171,12 +190,17 @@ def torture(chains: list[list[Run]], folder: Path, jobs: int = 2, popen: Any = s
         folder: an existing folder, for a sub-folder per chain.
         jobs: chains at a time.
         popen: starts a process; the tests have a quicker one than `subprocess.Popen`.
+        shards: the data is in shards, and for the uninterrupted run in memory.
     """
     HALT.clear()
+    source = {"class_path": "kill_trace.Source"}
+    whole, data = in_shards(folder) if shards else (source, source)
     with ThreadPoolExecutor(jobs) as pool:
         try:
-            reference = pool.submit(run_chain, [Run()], folder / "uninterrupted", popen)
-            running = [pool.submit(run_chain, runs, folder / f"chain_{i}", popen) for i, runs in enumerate(chains)]
+            reference = pool.submit(run_chain, [Run()], folder / "uninterrupted", popen, whole)
+            running = [
+                pool.submit(run_chain, runs, folder / f"chain_{i}", popen, data) for i, runs in enumerate(chains)
+            ]
             reports = [reference.result(), *(chain.result() for chain in running)]
         except BaseException:
             HALT.set()  # the chains then kill their processes and end
@@ -200,6 +224,7 @@ def main() -> int:
     parser.add_argument(
         "--processes", type=int, nargs="+", default=[1, 2, 3], help="numbers of processes to go on with after a kill"
     )
+    parser.add_argument("--shards", action="store_true", help="the data is in shards")
     parser.add_argument("--jobs", type=int, default=2, help="chains at a time")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
@@ -208,7 +233,7 @@ def main() -> int:
         chains.append(make_chain(choice, 4, arguments.processes, same=len(chains) % 3 == 2))
         planned += sum(run.phase is not None and run.processes == 2 for run in chains[-1])
     folder, begun = Path(tempfile.mkdtemp(prefix="kill_")), time.monotonic()
-    reports = torture(chains, folder, arguments.jobs)
+    reports = torture(chains, folder, arguments.jobs, shards=arguments.shards)
     print(table(reports, time.monotonic() - begun))
     violations = [violation for report in reports for violation in report.violations]
     if violations:

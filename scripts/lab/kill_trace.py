@@ -5,7 +5,7 @@ import json
 import math
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from batchwise.batching.loader import MicroBatch
+from batchwise.batching.shards import BlockShuffled
 from batchwise.sources.digits import Digits
+from batchwise.sources.shard_files import opened, plain_table, read_shard
+from batchwise.sources.shards import Shards
 
 EXAMPLES, BATCH_SIZE = 1259, 100
 TOLERANCE = 1e-10
@@ -29,6 +33,39 @@ class Source(Digits):
         fields = super().load(split)
         assert fields is not None
         return TensorDataset(*fields) if self.num_workers else fields
+
+
+class Sharded(Shards):
+    """The digits in shards."""
+
+    def transform(self, batch: MicroBatch, training: bool) -> MicroBatch:
+        """Scale grey values to [0, 1]."""
+        return replace(batch, inputs=batch.inputs.to(torch.get_default_dtype()) / 16)
+
+
+class Whole(Sharded):
+    """The same in memory, in the same order, without a cache."""
+
+    def load(self, split: str) -> Any:
+        """Return the examples of all shards."""
+        shards = [read_shard(Path(str(self.store.local), shard.name), shard.name) for shard in self.index.of(split)]
+        if split == "train":
+            self.order = Within(self.order, torch.tensor([len(shard) for shard in shards]))
+        parts = [[torch.from_numpy(shard_columns[name]) for name in ("inputs", "targets")]
+                 for shard_columns in map(opened, map(plain_table, shards, ["a shard"] * len(shards)))]  # fmt: skip
+        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+class Within(BlockShuffled):
+    """`BlockShuffled` for examples that are in no files."""
+
+    def __init__(self, order: Any, shards: Tensor) -> None:
+        super().__init__(order.window)
+        self.own = shards
+
+    def prepare(self, *arguments: Any, **others: Any) -> Any:
+        """Set the sizes of the shards too."""
+        return super().prepare(*arguments[:6], shards=self.own)
 
 
 class Trace(pl.Callback):

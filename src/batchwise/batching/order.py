@@ -12,7 +12,8 @@ from batchwise.ranges import PositiveInt
 
 _STREAM = int.from_bytes(b"order", "big")  # salt that separates these random numbers from others with the same seed
 _BLOCK = 2**14  # positions computed at a time: 128 KiB, about a millisecond
-_AT_ONCE = 2**20  # most examples that are shuffled in one piece: 8 MiB, 30 ms
+AT_ONCE = 2**20
+"""Most examples that are shuffled in one piece: 8 MiB, 30 ms."""
 
 Sources = dict[str, range | Tensor]
 """The examples of each source, by its name: a range, or int64 [examples of the source]."""
@@ -30,6 +31,7 @@ class Order:
     labels: Tensor | None
     lengths: Tensor | None
     sources: Sources | None
+    shards: Tensor | None
     once: bool = False
     """True where an epoch has no example twice. What is drawn for an example then need not depend on its position."""
     copies: int = 1
@@ -43,6 +45,7 @@ class Order:
         labels: Tensor | None = None,
         lengths: Tensor | None = None,
         sources: Sources | None = None,
+        shards: Tensor | None = None,
     ) -> Self:
         """Set what is to be ordered. Call it once, before the first `indices`.
 
@@ -53,17 +56,18 @@ class Order:
             labels: class of each example, integers [examples]. Some orders need it.
             lengths: tokens of each example, int64 [examples]. `Bucketed` needs it.
             sources: examples of each source. `Mixture` needs them.
+            shards: number of examples in each file of the data set, int64 [shards]. `BlockShuffled` needs it.
 
         Raises:
             ValueError: a number is below one, the labels are not one integer per example, or the order needs labels,
-                lengths or sources that are not given.
+                lengths, sources or shards that are not given.
         """
         if examples < 1 or batch_size < 1:
             raise ValueError(f"an order needs at least 1 example and batch_size 1, not {examples} and {batch_size}")
         if labels is not None and (labels.shape != (examples,) or labels.is_floating_point()):
             raise ValueError(f"give labels as integers [{examples}], not {labels.dtype} {list(labels.shape)}")
         self.examples, self.batch_size, self.seed = examples, batch_size, seed
-        self.labels, self.lengths, self.sources = labels, lengths, sources
+        self.labels, self.lengths, self.sources, self.shards = labels, lengths, sources, shards
         self._setup()
         return self
 
@@ -156,11 +160,8 @@ class Shuffled(Blocks):
 
     def compute(self, epoch: int, positions: Tensor) -> Tensor:
         """Return one block of the shuffled examples."""
-        if self.examples <= _AT_ONCE:
-            key = self._key(epoch)
-            # NumPy's oldest generator is the only one whose numbers are promised to stay what they are (NEP 19).
-            generator = np.random.RandomState([key >> 32, key % 2**32])
-            return torch.from_numpy(generator.permutation(self.examples)).long()
+        if self.examples <= AT_ONCE:
+            return shuffled(self._key(epoch), self.examples)
         known = self._permutation
         if known is None or known[0] != epoch:
             known = self._permutation = epoch, Permutation(self._key(epoch), self.examples)
@@ -171,7 +172,7 @@ class Shuffled(Blocks):
         self._permutation: tuple[int, Permutation] | None = None
 
     def _block_size(self) -> int:
-        return self.examples if self.examples <= _AT_ONCE else super()._block_size()
+        return self.examples if self.examples <= AT_ONCE else super()._block_size()
 
 
 class Repeated(Order):
@@ -202,3 +203,9 @@ class Repeated(Order):
             nearest = f"{below} or {below + self.k}" if below else f"{self.k}"
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of k = {self.k} copies: take {nearest}")
         self._once = Shuffled().prepare(self.examples, self.batch_size // self.k, self.seed)
+
+
+def shuffled(key: int, count: int) -> Tensor:
+    """Return the numbers 0 to count-1 in a random order that the key names, int64 [count]."""
+    # NumPy's oldest generator is the only one whose numbers are promised to stay what they are (NEP 19).
+    return torch.from_numpy(np.random.RandomState([key >> 32, key % 2**32]).permutation(count)).long()

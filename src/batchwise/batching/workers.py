@@ -160,6 +160,8 @@ class _Reader(Dataset):
             try:
                 _seed(mix(seed, position))
                 examples = self.at_once(indices)
+            except DataError:
+                raise
             except Exception as error:  # perhaps of one unreadable example, which is found below
                 failure = error
             else:
@@ -190,6 +192,8 @@ class _Reader(Dataset):
                 return self.dataset[index], None
             made = self.at_once([index])
             return first(made) if isinstance(made, tuple) else made[0], None
+        except DataError:
+            raise
         except Exception as error:
             return None, said(error)
 

@@ -113,7 +113,7 @@ class Examples(Reserved, pl.LightningDataModule, ABC):
         """Return the examples of a split, loaded once."""
         if name not in self.__loaded:
             source = self.load("test" if name == "predict" and not self.has_predict_split else name)
-            collate = None if type(self).collate is Examples.collate else _Collate(self)
+            collate = None if type(self).collate is Examples.collate else OnWorkers(self, "collate")
             workers = self.num_workers, self.max_unreadable
             self.__loaded[name] = None if source is None else make_fetch(source, *workers, collate)
         return self.__loaded[name]
@@ -203,16 +203,22 @@ class Examples(Reserved, pl.LightningDataModule, ABC):
 _ONE = torch.ones(())
 
 
-class _Collate:
-    """A data module's `collate`. Where it is sent to another process, trainer and splits stay behind."""
+class OnWorkers:
+    """A method of a data module that processes which read call. Where it is sent there, trainer and splits stay behind.
 
-    def __init__(self, data: Examples) -> None:
-        self.data = data
+    Args:
+        data: the data module.
+        name: of the method, which takes one argument.
+    """
 
-    def __call__(self, examples: list) -> Any:
-        return self.data.collate(examples)
+    def __init__(self, data: Examples, name: str) -> None:
+        self.data, self.name = data, name
+
+    def __call__(self, argument: Any) -> Any:
+        """Call the method."""
+        return getattr(self.data, self.name)(argument)
 
     def __getstate__(self) -> dict[str, Any]:
         light = copy(self.data)
         light.trainer, light._Examples__loaded, light._Examples__fed = None, {}, {}  # type: ignore[attr-defined]
-        return {"data": light}
+        return {"data": light, "name": self.name}

@@ -174,6 +174,7 @@ class DataModule(Learning):
             labels=self.labels(),
             lengths=getattr(train, "lengths", None),
             sources=self.sources(),
+            shards=getattr(train, "shards", None),
             batch_size=self.batch_size,
             micro_batch_size=micro_batch_size,
             batch_tokens=self.batch_tokens,

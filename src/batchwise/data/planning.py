@@ -27,6 +27,7 @@ def make_plan(
     labels: Tensor | None,
     lengths: Tensor | None,
     sources: Sources | None,
+    shards: Tensor | None,
     batch_tokens: int | None,
     micro_batch_tokens: int | None,
     drop_last: bool,
@@ -44,6 +45,7 @@ def make_plan(
         labels: class of each, integers [examples]; None: not known.
         lengths: tokens of each, int64 [examples]; None: they are not sequences.
         sources: examples of each source; None: there is one.
+        shards: examples of each file, int64 [shards]; None: they are not in shards.
         batch_tokens: as in `DataModule`.
         micro_batch_tokens: most tokens on one device at once.
         drop_last: leave out the short batch.
@@ -67,7 +69,7 @@ def make_plan(
             sizes["batch_size"] = max(1, round(batch_tokens * len(lengths) / max(1, int(lengths.sum()))))
     batch_size = BatchPlan.derive(examples=examples, **sizes).batch_size
     # An order may deal classes into batches. It deals them into parts, and each batch is a whole number of parts.
-    order.prepare(examples, math.gcd(batch_size, *schedule.sizes), seed, labels, lengths, sources)
+    order.prepare(examples, math.gcd(batch_size, *schedule.sizes), seed, labels, lengths, sources, shards)
     plan = BatchPlan.derive(examples=len(order), drop_last=drop_last, **sizes)
     if lengths is not None:
         plan = SequencePlan.of(plan, lengths, order, batch_tokens=batch_tokens, micro_batch_tokens=micro_batch_tokens)

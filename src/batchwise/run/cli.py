@@ -34,7 +34,7 @@ LOGGER = {"class_path": "batchwise.run.wandb.WandbLogger"}
 
 
 class CLI(LightningCLI):
-    """`fit`, `validate`, `test`, `predict`, `inspect`, `tune`, `sweep` and `export`. Each run has a folder."""
+    """The verbs of Lightning, and `inspect`, `tune`, `sweep`, `export` and `shards`. Each run has a folder."""
 
     datamodule: DataModule
     model: Task
@@ -69,7 +69,7 @@ class CLI(LightningCLI):
         A known verb is returned alone, because making the parser of each takes 20 milliseconds.
         """
         own = {"model", "datamodule"}
-        verbs = LightningCLI.subcommands() | dict.fromkeys(("inspect", "tune", "sweep", "export"), own)
+        verbs = LightningCLI.subcommands() | dict.fromkeys(("inspect", "tune", "sweep", "export", "shards"), own)
         return {self.verb: verbs[self.verb]} if self.verb in verbs else verbs
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -187,6 +187,8 @@ class CLI(LightningCLI):
     def before_inspect(self) -> None:
         """Load the data alone, because a mistake in the model should not prevent a look at the data."""
         checks.load(self.trainer, self.model, self.datamodule, "fit")
+
+    before_shards = before_inspect
 
     def before_sweep(self) -> None:
         """Check, and tell the trainer how to make new models. `tune` takes the rates from it."""

@@ -27,6 +27,7 @@ commands:
   tune        choose the batch size: what fits, what is fast, what the gradient says
   sweep       train each batch size to a target, and see which is the fastest
   schema      write the schema from which an editor completes configurations
+  shards      make the index of a folder of shards (shards DIR), or write shards (shards --config FILE --path DIR)
   inspect     look at the batches without training, and find what is wrong with the data
 
 the flags that matter:
@@ -112,4 +113,6 @@ def main(name: str | None, arguments: list[str] | None = None) -> int:
     run = _load()
     if arguments[0] == "schema":
         return import_module("batchwise.run.schema").write(arguments[1:])
+    if arguments[0] == "shards" and len(arguments) > 1 and not arguments[1].startswith("-"):
+        return import_module("batchwise.run.indexing").index(arguments[1:])
     return run(arguments)

@@ -1,4 +1,4 @@
-"""The verbs of the command line that Lightning does not have: `inspect`, `tune` and `sweep`."""
+"""The verbs of the command line that Lightning does not have, such as `inspect`, `tune` and `sweep`."""
 
 import copy
 import hashlib
@@ -19,8 +19,10 @@ from batchwise.errors import mistakes
 from batchwise.ranges import OpenUnitInterval, PositiveFloat, PositiveInt
 from batchwise.run import publishing
 from batchwise.run.exporting import SUFFIXES, Format, export
+from batchwise.run.indexing import described
 from batchwise.run.loading import restored
 from batchwise.run.wandb import WandbLogger
+from batchwise.sources.shard_writing import write_shards
 from batchwise.tasks.task import Task
 from batchwise.trainer import Trainer
 
@@ -100,6 +102,19 @@ class CommandTrainer(Trainer):
         rates = self.recipe.rates if self.recipe else {}
         with mistakes():
             tune(self, model, datamodule, budget, memory_gib, rates)
+
+    def shards(self, model: Task, datamodule: DataModule, path: str, mib: PositiveFloat = 64.0) -> None:
+        """Write the examples of all splits as shards in a new folder, with their index.
+
+        Args:
+            model: is not used.
+            datamodule: has the examples.
+            path: the folder.
+            mib: size of a shard in MiB.
+        """
+        if self.is_global_zero:
+            with mistakes():
+                print(described(write_shards(datamodule, Path(path).expanduser(), mib)), flush=True)
 
     def sweep(
         self,

@@ -92,6 +92,15 @@ class Folder(Fractions):
         # Names need not be UTF-8, but a file of predictions is.
         return {"path": [os.fsencode(names[number]).decode(errors="replace") for number in numbers[index]]}
 
+    def stored(self, split: str, index: Tensor) -> dict[str, list]:
+        """Return the image files and the labels of some examples, [N], for shards."""
+        root, names, labels, _ = self._listing
+        numbers = self._index[split][index].tolist()
+        return {
+            "image": [(root / names[number]).read_bytes() for number in numbers],
+            "label": [labels[number] for number in numbers],
+        }
+
     @property
     def class_names(self) -> list[str]:  # type: ignore[override]
         """The labels that training has seen, in the order of their numbers. Labels that are numbers are sorted so."""

@@ -35,8 +35,7 @@ class Hub(Fractions):
     with one number per example become inputs [N, F]. Arrays are [N, ...]. Images are [N, channels, height, width], from
     -1 to 1. Targets are class numbers [N] (of the sorted labels, if labels are text), or floats.
 
-    For data that stays in an object store, let `load` of a data module of your own return a `StreamingDataset` of the
-    library `mosaicml-streaming`.
+    Data that stays in an object store is read by `batchwise.sources.shards.Shards`.
 
     Args:
         source: a .parquet, .json, .jsonl, .csv or .arrow file; a folder of such files, or of images by class; a folder
@@ -77,6 +76,17 @@ class Hub(Fractions):
         if not self._images:
             return batch
         return replace(batch, inputs=batch.inputs.to(torch.get_default_dtype()).div_(127.5).sub_(1))
+
+    def stored(self, split: str, index: Tensor) -> dict[str, Any]:
+        """Return the columns of some examples, [N], for shards. Images are their files, and labels texts."""
+        part = self._parts[split]
+        rows = part.view[part.index[index].tolist()]
+        if self._images:
+            (name,) = self.inputs
+            rows[name] = [image["bytes"] or Path(image["path"]).read_bytes() for image in rows[name]]
+        if self.class_names and not isinstance(rows[self.target][0], str):
+            rows[self.target] = [self.class_names[number] for number in rows[self.target]]
+        return rows
 
     def labels(self) -> Tensor | None:
         """Return the training targets [examples] if they are whole numbers."""

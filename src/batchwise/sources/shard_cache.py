@@ -1,0 +1,234 @@
+"""Shards on this machine: fetched once, checked, and kept in a folder of bounded size that all processes share."""
+
+import errno
+import os
+import shutil
+import time
+from contextlib import suppress
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+
+from batchwise.batching.fetch import DataError
+from batchwise.sources.shard_files import is_plain, plain_table, read_shard
+from batchwise.sources.shard_index import Shard, sha256
+from batchwise.sources.store import Store
+
+if TYPE_CHECKING:
+    from pyarrow import Table
+
+FORMAT = 1
+"""Version of the files in the cache."""
+TRIES = 3
+"""How often a shard is read that is missing or is another one than the index says."""
+ROOM = ".room"
+WORK = (".part", ".raw", ROOM)
+"""Endings of files that are being made: what is written, what has come, and a file as long as both will be."""
+LONGEST_WAIT = 30.0
+"""The most seconds between two tries, and before a line says that a shard is slow."""
+
+
+class WrongShard(ValueError):
+    """A shard is not what the index says."""
+
+
+class Cache:
+    """A folder of Arrow files, one for each shard that is in use, with the columns that are wanted.
+
+    A file has its name only when it is complete. While one process makes it, the others wait. What has not been used
+    for the longest time is deleted when room is needed. A file that is deleted stays readable to those who have it
+    open. An Arrow file on this machine is used where it is, once it was checked.
+
+    Args:
+        store: has the shards.
+        folder: of the cache.
+        limit: its most bytes.
+        columns: those that are kept.
+        patience: seconds for which a store is asked again that does not answer.
+    """
+
+    def __init__(self, store: Store, folder: Path, limit: int, columns: list[str], patience: float) -> None:
+        self.store, self.folder, self.limit, self.columns, self.patience = store, folder, limit, columns, patience
+
+    def prepare(self, shard: Shard) -> None:
+        """Have a shard ready for `open`: on this machine, and on the way from the disk to the memory."""
+        path = self._path(shard)
+        if not path.exists():
+            self.try_to_open(shard)
+        with suppress(FileNotFoundError), (self._direct(shard) or path).open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+
+    def open(self, shard: Shard) -> tuple[Path, "Table"]:
+        """Return a shard, which is mapped into memory, and its file in the cache. Errors are tried again.
+
+        Raises:
+            DataError: it is missing or damaged, the store does not answer, or the disk is full.
+        """
+        begun, tries = time.monotonic(), 0
+        while True:
+            try:
+                return self.try_to_open(shard)
+            except Exception as error:  # each store raises its own
+                tries += 1
+                self._judge(shard, error, tries, time.monotonic() - begun)
+                wait = min(LONGEST_WAIT, 2.0 ** (tries - 2))
+                print(f"shard {shard.name} cannot be read ({_said(error)}): trying again in {wait:.3g} s", flush=True)
+                time.sleep(wait)
+
+    def _judge(self, shard: Shard, error: Exception, tries: int, seconds: float) -> None:
+        """Raise what cannot be mended by another try."""
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DataError(
+                f"shard {shard.name} does not fit into data.cache {self.folder}: the disk is full; make room, write "
+                "another folder, or a smaller data.cache_gib"
+            ) from error
+        if isinstance(error, PermissionError) and str(self.folder) in str(error):
+            raise DataError(f"data.cache {self.folder} cannot be written: write another folder") from error
+        missing = isinstance(error, FileNotFoundError | PermissionError)
+        if tries >= TRIES and isinstance(error, WrongShard):
+            raise DataError(str(error)) from error
+        if tries >= TRIES and (missing or isinstance(error, ValueError)):
+            what = "is not there" if isinstance(error, FileNotFoundError) else f"cannot be read ({_said(error)})"
+            raise DataError(
+                f"shard {shard.name} of data.path {self.store.address} {what}: put it back, or make the index anew "
+                "with the command shards"
+            ) from error
+        if seconds > self.patience:
+            raise DataError(
+                f"shard {shard.name} of data.path {self.store.address} could not be read for {seconds:.0f} s "
+                f"({_said(error)}): --ckpt_path last goes on once it can be; data.patience says how long to wait"
+            ) from error
+
+    def try_to_open(self, shard: Shard) -> tuple[Path, "Table"]:
+        """Return a shard and its file in the cache, without a second try."""
+        path, direct = self._path(shard), self._direct(shard)
+        for _ in range(TRIES):  # another process may delete it in between
+            if not path.exists():
+                with self._lock(path):
+                    if not path.exists():
+                        self._make(shard, path, direct)
+            with suppress(FileNotFoundError):
+                os.utime(path)
+                return path, read_shard(direct or path, ".arrow" if direct is None else shard.name, self.columns)
+        raise FileNotFoundError(f"{path} was deleted again and again: write a larger data.cache_gib")
+
+    def _direct(self, shard: Shard) -> Path | None:
+        """Return the file of a shard that needs no copy."""
+        if self.store.local is None or not shard.name.endswith(".arrow"):
+            return None
+        path = self.store.local / shard.name
+        with suppress(ValueError):  # what is wrong with it is found when it is checked
+            return path if path.exists() and is_plain(read_shard(path, shard.name, self.columns)) else None
+        return None
+
+    def _path(self, shard: Shard) -> Path:
+        """Return the shard's file in the cache. Of a file that needs no copy, it says that it was checked."""
+        content: list[Any] = [FORMAT, shard.sha256, shard.bytes, shard.name.partition(".")[2], self.columns]
+        if self.store.local is not None:
+            path = self.store.local / shard.name
+            status = path.stat() if path.exists() else None
+            content += [str(path), status and (status.st_size, status.st_mtime_ns)]
+        return self.folder / f"{blake2b(repr(content).encode(), digest_size=12).hexdigest()}.arrow"
+
+    def _make(self, shard: Shard, path: Path, direct: Path | None) -> None:
+        """Fetch a shard, check it, and write its columns to the cache. The lock of `path` is held."""
+        part, raw, room = (path.with_suffix(ending) for ending in WORK)
+        local = self.store.local and self.store.local / shard.name
+        try:
+            if direct is not None:
+                self._check(shard, direct)
+                path.touch()
+                return
+            self._reserve(shard.size + (0 if local else shard.bytes), room)
+            if local is None:
+                self.store.get(shard.name, raw, _Slow(shard))
+            self._check(shard, local or raw)
+            if local is None and shard.name.endswith(".arrow") and is_plain(read_shard(raw, ".arrow", self.columns)):
+                raw.replace(path)
+                return
+            _write(plain_table(read_shard(local or raw, shard.name, self.columns), shard.name), part)
+            part.replace(path)
+        finally:
+            for left in (part, raw, room):
+                left.unlink(missing_ok=True)
+
+    def _check(self, shard: Shard, path: Path) -> None:
+        size = path.stat().st_size
+        if size != shard.bytes:
+            raise WrongShard(
+                f"shard {shard.name} has {size:,} bytes, and the index says {shard.bytes:,}: put the whole file back, "
+                "or make the index anew with the command shards"
+            )
+        found = sha256(path)
+        if found != shard.sha256:
+            raise WrongShard(
+                f"shard {shard.name} has changed (its hash is {found[:8]}, and the index says {shard.sha256[:8]}): put "
+                "it back, or make the index anew with the command shards"
+            )
+
+    def _reserve(self, need: int, room: Path) -> None:
+        """Delete what has not been used for the longest time, and reserve so many bytes with a file of that length.
+
+        Raises:
+            OSError: the disk has no room, whatever is deleted.
+        """
+        with FileLock(self.folder / "room.lock"):
+            free, total, kept = shutil.disk_usage(self.folder).free, 0, list[tuple[int, int, Path]]()
+            for path in self.folder.iterdir():
+                with suppress(FileNotFoundError):
+                    if path.suffix == ".arrow":
+                        kept.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+                        total += path.stat().st_size
+                    elif path.suffix in WORK and not self._in_work(path):
+                        path.unlink()  # of a process that was killed
+                    elif path.suffix == ROOM:
+                        total += path.stat().st_size
+            limit = min(self.limit, total + free)
+            for _, size, path in sorted(kept):
+                if total + need <= limit:
+                    break
+                if size:
+                    path.unlink(missing_ok=True)
+                    total, free = total - size, free + size
+            if need > free:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            with room.open("wb") as file:
+                file.truncate(need)
+
+    def _lock(self, path: Path, timeout: float = -1) -> FileLock:
+        return FileLock(self.folder / f"{path.name[:2]}.lock", timeout)
+
+    def _in_work(self, path: Path) -> bool:
+        try:
+            with self._lock(path, 0):
+                return False
+        except Timeout:
+            return True
+
+
+def _write(table: "Table", path: Path) -> None:
+    from pyarrow import OSFile, ipc
+
+    with OSFile(str(path), "wb") as file, ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+
+
+def _said(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+class _Slow:
+    """Says at times that a shard is slow."""
+
+    def __init__(self, shard: Shard) -> None:
+        self._shard, self._begun, self._bytes, self._next = shard, time.monotonic(), 0, LONGEST_WAIT
+
+    def __call__(self, count: int) -> None:
+        self._bytes += count
+        seconds = time.monotonic() - self._begun
+        if seconds > self._next:
+            self._next *= 2
+            speed = self._bytes / seconds / 1e6
+            print(f"shard {self._shard.name} is slow: {self._bytes:,} bytes in {seconds:.0f} s, {speed:.3g} MB/s")

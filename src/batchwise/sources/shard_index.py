@@ -1,0 +1,230 @@
+"""The index of a folder of shards: how many examples each file has, what is in the columns, and a hash of each."""
+
+import hashlib
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rich.progress import MofNCompleteColumn, Progress
+
+from batchwise.data.split import ALIASES
+from batchwise.sources.shard_files import ENDINGS, read_shard
+from batchwise.sources.store import Store
+
+if TYPE_CHECKING:
+    from pyarrow import Table
+
+FORMAT = 1
+"""Version of the file."""
+FILE = "shards.json"
+PART = "shards.json.part"
+MOST_VALUES = 10_000
+"""The most different values of a column of which the index has a list."""
+AT_ONCE = 4
+"""Shards that are read side by side."""
+SAVED = 5.0
+"""Seconds between two writes of what is known so far."""
+
+
+class Shard(NamedTuple):
+    """A file of examples."""
+
+    name: str
+    """Within the folder."""
+    split: str
+    examples: int
+    bytes: int
+    """Of the file."""
+    size: int
+    """Bytes of its columns, decompressed."""
+    sha256: str
+
+
+@dataclass
+class Column:
+    """What is known of a column, over all shards."""
+
+    type: str
+    values: list[Any] | None = None
+    """The different whole numbers or texts; None: there are too many, or it has something else."""
+    alike: float = 0.0
+    """The share of the variance of these values that is between training shards. 1: each shard has one value."""
+    wrong: str = ""
+    """The first shard with values that are missing or not finite, and how many rows; empty: there is none."""
+
+
+@dataclass
+class Index:
+    """The shards of a folder."""
+
+    shards: list[Shard] = field(default_factory=list)
+    columns: dict[str, Column] = field(default_factory=dict)
+
+    def of(self, split: str) -> list[Shard]:
+        """Return the shards of a split, in the order of their names."""
+        return [shard for shard in self.shards if shard.split == split]
+
+
+def read_index(store: Store) -> Index:
+    """Return the index of a folder.
+
+    Raises:
+        ValueError: there is none, it cannot be read, or it is of another version.
+    """
+    command = f"python -m project shards {store.address}"
+    try:
+        found = json.loads(store.read(FILE))
+    except FileNotFoundError as error:
+        raise ValueError(f"data.path {store.address} has no {FILE}: {command} makes it") from error
+    except ValueError as error:
+        raise ValueError(
+            f"{FILE} in data.path {store.address} is damaged ({error}): {command} makes it anew"
+        ) from error
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        version = found.get("format") if isinstance(found, dict) else None
+        raise ValueError(
+            f"{FILE} in data.path {store.address} is of version {version}, and this reads {FORMAT}: "
+            f"{command} makes it anew"
+        )
+    columns = {name: Column(**column) for name, column in found["columns"].items()}
+    return Index([Shard(*shard) for shard in found["shards"]], columns)
+
+
+def split_of(name: str) -> str:
+    """Return the split of a shard by its folder or by the first word of its name; "train" if they say nothing."""
+    folder, _, file = name.rpartition("/")
+    words = [*folder.split("/"), file.replace("_", "-").replace(".", "-").split("-")[0]]
+    return next((ALIASES[word.lower()] for word in words if word.lower() in ALIASES), "train")
+
+
+def make_index(store: Store) -> Index:
+    """Read all shards of a folder, and write the index. What an interrupted call has read is not read again.
+
+    Raises:
+        ValueError: there are no shards, one cannot be read, or their columns differ.
+    """
+    names = [name for name in store.names() if name.endswith(ENDINGS)]
+    if not names:
+        raise ValueError(f"{store.address} has no shards: write a folder of files that end in {', '.join(ENDINGS)}")
+    known = {entry["shard"][0]: entry for entry in _so_far(store)}
+    sizes = {name: store.size(name) for name in names}
+    known = {name: entry for name, entry in known.items() if sizes.get(name) == entry["shard"][3]}
+    bar = Progress(*Progress.get_default_columns(), MofNCompleteColumn(), disable=not sys.stdout.isatty())
+    task, saved = bar.add_task("reading shards", total=len(names), completed=len(known)), perf_counter()
+    with bar, TemporaryDirectory() as folder, ThreadPoolExecutor(AT_ONCE) as threads:
+        due = [name for name in names if name not in known]
+        try:
+            for entry in threads.map(lambda name: _look(store, name, Path(folder)), due):
+                known[entry["shard"][0]] = entry
+                bar.advance(task)
+                if perf_counter() - saved > SAVED:
+                    store.write(PART, json.dumps(list(known.values())).encode())
+                    saved = perf_counter()
+                    if bar.disable:
+                        print(f"{len(known):,} of {len(names):,} shards read", flush=True)
+        except BaseException:
+            threads.shutdown(cancel_futures=True)
+            store.write(PART, json.dumps(list(known.values())).encode())
+            raise
+    index = _joined([known[name] for name in names])
+    store.write(FILE, json.dumps({"format": FORMAT, **asdict(index)}, indent=0).encode())
+    store.remove(PART)
+    return index
+
+
+def _so_far(store: Store) -> list[dict[str, Any]]:
+    try:
+        return json.loads(store.read(PART))
+    except (FileNotFoundError, ValueError):
+        return []
+
+
+def sha256(path: Path) -> str:
+    """Return the hash of a file, as the index has it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+
+
+def _look(store: Store, name: str, folder: Path) -> dict[str, Any]:
+    """Read a shard, and return what the index needs of it."""
+    path = store.local / name if store.local else folder / name.replace("/", "_")
+    if store.local is None:
+        store.get(name, path, lambda count: None)
+    table = read_shard(path, name)
+    entry = Shard(name, split_of(name), len(table), path.stat().st_size, table.nbytes, sha256(path))
+    columns = {column: _described(table, column) for column in table.column_names}
+    del table
+    if store.local is None:
+        path.unlink()
+    return {"shard": list(entry), "columns": columns}
+
+
+def _described(table: "Table", name: str) -> dict[str, Any]:
+    from pyarrow import compute, types
+
+    column = table.column(name)
+    kind, values = column.type, column
+    found: dict[str, Any] = {"type": str(kind), "wrong": 0, "values": None}
+    while types.is_list(values.type) or types.is_large_list(values.type) or types.is_fixed_size_list(values.type):
+        values = compute.list_flatten(values)  # type: ignore[attr-defined]
+    wrong = compute.is_null(values, nan_is_null=True)  # type: ignore[attr-defined]
+    if types.is_floating(values.type):
+        infinite = compute.fill_null(compute.is_inf(values), False)  # type: ignore[attr-defined]
+        wrong = compute.or_(wrong, infinite)  # type: ignore[attr-defined]
+    found["wrong"] = compute.sum(wrong).as_py() or 0  # type: ignore[attr-defined]
+    if types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind) or types.is_dictionary(kind):
+        counts = compute.value_counts(column.cast(kind.value_type) if types.is_dictionary(kind) else column)  # type: ignore[attr-defined]
+        if len(counts) <= MOST_VALUES:
+            found["values"] = list(zip(counts.field(0).to_pylist(), counts.field(1).to_pylist(), strict=True))
+    return found
+
+
+def _joined(entries: list[dict[str, Any]]) -> Index:
+    index = Index([Shard(*entry["shard"]) for entry in entries])
+    for name, first in entries[0]["columns"].items():
+        column = Column(first["type"])
+        each = []
+        for entry in entries:
+            own, shard = entry["columns"].get(name), entry["shard"][0]
+            if own is None or own["type"] != column.type or len(entry["columns"]) != len(entries[0]["columns"]):
+                raise ValueError(
+                    f"shards {entries[0]['shard'][0]} and {shard} have other columns, such as '{name}' "
+                    f"({column.type} and {own['type'] if own else 'none'}): write them alike"
+                )
+            if own["wrong"] and not column.wrong:
+                column.wrong = f"{shard} ({own['wrong']:,} values)"
+            each.append(None if own["values"] is None else dict(own["values"]))
+        if all(counts is not None for counts in each):
+            values = {value for counts in each for value in counts if value is not None}
+            if len(values) <= MOST_VALUES:
+                column.values = sorted(values)
+                column.alike = alike(
+                    counts for counts, entry in zip(each, entries, strict=True) if entry["shard"][1] == "train"
+                )
+        index.columns[name] = column
+    return index
+
+
+def alike(counts: Iterable[dict[Any, int]]) -> float:
+    """Return the share of the variance of a label that is between shards (tau of Goodman and Kruskal 1954).
+
+    Args:
+        counts: the number of examples of each label, for each shard.
+    """
+    each = [shard for shard in counts if shard]
+    total = Counter[Any]()
+    for shard in each:
+        total.update(shard)
+    examples = total.total()
+    if not examples:
+        return 0.0
+    whole = sum((count / examples) ** 2 for count in total.values())
+    within = sum(sum(count**2 for count in shard.values()) / sum(shard.values()) for shard in each) / examples
+    return 0.0 if whole == 1 else (within - whole) / (1 - whole)

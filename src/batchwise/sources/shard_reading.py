@@ -1,0 +1,173 @@
+"""Examples of shards, a micro-batch at a time, while the shards that come next are fetched in the background."""
+
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from batchwise.batching.fetch import Read, Request
+from batchwise.batching.workers import Workers
+from batchwise.sources.shard_cache import Cache
+from batchwise.sources.shard_files import Bytes, opened
+from batchwise.sources.shard_index import Shard
+
+FETCHED_AT_ONCE = 4
+"""Shards that each process fetches side by side."""
+
+KNOWN = 1024
+"""The most micro-batches that are asked for in advance."""
+
+Values = dict[str, np.ndarray | list[memoryview]]
+"""The columns of some examples: arrays [N, ...], or the bytes of each."""
+
+
+class ShardSet(Dataset):
+    """The examples of some shards, one shard after the other.
+
+    Args:
+        shards: in order.
+        cache: has them on this machine.
+        fields: makes the fields of a micro-batch from the columns of its examples.
+    """
+
+    def __init__(self, shards: list[Shard], cache: Cache, fields: Callable[[Values], tuple[Any, ...]]) -> None:
+        self.files, self.cache, self.fields = shards, cache, fields
+        self.ends = np.cumsum([shard.examples for shard in shards])
+        self._open: dict[int, tuple[Path, dict[str, np.ndarray | Bytes]]] = {}
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": {}}
+
+    def __getitem__(self, number: int) -> tuple[Any, ...]:
+        """Return the fields of one example."""
+        return tuple(field[0] for field in self.__getitems__([number]))
+
+    def __getitems__(self, numbers: list[int]) -> tuple[Any, ...]:
+        """Return the fields of some examples, [N, ...] each."""
+        index = np.asarray(numbers)
+        which = np.searchsorted(self.ends, index, side="right")
+        shards, places, counts = np.unique(which, return_inverse=True, return_counts=True)
+        order, found = (
+            places.argsort(kind="stable"),
+            list[tuple[np.ndarray, dict[str, np.ndarray | Bytes], np.ndarray]](),
+        )
+        for shard, where in zip(shards.tolist(), np.split(order, counts.cumsum()[:-1]), strict=True):
+            first = self.ends[shard] - self.files[shard].examples
+            found.append((where, self._columns(shard), index[where] - first))
+        self._close(set(shards.tolist()))
+        return self.fields({name: _gathered(found, name, len(index)) for name in self.cache.columns})
+
+    def _columns(self, shard: int) -> dict[str, np.ndarray | Bytes]:
+        if shard in self._open:
+            with suppress(FileNotFoundError):  # it was deleted, but stays readable
+                os.utime(self._open[shard][0])  # it is in use
+        else:
+            path, table = self.cache.open(self.files[shard])
+            self._open[shard] = path, opened(table)
+        return self._open[shard][1]
+
+    def _close(self, used: set[int]) -> None:
+        """Close what has been deleted from the cache, so that the disk gets its room back."""
+        for shard in [shard for shard in self._open if shard not in used]:
+            if not self._open[shard][0].exists():
+                del self._open[shard]
+
+
+def _gathered(found: list[Any], name: str, count: int) -> np.ndarray | list[memoryview]:
+    """Return a column of all examples, each at its place."""
+    first = found[0][1][name]
+    if isinstance(first, Bytes):
+        values: list[Any] = [None] * count
+        for where, columns, rows in found:
+            for place, value in zip(where.tolist(), columns[name][rows], strict=True):
+                values[place] = value
+        return values
+    if len(found) == 1:
+        return first[found[0][2]]
+    array = np.empty((count, *first.shape[1:]), first.dtype)
+    for where, columns, rows in found:
+        if where[-1] - where[0] + 1 == len(where):  # neighbours, as `BlockShuffled` has them: one copy
+            np.take(columns[name], rows, 0, array[where[0] : where[-1] + 1], "clip")
+        else:
+            array[where] = columns[name][rows]
+    return array
+
+
+class Shelf:
+    """Feeds the examples of shards. It knows the coming requests, and fetches their shards in the background.
+
+    Args:
+        dataset: the examples.
+        num_workers: processes that decode.
+        max_unreadable: the most examples that may be unreadable.
+        ahead: the most bytes of shards that are fetched in advance.
+    """
+
+    def __init__(self, dataset: ShardSet, num_workers: int, max_unreadable: int, ahead: int) -> None:
+        self.dataset, self.ahead = dataset, ahead
+        self.shards = torch.tensor([shard.examples for shard in dataset.files])
+        self._workers = Workers(dataset, num_workers, max_unreadable)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __str__(self) -> str:
+        """Return how the data is fed, for the plan's table."""
+        return f"from {len(self.shards):,} shards, {self._workers}"
+
+    def stream(self, requests: Iterable[Request], seed: int = 0) -> Iterator[Read]:
+        """Yield each micro-batch of each request, in order."""
+        return self._workers.stream(self._known(requests), seed)
+
+    def files_of(self, index: Tensor) -> list[int]:
+        """Return the shards of some examples, each once."""
+        return np.unique(np.searchsorted(self.dataset.ends, index.numpy(), side="right")).tolist()
+
+    def _known(self, requests: Iterable[Request]) -> Iterator[Request]:
+        """Yield each micro-batch as a request. Some are asked for in advance, and their shards are fetched."""
+        iterator, coming = _one_by_one(requests), deque[tuple[Request, list[int]]]()
+        users, due = Counter[int](), SimpleQueue[int | None]()
+        files, size = self.dataset.files, 0
+        for _ in range(FETCHED_AT_ONCE):
+            Thread(target=self._fetch, args=(due,), daemon=True).start()
+        try:
+            while True:
+                while size <= self.ahead and len(coming) < KNOWN and (request := next(iterator, None)) is not None:
+                    coming.append((request, self.files_of(request.index)))
+                    for file in coming[-1][1]:
+                        if not users[file]:
+                            due.put(file)
+                            size += files[file].size
+                        users[file] += 1
+                if not coming:
+                    return
+                request, used = coming.popleft()
+                yield request
+                for file in used:
+                    users[file] -= 1
+                    size -= 0 if users[file] else files[file].size
+        finally:
+            for _ in range(FETCHED_AT_ONCE):
+                due.put(None)
+
+    def _fetch(self, due: "SimpleQueue[int | None]") -> None:
+        while (file := due.get()) is not None:
+            with suppress(Exception):  # whoever needs it will try again, and say what is wrong
+                self.dataset.cache.prepare(self.dataset.files[file])
+
+
+def _one_by_one(requests: Iterable[Request]) -> Iterator[Request]:
+    for index, sizes, positions in requests:
+        yield from map(Request.one, index.split(sizes), positions)

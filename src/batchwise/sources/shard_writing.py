@@ -1,0 +1,94 @@
+"""The examples of any data module, written as shards."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.progress import MofNCompleteColumn, Progress
+from torch import Tensor
+
+from batchwise.batching.fetch import Fetch
+from batchwise.batching.loader import read
+from batchwise.batching.order import Shuffled
+from batchwise.batching.structure import leaves
+from batchwise.data.module import DataModule
+from batchwise.errors import optional
+from batchwise.sources.shard_files import as_column
+from batchwise.sources.shard_index import Index, make_index
+from batchwise.sources.store import Store
+
+LOOKED_AT = 64
+"""Examples from which the size of the others is guessed."""
+
+
+def write_shards(data: DataModule, folder: Path, mib: float) -> Index:
+    """Write the training, validation and test examples as Arrow files, and their index.
+
+    The examples of a split are shuffled, so that each file is a random part of it. They are as `load` gives them,
+    before `transform`: columns `inputs` and `targets`, or `inputs.key` where they are nested. A data module with a
+    method `stored`, such as a folder of images, writes what that returns. Class numbers become names if there are any.
+
+    Args:
+        data: has been set up.
+        folder: is made, or is empty.
+        mib: size of a file.
+
+    Raises:
+        ValueError: the folder has files, or the examples are no arrays of one shape.
+    """
+    optional("pyarrow", "shards")
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"path {folder} has files: write another folder, because nothing is replaced")
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "val", "test"):
+        fetch = data.split(split)
+        if fetch is not None and len(fetch):
+            _write_split(_columns_of(data, split, fetch), split, len(fetch), folder, mib * 2**20)
+    return make_index(Store(str(folder)))
+
+
+Columns = Callable[[Tensor], dict[str, Any]]
+"""Returns columns of Arrow, by name, for the numbers of some examples, int64 [N]."""
+
+
+def _columns_of(data: DataModule, split: str, fetch: Fetch) -> Columns:
+    stored, names = getattr(data, "stored", None), data.class_names
+    if stored is not None:
+        return lambda index: {name: as_column(values) for name, values in stored(split, index).items()}
+
+    def columns(index: Tensor) -> dict[str, Any]:
+        batch, found = read(fetch, index), {}
+        for place, leaf in [*leaves(batch.inputs, "inputs"), *leaves(batch.targets, "targets")]:
+            name = place.replace("['", ".").replace("']", "")
+            if leaf is None:  # there are no targets
+                continue
+            if isinstance(leaf, Tensor) and leaf.ndim == 1 and name == "targets" and names is not None:
+                found[name] = as_column([names[number] for number in leaf.tolist()])
+            elif isinstance(leaf, Tensor):
+                found[name] = as_column(leaf.numpy())
+            else:
+                raise ValueError(
+                    f"{name} of the {split} split has values of several shapes, which no column holds: pad them in "
+                    "collate, or for texts write data.packing"
+                )
+        return found
+
+    return columns
+
+
+def _write_split(columns: Columns, split: str, count: int, folder: Path, size: float) -> None:
+    from pyarrow import OSFile, ipc, table
+
+    order, some = Shuffled().prepare(count, 1, seed=0), min(LOOKED_AT, count)
+    each = max(1, round(size * some / table(columns(order.indices(0, 0, some))).nbytes))
+    bar = Progress(*Progress.get_default_columns(), MofNCompleteColumn(), disable=not sys.stdout.isatty())
+    with bar:
+        for number, first in enumerate(bar.track(range(0, count, each), description=f"writing {split}")):
+            path = folder / f"{split}-{number:05}.arrow"
+            made = table(columns(order.indices(0, first, min(first + each, count))))
+            unfinished = path.with_suffix(".part")
+            with OSFile(str(unfinished), "wb") as file, ipc.new_file(file, made.schema) as writer:
+                writer.write_table(made)
+            os.replace(unfinished, path)

@@ -1,0 +1,199 @@
+"""Data in many files (shards), on this machine or in an object store, of any size."""
+
+from dataclasses import replace
+from functools import cached_property
+from hashlib import sha256
+from io import BytesIO
+from os.path import expanduser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from batchwise.batching.loader import MicroBatch
+from batchwise.batching.order import Order
+from batchwise.batching.shards import BlockShuffled
+from batchwise.data.examples import OnWorkers
+from batchwise.data.labels import check_alike, label_numbers, sorted_labels
+from batchwise.data.module import DataModule
+from batchwise.errors import optional
+from batchwise.ranges import PositiveFloat
+from batchwise.sources.images import ImageFormat, Resize
+from batchwise.sources.shard_cache import Cache
+from batchwise.sources.shard_index import Index, read_index
+from batchwise.sources.shard_reading import ShardSet, Shelf, Values
+from batchwise.sources.store import Store
+
+LOOKED_AT = 1024
+"""Examples of an epoch whose shards must be in the cache at once, if the order knows no windows."""
+
+
+class Shards(DataModule):
+    """Examples in shards: Arrow, Parquet, tar (WebDataset) or MDS (mosaicml-streaming), with an index.
+
+    `python -m project shards PATH` makes the index. The folder, or the first word of a file's name, says the split
+    (such as train/0001.tar or val-0001.parquet); what says none is for training.
+
+    Shards are fetched in the background, checked against the index, and kept in a cache of bounded size. `data.order`
+    is `BlockShuffled` by default, which reads them window by window. Nothing else is in memory.
+
+    Columns with one number per example become inputs [N, F]. Arrays keep their type, [N, ...]. Bytes are images, [N,
+    channels, height, width]. Images, and arrays uint8 of this shape, are scaled from -1 to 1 on the device. Targets
+    are class numbers [N] (of the sorted labels, if labels are text), or floats. For anything else, override `decode`.
+
+    Args:
+        path: the folder, or an address such as s3://bucket/folder, gs://... or https://...; what `fsspec` reads.
+        inputs: the column or columns that the network takes.
+        target: the column to predict; null: there is none.
+        size: height and width of images in pixels; one number: a square.
+        channels: channels of images: 3 (RGB) or 1 (grey).
+        resize: crop (resize, then cut off both ends of the longer side), stretch, or pad with black.
+        cache: folder of the shards in use. Trainings and data sets may share it.
+        cache_gib: its most GiB.
+        patience: seconds for which a store that does not answer is asked again, before training stops.
+        storage_options: of `fsspec`, such as {endpoint_url: ...}.
+        order: the order of the training examples; null: `BlockShuffled`.
+        **kwargs: those of `DataModule`.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        inputs: str | list[str],
+        target: str | None = "label",
+        size: int | tuple[int, int] = 64,
+        channels: int = 3,
+        resize: Resize = "crop",
+        cache: str = ".cache/shards",
+        cache_gib: PositiveFloat = 32.0,
+        patience: PositiveFloat = 600.0,
+        storage_options: dict[str, Any] | None = None,
+        order: Order | None = None,
+        **kwargs,
+    ) -> None:
+        super().__init__(order=BlockShuffled() if order is None else order, **kwargs)
+        self.inputs, self.target = [inputs] if isinstance(inputs, str) else inputs, target
+        self.format = ImageFormat.of(size, channels, resize)
+        self.cache, self.limit, self.patience = Path(expanduser(cache)).absolute(), int(cache_gib * 2**30), patience
+        self.store = Store(path, storage_options)
+
+    # What the network is given
+
+    def load(self, split: str) -> Shelf | None:
+        """Return what reads the examples of a split."""
+        optional("pyarrow", "shards")
+        shards = self.index.of(split)
+        if not shards:
+            return None
+        try:
+            self.cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"data.cache {self.cache} cannot be made ({error.strerror}): write another") from error
+        processes = max(1, getattr(self.trainer, "num_devices", 1))
+        cache = Cache(self.store, self.cache, self.limit, self._columns, self.patience)
+        dataset = ShardSet(shards, cache, OnWorkers(self, "decode"))
+        return Shelf(dataset, self.num_workers, self.max_unreadable, self.limit // 2 // processes)
+
+    def decode(self, values: Values) -> tuple[Any, ...]:
+        """Return the fields of some examples: inputs first, the target last. It runs in the processes that read.
+
+        Args:
+            values: the columns in `inputs` and `target` by name: arrays [N, ...], or a list of bytes for each example.
+        """
+        inputs = [self._input(values[name]) for name in self.inputs]
+        if all(column.ndim == 1 for column in inputs):
+            inputs = [torch.stack([column.float() for column in inputs], 1)]
+        if self.target is None:
+            return tuple(inputs)
+        target = values[self.target]
+        if isinstance(target, list):
+            labels = [bytes(label).decode() for label in target]
+            return *inputs, torch.from_numpy(label_numbers(labels, self.class_names or (), f"column '{self.target}'"))
+        numbers = torch.from_numpy(target)
+        return *inputs, numbers.float() if numbers.is_floating_point() else numbers.long()
+
+    def _input(self, values: np.ndarray | list[memoryview]) -> Tensor:
+        if isinstance(values, list):
+            return torch.from_numpy(np.stack([self.format.decode(BytesIO(image)) for image in values]))
+        return torch.from_numpy(values)
+
+    def transform(self, batch: MicroBatch, training: bool) -> MicroBatch:
+        """Scale images on the device, so that bytes travel there and not floats."""
+        images = batch.inputs
+        if not (isinstance(images, Tensor) and images.dtype == torch.uint8 and images.ndim == 4):
+            return batch
+        return replace(batch, inputs=batch.inputs.to(torch.get_default_dtype()).div_(127.5).sub_(1))
+
+    def learn(self) -> dict[str, Any]:
+        """The labels, in the order of their numbers, and a hash of the training shards."""
+        hashes = "".join(shard.sha256 for shard in self.index.of("train"))
+        return {"classes": self._labels, "shards": sha256(hashes.encode()).hexdigest()[:16]}
+
+    @property
+    def class_names(self) -> list[str] | None:  # type: ignore[override]
+        """The labels that training has seen, in the order of their numbers; None if targets are numbers."""
+        return self.learnt["classes"]
+
+    @cached_property
+    def _labels(self) -> list[str] | None:
+        column = self.index.columns[self.target] if self.target is not None else None
+        if column is None or "string" not in column.type:
+            return None
+        if column.values is None:
+            raise ValueError(
+                f"data.target '{self.target}' has too many different texts to be labels: write another column"
+            )
+        check_alike(column.values, f"column '{self.target}'")
+        return sorted_labels(column.values)
+
+    # The shards
+
+    def setup(self, stage: str) -> None:
+        """Load the splits that `stage` needs, and check that the order suits the cache."""
+        super().setup(stage)
+        plan, shelf = self.plan, self.split("train") if stage == "fit" else None
+        if plan is None or not isinstance(shelf, Shelf):
+            return
+        sizes = sorted((file.size for file in shelf.dataset.files), reverse=True)
+        if isinstance(self.order, BlockShuffled):
+            count = self.order.at_once
+        else:
+            some = min(max(plan.batch_size, LOOKED_AT), plan.positions)
+            count = len(shelf.files_of(self.order.indices(0, 0, some)))
+        need = 2 * sum(sizes[:count])
+        if need > self.limit:
+            raise ValueError(
+                f"data.order {self.order} needs {count:,} shards at once, and as many that come next: "
+                f"{need / 2**30:.3g} GiB, and data.cache_gib is {self.limit / 2**30:.3g}: write a larger one, or an "
+                "order that reads fewer, such as batchwise.batching.shards.BlockShuffled with a smaller window"
+            )
+
+    @property
+    def _columns(self) -> list[str]:
+        return list(dict.fromkeys([*self.inputs, *([] if self.target is None else [self.target])]))
+
+    @cached_property
+    def index(self) -> Index:
+        """What is in the shards.
+
+        Raises:
+            ValueError: there is no index, or a column is missing or has values that nothing can be learnt from.
+        """
+        try:
+            index = read_index(self.store)
+        except OSError as error:
+            raise ValueError(f"data.path {self.store.address} cannot be read: {error}") from error
+        for name in self._columns:
+            if name not in index.columns:
+                raise ValueError(
+                    f"data.path {self.store.address} has no column '{name}': write data.inputs and data.target from "
+                    f"{', '.join(index.columns)}"
+                )
+            if index.columns[name].wrong:
+                raise ValueError(
+                    f"column '{name}' has values that are missing or not finite, first in shard "
+                    f"{index.columns[name].wrong}: write the shards without them"
+                )
+        return index

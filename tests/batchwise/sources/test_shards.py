@@ -1,0 +1,471 @@
+"""Shards: their formats, their index, their cache, and what is wrong with them in one line."""
+
+import io
+import json
+import os
+import struct
+import tarfile
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from filelock import FileLock
+from helpers import Result, run_here
+from PIL import Image
+
+from batchwise.batching.fetch import DataError, Request
+from batchwise.batching.order import Shuffled
+from batchwise.batching.shards import BlockShuffled
+from batchwise.sources import shard_cache, shard_index
+from batchwise.sources.digits import Digits
+from batchwise.sources.shard_index import alike, make_index, read_index, split_of
+from batchwise.sources.shard_reading import Shelf
+from batchwise.sources.shard_writing import write_shards
+from batchwise.sources.shards import Shards
+from batchwise.sources.store import Store
+
+EXAMPLES = 60
+PIXELS = np.random.default_rng(0).integers(0, 256, (EXAMPLES, 8, 8), np.uint8)
+LABELS = np.arange(EXAMPLES) % 3
+
+
+def png(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png")
+    return file.getvalue()
+
+
+def arrow(path: Path, numbers: range) -> None:
+    table = pa.table({"image": [png(PIXELS[i]) for i in numbers], "label": [f"n{LABELS[i]}" for i in numbers]})
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+
+
+def stream(path: Path, numbers: range) -> None:
+    """In batches, as `save_to_disk` of `datasets` writes it, with images as dicts."""
+    rows = [{"image": {"bytes": png(PIXELS[i]), "path": None}, "label": f"n{LABELS[i]}"} for i in numbers]
+    table = pa.Table.from_pylist(rows)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table, 4)
+
+
+def parquet(path: Path, numbers: range) -> None:
+    table = pa.table({"image": [png(PIXELS[i]) for i in numbers], "label": [f"n{LABELS[i]}" for i in numbers]})
+    pq.write_table(table, path, row_group_size=4)
+
+
+def tar(path: Path, numbers: range) -> None:
+    with tarfile.open(path, "w:gz" if path.suffix == ".tgz" else "w") as archive:
+        for i in numbers:
+            about = json.dumps({"label": f"n{LABELS[i]}", "more": [1]}).encode()
+            for ending, data in (("image", png(PIXELS[i])), ("cls", b"%d" % LABELS[i]), ("json", about)):
+                member = tarfile.TarInfo(f"folder/{i:03}.{ending}")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+
+
+def mds(path: Path, numbers: range) -> None:
+    """As version 2 of mosaicml-streaming writes it."""
+    about = {
+        "column_names": ["image", "label", "number", "box"],
+        "column_encodings": ["png", "str", "int", "ndarray:float32:2"],
+        "column_sizes": [None, None, 8, 8],
+    }
+    head, examples = json.dumps(about).encode(), []
+    for i in numbers:
+        image, label = png(PIXELS[i]), f"n{LABELS[i]}".encode()
+        sizes = struct.pack("<II", len(image), len(label))
+        examples.append(sizes + image + label + struct.pack("<q", i) + np.array([i, 1], np.float32).tobytes())
+    ends = np.cumsum([4 * (len(examples) + 2) + len(head), *map(len, examples)]).astype("<u4")
+    data = struct.pack("<I", len(examples)) + ends.tobytes() + head + b"".join(examples)
+    with pa.output_stream(str(path), compression="zstd" if path.name.endswith(".zstd") else None) as file:
+        file.write(data)
+
+
+FORMATS = {
+    **{".arrow": arrow, ".stream.arrow": stream, ".parquet": parquet, ".tar": tar, ".tgz": tar},
+    **{".mds": mds, ".mds.zstd": mds},
+}
+
+
+def make(folder: Path, ending: str = ".arrow", each: int = 10) -> Path:
+    """Five training shards of ten examples, and one for validation."""
+    folder.mkdir()
+    for start in range(0, EXAMPLES, each):
+        name = f"train-{start:03}" if start < EXAMPLES - each else "val-000"
+        FORMATS[ending](folder / f"{name}{ending}", range(start, start + each))
+    make_index(Store(str(folder)))
+    return folder
+
+
+def shards(path: object, **settings: Any) -> Shards:
+    usual = {"inputs": "image", "size": 8, "channels": 1, "batch_size": 8, "seed": 0, "cache": "cache"}
+    return Shards(str(path), **{**usual, "target": "label", **settings})
+
+
+def examples(data: Shards, split: str = "train") -> tuple[torch.Tensor, torch.Tensor]:
+    shelf = data.split(split)
+    assert shelf is not None
+    (fields, _), *_ = shelf.stream([Request.one(torch.arange(len(shelf)))])
+    return fields  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("ending", FORMATS)
+def test_every_format_has_the_same_examples(ending: str) -> None:
+    target = "json.label" if ending in (".tar", ".tgz") else "label"
+    data = shards(make(Path("data"), ending), target=target)
+    images, labels = examples(data)
+    assert torch.equal(images, torch.from_numpy(PIXELS[:50, None]))
+    assert data.class_names == ["n0", "n1", "n2"]
+    assert labels.tolist() == LABELS[:50].tolist()
+    assert examples(data, "val")[1].tolist() == LABELS[50:].tolist()
+    data.setup("fit")
+    seen = torch.cat([part.index for batch in data.train_dataloader() for part in batch.micro_batches])
+    assert seen.sort().values.tolist() == list(range(50))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_are_those_of_the_order(num_workers: int) -> None:
+    data = shards(make(Path("data")), num_workers=num_workers, micro_batch_size=3, order=BlockShuffled(2))
+    data.setup("fit")
+    images, labels = torch.from_numpy(PIXELS[:, None]), torch.from_numpy(LABELS)
+    for epoch in range(2):
+        places = data.order.indices(epoch, 0, 50)
+        parts = [part for batch in data.train_dataloader() for part in batch.micro_batches]
+        assert torch.equal(torch.cat([part.index for part in parts]), data.order.indices(0, 0, 50))
+        assert all(torch.equal(part.inputs, images[part.index]) for part in parts)
+        assert all(torch.equal(part.targets, labels[part.index]) for part in parts)
+        assert len(places) == 50
+
+
+def test_numbers_arrays_and_nothing_to_predict() -> None:
+    Path("data").mkdir()
+    rng = np.random.default_rng(0)
+    boxes, tokens = rng.normal(size=(20, 2, 3)), rng.integers(0, 9, (20, 4), np.int16)
+    table = pa.table({
+        "a": np.arange(20), "b": np.arange(20) / 2, "y": np.arange(20) + 0.5, "on": np.arange(20) % 2 == 0,
+        "boxes": pa.array(boxes.tolist()), "tokens": pa.array(list(tokens)),
+    })  # fmt: skip
+    pq.write_table(table, "data/0.parquet")
+    make_index(Store("data"))
+    inputs, targets = examples(shards("data", inputs=["a", "b", "on"], target="y"))
+    assert inputs.dtype == torch.float32
+    assert inputs[:, 1].tolist() == [i / 2 for i in range(20)]
+    assert inputs[:2, 2].tolist() == [1, 0]
+    assert targets.tolist() == [i + 0.5 for i in range(20)]
+    several = examples(shards("data", inputs=["boxes", "tokens"], target=None))
+    assert torch.equal(several[0], torch.from_numpy(boxes))
+    assert torch.equal(several[1], torch.from_numpy(tokens))
+
+
+def test_fields_of_your_own() -> None:
+    class Sums(Shards):
+        def decode(self, values: Any) -> tuple:
+            return torch.tensor([len(image) for image in values["image"]]), torch.zeros(len(values["image"]))
+
+    data = Sums(str(make(Path("data"))), "image", batch_size=8, num_workers=1)
+    assert examples(data)[0].tolist() == [len(png(PIXELS[i])) for i in range(50)]
+
+
+# The index
+
+
+def test_splits_are_named_by_folder_or_file() -> None:
+    names = {"train/0.tar": "train", "validation/a.tar": "val", "val-00.parquet": "val", "x/test_3.tar": "test"}
+    assert {name: split_of(name) for name in names} == names
+    assert split_of("0001.tar") == split_of("training-1.tar") == "train"
+
+
+def test_alike() -> None:
+    assert alike([{"a": 5}, {"b": 5}]) == 1
+    assert alike([{"a": 5, "b": 5}, {"a": 2, "b": 2}]) == 0
+    assert 0 < alike([{"a": 4, "b": 1}, {"a": 1, "b": 4}]) < 1
+    assert alike([{"a": 3}]) == 0
+
+
+def test_an_interrupted_index_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    make(Path("data"))
+    whole, looked = Path("data/shards.json").read_bytes(), []
+    Path("data/shards.json").unlink()
+    look = shard_index._look
+
+    def slow(store: Store, name: str, folder: Path) -> Any:
+        looked.append(name)
+        if len(looked) == 4:
+            raise KeyboardInterrupt
+        return look(store, name, folder)
+
+    monkeypatch.setattr(shard_index, "_look", slow)
+    monkeypatch.setattr(shard_index, "AT_ONCE", 1)
+    with pytest.raises(KeyboardInterrupt):
+        make_index(Store("data"))
+    assert not Path("data/shards.json").exists()
+    first = looked[:3]
+    looked[:] = [""] * 10
+    make_index(Store("data"))
+    assert set(looked[10:]).isdisjoint(first)
+    assert Path("data/shards.json").read_bytes() == whole
+    assert not Path("data/shards.json.part").exists()
+
+
+def test_a_store_in_memory() -> None:
+    folder, remote = make(Path("data")), Store("memory://there")
+    for path in folder.iterdir():
+        remote.write(path.name, path.read_bytes())
+    assert read_index(remote) == read_index(Store("data")) == make_index(remote)
+    assert torch.equal(examples(shards("memory://there"))[0], torch.from_numpy(PIXELS[:50, None]))
+
+
+# The cache
+
+
+def files() -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in Path("cache").iterdir() if path.suffix != ".lock"}
+
+
+def test_the_cache_is_bounded_and_keeps_what_was_used_last() -> None:
+    data = shards(make(Path("data"), ".parquet"), cache_gib=1.0)
+    shelf = data.split("train")
+    assert isinstance(shelf, Shelf)
+    cache, five = shelf.dataset.cache, shelf.dataset.files
+    sizes = []
+    for shard in five[:3]:
+        sizes.append(cache.open(shard)[0].stat().st_size)
+    cache.limit = sum(sizes) + five[3].size // 2
+    cache.open(five[0])  # so that the second one is the oldest
+    cache.open(five[3])
+    assert sum(files().values()) <= cache.limit
+    assert [cache._path(shard).exists() for shard in five] == [True, False, True, True, False]
+    assert torch.equal(examples(data)[0], torch.from_numpy(PIXELS[:50, None]))
+    assert sum(files().values()) <= cache.limit
+
+
+def test_what_a_killed_process_left_is_removed() -> None:
+    data = shards(make(Path("data"), ".parquet"))
+    shelf = data.split("train")
+    assert isinstance(shelf, Shelf)
+    for name in ("ab1.part", "ab1.raw", "ab1.room", "cd2.part"):
+        Path("cache", name).write_bytes(bytes(100))
+    with FileLock("cache/cd.lock"):  # somebody is at work
+        shelf.dataset.cache.open(shelf.dataset.files[0])
+    assert {name for name in files() if not name.endswith(".arrow")} == {"cd2.part"}
+
+
+def test_two_make_a_shard_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, write = [], shard_cache._write
+    monkeypatch.setattr(shard_cache, "_write", lambda table, path: (made.append(path), write(table, path)))
+    data = [shards(make(Path("data"), ".parquet")), shards("data")]
+    threads = [threading.Thread(target=examples, args=(one,)) for one in data]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == len(set(made)) == 5
+
+
+def test_an_arrow_file_is_used_where_it_is() -> None:
+    examples(shards(make(Path("data"))))
+    assert set(files().values()) == {0}
+
+
+# What is wrong
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_cache.time, "sleep", lambda seconds: None)
+
+
+def read(data: Shards) -> None:
+    data.setup("fit")
+    list(data.train_dataloader())
+
+
+def broken(data: Shards, error: type[Exception] = DataError) -> str:
+    with pytest.raises(error) as caught:
+        read(data)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("ending", [".arrow", ".parquet", ".tar"])
+def test_a_shard_that_is_missing_cut_short_or_another(ending: str, num_workers: int) -> None:
+    target = "cls" if ending == ".tar" else "label"
+    path = make(Path("data"), ending) / f"train-020{ending}"
+    whole = path.read_bytes()
+
+    def said() -> str:
+        return broken(shards("data", target=target, num_workers=num_workers))
+
+    path.unlink()
+    assert f"shard train-020{ending} of data.path data is not there: put it back" in said()
+    path.write_bytes(whole[:-7])
+    assert f"shard train-020{ending} has {len(whole) - 7:,} bytes, and the index says {len(whole):,}" in said()
+    path.write_bytes(whole[:100] + b"x" + whole[101:])
+    assert f"shard train-020{ending} has changed" in said()
+    path.write_bytes(whole)
+    data = shards("data", target=target, num_workers=num_workers)
+    data.setup("fit")
+    assert len(list(data.train_dataloader())) == 7
+
+
+def test_a_fault_that_passes_is_waited_for(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(shard_cache.time, "sleep", slept.append)
+    make(Path("data"), ".parquet")
+    data, get, faults = shards("data"), Store.get, iter([TimeoutError(), OSError("503, Service Unavailable")] * 4)
+    monkeypatch.setattr(data.store, "local", None)
+
+    def unsure(self: Store, name: str, path: Path, each: Any) -> None:
+        if "020" in name and (fault := next(faults, None)):
+            raise fault
+        get(self, name, path, each)
+
+    monkeypatch.setattr(Store, "get", unsure)
+    data.setup("fit")
+    assert len(list(data.train_dataloader())) == 7
+    out = capsys.readouterr().out
+    assert "shard train-020.parquet cannot be read (TimeoutError): trying again in" in out
+    assert "(503, Service Unavailable): trying again in 0.5 s" in out or "(TimeoutError): trying again in 0.5 s" in out
+    assert slept == sorted(slept)
+
+
+def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_cache.time, "sleep", lambda seconds: None)
+    make(Path("data"), ".parquet")
+    data = shards("data", patience=0.05)
+    monkeypatch.setattr(data.store, "local", None)
+
+    def gone(*_: Any) -> None:
+        raise OSError("connection refused")
+
+    monkeypatch.setattr(Store, "get", gone)
+    assert "could not be read for 0 s (connection refused): --ckpt_path last goes on" in broken(data)
+
+
+def test_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    make(Path("data"), ".parquet")
+    usage = os.statvfs("/") and shard_cache.shutil.disk_usage("/")
+    monkeypatch.setattr(shard_cache.shutil, "disk_usage", lambda folder: usage._replace(free=100))
+    assert ": the disk is full; make room" in broken(shards("data"))
+
+
+def test_a_broken_image_is_named_and_can_be_left_out() -> None:
+    Path("data").mkdir()
+    images = [png(pixels) for pixels in PIXELS[:20]]
+    images[7] = b"no image"
+    pq.write_table(pa.table({"image": images, "label": LABELS[:20]}), "data/0.parquet")
+    make_index(Store("data"))
+    assert "example 7 cannot be read" in broken(shards("data"))
+    data = shards("data", max_unreadable=1)
+    data.setup("fit")
+    assert sum(len(batch) for batch in data.train_dataloader()) == 20
+
+
+def test_settings_that_do_not_fit() -> None:
+    make(Path("data"))
+    assert "has no column 'picture': write data.inputs and data.target from image, label" in broken(
+        shards("data", inputs="picture"), ValueError
+    )
+    assert "data.order BlockShuffled 16 needs 5 shards at once, and as many that come next" in broken(
+        shards("data", cache_gib=1e-6), ValueError
+    )
+    assert "data.order Shuffled needs 5 shards at once" in broken(
+        shards("data", cache_gib=1e-6, order=Shuffled()), ValueError
+    )
+    assert "data.path nowhere has no shards.json: python -m" in broken(shards("nowhere"), ValueError)
+    assert "is no address that can be read" in broken_address("what://is/this")
+    text = Path("data/shards.json").read_text()
+    Path("data/shards.json").write_text(text.replace('"format": 1', '"format": 9'))
+    assert "is of version 9, and this reads 1" in broken(shards("data"), ValueError)
+    Path("data/shards.json").write_text(text[:100])
+    assert "is damaged" in broken(shards("data"), ValueError)
+
+
+def broken_address(address: str) -> str:
+    with pytest.raises(ValueError, match=r"data\.path") as caught:
+        shards(address)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ({"image": [1.0, None], "label": [0, 1]}, "column 'image' has values that are missing or not finite"),
+        ({"image": [1.0, float("nan")], "label": [0, 1]}, "first in shard 0.parquet (1 values)"),
+        ({"image": [1.0, 2.0], "label": [0, None]}, "column 'label' has values that are missing"),
+        ({"image": [[1.0, 2.0], [3.0]], "label": [0, 1]}, "holds arrays of 1 to 2 values: cut or pad them"),
+        ({"image": [{"a": 1}, {"a": 2}], "label": [0, 1]}, "column 'image' of shard 0.parquet holds struct"),
+        ({"image": [1.0, 2.0], "label": ["Yes", "yes"]}, "labels 'Yes' and 'yes', which look like one"),
+    ],
+)
+@pytest.mark.usefixtures("quick")
+def test_bad_columns(table: dict, words: str) -> None:
+    Path("data").mkdir()
+    pq.write_table(pa.table(table), "data/0.parquet")
+    make_index(Store("data"))
+    with pytest.raises((ValueError, DataError)) as caught:
+        read(shards("data"))
+    assert words in str(caught.value)
+
+
+# The command line
+
+
+def test_write_train_and_refuse_other_data(tmp_path: Path) -> None:
+    settings = ("--data.inputs", "inputs", "--data.target", "targets")
+    folder = ("--data.path", "digits", *settings, "--trainer.max_epochs", 1)
+    assert run_here("shards", "--config", "configs/digits.yaml", "--path", "digits", "--mib", 0.02).code == 0
+    again = run_here("shards", "--config", "configs/digits.yaml", "--path", "digits")
+    assert (again.code, again.err) == (
+        2,
+        "error: path digits has files: write another folder, because nothing is replaced\n",
+    )
+    fit = run_here("fit", "--config", "configs/shards.yaml", *folder)
+    assert fit.code == 0, fit.err
+    assert "from 5 shards" in fit.out
+    assert run_here("test", "--config", "configs/shards.yaml", *folder, "--ckpt_path", "best").code == 0
+    more = pa.ipc.open_file("digits/train-00000.arrow").read_all()
+    with pa.OSFile("digits/train-9.arrow", "wb") as file, pa.ipc.new_file(file, more.schema) as writer:
+        writer.write_table(more)
+    assert run_here("shards", "digits").out.startswith("train: 6 shards")
+    resumed = run_here("fit", "--config", "configs/shards.yaml", *folder, "--ckpt_path", "last")
+    assert resumed.code == 2
+    assert "the checkpoint was trained on other data: it has learnt shards" in resumed.err
+
+
+def test_the_command_for_an_index() -> None:
+    def refused(result: Result) -> str:
+        assert result.code == 2
+        assert result.err.count("\n") == 1
+        return result.err
+
+    assert "nowhere has no shards: write a folder of files that end in .arrow" in refused(run_here("shards", "nowhere"))
+    Path("bad").mkdir()
+    Path("bad/0.parquet").write_bytes(b"no")
+    assert "shard 0.parquet cannot be read" in refused(run_here("shards", "bad"))
+
+
+def test_what_is_written_is_what_load_gives(tmp_path: Path) -> None:
+    digits = Digits(batch_size=64)
+    write_shards(digits, tmp_path / "made", 0.03)
+    data = Shards(str(tmp_path / "made"), "inputs", "targets", batch_size=64)
+    inputs, targets = examples(data)
+    first = digits.load("train")
+    assert first is not None
+
+    def rows(images: torch.Tensor, numbers: torch.Tensor) -> list:
+        return sorted(
+            (*image.flatten().tolist(), number) for image, number in zip(images, numbers.tolist(), strict=True)
+        )
+
+    assert rows(inputs, targets) == rows(*first)
+    assert not torch.equal(inputs, first[0])  # they are shuffled
