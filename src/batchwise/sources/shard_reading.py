@@ -1,6 +1,7 @@
 """Examples of shards, a micro-batch at a time, while the shards that come next are fetched in the background."""
 
 import os
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -43,12 +44,13 @@ class ShardSet(Dataset):
         self.files, self.cache, self.fields = shards, cache, fields
         self.ends = np.cumsum([shard.examples for shard in shards])
         self._open: dict[int, tuple[Path, dict[str, np.ndarray | Bytes]]] = {}
+        self._used: dict[int, float] = {}
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": {}}
+        return self.__dict__ | {"_open": {}, "_used": {}}
 
     def __getitem__(self, number: int) -> tuple[Any, ...]:
         """Return the fields of one example."""
@@ -70,19 +72,20 @@ class ShardSet(Dataset):
         return self.fields({name: _gathered(found, name, len(index)) for name in self.cache.columns})
 
     def _columns(self, shard: int) -> dict[str, np.ndarray | Bytes]:
-        if shard in self._open:
-            with suppress(FileNotFoundError):  # it was deleted, but stays readable
-                os.utime(self._open[shard][0])  # it is in use
-        else:
+        if shard not in self._open:
             path, table = self.cache.open(self.files[shard])
             self._open[shard] = path, opened(table)
+        if time.monotonic() - self._used.get(shard, 0.0) > 1:
+            self._used[shard] = time.monotonic()
+            with suppress(FileNotFoundError):  # it was deleted, but stays readable
+                os.utime(self._open[shard][0])
         return self._open[shard][1]
 
     def _close(self, used: set[int]) -> None:
         """Close what has been deleted from the cache, so that the disk gets its room back."""
         for shard in [shard for shard in self._open if shard not in used]:
             if not self._open[shard][0].exists():
-                del self._open[shard]
+                del self._open[shard], self._used[shard]
 
 
 def _gathered(found: list[Any], name: str, count: int) -> np.ndarray | list[memoryview]:

@@ -58,6 +58,11 @@ def _columns_of(data: DataModule, split: str, fetch: Fetch) -> Columns:
     if stored is not None:
         return lambda index: {name: as_column(values) for name, values in stored(split, index).items()}
 
+    if getattr(fetch, "lengths", None) is not None:
+        raise ValueError(
+            f"the {split} split has sequences of unequal length, which no column holds: for texts write data.packing"
+        )
+
     def columns(index: Tensor) -> dict[str, Any]:
         batch, found = read(fetch, index), {}
         for place, leaf in [*leaves(batch.inputs, "inputs"), *leaves(batch.targets, "targets")]:
@@ -71,7 +76,7 @@ def _columns_of(data: DataModule, split: str, fetch: Fetch) -> Columns:
             else:
                 raise ValueError(
                     f"{name} of the {split} split has values of several shapes, which no column holds: pad them in "
-                    "collate, or for texts write data.packing"
+                    "collate"
                 )
         return found
 

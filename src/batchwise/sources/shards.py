@@ -41,7 +41,7 @@ class Shards(DataModule):
 
     Columns with one number per example become inputs [N, F]. Arrays keep their type, [N, ...]. Bytes are images, [N,
     channels, height, width]. Images, and arrays uint8 of this shape, are scaled from -1 to 1 on the device. Targets
-    are class numbers [N] (of the sorted labels, if labels are text), or floats. For anything else, override `decode`.
+    are class numbers [N] (of the sorted labels, if labels are text), or floats. For anything else, override `fields`.
 
     Args:
         path: the folder, or an address such as s3://bucket/folder, gs://... or https://...; what `fsspec` reads.
@@ -93,10 +93,10 @@ class Shards(DataModule):
             raise ValueError(f"data.cache {self.cache} cannot be made ({error.strerror}): write another") from error
         processes = max(1, getattr(self.trainer, "num_devices", 1))
         cache = Cache(self.store, self.cache, self.limit, self._columns, self.patience)
-        dataset = ShardSet(shards, cache, OnWorkers(self, "decode"))
+        dataset = ShardSet(shards, cache, OnWorkers(self, "fields"))
         return Shelf(dataset, self.num_workers, self.max_unreadable, self.limit // 2 // processes)
 
-    def decode(self, values: Values) -> tuple[Any, ...]:
+    def fields(self, values: Values) -> tuple[Any, ...]:
         """Return the fields of some examples: inputs first, the target last. It runs in the processes that read.
 
         Args:

@@ -1,7 +1,6 @@
 """Text, for language models and for classification: in packed blocks, or in sequences of unequal length."""
 
 import json
-from dataclasses import replace
 from functools import cached_property
 from hashlib import sha256
 from os.path import expanduser
@@ -9,21 +8,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from batchwise.batching.loader import MicroBatch
-from batchwise.batching.ragged import PADDING, Ragged
+from batchwise.batching.ragged import Ragged
 from batchwise.data.examples import Source
 from batchwise.data.labels import shown
 from batchwise.data.learnt import same
 from batchwise.data.split import Fractions
 from batchwise.sources.documents import Document, find_files, read
+from batchwise.sources.language import check_tokens, next_tokens, text_of
 from batchwise.sources.tokens import Tokens
 from batchwise.sources.vocabulary import Vocabulary, make_vocabulary
-
-END = "<|end|>"
-"""The separator as text."""
 
 
 class Text(Fractions):
@@ -153,20 +149,11 @@ class Text(Fractions):
         """Make the inputs and targets of a language model."""
         if self.labelled:
             return batch
-        targets = batch.inputs.long()
-        inputs = F.pad(targets[:, :-1], (1, 0), value=self.separator).where(targets >= 0, PADDING)
-        documents = (inputs == self.separator).cumsum(1)
-        return replace(batch, inputs=(inputs, documents) if self.document_mask else inputs, targets=targets)
+        return next_tokens(batch, self.separator, self.document_mask)
 
     def decode(self, tokens: Tensor) -> str:
         """Return the text of tokens [T], with `<|end|>` for the separator and nothing for padding."""
-        parts: list[list[int]] = [[]]
-        for token in tokens.tolist():
-            if token == self.separator:
-                parts.append([])
-            elif token >= 0:
-                parts[-1].append(token)
-        return END.join(self.vocabulary.decode(part) for part in parts)
+        return text_of(tokens, self.separator, self.vocabulary)
 
     @property
     def separator(self) -> int:
@@ -180,13 +167,7 @@ class Text(Fractions):
 
     def check(self, network: nn.Module) -> None:
         """Check that the network knows all tokens."""
-        tokens = self.separator + 1
-        known = getattr(network, "vocab_size", tokens)
-        if known < tokens:
-            raise ValueError(
-                f"model.network knows {known} tokens, but the data has {tokens}, with the separator: "
-                f"write vocab_size {tokens}"
-            )
+        check_tokens(network, self.separator + 1)
 
     # The tokens on disk
 

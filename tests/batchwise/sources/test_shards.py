@@ -165,7 +165,7 @@ def test_numbers_arrays_and_nothing_to_predict() -> None:
 
 def test_fields_of_your_own() -> None:
     class Sums(Shards):
-        def decode(self, values: Any) -> tuple:
+        def fields(self, values: Any) -> tuple:
             return torch.tensor([len(image) for image in values["image"]]), torch.zeros(len(values["image"]))
 
     data = Sums(str(make(Path("data"))), "image", batch_size=8, num_workers=1)
