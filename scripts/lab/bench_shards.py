@@ -1,9 +1,9 @@
 """How fast examples come from shards: ours, other libraries, a memory map, and a plain read of the same bytes.
 
 Each turn is one epoch from an empty cache, with shuffling, in batches of 256, nothing else done with the batch: blocks
-of 2,048 tokens of four bytes, and JPEG files of 64 KB that are decoded to 224 x 224 by two processes. `--s3` reads from
-a server on this machine that answers each request 20 ms late. The libraries mosaicml-streaming, litdata and webdataset
-are measured if they are installed; the server needs moto and s3fs.
+of 2,048 tokens of four bytes, and JPEG files of 64 KB that are decoded to 224 x 224 by two processes. Shards have 16
+MiB. `--s3` reads from a server on this machine that answers each request 20 ms late. The libraries mosaicml-streaming,
+litdata and webdataset are measured if they are installed; the server needs moto and s3fs.
 
     python scripts/lab/bench_shards.py
     python scripts/lab/bench_shards.py --s3
@@ -43,7 +43,7 @@ from batchwise.sources.shard_index import make_index
 from batchwise.sources.shards import Shards
 from batchwise.sources.store import Store
 
-BATCH_SIZE, SHARD, TOKENS, LATENCY = 256, 2**26, 2048, 0.02
+BATCH_SIZE, SHARD, TOKENS, LATENCY = 256, 2**24, 2048, 0.02
 FORMAT = ImageFormat.of(224, 3, "crop")
 KEYS = {
     "AWS_ALLOW_HTTP": "true",
@@ -350,12 +350,12 @@ def main() -> None:
     """Measure, and print a table for each kind of data."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=3, help="rounds after the warm-up; 0: the warm-up counts")
-    parser.add_argument("--scale", type=float, default=1.0, help="share of the bytes: 512 MiB of tokens, 128 of images")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the bytes: 512 MiB of tokens, 256 of images")
     parser.add_argument("--threads", type=int, default=1, help="PyTorch threads")
     parser.add_argument("--s3", action="store_true", help="from a server that answers late")
     parser.add_argument("--json", type=Path, help="file for the figures")
     given, figures = bench.prepare(parser), {}
-    for kind, images, mib, workers in (("tokens", False, 512, 0), ("images", True, 128, 2)):
+    for kind, images, mib, workers in (("tokens", False, 512, 0), ("images", True, 256, 2)):
         with tempfile.TemporaryDirectory() as folder:
             data = Data(Path(folder), images, max(1, mib * given.scale))
             with s3(Path(folder)) if given.s3 else contextlib.nullcontext((folder, {})) as (where, options):

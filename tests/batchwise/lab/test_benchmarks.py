@@ -17,6 +17,7 @@ ALTERNATIVES = {
     "bench_cifar.py": {"plain loop, in the style of airbench", "ours"},
     "bench_scale.py": set(),
     "bench_long.py": set(),
+    "bench_shards.py": {"ours", "memory map", "plain read"},
     "bench_sequences.py": {"random", "sorted within the batch", "batches and micro-batches in tokens", "packed"},
 }
 """Alternatives that each table of a benchmark has, among others."""

@@ -195,3 +195,30 @@ def test_labels_that_begin_with_one() -> None:
     task = Classification(torch.nn.Linear(2, 3))
     with pytest.raises(ValueError, match=r"label 3 at example \d+ of the train split, but model.network has 3 outputs"):
         task.prepare(data, "train")
+
+
+def test_written_as_shards_and_read_as_saved(tmp_path: Path) -> None:
+    """Images by class: from a folder to shards, and as `save_to_disk` leaves them."""
+    from batchwise.sources.shard_index import make_index
+    from batchwise.sources.shard_writing import write_shards
+    from batchwise.sources.shards import Shards
+    from batchwise.sources.store import Store
+
+    for label, level in (("cat", 40), ("dog", 200)):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for number in range(10):
+            pixels = np.full((12, 12, 3), level + number, np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / label / f"{number}.png")
+    data = Hub(str(tmp_path / "images"), "image", size=8, batch_size=4)
+    write_shards(data, tmp_path / "made", 0.001)
+    datasets.load_dataset(str(tmp_path / "images"))["train"].save_to_disk(str(tmp_path / "saved"), num_shards=2)
+    make_index(Store(str(tmp_path / "saved")))
+    for folder, examples in (("made", len(data.split("train") or ())), ("saved", 20)):
+        shards = Shards(str(tmp_path / folder), "image", size=8, batch_size=4, seed=0)
+        shards.setup("fit")
+        parts = [part for batch in shards.train_dataloader() for part in batch.micro_batches]
+        assert sum(map(len, parts)) == examples
+        names = shards.class_names or ["cat", "dog"]
+        for part in parts:
+            for image, target in zip(part.inputs, part.targets, strict=True):
+                assert {"cat": image.max() < 100, "dog": image.min() >= 200}[names[target]]
