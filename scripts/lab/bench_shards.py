@@ -352,10 +352,13 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3, help="rounds after the warm-up; 0: the warm-up counts")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the bytes: 512 MiB of tokens, 256 of images")
     parser.add_argument("--threads", type=int, default=1, help="PyTorch threads")
+    parser.add_argument("--kinds", nargs="+", default=["tokens", "images"], choices=["tokens", "images"])
     parser.add_argument("--s3", action="store_true", help="from a server that answers late")
     parser.add_argument("--json", type=Path, help="file for the figures")
     given, figures = bench.prepare(parser), {}
     for kind, images, mib, workers in (("tokens", False, 512, 0), ("images", True, 256, 2)):
+        if kind not in given.kinds:
+            continue
         with tempfile.TemporaryDirectory() as folder:
             data = Data(Path(folder), images, max(1, mib * given.scale))
             with s3(Path(folder)) if given.s3 else contextlib.nullcontext((folder, {})) as (where, options):

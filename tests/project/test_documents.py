@@ -10,6 +10,8 @@ import runpy
 import shlex
 import shutil
 import sys
+import tarfile
+import wave
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -332,3 +334,27 @@ def test_a_class_that_learns() -> None:
     )
     assert first.mean(0).abs().max() < 1e-5
     assert torch.allclose(second, first - 1, atol=1e-5)
+
+
+def test_sounds_in_shards(project: str) -> None:
+    """The class of docs/shards.md, on tars of three tones."""
+    names: dict[str, Any] = {"__name__": "example"}
+    exec(code_of("class Sounds"), names)
+    Path("sounds").mkdir()
+    with tarfile.open("sounds/train-0.tar", "w") as archive:
+        for number in range(3):
+            file, tone = io.BytesIO(), (1000 * np.sin(np.arange(80) * (number + 1))).astype(np.int16)
+            with wave.open(file, "wb") as sound:
+                sound.setparams((1, 2, 8000, 80, "NONE", ""))
+                sound.writeframes(tone.tobytes())
+            for ending, data in (("wav", file.getvalue()), ("cls", str(number).encode())):
+                member = tarfile.TarInfo(f"{number}.{ending}")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    assert main(project, ["shards", "sounds"]) == 0
+    data = names["Sounds"]("sounds", "wav", "cls", batch_size=3, seed=0)
+    data.setup("fit")
+    (batch,) = data.train_dataloader()
+    (part,) = batch.micro_batches
+    for sound, target in zip(part.inputs, part.targets, strict=True):
+        assert torch.allclose(sound, 1000 / 2**15 * torch.sin(torch.arange(80) * (target + 1)), atol=1 / 2**15)

@@ -1,5 +1,7 @@
 """The order of data in many files, which are read one after the other."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -78,6 +80,11 @@ class BlockShuffled(Blocks):
         window = files / len(self._last)
         apart = alike * (files - window) / (window * max(1, files - 1))
         return 1 / (apart + (1 - apart) / batch_size)
+
+    def enough(self, batch_size: int, alike: float) -> int:
+        """Return the smallest window with which a batch is worth half of its examples; see `worth`."""
+        files = len(self._sizes)
+        return math.ceil(alike * files / (alike + (files - 1) / max(1, batch_size - 1)))
 
     @property
     def at_once(self) -> int:

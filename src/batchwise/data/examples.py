@@ -204,7 +204,10 @@ _ONE = torch.ones(())
 
 
 class OnWorkers:
-    """A method of a data module that processes which read call. Where it is sent there, trainer and splits stay behind.
+    """A method of a data module that processes which read call.
+
+    It is that of a copy without trainer and splits. They would not be needed there, and refer to the processes, which
+    would then be found by the garbage collector alone, and end five seconds late.
 
     Args:
         data: the data module.
@@ -212,13 +215,9 @@ class OnWorkers:
     """
 
     def __init__(self, data: Examples, name: str) -> None:
-        self.data, self.name = data, name
+        self.data, self.name = copy(data), name
+        self.data.trainer, self.data._Examples__loaded, self.data._Examples__fed = None, {}, {}  # type: ignore[attr-defined]
 
     def __call__(self, argument: Any) -> Any:
         """Call the method."""
         return getattr(self.data, self.name)(argument)
-
-    def __getstate__(self) -> dict[str, Any]:
-        light = copy(self.data)
-        light.trainer, light._Examples__loaded, light._Examples__fed = None, {}, {}  # type: ignore[attr-defined]
-        return {"data": light, "name": self.name}

@@ -3,10 +3,10 @@
 import errno
 import os
 import shutil
-import time
 from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
+from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
@@ -66,16 +66,18 @@ class Cache:
         Raises:
             DataError: it is missing or damaged, the store does not answer, or the disk is full.
         """
-        begun, tries = time.monotonic(), 0
+        begun, tries = monotonic(), 0
         while True:
             try:
                 return self.try_to_open(shard)
+            except DataError:
+                raise
             except Exception as error:  # each store raises its own
                 tries += 1
-                self._judge(shard, error, tries, time.monotonic() - begun)
+                self._judge(shard, error, tries, monotonic() - begun)
                 wait = min(LONGEST_WAIT, 2.0 ** (tries - 2))
                 print(f"shard {shard.name} cannot be read ({_said(error)}): trying again in {wait:.3g} s", flush=True)
-                time.sleep(wait)
+                sleep(wait)
 
     def _judge(self, shard: Shard, error: Exception, tries: int, seconds: float) -> None:
         """Raise what cannot be mended by another try."""
@@ -111,7 +113,12 @@ class Cache:
                         self._make(shard, path, direct)
             with suppress(FileNotFoundError):
                 os.utime(path)
-                return path, read_shard(direct or path, ".arrow" if direct is None else shard.name, self.columns)
+                if direct is not None:
+                    return path, read_shard(direct, shard.name, self.columns)
+                try:
+                    return path, read_shard(path, path.name, self.columns)
+                except ValueError:  # as after a power failure: it is made anew
+                    path.unlink()
         raise FileNotFoundError(f"{path} was deleted again and again: write a larger data.cache_gib")
 
     def _direct(self, shard: Shard) -> Path | None:
@@ -145,7 +152,7 @@ class Cache:
             if local is None:
                 self.store.get(shard.name, raw, _Slow(shard))
             self._check(shard, local or raw)
-            if local is None and shard.name.endswith(".arrow") and is_plain(read_shard(raw, ".arrow", self.columns)):
+            if local is None and shard.name.endswith(".arrow") and is_plain(read_shard(raw, shard.name, self.columns)):
                 raw.replace(path)
                 return
             _write(plain_table(read_shard(local or raw, shard.name, self.columns), shard.name), part)
@@ -223,11 +230,11 @@ class _Slow:
     """Says at times that a shard is slow."""
 
     def __init__(self, shard: Shard) -> None:
-        self._shard, self._begun, self._bytes, self._next = shard, time.monotonic(), 0, LONGEST_WAIT
+        self._shard, self._begun, self._bytes, self._next = shard, monotonic(), 0, LONGEST_WAIT
 
     def __call__(self, count: int) -> None:
         self._bytes += count
-        seconds = time.monotonic() - self._begun
+        seconds = monotonic() - self._begun
         if seconds > self._next:
             self._next *= 2
             speed = self._bytes / seconds / 1e6

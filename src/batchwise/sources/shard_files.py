@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from batchwise.batching.fetch import DataError
+
 if TYPE_CHECKING:
     from pyarrow import Table
 
@@ -28,6 +30,7 @@ def read_shard(path: Path, name: str, columns: Sequence[str] | None = None) -> "
         columns: those to return; None: all.
 
     Raises:
+        FileNotFoundError: it is not there.
         ValueError: it is damaged, or has no such column.
     """
     from pyarrow import ArrowException, parquet
@@ -40,6 +43,8 @@ def read_shard(path: Path, name: str, columns: Sequence[str] | None = None) -> "
             table = _arrow(path)
         else:
             table = _tar(path) if ".mds" not in name else _mds(path, name.endswith(".zstd"))
+    except FileNotFoundError:
+        raise
     except (ArrowException, OSError, tarfile.TarError, struct.error, KeyError, IndexError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"shard {name} cannot be read ({reason}): write it anew") from error
@@ -171,7 +176,7 @@ def plain_table(table: "Table", name: str) -> "Table":
         name: of the shard, for the message.
 
     Raises:
-        ValueError: a column is something else.
+        DataError: a column is something else.
     """
     columns = {each: _plain(table.column(each), f"column '{each}' of shard {name}") for each in table.column_names}
     return type(table).from_pydict(columns)
@@ -216,7 +221,7 @@ def _plain(column: Any, where: str) -> Any:
     if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
         lengths = compute.min_max(compute.list_value_length(column)).as_py()  # type: ignore[attr-defined]
         if lengths["min"] != lengths["max"] or not lengths["min"]:
-            raise ValueError(
+            raise DataError(
                 f"{where} holds arrays of {lengths['min']} to {lengths['max']} values: cut or pad them to one length"
             )
         values = _plain(compute.list_flatten(column), where)  # type: ignore[attr-defined]
@@ -230,7 +235,7 @@ def _plain(column: Any, where: str) -> Any:
     if types.is_fixed_size_binary(kind):
         return column.cast(pa.large_binary())
     if not _is_plain(kind):
-        raise ValueError(f"{where} holds {kind}: numbers, arrays of one shape, images or labels are needed")
+        raise DataError(f"{where} holds {kind}: numbers, arrays of one shape, images or labels are needed")
     return column
 
 

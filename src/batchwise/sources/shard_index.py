@@ -56,6 +56,8 @@ class Column:
     """The different whole numbers or texts; None: there are too many, or it has something else."""
     alike: float = 0.0
     """The share of the variance of these values that is between training shards. 1: each shard has one value."""
+    largest: int | None = None
+    """The largest value in the training shards, if it has arrays of bytes, which may be images."""
     wrong: str = ""
     """The first shard with values that are missing or not finite, and how many rows; empty: there is none."""
 
@@ -171,7 +173,7 @@ def _described(table: "Table", name: str) -> dict[str, Any]:
 
     column = table.column(name)
     kind, values = column.type, column
-    found: dict[str, Any] = {"type": str(kind), "wrong": 0, "values": None}
+    found: dict[str, Any] = {"type": str(kind), "wrong": 0, "values": None, "largest": None}
     while types.is_list(values.type) or types.is_large_list(values.type) or types.is_fixed_size_list(values.type):
         values = compute.list_flatten(values)  # type: ignore[attr-defined]
     wrong = compute.is_null(values, nan_is_null=True)  # type: ignore[attr-defined]
@@ -179,6 +181,8 @@ def _described(table: "Table", name: str) -> dict[str, Any]:
         infinite = compute.fill_null(compute.is_inf(values), False)  # type: ignore[attr-defined]
         wrong = compute.or_(wrong, infinite)  # type: ignore[attr-defined]
     found["wrong"] = compute.sum(wrong).as_py() or 0  # type: ignore[attr-defined]
+    if types.is_uint8(values.type) and values is not column:
+        found["largest"] = compute.max(values).as_py()  # type: ignore[attr-defined]
     if types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind) or types.is_dictionary(kind):
         counts = compute.value_counts(column.cast(kind.value_type) if types.is_dictionary(kind) else column)  # type: ignore[attr-defined]
         if len(counts) <= MOST_VALUES:
@@ -201,6 +205,8 @@ def _joined(entries: list[dict[str, Any]]) -> Index:
             if own["wrong"] and not column.wrong:
                 column.wrong = f"{shard} ({own['wrong']:,} values)"
             each.append(None if own["values"] is None else dict(own["values"]))
+        largest = [entry["columns"][name]["largest"] for entry in entries if entry["shard"][1] == "train"]
+        column.largest = max((value for value in largest if value is not None), default=None)
         if all(counts is not None for counts in each):
             values = {value for counts in each for value in counts if value is not None}
             if len(values) <= MOST_VALUES:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
@@ -141,10 +141,10 @@ class Shelf:
     def _known(self, requests: Iterable[Request]) -> Iterator[Request]:
         """Yield each micro-batch as a request. Some are asked for in advance, and their shards are fetched."""
         iterator, coming = _one_by_one(requests), deque[tuple[Request, list[int]]]()
-        users, due = Counter[int](), SimpleQueue[int | None]()
+        users, due, over = Counter[int](), SimpleQueue[int](), Event()
         files, size = self.dataset.files, 0
         for _ in range(FETCHED_AT_ONCE):
-            Thread(target=self._fetch, args=(due,), daemon=True).start()
+            Thread(target=self._fetch, args=(due, over), daemon=True).start()
         try:
             while True:
                 while size <= self.ahead and len(coming) < KNOWN and (request := next(iterator, None)) is not None:
@@ -162,11 +162,12 @@ class Shelf:
                     users[file] -= 1
                     size -= 0 if users[file] else files[file].size
         finally:
+            over.set()
             for _ in range(FETCHED_AT_ONCE):
-                due.put(None)
+                due.put(-1)
 
-    def _fetch(self, due: "SimpleQueue[int | None]") -> None:
-        while (file := due.get()) is not None:
+    def _fetch(self, due: SimpleQueue[int], over: Event) -> None:
+        while (file := due.get()) >= 0 and not over.is_set():
             with suppress(Exception):  # whoever needs it will try again, and say what is wrong
                 self.dataset.cache.prepare(self.dataset.files[file])
 

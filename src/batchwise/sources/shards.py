@@ -1,5 +1,6 @@
 """Data in many files (shards), on this machine or in an object store, of any size."""
 
+import warnings
 from dataclasses import replace
 from functools import cached_property
 from hashlib import sha256
@@ -40,8 +41,9 @@ class Shards(DataModule):
     is `BlockShuffled` by default, which reads them window by window. Nothing else is in memory.
 
     Columns with one number per example become inputs [N, F]. Arrays keep their type, [N, ...]. Bytes are images, [N,
-    channels, height, width]. Images, and arrays uint8 of this shape, are scaled from -1 to 1 on the device. Targets
-    are class numbers [N] (of the sorted labels, if labels are text), or floats. For anything else, override `fields`.
+    channels, height, width]. Images, and arrays uint8 of this shape, are scaled from -1 to 1 on the device, arrays by
+    their largest value. Targets are class numbers [N] (of the sorted labels, if labels are text), or floats. For
+    anything else, override `fields`.
 
     Args:
         path: the folder, or an address such as s3://bucket/folder, gs://... or https://...; what `fsspec` reads.
@@ -124,12 +126,13 @@ class Shards(DataModule):
         images = batch.inputs
         if not (isinstance(images, Tensor) and images.dtype == torch.uint8 and images.ndim == 4):
             return batch
-        return replace(batch, inputs=batch.inputs.to(torch.get_default_dtype()).div_(127.5).sub_(1))
+        return replace(batch, inputs=images.to(torch.get_default_dtype()).div_(self.learnt["white"] / 2).sub_(1))
 
     def learn(self) -> dict[str, Any]:
-        """The labels, in the order of their numbers, and a hash of the training shards."""
+        """The labels in the order of their numbers, the largest value of images, and a hash of the training shards."""
         hashes = "".join(shard.sha256 for shard in self.index.of("train"))
-        return {"classes": self._labels, "shards": sha256(hashes.encode()).hexdigest()[:16]}
+        white = self.index.columns[self.inputs[0]].largest or 255
+        return {"classes": self._labels, "white": white, "shards": sha256(hashes.encode()).hexdigest()[:16]}
 
     @property
     def class_names(self) -> list[str] | None:  # type: ignore[override]
@@ -151,7 +154,7 @@ class Shards(DataModule):
     # The shards
 
     def setup(self, stage: str) -> None:
-        """Load the splits that `stage` needs, and check that the order suits the cache."""
+        """Load the splits that `stage` needs, and check that the order suits the shards and the cache."""
         super().setup(stage)
         plan, shelf = self.plan, self.split("train") if stage == "fit" else None
         if plan is None or not isinstance(shelf, Shelf):
@@ -159,6 +162,7 @@ class Shards(DataModule):
         sizes = sorted((file.size for file in shelf.dataset.files), reverse=True)
         if isinstance(self.order, BlockShuffled):
             count = self.order.at_once
+            self._compare_shards(self.order, plan.batch_size)
         else:
             some = min(max(plan.batch_size, LOOKED_AT), plan.positions)
             count = len(shelf.files_of(self.order.indices(0, 0, some)))
@@ -168,6 +172,19 @@ class Shards(DataModule):
                 f"data.order {self.order} needs {count:,} shards at once, and as many that come next: "
                 f"{need / 2**30:.3g} GiB, and data.cache_gib is {self.limit / 2**30:.3g}: write a larger one, or an "
                 "order that reads fewer, such as batchwise.batching.shards.BlockShuffled with a smaller window"
+            )
+
+    def _compare_shards(self, order: BlockShuffled, batch_size: int) -> None:
+        """Warn if the window is too small for shards as unlike one another as these."""
+        alike = self.index.columns[self.target].alike if self.target is not None else 0.0
+        worth = order.worth(batch_size, alike)
+        if worth < batch_size / 2 and (self.trainer is None or self.trainer.is_global_zero):
+            warnings.warn(
+                f"the shards differ in '{self.target}' ({alike:.0%} of its variance is between them), so a batch of "
+                f"{batch_size:,} says as much as {worth:.3g} random ones: write a window of "
+                f"{order.enough(batch_size, alike):,} or more, or write the shards anew with the command shards, "
+                "which shuffles",
+                stacklevel=3,
             )
 
     @property

@@ -80,6 +80,24 @@ def test_worth_is_the_measured_variance_of_a_batch(window: int, alike: float) ->
     assert order.worth(batch_size, alike) == pytest.approx(measured, rel=0.1)
 
 
+@pytest.mark.parametrize("alike", [1.0, 0.3, 0.01])
+@pytest.mark.parametrize("batch_size", [1, 8, 100])
+def test_a_window_that_is_enough(alike: float, batch_size: int) -> None:
+    sizes = torch.full((60,), 20)
+    enough = prepared(1, sizes).enough(batch_size, alike)
+    assert 1 <= enough <= 60
+    divisors = [window for window in range(1, 61) if 60 % window == 0]  # else windows are smaller than they may be
+    for window in divisors:
+        assert (prepared(window, sizes).worth(batch_size, alike) >= batch_size / 2 - 1e-9) == (window >= enough)
+
+
+def test_each_of_two_devices_needs_about_half_of_the_files() -> None:
+    sizes = torch.full((20,), 100)
+    batches = file_of(prepared(20, sizes, batch_size=200).indices(0, 0, 2000), sizes).view(10, 200)
+    for share in (batches[:, :100], batches[:, 100:]):
+        assert len(share.unique()) <= 14
+
+
 def test_the_plan_says_how_far_it_is_from_uniform() -> None:
     assert prepared(99).summary(8) == "all 10 shards are shuffled together"
     line = prepared(3).summary(8)

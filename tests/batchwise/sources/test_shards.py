@@ -6,6 +6,7 @@ import os
 import struct
 import tarfile
 import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,14 @@ def test_numbers_arrays_and_nothing_to_predict() -> None:
     assert torch.equal(several[1], torch.from_numpy(tokens))
 
 
+def test_arrays_of_pixels_are_scaled_by_the_largest() -> None:
+    digits = Digits(batch_size=64)
+    write_shards(digits, Path("made"), 1)
+    data = Shards("made", "inputs", "targets", batch_size=64, seed=0)
+    images = data.to_device(data.examples("train", 2000), torch.device("cpu"), training=False).inputs
+    assert (images.min().item(), images.max().item()) == (-1, 1)
+
+
 def test_fields_of_your_own() -> None:
     class Sums(Shards):
         def fields(self, values: Any) -> tuple:
@@ -221,6 +230,19 @@ def test_a_store_in_memory() -> None:
     assert torch.equal(examples(shards("memory://there"))[0], torch.from_numpy(PIXELS[:50, None]))
 
 
+def test_shards_of_one_class_each_are_warned_of() -> None:
+    Path("data").mkdir()
+    for number in range(12):
+        table = {"x": np.arange(20.0), "label": np.full(20, number % 3)}
+        pq.write_table(pa.table(table), f"data/{number}.parquet")
+    make_index(Store("data"))
+    few, enough = (shards("data", inputs="x", order=BlockShuffled(window)) for window in (2, 12))
+    with pytest.warns(UserWarning, match=r"'label' \(100% .* says as much as .*: write a window of \d+ or more"):
+        few.setup("fit")
+    with warnings.catch_warnings(action="error"):
+        enough.setup("fit")
+
+
 # The cache
 
 
@@ -249,11 +271,21 @@ def test_what_a_killed_process_left_is_removed() -> None:
     data = shards(make(Path("data"), ".parquet"))
     shelf = data.split("train")
     assert isinstance(shelf, Shelf)
-    for name in ("ab1.part", "ab1.raw", "ab1.room", "cd2.part"):
+    own = shelf.dataset.cache._path(shelf.dataset.files[0]).name[:2]
+    left, busy = [name for name in ("ab", "cd", "ef") if name != own][:2]
+    for name in (f"{left}1.part", f"{left}1.raw", f"{left}1.room", f"{busy}2.part"):
         Path("cache", name).write_bytes(bytes(100))
-    with FileLock("cache/cd.lock"):  # somebody is at work
+    with FileLock(f"cache/{busy}.lock"):  # somebody is at work
         shelf.dataset.cache.open(shelf.dataset.files[0])
-    assert {name for name in files() if not name.endswith(".arrow")} == {"cd2.part"}
+    assert {name for name in files() if not name.endswith(".arrow")} == {f"{busy}2.part"}
+
+
+def test_a_damaged_file_is_made_anew() -> None:
+    data = shards(make(Path("data"), ".parquet"))
+    examples(data)
+    for path in Path("cache").glob("*.arrow"):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert torch.equal(examples(shards("data"))[0], torch.from_numpy(PIXELS[:50, None]))
 
 
 def test_two_make_a_shard_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,7 +310,7 @@ def test_an_arrow_file_is_used_where_it_is() -> None:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_cache.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(shard_cache, "sleep", lambda seconds: None)
 
 
 def read(data: Shards) -> None:
@@ -319,7 +351,7 @@ def test_a_shard_that_is_missing_cut_short_or_another(ending: str, num_workers: 
 
 def test_a_fault_that_passes_is_waited_for(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     slept: list[float] = []
-    monkeypatch.setattr(shard_cache.time, "sleep", slept.append)
+    monkeypatch.setattr(shard_cache, "sleep", slept.append)
     make(Path("data"), ".parquet")
     data, get, faults = shards("data"), Store.get, iter([TimeoutError(), OSError("503, Service Unavailable")] * 4)
     monkeypatch.setattr(data.store, "local", None)
@@ -339,7 +371,7 @@ def test_a_fault_that_passes_is_waited_for(monkeypatch: pytest.MonkeyPatch, caps
 
 
 def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_cache.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(shard_cache, "sleep", lambda seconds: None)
     make(Path("data"), ".parquet")
     data = shards("data", patience=0.05)
     monkeypatch.setattr(data.store, "local", None)
