@@ -27,7 +27,7 @@ commands:
   tune        choose the batch size: what fits, what is fast, what the gradient says
   sweep       train each batch size to a target, and see which is the fastest
   schema      write the schema from which an editor completes configurations
-  shards      make the index of a folder of shards (shards DIR), or write shards (shards --config FILE --path DIR)
+  shards      write the examples as shards; `shards DIR` makes the index of shards that are there
   inspect     look at the batches without training, and find what is wrong with the data
 
 the flags that matter:

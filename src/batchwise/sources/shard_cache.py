@@ -24,8 +24,11 @@ FORMAT = 1
 TRIES = 3
 """How often a shard is read that is missing or is another one than the index says."""
 ROOM = ".room"
+ROOM_LOCK = "room.lock"
 WORK = (".part", ".raw", ROOM)
 """Endings of files that are being made: what is written, what has come, and a file as long as both will be."""
+SHORT_WAIT = 0.02
+"""Seconds between two looks for room."""
 LONGEST_WAIT = 30.0
 """The most seconds between two tries, and before a line says that a shard is slow."""
 
@@ -153,12 +156,14 @@ class Cache:
                 self.store.get(shard.name, raw, _Slow(shard))
             self._check(shard, local or raw)
             if local is None and shard.name.endswith(".arrow") and is_plain(read_shard(raw, shard.name, self.columns)):
-                raw.replace(path)
-                return
-            _write(plain_table(read_shard(local or raw, shard.name, self.columns), shard.name), part)
-            part.replace(path)
+                part = raw
+            else:
+                _write(plain_table(read_shard(local or raw, shard.name, self.columns), shard.name), part)
+            with FileLock(self.folder / ROOM_LOCK):  # so that whoever counts sees the one or the other
+                part.replace(path)
+                room.unlink()
         finally:
-            for left in (part, raw, room):
+            for left in (path.with_suffix(ending) for ending in WORK):
                 left.unlink(missing_ok=True)
 
     def _check(self, shard: Shard, path: Path) -> None:
@@ -176,23 +181,30 @@ class Cache:
             )
 
     def _reserve(self, need: int, room: Path) -> None:
-        """Delete what has not been used for the longest time, and reserve so many bytes with a file of that length.
+        """Reserve so many bytes with a file of that length, once others have made what they have reserved.
 
         Raises:
             OSError: the disk has no room, whatever is deleted.
         """
-        with FileLock(self.folder / "room.lock"):
-            free, total, kept = shutil.disk_usage(self.folder).free, 0, list[tuple[int, int, Path]]()
+        while not self._try_to_reserve(need, room):
+            sleep(SHORT_WAIT)
+
+    def _try_to_reserve(self, need: int, room: Path) -> bool:
+        """Delete what has not been used for the longest time, and reserve; return whether there was room."""
+        with FileLock(self.folder / ROOM_LOCK):
+            free, reserved, kept = shutil.disk_usage(self.folder).free, 0, list[tuple[int, int, Path]]()
             for path in self.folder.iterdir():
                 with suppress(FileNotFoundError):
                     if path.suffix == ".arrow":
                         kept.append((path.stat().st_mtime_ns, path.stat().st_size, path))
-                        total += path.stat().st_size
                     elif path.suffix in WORK and not self._in_work(path):
                         path.unlink()  # of a process that was killed
                     elif path.suffix == ROOM:
-                        total += path.stat().st_size
+                        reserved += path.stat().st_size
+            total = reserved + sum(size for _, size, _ in kept)
             limit = min(self.limit, total + free)
+            if reserved and reserved + need > limit:
+                return False
             for _, size, path in sorted(kept):
                 if total + need <= limit:
                     break
@@ -203,6 +215,7 @@ class Cache:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             with room.open("wb") as file:
                 file.truncate(need)
+        return True
 
     def _lock(self, path: Path, timeout: float = -1) -> FileLock:
         return FileLock(self.folder / f"{path.name[:2]}.lock", timeout)

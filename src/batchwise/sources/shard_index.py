@@ -29,6 +29,8 @@ MOST_VALUES = 10_000
 """The most different values of a column of which the index has a list."""
 AT_ONCE = 4
 """Shards that are read side by side."""
+HEAD = 1024
+"""Bytes of an Arrow file besides its columns, about."""
 SAVED = 5.0
 """Seconds between two writes of what is known so far."""
 
@@ -43,7 +45,7 @@ class Shard(NamedTuple):
     bytes: int
     """Of the file."""
     size: int
-    """Bytes of its columns, decompressed."""
+    """Bytes of its columns in an Arrow file, about."""
     sha256: str
 
 
@@ -160,7 +162,7 @@ def _look(store: Store, name: str, folder: Path) -> dict[str, Any]:
     if store.local is None:
         store.get(name, path, lambda count: None)
     table = read_shard(path, name)
-    entry = Shard(name, split_of(name), len(table), path.stat().st_size, table.nbytes, sha256(path))
+    entry = Shard(name, split_of(name), len(table), path.stat().st_size, table.nbytes + HEAD, sha256(path))
     columns = {column: _described(table, column) for column in table.column_names}
     del table
     if store.local is None:

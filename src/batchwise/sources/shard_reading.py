@@ -23,12 +23,16 @@ from batchwise.sources.shard_index import Shard
 
 FETCHED_AT_ONCE = 4
 """Shards that each process fetches side by side."""
-
 KNOWN = 1024
 """The most micro-batches that are asked for in advance."""
-
+OPEN = 64
+"""The most shards that a process keeps open besides those of the last micro-batch."""
 Values = dict[str, np.ndarray | list[memoryview]]
 """The columns of some examples: arrays [N, ...], or the bytes of each."""
+Columns = dict[str, np.ndarray | Bytes]
+"""The columns of a shard."""
+Part = tuple[np.ndarray, Columns, np.ndarray]
+"""Places in a micro-batch, the shard that has their examples, and their rows there, int64 [N] each."""
 
 
 class ShardSet(Dataset):
@@ -43,7 +47,7 @@ class ShardSet(Dataset):
     def __init__(self, shards: list[Shard], cache: Cache, fields: Callable[[Values], tuple[Any, ...]]) -> None:
         self.files, self.cache, self.fields = shards, cache, fields
         self.ends = np.cumsum([shard.examples for shard in shards])
-        self._open: dict[int, tuple[Path, dict[str, np.ndarray | Bytes]]] = {}
+        self._open: dict[int, tuple[Path, Columns]] = {}
         self._used: dict[int, float] = {}
 
     def __len__(self) -> int:
@@ -61,18 +65,17 @@ class ShardSet(Dataset):
         index = np.asarray(numbers)
         which = np.searchsorted(self.ends, index, side="right")
         shards, places, counts = np.unique(which, return_inverse=True, return_counts=True)
-        order, found = (
-            places.argsort(kind="stable"),
-            list[tuple[np.ndarray, dict[str, np.ndarray | Bytes], np.ndarray]](),
-        )
-        for shard, where in zip(shards.tolist(), np.split(order, counts.cumsum()[:-1]), strict=True):
+        each, found = np.split(places.argsort(kind="stable"), counts.cumsum()[:-1]), list[Part]()
+        for shard, where in zip(shards.tolist(), each, strict=True):
             first = self.ends[shard] - self.files[shard].examples
             found.append((where, self._columns(shard), index[where] - first))
-        self._close(set(shards.tolist()))
+        self._close(len(found))
         return self.fields({name: _gathered(found, name, len(index)) for name in self.cache.columns})
 
-    def _columns(self, shard: int) -> dict[str, np.ndarray | Bytes]:
-        if shard not in self._open:
+    def _columns(self, shard: int) -> Columns:
+        if shard in self._open:
+            self._open[shard] = self._open.pop(shard)  # the last one is that which was used last
+        else:
             path, table = self.cache.open(self.files[shard])
             self._open[shard] = path, opened(table)
         if time.monotonic() - self._used.get(shard, 0.0) > 1:
@@ -81,18 +84,19 @@ class ShardSet(Dataset):
                 os.utime(self._open[shard][0])
         return self._open[shard][1]
 
-    def _close(self, used: set[int]) -> None:
-        """Close what has been deleted from the cache, so that the disk gets its room back."""
-        for shard in [shard for shard in self._open if shard not in used]:
-            if not self._open[shard][0].exists():
+    def _close(self, used: int) -> None:
+        """Close what has been deleted from the cache, so that the disk gets its room back, and what is one too many."""
+        others = list(self._open)[:-used]
+        for place, shard in enumerate(others):
+            if len(others) - place > OPEN or not self._open[shard][0].exists():
                 del self._open[shard], self._used[shard]
 
 
-def _gathered(found: list[Any], name: str, count: int) -> np.ndarray | list[memoryview]:
+def _gathered(found: list[Part], name: str, count: int) -> np.ndarray | list[memoryview]:
     """Return a column of all examples, each at its place."""
     first = found[0][1][name]
     if isinstance(first, Bytes):
-        values: list[Any] = [None] * count
+        values = [memoryview(b"")] * count
         for where, columns, rows in found:
             for place, value in zip(where.tolist(), columns[name][rows], strict=True):
                 values[place] = value

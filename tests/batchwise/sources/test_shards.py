@@ -22,7 +22,7 @@ from PIL import Image
 from batchwise.batching.fetch import DataError, Request
 from batchwise.batching.order import Shuffled
 from batchwise.batching.shards import BlockShuffled
-from batchwise.sources import shard_cache, shard_index
+from batchwise.sources import shard_cache, shard_index, shard_reading
 from batchwise.sources.digits import Digits
 from batchwise.sources.shard_index import alike, make_index, read_index, split_of
 from batchwise.sources.shard_reading import Shelf
@@ -142,6 +142,24 @@ def test_batches_are_those_of_the_order(num_workers: int) -> None:
         assert all(torch.equal(part.inputs, images[part.index]) for part in parts)
         assert all(torch.equal(part.targets, labels[part.index]) for part in parts)
         assert len(places) == 50
+
+
+def test_many_shards_some_of_them_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_reading, "OPEN", 3)
+    Path("data").mkdir()
+    sizes = [3, 0, 1, 0, 0, 4, 2, 0, 5, 1, 1, 1, 0]
+    for number, (size, end) in enumerate(zip(sizes, np.cumsum(sizes), strict=True)):
+        table = pa.table({"x": np.arange(end - size, end, dtype=np.float64), "label": np.arange(size)})
+        pq.write_table(table, f"data/{number:02}.parquet")
+    make_index(Store("data"))
+    data = shards("data", inputs="x", order=BlockShuffled(5), batch_size=4)
+    data.setup("fit")
+    seen = [value for batch in data.train_dataloader() for value in batch.micro_batches[0].inputs.flatten().tolist()]
+    assert sorted(seen) == list(range(18))
+    assert seen == data.order.indices(0, 0, 18).tolist()
+    shelf = data.split("train")
+    assert isinstance(shelf, Shelf)
+    assert len(shelf.dataset._open) <= 3 + 4
 
 
 def test_numbers_arrays_and_nothing_to_predict() -> None:
