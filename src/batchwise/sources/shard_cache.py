@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from batchwise.batching.fetch import DataError
 from batchwise.sources.shard_files import is_plain, plain_table, read_shard
 from batchwise.sources.shard_index import Shard, sha256
-from batchwise.sources.store import Store
+from batchwise.sources.store import Store, said
 
 if TYPE_CHECKING:
     from pyarrow import Table
@@ -79,7 +79,7 @@ class Cache:
                 tries += 1
                 self._judge(shard, error, tries, monotonic() - begun)
                 wait = min(LONGEST_WAIT, 2.0 ** (tries - 2))
-                print(f"shard {shard.name} cannot be read ({_said(error)}): trying again in {wait:.3g} s", flush=True)
+                print(f"shard {shard.name} cannot be read ({said(error)}): trying again in {wait:.3g} s", flush=True)
                 sleep(wait)
 
     def _judge(self, shard: Shard, error: Exception, tries: int, seconds: float) -> None:
@@ -95,7 +95,7 @@ class Cache:
         if tries >= TRIES and isinstance(error, WrongShard):
             raise DataError(str(error)) from error
         if tries >= TRIES and (missing or isinstance(error, ValueError)):
-            what = "is not there" if isinstance(error, FileNotFoundError) else f"cannot be read ({_said(error)})"
+            what = "is not there" if isinstance(error, FileNotFoundError) else f"cannot be read ({said(error)})"
             raise DataError(
                 f"shard {shard.name} of data.path {self.store.address} {what}: put it back, or make the index anew "
                 "with the command shards"
@@ -103,7 +103,7 @@ class Cache:
         if seconds > self.patience:
             raise DataError(
                 f"shard {shard.name} of data.path {self.store.address} could not be read for {seconds:.0f} s "
-                f"({_said(error)}): --ckpt_path last goes on once it can be; data.patience says how long to wait"
+                f"({said(error)}): --ckpt_path last goes on once it can be; data.patience says how long to wait"
             ) from error
 
     def try_to_open(self, shard: Shard) -> tuple[Path, "Table"]:
@@ -233,10 +233,6 @@ def _write(table: "Table", path: Path) -> None:
 
     with OSFile(str(path), "wb") as file, ipc.new_file(file, table.schema) as writer:
         writer.write_table(table)
-
-
-def _said(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 class _Slow:

@@ -4,19 +4,20 @@ import hashlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.progress import MofNCompleteColumn, Progress
 
 from batchwise.data.split import ALIASES
 from batchwise.sources.shard_files import ENDINGS, read_shard
-from batchwise.sources.store import Store
+from batchwise.sources.store import Store, said
 
 if TYPE_CHECKING:
     from pyarrow import Table
@@ -29,6 +30,8 @@ MOST_VALUES = 10_000
 """The most different values of a column of which the index has a list."""
 AT_ONCE = 4
 """Shards that are read side by side."""
+WAITS = (0.5, 1.0, 2.0, 0.0)
+"""Seconds to wait after each try to read from a store."""
 HEAD = 1024
 """Bytes of an Arrow file besides its columns, about."""
 SAVED = 5.0
@@ -82,11 +85,13 @@ def read_index(store: Store) -> Index:
     Raises:
         ValueError: there is none, it cannot be read, or it is of another version.
     """
-    command = f"python -m project shards {store.address}"
+    command = f"the command `shards {store.address}`"
     try:
-        found = json.loads(store.read(FILE))
+        data = _patient(lambda: store.read(FILE), f"data.path {store.address}")
     except FileNotFoundError as error:
         raise ValueError(f"data.path {store.address} has no {FILE}: {command} makes it") from error
+    try:
+        found = json.loads(data)
     except ValueError as error:
         raise ValueError(
             f"{FILE} in data.path {store.address} is damaged ({error}): {command} makes it anew"
@@ -135,7 +140,8 @@ def make_index(store: Store) -> Index:
                         print(f"{len(known):,} of {len(names):,} shards read", flush=True)
         except BaseException:
             threads.shutdown(cancel_futures=True)
-            store.write(PART, json.dumps(list(known.values())).encode())
+            with suppress(ValueError):
+                store.write(PART, json.dumps(list(known.values())).encode())
             raise
     index = _joined([known[name] for name in names])
     store.write(FILE, json.dumps({"format": FORMAT, **asdict(index)}, indent=0).encode())
@@ -160,7 +166,7 @@ def _look(store: Store, name: str, folder: Path) -> dict[str, Any]:
     """Read a shard, and return what the index needs of it."""
     path = store.local / name if store.local else folder / name.replace("/", "_")
     if store.local is None:
-        store.get(name, path, lambda count: None)
+        _patient(lambda: store.get(name, path, lambda count: None), f"shard {name}")
     table = read_shard(path, name)
     entry = Shard(name, split_of(name), len(table), path.stat().st_size, table.nbytes + HEAD, sha256(path))
     columns = {column: _described(table, column) for column in table.column_names}
@@ -168,6 +174,20 @@ def _look(store: Store, name: str, folder: Path) -> dict[str, Any]:
     if store.local is None:
         path.unlink()
     return {"shard": list(entry), "columns": columns}
+
+
+def _patient(read: Callable[[], Any], what: str) -> Any:
+    """Return what is read. A store that does not answer is asked again a few times."""
+    for wait in WAITS:
+        try:
+            return read()
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # each store raises its own
+            if wait == WAITS[-1]:
+                raise ValueError(f"{what} cannot be read: {said(error)}") from error
+            sleep(wait)
+    return None
 
 
 def _described(table: "Table", name: str) -> dict[str, Any]:
@@ -182,7 +202,8 @@ def _described(table: "Table", name: str) -> dict[str, Any]:
     if types.is_floating(values.type):
         infinite = compute.fill_null(compute.is_inf(values), False)  # type: ignore[attr-defined]
         wrong = compute.or_(wrong, infinite)  # type: ignore[attr-defined]
-    found["wrong"] = compute.sum(wrong).as_py() or 0  # type: ignore[attr-defined]
+    missing = 0 if values is column else column.null_count  # whole arrays
+    found["wrong"] = missing + (compute.sum(wrong).as_py() or 0)  # type: ignore[attr-defined]
     if types.is_uint8(values.type) and values is not column:
         found["largest"] = compute.max(values).as_py()  # type: ignore[attr-defined]
     if types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind) or types.is_dictionary(kind):

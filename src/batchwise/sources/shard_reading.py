@@ -105,10 +105,11 @@ def _gathered(found: list[Part], name: str, count: int) -> np.ndarray | list[mem
         return first[found[0][2]]
     array = np.empty((count, *first.shape[1:]), first.dtype)
     for where, columns, rows in found:
+        column: Any = columns[name]
         if where[-1] - where[0] + 1 == len(where):  # neighbours, as `BlockShuffled` has them: one copy
-            np.take(columns[name], rows, 0, array[where[0] : where[-1] + 1], "clip")
+            np.take(column, rows, 0, array[where[0] : where[-1] + 1], "clip")
         else:
-            array[where] = columns[name][rows]
+            array[where] = column[rows]
     return array
 
 

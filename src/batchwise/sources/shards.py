@@ -198,10 +198,7 @@ class Shards(DataModule):
         Raises:
             ValueError: there is no index, or a column is missing or has values that nothing can be learnt from.
         """
-        try:
-            index = read_index(self.store)
-        except OSError as error:
-            raise ValueError(f"data.path {self.store.address} cannot be read: {error}") from error
+        index = read_index(self.store)
         for name in self._columns:
             if name not in index.columns:
                 raise ValueError(

@@ -56,10 +56,20 @@ class Store:
         return system.cat_file(path)
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a file: whole or not at all, if the store is this machine."""
+        """Write a file: whole or not at all, if the store is this machine.
+
+        Raises:
+            ValueError: the store is read only.
+        """
         system, path = self._at(name)
         if self.local is None:
-            system.pipe_file(path, data)
+            try:
+                system.pipe_file(path, data)
+            except Exception as error:  # each store raises its own
+                raise ValueError(
+                    f"{name} cannot be written to {self.address} ({said(error)}): make it on a copy of the files, and "
+                    "put it beside them"
+                ) from error
             return
         part = Path(f"{path}.part{os.getpid()}")
         part.write_bytes(data)
@@ -86,6 +96,11 @@ class Store:
         """
         system, source = self._at(name)
         system.get_file(source, str(path), callback=_Counting(each))
+
+
+def said(error: Exception) -> str:
+    """Return an error in one short line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 class _Counting(Callback):

@@ -431,7 +431,9 @@ def test_settings_that_do_not_fit() -> None:
     assert "data.order Shuffled needs 5 shards at once" in broken(
         shards("data", cache_gib=1e-6, order=Shuffled()), ValueError
     )
-    assert "data.path nowhere has no shards.json: python -m" in broken(shards("nowhere"), ValueError)
+    assert "data.path nowhere has no shards.json: the command `shards nowhere` makes it" in broken(
+        shards("nowhere"), ValueError
+    )
     assert "is no address that can be read" in broken_address("what://is/this")
     text = Path("data/shards.json").read_text()
     Path("data/shards.json").write_text(text.replace('"format": 1', '"format": 9'))
@@ -452,6 +454,7 @@ def broken_address(address: str) -> str:
         ({"image": [1.0, None], "label": [0, 1]}, "column 'image' has values that are missing or not finite"),
         ({"image": [1.0, float("nan")], "label": [0, 1]}, "first in shard 0.parquet (1 values)"),
         ({"image": [1.0, 2.0], "label": [0, None]}, "column 'label' has values that are missing"),
+        ({"image": [[1.0, 2.0], None], "label": [0, 1]}, "first in shard 0.parquet (1 values)"),
         ({"image": [[1.0, 2.0], [3.0]], "label": [0, 1]}, "holds arrays of 1 to 2 values: cut or pad them"),
         ({"image": [{"a": 1}, {"a": 2}], "label": [0, 1]}, "column 'image' of shard 0.parquet holds struct"),
         ({"image": [1.0, 2.0], "label": ["Yes", "yes"]}, "labels 'Yes' and 'yes', which look like one"),

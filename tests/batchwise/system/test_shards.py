@@ -106,6 +106,14 @@ def test_killed_while_it_writes_the_cache(shards: Path, at_hand: Result) -> None
     assert {path.suffix for path in Path(".cache/shards").iterdir()} == {".lock", ".arrow"}
 
 
+def test_an_index_that_cannot_be_written(shards: Path) -> None:
+    with serving(str(shards)) as port:
+        result = run_here("shards", f"http://127.0.0.1:{port}")
+    assert result.code == 2
+    assert result.err.startswith("error: ")
+    assert result.err.count("\n") == 1
+
+
 def test_a_server_that_is_not_there() -> None:
     with serving(".") as port:
         pass
