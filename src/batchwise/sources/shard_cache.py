@@ -60,7 +60,7 @@ class Cache:
         path = self._path(shard)
         if not path.exists():
             self.try_to_open(shard)
-        with suppress(FileNotFoundError), (self._direct(shard) or path).open("rb") as file:
+        with suppress(FileNotFoundError), (self.direct(shard) or path).open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
     def open(self, shard: Shard) -> tuple[Path, "Table"]:
@@ -108,7 +108,7 @@ class Cache:
 
     def try_to_open(self, shard: Shard) -> tuple[Path, "Table"]:
         """Return a shard and its file in the cache, without a second try."""
-        path, direct = self._path(shard), self._direct(shard)
+        path, direct = self._path(shard), self.direct(shard)
         for _ in range(TRIES):  # another process may delete it in between
             if not path.exists():
                 with self._lock(path):
@@ -124,7 +124,7 @@ class Cache:
                     path.unlink()
         raise FileNotFoundError(f"{path} was deleted again and again: write a larger data.cache_gib")
 
-    def _direct(self, shard: Shard) -> Path | None:
+    def direct(self, shard: Shard) -> Path | None:
         """Return the file of a shard that needs no copy."""
         if self.store.local is None or not shard.name.endswith(".arrow"):
             return None

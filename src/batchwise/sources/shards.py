@@ -55,6 +55,7 @@ class Shards(DataModule):
         cache: folder of the shards in use. Trainings and data sets may share it.
         cache_gib: its most GiB.
         patience: seconds for which a store that does not answer is asked again, before training stops.
+        predict_path: shards to predict, with an index, of which the target is not read; null: the test split.
         storage_options: of `fsspec`, such as {endpoint_url: ...}.
         order: the order of the training examples; null: `BlockShuffled`.
         **kwargs: those of `DataModule`.
@@ -71,6 +72,7 @@ class Shards(DataModule):
         cache: str = ".cache/shards",
         cache_gib: PositiveFloat = 32.0,
         patience: PositiveFloat = 600.0,
+        predict_path: str | None = None,
         storage_options: dict[str, Any] | None = None,
         order: Order | None = None,
         **kwargs,
@@ -80,13 +82,19 @@ class Shards(DataModule):
         self.format = ImageFormat.of(size, channels, resize)
         self.cache, self.limit, self.patience = Path(expanduser(cache)).absolute(), int(cache_gib * 2**30), patience
         self.store = Store(path, storage_options)
+        self.to_predict = None if predict_path is None else Store(predict_path, storage_options)
+        self.has_predict_split = predict_path is not None
 
     # What the network is given
 
     def load(self, split: str) -> Shelf | None:
         """Return what reads the examples of a split."""
         optional("pyarrow", "shards")
-        shards = self.index.of(split)
+        if split == "predict" and self.to_predict is not None:
+            store, columns = self.to_predict, self.inputs
+            shards = _index(store, columns, "data.predict_path").shards
+        else:
+            store, columns, shards = self.store, self._columns, self.index.of(split)
         if not shards:
             return None
         try:
@@ -94,7 +102,7 @@ class Shards(DataModule):
         except OSError as error:
             raise ValueError(f"data.cache {self.cache} cannot be made ({error.strerror}): write another") from error
         processes = max(1, getattr(self.trainer, "num_devices", 1))
-        cache = Cache(self.store, self.cache, self.limit, self._columns, self.patience)
+        cache = Cache(store, self.cache, self.limit, columns, self.patience)
         dataset = ShardSet(shards, cache, OnWorkers(self, "fields"))
         return Shelf(dataset, self.num_workers, self.max_unreadable, self.limit // 2 // processes)
 
@@ -107,7 +115,7 @@ class Shards(DataModule):
         inputs = [self._input(values[name]) for name in self.inputs]
         if all(column.ndim == 1 for column in inputs):
             inputs = [torch.stack([column.float() for column in inputs], 1)]
-        if self.target is None:
+        if self.target is None or self.target not in values:
             return tuple(inputs)
         target = values[self.target]
         if isinstance(target, list):
@@ -127,6 +135,16 @@ class Shards(DataModule):
         if not (isinstance(images, Tensor) and images.dtype == torch.uint8 and images.ndim == 4):
             return batch
         return replace(batch, inputs=images.to(torch.get_default_dtype()).div_(self.learnt["white"] / 2).sub_(1))
+
+    def describe(self, index: Tensor) -> dict[str, list]:
+        """Return the shard of each example, and its row there, from 0."""
+        shelf = self.split("predict")
+        assert isinstance(shelf, Shelf)
+        shards = np.searchsorted(shelf.dataset.ends, index.numpy(), side="right")
+        files = [shelf.dataset.files[shard] for shard in shards.tolist()]
+        firsts = [int(shelf.dataset.ends[shard]) - file.examples for shard, file in zip(shards, files, strict=True)]
+        rows = [number - first for number, first in zip(index.tolist(), firsts, strict=True)]
+        return {"shard": [file.name for file in files], "row": rows}
 
     def learn(self) -> dict[str, Any]:
         """The labels in the order of their numbers, the largest value of images, and a hash of the training shards."""
@@ -159,6 +177,7 @@ class Shards(DataModule):
         plan, shelf = self.plan, self.split("train") if stage == "fit" else None
         if plan is None or not isinstance(shelf, Shelf):
             return
+        in_place = shelf.dataset.cache.direct(shelf.dataset.files[0]) is not None
         sizes = sorted((file.size for file in shelf.dataset.files), reverse=True)
         if isinstance(self.order, BlockShuffled):
             count = self.order.at_once
@@ -167,7 +186,7 @@ class Shards(DataModule):
             some = min(max(plan.batch_size, LOOKED_AT), plan.positions)
             count = len(shelf.files_of(self.order.indices(0, 0, some)))
         need = 2 * sum(sizes[:count])
-        if need > self.limit:
+        if need > self.limit and not in_place:
             raise ValueError(
                 f"data.order {self.order} needs {count:,} shards at once, and as many that come next: "
                 f"{need / 2**30:.3g} GiB, and data.cache_gib is {self.limit / 2**30:.3g}: write a larger one, or an "
@@ -198,16 +217,21 @@ class Shards(DataModule):
         Raises:
             ValueError: there is no index, or a column is missing or has values that nothing can be learnt from.
         """
-        index = read_index(self.store)
-        for name in self._columns:
-            if name not in index.columns:
-                raise ValueError(
-                    f"data.path {self.store.address} has no column '{name}': write data.inputs and data.target from "
-                    f"{', '.join(index.columns)}"
-                )
-            if index.columns[name].wrong:
-                raise ValueError(
-                    f"column '{name}' has values that are missing or not finite, first in shard "
-                    f"{index.columns[name].wrong}: write the shards without them"
-                )
-        return index
+        return _index(self.store, self._columns, "data.path")
+
+
+def _index(store: Store, columns: list[str], key: str) -> Index:
+    """Return the index of a folder that has some columns, whose values are all there and finite."""
+    index = read_index(store)
+    for name in columns:
+        if name not in index.columns:
+            raise ValueError(
+                f"{key} {store.address} has no column '{name}': write data.inputs and data.target from "
+                f"{', '.join(index.columns)}"
+            )
+        if index.columns[name].wrong:
+            raise ValueError(
+                f"column '{name}' of {key} {store.address} has values that are missing or not finite, first in shard "
+                f"{index.columns[name].wrong}: write the shards without them"
+            )
+    return index

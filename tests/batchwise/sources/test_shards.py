@@ -1,8 +1,10 @@
 """Shards: their formats, their index, their cache, and what is wrong with them in one line."""
 
+import csv
 import io
 import json
 import os
+import shutil
 import struct
 import tarfile
 import threading
@@ -421,7 +423,7 @@ def test_a_broken_image_is_named_and_can_be_left_out() -> None:
 
 
 def test_settings_that_do_not_fit() -> None:
-    make(Path("data"))
+    make(Path("data"), ".parquet")
     assert "has no column 'picture': write data.inputs and data.target from image, label" in broken(
         shards("data", inputs="picture"), ValueError
     )
@@ -451,9 +453,12 @@ def broken_address(address: str) -> str:
 @pytest.mark.parametrize(
     ("table", "words"),
     [
-        ({"image": [1.0, None], "label": [0, 1]}, "column 'image' has values that are missing or not finite"),
+        (
+            {"image": [1.0, None], "label": [0, 1]},
+            "column 'image' of data.path data has values that are missing or not finite",
+        ),
         ({"image": [1.0, float("nan")], "label": [0, 1]}, "first in shard 0.parquet (1 values)"),
-        ({"image": [1.0, 2.0], "label": [0, None]}, "column 'label' has values that are missing"),
+        ({"image": [1.0, 2.0], "label": [0, None]}, "column 'label' of data.path data has values that are missing"),
         ({"image": [[1.0, 2.0], None], "label": [0, 1]}, "first in shard 0.parquet (1 values)"),
         ({"image": [[1.0, 2.0], [3.0]], "label": [0, 1]}, "holds arrays of 1 to 2 values: cut or pad them"),
         ({"image": [{"a": 1}, {"a": 2}], "label": [0, 1]}, "column 'image' of shard 0.parquet holds struct"),
@@ -473,6 +478,12 @@ def test_bad_columns(table: dict, words: str) -> None:
 # The command line
 
 
+def test_files_that_need_no_copy_need_no_cache() -> None:
+    data = shards(make(Path("data")), cache_gib=1e-6)
+    read(data)
+    assert set(files().values()) == {0}
+
+
 def test_write_train_and_refuse_other_data(tmp_path: Path) -> None:
     settings = ("--data.inputs", "inputs", "--data.target", "targets")
     folder = ("--data.path", "digits", *settings, "--trainer.max_epochs", 1)
@@ -486,6 +497,18 @@ def test_write_train_and_refuse_other_data(tmp_path: Path) -> None:
     assert fit.code == 0, fit.err
     assert "from 5 shards" in fit.out
     assert run_here("test", "--config", "configs/shards.yaml", *folder, "--ckpt_path", "best").code == 0
+    Path("new").mkdir()
+    images = pa.ipc.open_file("digits/test-00000.arrow").read_all().select(["inputs"])  # without targets
+    pq.write_table(images, "new/a.parquet")
+    assert run_here("shards", "new").code == 0
+    shutil.move("digits", "elsewhere")  # `predict` needs no training data
+    new = ("--data.predict_path", "new", "--ckpt_path", "best")
+    predict = run_here("predict", "--config", "configs/shards.yaml", *folder, *new)
+    assert predict.code == 0, predict.err
+    shutil.move("elsewhere", "digits")
+    with next(Path().glob("runs/**/predictions.csv")).open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["shard"], row["row"]) for row in rows] == [("a.parquet", str(number)) for number in range(len(images))]
     more = pa.ipc.open_file("digits/train-00000.arrow").read_all()
     with pa.OSFile("digits/train-9.arrow", "wb") as file, pa.ipc.new_file(file, more.schema) as writer:
         writer.write_table(more)
