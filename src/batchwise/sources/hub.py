@@ -200,10 +200,10 @@ class Columns(Dataset):
         """Return the fields of some examples, [N, ...] each."""
         rows = self.view[self.index[numbers].tolist()]
         if self.is_image:
-            files = (
+            files = [
                 BytesIO(image["bytes"]) if image["bytes"] else Path(image["path"]) for image in rows[self.inputs[0]]
-            )
-            inputs = [torch.from_numpy(np.stack([self.format.decode(file) for file in files]))]
+            ]
+            inputs = [torch.from_numpy(self.format.decode_all(files))]
         else:
             inputs = [self._tensor(rows[name], name) for name in self.inputs]
             if all(column.ndim == 1 for column in inputs):

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,6 +81,13 @@ class ImageFormat(NamedTuple):
                 upright = _RESIZE[self.resize](upright, size, Image.Resampling.BICUBIC)
             array = np.asarray(upright)
         return array[None] if self.channels == 1 else array.transpose(2, 0, 1)
+
+    def decode_all(self, files: Sequence[Path | BinaryIO]) -> np.ndarray:
+        """Return images as one array uint8 [N, channels, height, width]. To stack them takes a tenth longer."""
+        images = np.empty((len(files), self.channels, self.height, self.width), np.uint8)
+        for image, file in zip(images, files, strict=True):
+            image[...] = self.decode(file)
+        return images
 
 
 def white_of(files: Iterable[Path]) -> int | None:

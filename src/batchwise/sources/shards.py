@@ -126,7 +126,7 @@ class Shards(DataModule):
 
     def _input(self, values: np.ndarray | list[memoryview]) -> Tensor:
         if isinstance(values, list):
-            return torch.from_numpy(np.stack([self.format.decode(BytesIO(image)) for image in values]))
+            return torch.from_numpy(self.format.decode_all([BytesIO(image) for image in values]))
         return torch.from_numpy(values)
 
     def transform(self, batch: MicroBatch, training: bool) -> MicroBatch:
