@@ -20,7 +20,7 @@ from batchwise.data.examples import OnWorkers
 from batchwise.data.labels import check_alike, label_numbers, sorted_labels
 from batchwise.data.module import DataModule
 from batchwise.errors import optional
-from batchwise.ranges import PositiveFloat
+from batchwise.ranges import NonNegativeInt, PositiveFloat
 from batchwise.sources.images import ImageFormat, Resize
 from batchwise.sources.shard_cache import Cache
 from batchwise.sources.shard_index import Index, read_index
@@ -55,6 +55,7 @@ class Shards(DataModule):
         cache: folder of the shards in use. Trainings and data sets may share it.
         cache_gib: its most GiB.
         patience: seconds for which a store that does not answer is asked again, before training stops.
+        val_shards: shards that are set apart for validation, if none is named so; drawn by a hash of their names.
         predict_path: shards to predict, with an index, of which the target is not read; null: the test split.
         storage_options: of `fsspec`, such as {endpoint_url: ...}.
         order: the order of the training examples; null: `BlockShuffled`.
@@ -72,6 +73,7 @@ class Shards(DataModule):
         cache: str = ".cache/shards",
         cache_gib: PositiveFloat = 32.0,
         patience: PositiveFloat = 600.0,
+        val_shards: NonNegativeInt = 0,
         predict_path: str | None = None,
         storage_options: dict[str, Any] | None = None,
         order: Order | None = None,
@@ -81,7 +83,7 @@ class Shards(DataModule):
         self.inputs, self.target = [inputs] if isinstance(inputs, str) else inputs, target
         self.format = ImageFormat.of(size, channels, resize)
         self.cache, self.limit, self.patience = Path(expanduser(cache)).absolute(), int(cache_gib * 2**30), patience
-        self.store = Store(path, storage_options)
+        self.store, self.val_shards = Store(path, storage_options), val_shards
         self.to_predict = None if predict_path is None else Store(predict_path, storage_options)
         self.has_predict_split = predict_path is not None
 
@@ -215,9 +217,17 @@ class Shards(DataModule):
         """What is in the shards.
 
         Raises:
-            ValueError: there is no index, or a column is missing or has values that nothing can be learnt from.
+            ValueError: there is no index, a column is missing or has values that nothing can be learnt from, or
+                `val_shards` leaves none for training.
         """
-        return _index(self.store, self._columns, "data.path")
+        index, count = _index(self.store, self._columns, "data.path"), self.val_shards
+        train = index.of("train")
+        if count >= len(train) > 0:
+            raise ValueError(f"data.val_shards is {count}, and there are {len(train)} for training: write fewer")
+        if count and not index.of("val"):
+            apart = set(sorted(train, key=lambda shard: sha256(shard.name.encode()).digest())[:count])
+            index.shards = [shard._replace(split="val") if shard in apart else shard for shard in index.shards]
+        return index
 
 
 def _index(store: Store, columns: list[str], key: str) -> Index:

@@ -201,6 +201,22 @@ def test_fields_of_your_own() -> None:
     assert examples(data)[0].tolist() == [len(png(PIXELS[i])) for i in range(50)]
 
 
+def test_shards_set_apart_for_validation() -> None:
+    Path("data").mkdir()
+    for number in range(6):
+        parquet(Path(f"data/{number}.parquet"), range(10 * number, 10 * number + 10))
+    make_index(Store("data"))
+    assert shards("data").split("val") is None
+    data = shards("data", val_shards=2)
+    train, val = ([shard.name for shard in data.index.of(split)] for split in ("train", "val"))
+    assert (len(train), len(val), len(data.split("val") or ())) == (4, 2, 20)
+    assert sorted(train + val) == [f"{number}.parquet" for number in range(6)]
+    assert set(train) == {shard.name for shard in shards("data", val_shards=2).index.of("train")}
+    assert val != ["0.parquet", "1.parquet"]
+    with pytest.raises(ValueError, match="val_shards is 6, and there are 6 for training: write fewer"):
+        _ = shards("data", val_shards=6).index
+
+
 # The index
 
 
