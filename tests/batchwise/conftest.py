@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data._utils import worker
 
 sys.path.insert(0, str(Path(__file__).parent))
 from helpers import DIGITS, Result, run_here
 
 os.environ["WANDB_MODE"] = "offline"
 torch.set_num_threads(1)  # sums in one order, so that floats can be compared
+worker.MP_STATUS_CHECK_INTERVAL = 0.2  # seconds, not 5: so long a process that reads outlives a loader in a cycle
 
 
 @pytest.fixture(autouse=True)
