@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from batchwise.batching.shards import BlockShuffled
 from batchwise.sources.images import ImageFormat
-from batchwise.sources.shard_files import as_column
+from batchwise.sources.shard_files import as_column, save_table
 from batchwise.sources.shard_index import make_index
 from batchwise.sources.shards import Shards
 from batchwise.sources.store import Store
@@ -97,12 +97,7 @@ class Data:
 
         folder.mkdir()
         for number, examples in self.shards():
-            table = pa.table({"x": as_column(examples)})
-            with (
-                pa.OSFile(str(folder / f"{number:05}.arrow"), "wb") as file,
-                pa.ipc.new_file(file, table.schema) as out,
-            ):
-                out.write_table(table)
+            save_table(pa.table({"x": as_column(examples)}), folder / f"{number:05}.arrow")
         make_index(Store(str(folder)))
 
     def write_raw(self, folder: Path) -> None:

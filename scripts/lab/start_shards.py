@@ -32,13 +32,11 @@ def write_ours(folder: Path, shards: int) -> None:
     """Write a shard, links to it, and the index."""
     import pyarrow as pa
 
-    from batchwise.sources.shard_files import as_column
+    from batchwise.sources.shard_files import as_column, save_table
     from batchwise.sources.shard_index import FILE, FORMAT, make_index
     from batchwise.sources.store import Store
 
-    table = pa.table({"x": as_column(EXAMPLES)})
-    with pa.OSFile(str(folder / "00000.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as out:
-        out.write_table(table)
+    save_table(pa.table({"x": as_column(EXAMPLES)}), folder / "00000.arrow")
     index = make_index(Store(str(folder)))
     names = [f"{number:05}.arrow" for number in range(shards)]
     link(folder / "00000.arrow", names[1:])

@@ -16,10 +16,10 @@ def set_threads(count: int) -> None:
     os.environ["OMP_NUM_THREADS"] = str(count)  # else Lightning shares the cores out among the processes it starts
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that nobody ever sees a part of it."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file so that nobody ever sees a part of it."""
     part = path.with_name(f".{path.name}.part")
-    part.write_text(text)
+    part.write_bytes(content.encode() if isinstance(content, str) else content)
     part.replace(path)
 
 

@@ -68,7 +68,8 @@ class BlockShuffled(Blocks):
         """Return how many examples of a uniform shuffle say as much as a batch does, on average over windows.
 
         With W of S files in a window, the mean over a batch of B has this variance, relative to that of one example.
-        Here r is the share of the variance that is between files. The first two terms are sampling without replacement.
+        Here r is the share of the variance that is between files, and the first term that of drawing files without
+        putting them back.
 
             r (S - W) / (W (S - 1)) + (1 - r (S - W) / (W (S - 1))) / B
 

@@ -94,7 +94,7 @@ class Scaling:
     def _changes(
         self, optimizer: Optimizer, group: dict[str, Any], batch_size: int, rule: str
     ) -> dict[str, tuple[str, Any, str]]:
-        """Return what changes in a group: by its name, the key, the new value and the source of the rule."""
+        """Return the changes of a group, by the names of the rules: each the key, its new value, and a source."""
         assert self.reference is not None
         ratio, most = batch_size / self.reference, self.limit or max(batch_size, self.reference)
         growth = min(batch_size, most) / min(self.reference, most)

@@ -27,7 +27,7 @@ def index(arguments: list[str]) -> int:
 
 
 def described(found: Index) -> str:
-    """Return what is in the shards, in a line for each split and column."""
+    """Return a summary of an index, with a line for each split and each column."""
     lines = []
     for split in ("train", "val", "test"):
         if shards := found.of(split):

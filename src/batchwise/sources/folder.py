@@ -93,7 +93,12 @@ class Folder(Fractions):
         return {"path": [os.fsencode(names[number]).decode(errors="replace") for number in numbers[index]]}
 
     def stored(self, split: str, index: Tensor) -> dict[str, list]:
-        """Return the image files and the labels of some examples, [N], for shards."""
+        """Return the columns that shards get: the bytes of image files, and labels.
+
+        Args:
+            split: name of the split.
+            index: numbers of examples within the split, int64 [N].
+        """
         root, names, labels, _ = self._listing
         numbers = self._index[split][index].tolist()
         return {

@@ -78,7 +78,12 @@ class Hub(Fractions):
         return replace(batch, inputs=batch.inputs.to(torch.get_default_dtype()).div_(127.5).sub_(1))
 
     def stored(self, split: str, index: Tensor) -> dict[str, Any]:
-        """Return the columns of some examples, [N], for shards. Images are their files, and labels texts."""
+        """Return the columns that shards get: the bytes of image files, other values as they are, and labels as texts.
+
+        Args:
+            split: name of the split.
+            index: numbers of examples within the split, int64 [N].
+        """
         part = self._parts[split]
         rows = part.view[part.index[index].tolist()]
         if self._images:

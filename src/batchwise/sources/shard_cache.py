@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from batchwise.batching.fetch import DataError
-from batchwise.sources.shard_files import is_plain, plain_table, read_shard
+from batchwise.sources.shard_files import is_plain, plain_table, read_shard, save_table
 from batchwise.sources.shard_index import Shard, sha256
 from batchwise.sources.store import Store, said
 
@@ -26,7 +26,7 @@ TRIES = 3
 ROOM = ".room"
 ROOM_LOCK = "room.lock"
 WORK = (".part", ".raw", ROOM)
-"""Endings of files that are being made: what is written, what has come, and a file as long as both will be."""
+"""Endings of temporary files: the shard as it is written, as it came, and a sparse file of the length of both."""
 SHORT_WAIT = 0.02
 """Seconds between two looks for room."""
 LONGEST_WAIT = 30.0
@@ -34,7 +34,7 @@ LONGEST_WAIT = 30.0
 
 
 class WrongShard(ValueError):
-    """A shard is not what the index says."""
+    """The size or the hash of a shard differs from that in the index."""
 
 
 class Cache:
@@ -156,14 +156,15 @@ class Cache:
                 self.store.get(shard.name, raw, _Slow(shard))
             self._check(shard, local or raw)
             if local is None and shard.name.endswith(".arrow") and is_plain(read_shard(raw, shard.name, self.columns)):
-                part = raw
+                made = raw
             else:
-                _write(plain_table(read_shard(local or raw, shard.name, self.columns), shard.name), part)
+                made = part
+                save_table(plain_table(read_shard(local or raw, shard.name, self.columns), shard.name), part)
             with FileLock(self.folder / ROOM_LOCK):  # so that whoever counts sees the one or the other
-                part.replace(path)
+                made.replace(path)
                 room.unlink()
         finally:
-            for left in (path.with_suffix(ending) for ending in WORK):
+            for left in (part, raw, room):
                 left.unlink(missing_ok=True)
 
     def _check(self, shard: Shard, path: Path) -> None:
@@ -226,13 +227,6 @@ class Cache:
                 return False
         except Timeout:
             return True
-
-
-def _write(table: "Table", path: Path) -> None:
-    from pyarrow import OSFile, ipc
-
-    with OSFile(str(path), "wb") as file, ipc.new_file(file, table.schema) as writer:
-        writer.write_table(table)
 
 
 class _Slow:

@@ -1,6 +1,7 @@
 """Files of examples (shards) as tables: Parquet, Arrow, tar as WebDataset writes it, and MDS of mosaicml-streaming."""
 
 import json
+import re
 import struct
 import tarfile
 from collections.abc import Sequence
@@ -131,21 +132,17 @@ def _decoded(encoding: str, data: memoryview, name: str) -> Any:
     if kind == "ndarray" and rest.count(":") == 1:
         dtype, _, shape = rest.partition(":")
         return np.frombuffer(data, dtype).reshape([int(side) for side in shape.split(",")])
-    if kind in (
-        "uint8",
-        "uint16",
-        "uint32",
-        "uint64",
-        "int8",
-        "int16",
-        "int32",
-        "int64",
-        "float16",
-        "float32",
-        "float64",
-    ):
+    if re.fullmatch(r"u?int(8|16|32|64)|float(16|32|64)", kind):
         return np.frombuffer(data, kind)[0]
     raise ValueError(f"column '{name}' is encoded as {encoding}, which is not read here")
+
+
+def save_table(table: "Table", path: Path) -> None:
+    """Write a table as an Arrow file, which can be mapped into memory."""
+    from pyarrow import OSFile, ipc
+
+    with OSFile(str(path), "wb") as file, ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
 
 
 # Columns

@@ -1,13 +1,15 @@
 """Examples of shards, a micro-batch at a time, while the shards that come next are fetched in the background."""
 
+import math
 import os
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event, Thread
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -35,6 +37,17 @@ Part = tuple[np.ndarray, Columns, np.ndarray]
 """Places in a micro-batch, the shard that has their examples, and their rows there, int64 [N] each."""
 
 
+@dataclass
+class Opened:
+    """A shard that is mapped into memory."""
+
+    path: Path
+    """Its file in the cache."""
+    columns: Columns
+    touched: float = -math.inf
+    """When the cache was last told that it is in use."""
+
+
 class ShardSet(Dataset):
     """The examples of some shards, one shard after the other.
 
@@ -46,15 +59,16 @@ class ShardSet(Dataset):
 
     def __init__(self, shards: list[Shard], cache: Cache, fields: Callable[[Values], tuple[Any, ...]]) -> None:
         self.files, self.cache, self.fields = shards, cache, fields
-        self.ends = np.cumsum([shard.examples for shard in shards])
-        self._open: dict[int, tuple[Path, Columns]] = {}
-        self._used: dict[int, float] = {}
+        sizes = np.array([shard.examples for shard in shards])
+        self.ends = sizes.cumsum()
+        self._firsts = self.ends - sizes
+        self._open: dict[int, Opened] = {}
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": {}, "_used": {}}
+        return self.__dict__ | {"_open": {}}
 
     def __getitem__(self, number: int) -> tuple[Any, ...]:
         """Return the fields of one example."""
@@ -62,34 +76,35 @@ class ShardSet(Dataset):
 
     def __getitems__(self, numbers: list[int]) -> tuple[Any, ...]:
         """Return the fields of some examples, [N, ...] each."""
-        index = np.asarray(numbers)
-        which = np.searchsorted(self.ends, index, side="right")
+        which, rows = self.find(np.asarray(numbers))
         shards, places, counts = np.unique(which, return_inverse=True, return_counts=True)
-        each, found = np.split(places.argsort(kind="stable"), counts.cumsum()[:-1]), list[Part]()
-        for shard, where in zip(shards.tolist(), each, strict=True):
-            first = self.ends[shard] - self.files[shard].examples
-            found.append((where, self._columns(shard), index[where] - first))
+        each = np.split(places.argsort(kind="stable"), counts.cumsum()[:-1])
+        found = [(where, self._columns(shard), rows[where]) for shard, where in zip(shards.tolist(), each, strict=True)]
         self._close(len(found))
-        return self.fields({name: _gathered(found, name, len(index)) for name in self.cache.columns})
+        return self.fields({name: _gathered(found, name, len(rows)) for name in self.cache.columns})
+
+    def find(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the number of the shard of each example, and its row there, int64 [N] each."""
+        which = np.searchsorted(self.ends, index, side="right")
+        return which, index - self._firsts[which]
 
     def _columns(self, shard: int) -> Columns:
-        if shard in self._open:
-            self._open[shard] = self._open.pop(shard)  # the last one is that which was used last
-        else:
+        if shard not in self._open:
             path, table = self.cache.open(self.files[shard])
-            self._open[shard] = path, opened(table)
-        if time.monotonic() - self._used.get(shard, 0.0) > 1:
-            self._used[shard] = time.monotonic()
+            self._open[shard] = Opened(path, opened(table))
+        one = self._open[shard] = self._open.pop(shard)  # the last one is that which was used last
+        if monotonic() - one.touched > 1:
+            one.touched = monotonic()
             with suppress(FileNotFoundError):  # it was deleted, but stays readable
-                os.utime(self._open[shard][0])
-        return self._open[shard][1]
+                os.utime(one.path)
+        return one.columns
 
     def _close(self, used: int) -> None:
         """Close what has been deleted from the cache, so that the disk gets its room back, and what is one too many."""
         others = list(self._open)[:-used]
         for place, shard in enumerate(others):
-            if len(others) - place > OPEN or not self._open[shard][0].exists():
-                del self._open[shard], self._used[shard]
+            if len(others) - place > OPEN or not self._open[shard].path.exists():
+                del self._open[shard]
 
 
 def _gathered(found: list[Part], name: str, count: int) -> np.ndarray | list[memoryview]:
@@ -141,7 +156,7 @@ class Shelf:
 
     def files_of(self, index: Tensor) -> list[int]:
         """Return the shards of some examples, each once."""
-        return np.unique(np.searchsorted(self.dataset.ends, index.numpy(), side="right")).tolist()
+        return np.unique(self.dataset.find(index.numpy())[0]).tolist()
 
     def _known(self, requests: Iterable[Request]) -> Iterator[Request]:
         """Yield each micro-batch as a request. Some are asked for in advance, and their shards are fetched."""

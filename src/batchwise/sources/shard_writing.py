@@ -1,6 +1,5 @@
 """The examples of any data module, written as shards."""
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from batchwise.batching.order import Shuffled
 from batchwise.batching.structure import leaves
 from batchwise.data.module import DataModule
 from batchwise.errors import optional
-from batchwise.sources.shard_files import as_column
+from batchwise.sources.shard_files import as_column, save_table
 from batchwise.sources.shard_index import Index, make_index
 from batchwise.sources.store import Store
 
@@ -84,7 +83,7 @@ def _columns_of(data: DataModule, split: str, fetch: Fetch) -> Columns:
 
 
 def _write_split(columns: Columns, split: str, count: int, folder: Path, size: float) -> None:
-    from pyarrow import OSFile, ipc, table
+    from pyarrow import table
 
     order, some = Shuffled().prepare(count, 1, seed=0), min(LOOKED_AT, count)
     each = max(1, round(size * some / table(columns(order.indices(0, 0, some))).nbytes))
@@ -92,8 +91,6 @@ def _write_split(columns: Columns, split: str, count: int, folder: Path, size: f
     with bar:
         for number, first in enumerate(bar.track(range(0, count, each), description=f"writing {split}")):
             path = folder / f"{split}-{number:05}.arrow"
-            made = table(columns(order.indices(0, first, min(first + each, count))))
             unfinished = path.with_suffix(".part")
-            with OSFile(str(unfinished), "wb") as file, ipc.new_file(file, made.schema) as writer:
-                writer.write_table(made)
-            os.replace(unfinished, path)
+            save_table(table(columns(order.indices(0, first, min(first + each, count)))), unfinished)
+            unfinished.replace(path)

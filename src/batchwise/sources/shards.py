@@ -142,11 +142,8 @@ class Shards(DataModule):
         """Return the shard of each example, and its row there, from 0."""
         shelf = self.split("predict")
         assert isinstance(shelf, Shelf)
-        shards = np.searchsorted(shelf.dataset.ends, index.numpy(), side="right")
-        files = [shelf.dataset.files[shard] for shard in shards.tolist()]
-        firsts = [int(shelf.dataset.ends[shard]) - file.examples for shard, file in zip(shards, files, strict=True)]
-        rows = [number - first for number, first in zip(index.tolist(), firsts, strict=True)]
-        return {"shard": [file.name for file in files], "row": rows}
+        shards, rows = shelf.dataset.find(index.numpy())
+        return {"shard": [shelf.dataset.files[shard].name for shard in shards], "row": rows.tolist()}
 
     def learn(self) -> dict[str, Any]:
         """The labels in the order of their numbers, the largest value of images, and a hash of the training shards."""

@@ -9,6 +9,8 @@ import fsspec
 from fsspec.callbacks import Callback
 from fsspec.implementations.local import LocalFileSystem
 
+from batchwise.host import write_whole
+
 
 class Store:
     """A folder that is read by name, in any process.
@@ -71,9 +73,7 @@ class Store:
                     "put it beside them"
                 ) from error
             return
-        part = Path(f"{path}.part{os.getpid()}")
-        part.write_bytes(data)
-        part.replace(path)
+        write_whole(Path(path), data)
 
     def remove(self, name: str) -> None:
         """Delete a file, if it is there."""

@@ -325,8 +325,8 @@ def test_a_damaged_file_is_made_anew() -> None:
 
 
 def test_two_make_a_shard_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    made, write = [], shard_cache._write
-    monkeypatch.setattr(shard_cache, "_write", lambda table, path: (made.append(path), write(table, path)))
+    made, write = [], shard_cache.save_table
+    monkeypatch.setattr(shard_cache, "save_table", lambda table, path: (made.append(path), write(table, path)))
     data = [shards(make(Path("data"), ".parquet")), shards("data")]
     threads = [threading.Thread(target=examples, args=(one,)) for one in data]
     for thread in threads:
