@@ -18,6 +18,7 @@ from problems import PROBLEMS, Problem
 
 from batchwise.choosing import short
 from batchwise.errors import TrainingStopped
+from batchwise.optim.schedule import Schedule
 from batchwise.trainer import Trainer
 
 HOPELESS = 4
@@ -38,6 +39,8 @@ class Run:
     seed: int
     steps: tuple[float, float]
     step_seconds: float
+    hold: int | None = None
+    """Examples after which the rate falls; None: it is constant."""
 
 
 class Curve(Callback):
@@ -94,28 +97,29 @@ class Grid:
         self.clocked: dict[int, float] = {}
         self.runs = [run for run in read(path) if (run.problem, run.optimizer) == (name, optimizer)]
 
-    def at(self, size: int, factor: float | None = None) -> list[Run]:
-        """Return the runs of a batch size, at a rate or at all."""
-        return [run for run in self.runs if run.size == size and factor in (None, run.factor)]
+    def at(self, size: int, factor: float | None = None, hold: int | None = None) -> list[Run]:
+        """Return the runs of a batch size, at a rate or at all. It is constant, or falls after some examples."""
+        return [run for run in self.runs if (run.size, run.hold) == (size, hold) and factor in (None, run.factor)]
 
-    def train(self, size: int, factor: float, seed: int) -> Run:
+    def train(self, size: int, factor: float, seed: int, hold: int | None = None) -> Run:
         """Train, unless that has been done."""
-        for run in self.at(size, factor):
+        for run in self.at(size, factor, hold):
             if run.seed == seed:
                 return run
         task, data = self.problem.make(self.optimizer, seed), short.resized(self.data, size, None)
         task._rates.refer(64)
+        if hold is not None:
+            task._rates.schedule = Schedule("inverse_sqrt", hold_examples=hold)
         data.seed = seed
         curve = Curve(self.problem, factor)
         steps = -(-self.examples // size)
         if known := [self.seconds(run, 1) for run in self.runs if math.isfinite(run.steps[1])]:
-            each = [run.step_seconds for run in self.at(size)] or [2e-3]
-            steps = min(steps, math.ceil(HOPELESS * min(known) / statistics.median(each)))
+            steps = min(steps, math.ceil(HOPELESS * min(known) / self.step(size)))
         with contextlib.suppress(TrainingStopped):  # its loss is not finite any more
             short.train(self.trainer, task, data, max(1, steps), [curve], validate=True)
         run = Run(
             self.name, self.optimizer, size, factor, seed, (curve.found[0], curve.found[1]),
-            statistics.median(curve.times),
+            statistics.median(curve.times), hold,
         )  # fmt: skip
         self.runs.append(run)
         with self.path.open("a") as file:
@@ -142,16 +146,17 @@ class Grid:
         self.clocked = {int(size): seconds for size, seconds in known.items()}
 
     def step(self, size: int) -> float:
-        """Return the seconds of a step."""
-        return self.clocked.get(size) or statistics.median([run.step_seconds for run in self.at(size)])
+        """Return the seconds of a step; of a batch size that is not known, two milliseconds."""
+        found = [run.step_seconds for run in self.runs if run.size == size] or [2e-3]
+        return self.clocked.get(size) or statistics.median(found)
 
     def seconds(self, run: Run, target: int) -> float:
         """Return the seconds to a target."""
         return run.steps[target] * self.step(run.size)
 
-    def median(self, size: int, factor: float, target: int) -> float:
+    def median(self, size: int, factor: float, target: int, hold: int | None = None) -> float:
         """Return the median of the seconds over the seeds."""
-        found = [self.seconds(run, target) for run in self.at(size, factor)]
+        found = [self.seconds(run, target) for run in self.at(size, factor, hold)]
         return statistics.median_high(found) if found else math.inf
 
     def best(self, size: int, target: int, seeds: int) -> float | None:

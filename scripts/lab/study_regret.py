@@ -51,12 +51,14 @@ def tuned(grid: Grid, folder: Path) -> dict[str, Any]:
             findings = tune.tune(trainer, task, data, 0.25, None, {"lr": 1.0})
         seconds, advice = time.thread_time() - started, findings.best()
         overlay = own / "tuned.yaml"
-        size, factor = 64, 1.0
+        size, factor, hold = 64, 1.0, None
         if overlay.exists():
             given = yaml.safe_load(overlay.read_text())
-            size, factor = given["data"]["batch_size"], given["model"]["optimizer"]["init_args"]["lr"]
+            size, model = given["data"]["batch_size"], given["model"]
+            factor = model["optimizer"]["init_args"]["lr"]
+            hold = model.get("schedule", {}).get("hold_examples")
         found = {
-            "size": size, "factor": factor, "seconds": seconds, "noise": findings.noise_scale(),
+            "size": size, "factor": factor, "hold": hold, "seconds": seconds, "noise": findings.noise_scale(),
             "range": advice and (advice.low, advice.high), "knee": findings.knee().examples,
             "by_noise": findings.first_guess(),
             "predicted": {each.batch_size: each.steps for each in findings.choices()},
@@ -72,16 +74,16 @@ def judge(grid: Grid, said: dict[str, Any], seeds: int) -> dict[str, Any]:
     def nearest(size: float) -> int:
         return min(sizes, key=lambda other: abs(math.log(other / size)))
 
-    rivals: dict[str, tuple[int, float]] = {
-        "tune": (said["size"], said["factor"]),
-        "32, as configured": (32, 1.0),
-        "largest": (max(sizes), 1.0),
-        "knee": (nearest(said["knee"]), 1.0),
-        "noise scale": (nearest(said["by_noise"]), 1.0),
+    rivals: dict[str, tuple[int, float, int | None]] = {
+        "tune": (said["size"], said["factor"], said["hold"]),
+        "32, as configured": (32, 1.0, None),
+        "largest": (max(sizes), 1.0, None),
+        "knee": (nearest(said["knee"]), 1.0, None),
+        "noise scale": (nearest(said["by_noise"]), 1.0, None),
     }
-    for size, factor in rivals.values():
+    for size, factor, hold in rivals.values():
         for seed in range(seeds):
-            grid.train(size, factor, seed)
+            grid.train(size, factor, seed, hold)
     grid.clock(sorted({*sizes, said["size"]}))
     row: dict[str, Any] = {"said": said, "targets": []}
     for target in (0, 1):
@@ -91,7 +93,9 @@ def judge(grid: Grid, said: dict[str, Any], seeds: int) -> dict[str, Any]:
             times[size] = math.inf if best is None else grid.median(size, best, target)
         least = min(times.values())
         fastest = min(times, key=lambda size: times[size])
-        found: dict[str, Any] = {name: grid.median(*rival, target) / least for name, rival in rivals.items()}
+        found: dict[str, Any] = {
+            name: grid.median(size, factor, target, hold) / least for name, (size, factor, hold) in rivals.items()
+        }
         found |= {"best": fastest, "best factor": grid.best(fastest, target, seeds), "least": least}
         steps = {size: times[size] / grid.step(size) for size in sizes}
         predicted = {int(size): value for size, value in said["predicted"].items()}
@@ -113,7 +117,9 @@ def one_for_both(grid: Grid, seeds: int) -> list[float]:
 
     No advice that does not know the target can be better than this, because the best rate depends on the target.
     """
-    pairs = {(run.size, run.factor) for run in grid.runs if len(grid.at(run.size, run.factor)) >= seeds}
+    pairs = {
+        (run.size, run.factor) for run in grid.runs if run.hold is None and len(grid.at(run.size, run.factor)) >= seeds
+    }
     times = [[grid.median(*pair, target) for target in (0, 1)] for pair in pairs if pair[0] in grid.clocked]
     least = [min(each) for each in zip(*times, strict=True)]
     return min(([one / other for one, other in zip(each, least, strict=True)] for each in times), key=math.prod)
@@ -149,7 +155,7 @@ def show(rows: dict[tuple[str, str], dict[str, Any]]) -> None:
         for target, found in zip(PROBLEMS[name].targets, row["targets"], strict=True):
             cells = [f"{found[each]:.2f}" if math.isfinite(found[each]) else "never" for each in NAMES]
             best = f"{found['best']}, {found['best factor']:g}x: {found['least']:.2f} s"
-            says = f"{said['size']}, {said['factor']:.2g}x"
+            says = f"{said['size']}, {said['factor']:.2g}x" + f" for {said['hold']:,}" * (said["hold"] is not None)
             print(
                 f"| {name} | {optimizer} | {target:g} | {best} | {says} | {said['seconds']:.1f} s |",
                 " | ".join(cells),

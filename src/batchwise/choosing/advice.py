@@ -39,7 +39,8 @@ def report(
     if best is None:
         print(f"no batch size is recommended ({lacks or why_none(findings, task)})")
         if findings.batch_size in findings.rates:
-            print(f"learning rate at batch_size {findings.batch_size}: {shown(findings, findings.batch_size)}")
+            rate = shown(findings, findings.batch_size, findings.factor(findings.batch_size))
+            print(f"learning rate at batch_size {findings.batch_size}: {rate}")
             print(tried(findings))
         return
     table = Table("batch_size", "steps", "examples", "time", "", title="to a target, against the least", box=None)
@@ -68,11 +69,11 @@ def why_none(findings: Findings, task: Task) -> str:
     return f"only {len(findings.rates)} batch sizes could be tried, and three are needed"
 
 
-def shown(findings: Findings, batch_size: int) -> str:
-    """Return the best learning rate of a batch size, in words."""
+def shown(findings: Findings, batch_size: int, factor: float) -> str:
+    """Return a learning rate at a batch size, in words, from its factor on that of the configuration."""
     if not findings.sets_rates():
         return "as configure_optimizers of the task sets it, at any batch size"
-    rates, factor = findings.rates.get(batch_size), findings.factor(batch_size)
+    rates = findings.rates.get(batch_size)
     if rates and (branch := rates.best()[0]).rate is not None:
         return f"{branch.rate / branch.factor * factor:.3g} ({_times(factor)} that of the configuration)"
     return f"{_times(factor)} that of the configuration"
@@ -92,7 +93,15 @@ def tried(findings: Findings) -> str:
 def sentences(findings: Findings, best: Advice) -> list[str]:
     """Return the recommendation and its reasons, a line each."""
     spread = f", as good from {best.low:,} to {best.high:,}" if best.low < best.high else ""
-    said = [f"batch_size {best.batch_size}{spread}; learning rate: {shown(findings, best.batch_size)}"]
+    said = [f"batch_size {best.batch_size}{spread}; learning rate: {shown(findings, best.batch_size, best.factor)}"]
+    if best.hold is not None:
+        gain = f" (it took {findings.shortened():.2f} times the steps of one that is held longer)"
+        said.append(
+            f"this rate is held for {best.hold:,} examples, and then falls with the square root of those seen"
+            + gain * (findings.shortened() < 1)
+        )
+    elif findings.schedule.needs_end:
+        said.append(f"this is the highest rate of model.schedule, {findings.schedule.shape}, which stays as it is")
     fitted, noise = findings.fitted(), findings.noise_scale()
     assert fitted is not None
     branches = f"{fitted.noise_scale:,.0f} examples" if fitted.least else "larger than could be seen"
@@ -138,6 +147,8 @@ def leave(
         if rates:
             new = {name: float(f"{rate * best.factor:.3g}") for name, rate in rates.items()}
             model["optimizer"] = {"init_args": new}
+        if best.hold is not None:
+            model["schedule"] = {"shape": "inverse_sqrt", "hold_examples": best.hold}
         overlay["model"] = model
     head = "# tune recommends; the learning rate is that of reference_batch_size, and follows the batch\n"
     (folder / "tuned.yaml").write_text(head + yaml.safe_dump(overlay, sort_keys=False))

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from time import perf_counter
 from typing import Any
 
@@ -18,6 +18,8 @@ SHARE = 0.15
 """The growth of the number of steps from one point of a curve to the next."""
 AHEAD = ((0.5, 0.75), (0.25, 0.5))
 """After so much of its steps, a branch must have got so much as far as its rival, or it ends."""
+PROGRESS = (0.9, 0.95, 0.98)
+"""Branches are compared where they have got so far, from the first loss to the lowest that all have reached."""
 WIDEST = 7
 """The most rates that are added beyond the first three, each by a factor of two."""
 
@@ -32,13 +34,21 @@ class Branch(Callback):
         steps: optimizer steps.
         rival: a branch of the same batch size; once it is far ahead, this one ends.
         validates: whether there is a validation split.
+        hold: examples after which the rate falls, see `Schedule`; None: it is constant.
     """
 
     def __init__(
-        self, batch_size: int, factor: float, seed: int, steps: int, rival: "Branch | None", validates: bool
+        self,
+        batch_size: int,
+        factor: float,
+        seed: int,
+        steps: int,
+        rival: "Branch | None" = None,
+        validates: bool = False,
+        hold: int | None = None,
     ) -> None:
         self.batch_size, self.factor, self.seed, self.steps = batch_size, factor, seed, steps
-        self.rival, self.validates = rival, validates
+        self.rival, self.validates, self.hold = rival, validates, hold
         self.points: list[tuple[int, float]] = []
         self.rate: float | None = None
         """The rate of the first group, at this batch size; None: the task's own `configure_optimizers` sets it."""
@@ -129,10 +139,12 @@ class Branches:
         steps: optimizer steps of a branch.
         train: trains a branch.
         validates: whether there is a validation split.
+        hold: examples after which the rate falls; None: it is constant.
     """
 
-    def __init__(self, batch_size: int, steps: int, train: Train, validates: bool) -> None:
-        self.batch_size, self.steps, self._train, self._validates = batch_size, steps, train, validates
+    def __init__(self, batch_size: int, steps: int, train: Train, validates: bool, hold: int | None = None) -> None:
+        self.batch_size, self.steps, self.hold = batch_size, steps, hold
+        self._train, self._validates = train, validates
         self.branches: dict[tuple[float, int], Branch] = {}
         self.times: list[float] = []
         """Seconds of a step, measured in turn with other batch sizes."""
@@ -143,7 +155,7 @@ class Branches:
             others = [branch for (_, other), branch in self.branches.items() if other == seed]
             whole = [branch for branch in others if branch.points and branch.points[-1][0] >= self.steps]
             rival = min(whole, key=Branch.final, default=None)
-            branch = Branch(self.batch_size, factor, seed, self.steps, rival, self._validates)
+            branch = Branch(self.batch_size, factor, seed, self.steps, rival, self._validates, self.hold)
             self._train(branch)
             self.branches[factor, seed] = branch
 
@@ -199,17 +211,23 @@ class Branches:
         """Return the seconds of a step."""
         return statistics.median(self.times or [each.seconds for each in self.branches.values() if each.points])
 
-    def curve(self, factor: float | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Return the smoothed curve of all seeds at a factor, or at the best: logarithms of steps, and losses."""
-        factor = self.factor if factor is None else factor
-        return smoothed([point for (own, _), each in self.branches.items() if own == factor for point in each.points])
+    def curve(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the smoothed curve of all seeds at the best factor: logarithms of steps, and losses."""
+        return smoothed([point for each in self.best() for point in each.points])
 
-    def steps_to(self, level: float, factor: float | None = None) -> float:
-        """Return the steps to a loss, at the best factor or at a given one; infinite if it was not reached."""
-        steps, losses = self.curve(factor)
-        if losses[-1] > level:
+    def steps_to(self, levels: list[float]) -> float:
+        """Return the steps to losses at the best factor, their geometric mean; infinite if one was not reached."""
+        steps, losses = self.curve()
+        if losses[-1] > min(levels):
             return math.inf
         # Of equal losses the middle: the first ones are low by chance, the last ones high.
         values, first, counts = np.unique(losses, return_index=True, return_counts=True)
-        middle = np.array([steps[start : start + count].mean() for start, count in zip(first, counts, strict=True)])
-        return math.exp(np.interp(level, values, middle))
+        middle = [steps[start : start + count].mean() for start, count in zip(first, counts, strict=True)]
+        return math.exp(np.interp(levels, values, middle).mean())
+
+
+def levels(several: Iterable[Branches]) -> list[float]:
+    """Return losses that all have reached at their best rates: close to the lowest one."""
+    curves = [each.curve()[1] for each in several]
+    first, last = max(curve[0] for curve in curves), max(curve[-1] for curve in curves)
+    return [last + (1 - share) * (first - last) for share in PROGRESS]

@@ -9,14 +9,13 @@ import numpy as np
 
 from batchwise.batching.noise import Estimate
 from batchwise.choosing import fits
-from batchwise.choosing.branches import Branches
+from batchwise.choosing.branches import Branches, levels
 from batchwise.choosing.fits import Size
 from batchwise.choosing.trials import Fit, least_squares
+from batchwise.optim.schedule import Schedule
 
 NEAR = 1.05
 """A predicted time counts as good as the least if it is at most so many times as long."""
-PROGRESS = (0.9, 0.95, 0.98)
-"""Batch sizes are compared where they have got so far, from the first loss to the lowest that all have reached."""
 FAR = 4.0
 """The noise scale and the branches disagree if one is more than so many times the other."""
 
@@ -39,6 +38,8 @@ class Advice(NamedTuple):
     high: int
     factor: float
     """On the configured rate."""
+    hold: int | None
+    """Examples after which the rate falls (see `Schedule`); None: that is left as it is configured."""
     gain: float
     """The time that the configuration takes, relative to this; infinite if it never got as far."""
 
@@ -58,8 +59,14 @@ class Findings:
     noise: list[tuple[int, Estimate]] = field(default_factory=list)
     """Examples seen, and the noise scale of the batches before."""
     all_fit: bool = False
+    schedule: Schedule = field(default_factory=Schedule)
+    """The configured schedule of the rate."""
     rates: dict[int, Branches] = field(default_factory=dict)
     """The branches of each batch size that was tried."""
+    configured: Branches | None = None
+    """A branch with the configured batch size, rate and schedule."""
+    shapes: list[Branches] = field(default_factory=list)
+    """The branches whose rate falls, those in which it falls last first."""
 
     def sets_rates(self) -> bool:
         """Return whether rates were tried; they were not if `configure_optimizers` of the task sets them."""
@@ -117,21 +124,13 @@ class Findings:
 
     # What the branches say
 
-    def levels(self) -> list[float]:
-        """Return losses that each batch size has reached at its best rate: close to the lowest one."""
-        curves = [each.curve()[1] for each in self.rates.values()]
-        first, last = max(curve[0] for curve in curves), max(curve[-1] for curve in curves)
-        return [last + (1 - share) * (first - last) for share in PROGRESS]
-
-    def steps(self, batch_size: int, factor: float | None = None) -> float:
-        """Return the steps of a batch size to the levels, their geometric mean; infinite if one was not reached."""
-        found = [self.rates[batch_size].steps_to(level, factor) for level in self.levels()]
-        return math.exp(sum(map(math.log, found)) / len(found))
+    def steps(self, batch_size: int) -> float:
+        """Return the steps of a batch size to losses that all have reached, their geometric mean."""
+        return self.rates[batch_size].steps_to(levels(self.rates.values()))
 
     def fitted(self) -> Fit | None:
         """Return the fit to the steps to the levels, from at least three batch sizes."""
-        found = {size: self.steps(size) for size in self.rates}
-        return least_squares({size: steps for size, steps in found.items() if math.isfinite(steps)})
+        return least_squares({size: self.steps(size) for size in self.rates})
 
     def choices(self) -> list[Choice]:
         """Return the costs of the powers of two from the smallest batch size that was tried to the largest."""
@@ -182,7 +181,31 @@ class Findings:
         size = min(choices, key=lambda choice: choice.seconds).batch_size
         also, near = self.by_noise() if self.disagree() else [], NEAR + self.unsure()
         as_good = [choice.batch_size for choice in (*choices, *also) if choice.seconds <= near]
-        own = self.rates.get(self.batch_size)
-        theirs = self.steps(self.batch_size, 1.0) * own.seconds() if own else math.inf
-        gain = theirs / (fitted.steps(size) * self.seconds(size))
-        return Advice(size, min(as_good), max(as_good), self.factor(size), gain)
+        steps, factor, shape = fitted.steps(size), self.factor(size), self.shape()
+        if shape is not None:
+            steps, factor = steps * self.shortened(), shape.factor
+        theirs = math.inf
+        if self.configured is not None:
+            theirs = self.configured.steps_to(levels(self.rates.values())) * self.seconds(self.batch_size)
+        hold = shape and shape.hold
+        return Advice(size, min(as_good), max(as_good), factor, hold, theirs / (steps * self.seconds(size)))
+
+    def shape(self) -> Branches | None:
+        """Return the branches of the shape of the rate with the fewest steps; None: none was tried.
+
+        The rate falls no earlier than it must for the gain to be 5%.
+        """
+        known = [each for each in self.shapes if math.isfinite(each.loss(each.factor))]
+        if not known:
+            return None
+        found = [each.steps_to(levels(known)) for each in known]
+        last, best = found[0], min(found)
+        return known[found.index(best) if best * NEAR < last else 0]
+
+    def shortened(self) -> float:
+        """Return the steps of the best shape of the rate, as a share of those of a rate that falls last."""
+        shape, last = self.shape(), next(iter(self.shapes), None)
+        if shape is None or last is None or shape is last:
+            return 1.0
+        least = levels([shape, last])
+        return shape.steps_to(least) / last.steps_to(least)

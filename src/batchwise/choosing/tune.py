@@ -42,6 +42,8 @@ LEAST = 3
 """The fewest batch sizes: two figures, the noise scale and the fewest steps, come from them."""
 ROUNDS, TIMED = 7, 12
 """Rounds in which the steps of all batch sizes are timed, and steps in each."""
+SHAPES = ((1, 1.0), (2, 1 / 4), (4, 1 / 16))
+"""Rates that start so many times as high and are held for such a share of a branch. All end it at the same rate."""
 WIDER = 2
 """Batch sizes that are added while the best one is at an end, each four times as large or as small."""
 
@@ -118,7 +120,8 @@ def _tune(
     if most == 0:
         raise ValueError(f"there are {len(train)} training examples, of which {unit} must stay together: give it more")
     way = Way(unit, str(trainer.precision), getattr(trainer, "channels_last", False), threads=torch.get_num_threads())
-    findings, console = Findings(plan.batch_size, max(unit, most // 2), plan.devices, unit), Console()
+    findings = Findings(plan.batch_size, max(unit, most // 2), plan.devices, unit, schedule=task._rates.schedule)
+    console = Console()
     with Progress(console=console, transient=True, disable=not trainer.is_global_zero) as bars:
         lacks = ""
         try:
@@ -142,7 +145,7 @@ def _tune(
 
 
 class Search:
-    """Short trainings of copies of a task: rates at the configured batch size, its noise, then other batch sizes.
+    """Short trainings of copies of a task: rates at the configured batch size, its noise, other sizes, other shapes.
 
     Args:
         trainer: has devices and precision.
@@ -172,33 +175,43 @@ class Search:
         steps = max(least, FEWEST_STEPS, round(examples * budget / BRANCHES / findings.batch_size))
         self._steps, self._knee = min(most, steps), findings.knee().examples
         self._validates = val is not None and len(val) <= VALIDATED * self._steps * findings.batch_size
+        self._far = 0.0
+        """The steps of a branch if there were no noise."""
 
     def go(self) -> None:
         """Train the branches, and time the steps of each batch size. The results go into the findings."""
-        self._search()
+        self._sizes()
         for _ in range(ROUNDS):  # in turn, so that other work on the machine falls on all alike
             for size, rates in self._findings.rates.items():
-                branch = Branch(size, rates.factor, 0, TIMED, None, False)
-                self._train(branch, self._knee, [])
+                branch = Branch(size, rates.factor, 0, TIMED)
+                self._train(branch, self._knee)
                 rates.times.append(branch.seconds)
+        best = self._findings.best()
+        if best is not None and self._findings.sets_rates() and not self._findings.schedule.needs_end:
+            steps = self._length(best.batch_size)
+            for by, share in SHAPES:
+                shape = self._branches(best.batch_size, steps, math.ceil(share * steps * best.batch_size))
+                for seed in (0, 1):
+                    shape.run(best.factor * by, seed)
+                self._findings.shapes.append(shape)
 
-    def _search(self) -> None:
+    def _sizes(self) -> None:
+        """Search for the rates of several batch sizes."""
         findings, own, steps = self._findings, self._findings.batch_size, self._steps
         factor = self._rates(own, steps, 1.0)
         if self._task._couples or not findings.rates:
             return
         part = max(findings.unit, own // PARTS // findings.unit * findings.unit)
         noise = NoiseScale(every_n_steps=1)
-        branch = Branch(own, factor, 0, max(FEWEST, steps), None, False)
-        self._train(branch, part, [noise, Pace(findings, noise)])
+        self._train(Branch(own, factor, 0, max(FEWEST, steps)), part, noise, Pace(findings, noise))
         scale, guess = findings.noise_scale() or own, min(findings.first_guess(), findings.largest)
-        far = max(steps / (1 + scale / own), FEWEST_STEPS / (1 + scale / guess))  # steps without noise
+        self._far = max(steps / (1 + scale / own), FEWEST_STEPS / (1 + scale / guess))
 
         def at(size: int) -> None:
             near = min(findings.rates, key=lambda other: abs(math.log(other / size)))
-            self._rates(size, max(2, round(far * (1 + scale / size))), findings.rates[near].factor)
+            self._rates(size, self._length(size), findings.rates[near].factor)
 
-        if far > steps / (1 + scale / own):
+        if self._far > steps / (1 + scale / own):
             at(own)
         for by in (1, 4, 1 / 4, 2, 1 / 2, 1 / 16):
             size = int(guess * by)
@@ -216,21 +229,33 @@ class Search:
                 return
             at(new)
 
+    def _length(self, size: int) -> int:
+        """Return the steps in which a batch size gets as far as the others, by the noise scale."""
+        return max(2, round(self._far * (1 + (self._findings.noise_scale() or self._findings.batch_size) / size)))
+
+    def _branches(self, size: int, steps: int, hold: int | None = None) -> Branches:
+        return Branches(size, steps, lambda branch: self._train(branch, self._knee), self._validates, hold)
+
     def _rates(self, size: int, steps: int, middle: float) -> float:
         """Search for the rate of a batch size, and return it as a factor."""
-        rates = Branches(size, steps, lambda branch: self._train(branch, self._knee, []), self._validates)
+        rates = self._branches(size, steps)
         rates.search(middle)
         if size == self._findings.batch_size:
-            rates.run(1.0, 0)  # how far the configuration gets
+            schedule = self._findings.schedule
+            falls = schedule.shape == "inverse_sqrt"
+            hold = (schedule.hold_examples or schedule.warmup_examples) if falls else None
+            self._findings.configured = self._branches(size, steps, hold)
+            self._findings.configured.run(1.0, 0)
         if math.isfinite(rates.loss(rates.factor)):
             self._findings.rates[size] = rates
         return rates.factor
 
-    def _train(self, branch: Branch, micro_batch: int, callbacks: list[Callback]) -> None:
+    def _train(self, branch: Branch, micro_batch: int, *callbacks: Callback) -> None:
         self._say(f"batch_size {branch.batch_size}, {branch.factor:g} times the rate")
         task, data = copy.deepcopy(self._task), short.resized(self._data, branch.batch_size, micro_batch)
-        task._rates.refer(self._findings.batch_size)
-        task._rates.schedule = replace(task._rates.schedule, shape="constant", warmup=0.0)
+        rates, shape = task._rates, "constant" if branch.hold is None else "inverse_sqrt"
+        rates.refer(self._findings.batch_size)
+        rates.schedule = replace(rates.schedule, shape=shape, hold_examples=branch.hold, warmup=0.0, floor=0.0)
         assert data.seed is not None
         data.seed += branch.seed
         try:

@@ -29,12 +29,13 @@ def test_the_study_runs_and_goes_on(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     study_regret.main()
     runs = list(grid.read(Path("s/runs.jsonl")))
     assert {run.size for run in runs} >= {64, 256}
-    keys = [(run.size, run.factor, run.seed) for run in runs]
+    keys = [(run.size, run.factor, run.hold, run.seed) for run in runs]
     assert len(keys) == len(set(keys))
     said = json.loads(Path("s/digits, SGD.json").read_text())
     out = capsys.readouterr().out
     assert out.count("| digits | SGD |") == 2
-    assert (said["size"], said["factor"]) in {(run.size, run.factor) for run in runs}
+    assert (said["size"], said["factor"], said["hold"]) in {(run.size, run.factor, run.hold) for run in runs}
+    assert said["hold"] > 0
     assert "developed on, tune: geometric mean" in out
     study_regret.main()
     assert len(list(grid.read(Path("s/runs.jsonl")))) == len(runs)  # nothing is trained again

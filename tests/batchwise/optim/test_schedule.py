@@ -65,6 +65,19 @@ def test_the_last_step_is_as_far_from_the_floor_as_one_step_is(shape):
     assert last == pytest.approx(done[shape])
 
 
+@pytest.mark.parametrize(
+    ("settings", "held"), [({"hold_examples": 400}, 400), ({"warmup_examples": 100}, 100), ({"warmup": 0.125}, 100)]
+)
+def test_held_and_then_divided_by_the_square_root_of_the_examples(settings, held):
+    schedule = Schedule("inverse_sqrt", **settings)
+    found = [schedule.factor(seen, seen + 10, 800) for seen in (held, held + 10, 4 * held, 9 * held, 10_000 * held)]
+    assert found == pytest.approx([1.0, math.sqrt(held / (held + 10)), 1 / 2, 1 / 3, 1 / 100])
+    assert Schedule("inverse_sqrt", hold_examples=400).factor(100, 110, math.inf) == 1.0
+    assert Schedule("inverse_sqrt", hold_examples=50, warmup_examples=100).factor(99, 100, math.inf) == 1.0
+    assert Schedule("inverse_sqrt", hold_examples=50, warmup_examples=100).factor(40, 50, math.inf) == 0.5
+    assert Schedule("inverse_sqrt", hold_examples=50, floor=0.3).factor(10**6, 10**6 + 1, math.inf) == 0.3
+
+
 @pytest.mark.parametrize("shape", ["cosine", "linear"])
 def test_after_the_end_the_rate_stays_at_the_floor(shape):
     schedule = Schedule(shape, warmup=0.1, floor=0.25)
@@ -117,6 +130,8 @@ def test_training_without_an_end():
         (Schedule(warmup=0.1), True),
         (Schedule("cosine"), True),
         (Schedule("linear", warmup_examples=100), True),
+        (Schedule("inverse_sqrt", hold_examples=100), False),
+        (Schedule("inverse_sqrt", warmup=0.1), True),
     ],
 )
 def test_needs_end(schedule, needs):
@@ -132,6 +147,10 @@ def test_needs_end(schedule, needs):
         ({"floor": 1.5}, "schedule.floor is 1.5: write a share of the full rate, from 0 to 1"),
         ({"floor": -1}, "schedule.floor is -1: "),
         ({"warmup_examples": -5}, "schedule.warmup_examples is -5: write a number of examples"),
+        ({"shape": "sqrt"}, "schedule.shape is sqrt: write constant, cosine, linear or inverse_sqrt"),
+        ({"shape": "inverse_sqrt"}, "schedule.shape is inverse_sqrt: write hold_examples"),
+        ({"shape": "inverse_sqrt", "hold_examples": 0}, "schedule.hold_examples is 0, with shape inverse_sqrt: write"),
+        ({"hold_examples": 10}, "hold_examples is 10, with shape constant: write .* with shape: inverse_sqrt"),
     ],
 )
 def test_wrong_numbers_are_refused(wrong, message):
