@@ -16,7 +16,9 @@ from typing import Any
 from lightning.pytorch.callbacks import Callback
 from problems import PROBLEMS, Problem
 
+from batchwise.batching.schedule import Milestones
 from batchwise.choosing import short
+from batchwise.choosing.branches import CONSTANT, Course
 from batchwise.errors import TrainingStopped
 from batchwise.optim.schedule import Schedule
 from batchwise.trainer import Trainer
@@ -39,8 +41,8 @@ class Run:
     seed: int
     steps: tuple[float, float]
     step_seconds: float
-    hold: int | None = None
-    """Examples after which the rate falls; None: it is constant."""
+    course: Course = CONSTANT
+    """How rate and batch size change."""
 
 
 class Curve(Callback):
@@ -55,7 +57,7 @@ class Curve(Callback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Set the rate, before the first step."""
         if batch.step == 0:
-            pl_module._rates.base = [rate * self.factor for rate in pl_module._rates.base]
+            pl_module._rates.times(self.factor)
         self._lap = time.thread_time()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -97,19 +99,21 @@ class Grid:
         self.clocked: dict[int, float] = {}
         self.runs = [run for run in read(path) if (run.problem, run.optimizer) == (name, optimizer)]
 
-    def at(self, size: int, factor: float | None = None, hold: int | None = None) -> list[Run]:
-        """Return the runs of a batch size, at a rate or at all. It is constant, or falls after some examples."""
-        return [run for run in self.runs if (run.size, run.hold) == (size, hold) and factor in (None, run.factor)]
+    def at(self, size: int, factor: float | None = None, course: Course = CONSTANT) -> list[Run]:
+        """Return the runs of a batch size, at a rate or at all."""
+        return [run for run in self.runs if (run.size, run.course) == (size, course) and factor in (None, run.factor)]
 
-    def train(self, size: int, factor: float, seed: int, hold: int | None = None) -> Run:
+    def train(self, size: int, factor: float, seed: int, course: Course = CONSTANT) -> Run:
         """Train, unless that has been done."""
-        for run in self.at(size, factor, hold):
+        for run in self.at(size, factor, course):
             if run.seed == seed:
                 return run
         task, data = self.problem.make(self.optimizer, seed), short.resized(self.data, size, None)
         task._rates.refer(64)
-        if hold is not None:
-            task._rates.schedule = Schedule("inverse_sqrt", hold_examples=hold)
+        if course.falls is not None:
+            task._rates.schedule = Schedule("inverse_sqrt", hold_examples=course.falls)
+        if course.doubles is not None:
+            data.batch_size_schedule = Milestones([2 * size], examples=[course.doubles])
         data.seed = seed
         curve = Curve(self.problem, factor)
         steps = -(-self.examples // size)
@@ -119,7 +123,7 @@ class Grid:
             short.train(self.trainer, task, data, max(1, steps), [curve], validate=True)
         run = Run(
             self.name, self.optimizer, size, factor, seed, (curve.found[0], curve.found[1]),
-            statistics.median(curve.times), hold,
+            statistics.median(curve.times), course,
         )  # fmt: skip
         self.runs.append(run)
         with self.path.open("a") as file:
@@ -152,11 +156,14 @@ class Grid:
 
     def seconds(self, run: Run, target: int) -> float:
         """Return the seconds to a target."""
-        return run.steps[target] * self.step(run.size)
+        if run.course.doubles is None:
+            return run.steps[target] * self.step(run.size)
+        first = min(run.steps[target], run.course.doubles / run.size)
+        return first * self.step(run.size) + (run.steps[target] - first) * self.step(2 * run.size)
 
-    def median(self, size: int, factor: float, target: int, hold: int | None = None) -> float:
+    def median(self, size: int, factor: float, target: int, course: Course = CONSTANT) -> float:
         """Return the median of the seconds over the seeds."""
-        found = [self.seconds(run, target) for run in self.at(size, factor, hold)]
+        found = [self.seconds(run, target) for run in self.at(size, factor, course)]
         return statistics.median_high(found) if found else math.inf
 
     def best(self, size: int, target: int, seeds: int) -> float | None:
@@ -193,4 +200,4 @@ def read(path: Path) -> Iterator[Run]:
     """Yield the runs of a file."""
     for line in path.read_text().splitlines() if path.exists() else []:
         row = json.loads(line)
-        yield Run(**row | {"steps": tuple(row["steps"])})
+        yield Run(**row | {"steps": tuple(row["steps"]), "course": Course(*row.get("course", ()))})

@@ -26,6 +26,7 @@ from grid import Grid
 from problems import DEVELOPED_ON, OPTIMIZERS, PROBLEMS
 
 from batchwise.choosing import branches, speed, tune
+from batchwise.choosing.branches import CONSTANT, Course
 from batchwise.trainer import Trainer
 
 
@@ -51,14 +52,15 @@ def tuned(grid: Grid, folder: Path) -> dict[str, Any]:
             findings = tune.tune(trainer, task, data, 0.25, None, {"lr": 1.0})
         seconds, advice = time.thread_time() - started, findings.best()
         overlay = own / "tuned.yaml"
-        size, factor, hold = 64, 1.0, None
+        size, factor, course = 64, 1.0, CONSTANT
         if overlay.exists():
             given = yaml.safe_load(overlay.read_text())
             size, model = given["data"]["batch_size"], given["model"]
-            factor = model["optimizer"]["init_args"]["lr"]
-            hold = model.get("schedule", {}).get("hold_examples")
+            factor, growth = model["optimizer"]["init_args"]["lr"], given["data"].get("batch_size_schedule")
+            doubles = growth and growth["init_args"]["examples"][0]
+            course = Course(model.get("schedule", {}).get("hold_examples"), doubles)
         found = {
-            "size": size, "factor": factor, "hold": hold, "seconds": seconds, "noise": findings.noise_scale(),
+            "size": size, "factor": factor, "course": course, "seconds": seconds, "noise": findings.noise_scale(),
             "range": advice and (advice.low, advice.high), "knee": findings.knee().examples,
             "by_noise": findings.first_guess(),
             "predicted": {each.batch_size: each.steps for each in findings.choices()},
@@ -74,17 +76,17 @@ def judge(grid: Grid, said: dict[str, Any], seeds: int) -> dict[str, Any]:
     def nearest(size: float) -> int:
         return min(sizes, key=lambda other: abs(math.log(other / size)))
 
-    rivals: dict[str, tuple[int, float, int | None]] = {
-        "tune": (said["size"], said["factor"], said["hold"]),
-        "32, as configured": (32, 1.0, None),
-        "largest": (max(sizes), 1.0, None),
-        "knee": (nearest(said["knee"]), 1.0, None),
-        "noise scale": (nearest(said["by_noise"]), 1.0, None),
+    rivals: dict[str, tuple[int, float, Course]] = {
+        "tune": (said["size"], said["factor"], Course(*said["course"])),
+        "32, as configured": (32, 1.0, CONSTANT),
+        "largest": (max(sizes), 1.0, CONSTANT),
+        "knee": (nearest(said["knee"]), 1.0, CONSTANT),
+        "noise scale": (nearest(said["by_noise"]), 1.0, CONSTANT),
     }
-    for size, factor, hold in rivals.values():
+    for size, factor, course in rivals.values():
         for seed in range(seeds):
-            grid.train(size, factor, seed, hold)
-    grid.clock(sorted({*sizes, said["size"]}))
+            grid.train(size, factor, seed, course)
+    grid.clock(sorted({*sizes, said["size"], *([2 * said["size"]] if said["course"][1] else [])}))
     row: dict[str, Any] = {"said": said, "targets": []}
     for target in (0, 1):
         times = {}
@@ -94,7 +96,7 @@ def judge(grid: Grid, said: dict[str, Any], seeds: int) -> dict[str, Any]:
         least = min(times.values())
         fastest = min(times, key=lambda size: times[size])
         found: dict[str, Any] = {
-            name: grid.median(size, factor, target, hold) / least for name, (size, factor, hold) in rivals.items()
+            name: grid.median(size, factor, target, course) / least for name, (size, factor, course) in rivals.items()
         }
         found |= {"best": fastest, "best factor": grid.best(fastest, target, seeds), "least": least}
         steps = {size: times[size] / grid.step(size) for size in sizes}
@@ -117,9 +119,8 @@ def one_for_both(grid: Grid, seeds: int) -> list[float]:
 
     No advice that does not know the target can be better than this, because the best rate depends on the target.
     """
-    pairs = {
-        (run.size, run.factor) for run in grid.runs if run.hold is None and len(grid.at(run.size, run.factor)) >= seeds
-    }
+    constant = [run for run in grid.runs if run.course == CONSTANT]
+    pairs = {(run.size, run.factor) for run in constant if len(grid.at(run.size, run.factor)) >= seeds}
     times = [[grid.median(*pair, target) for target in (0, 1)] for pair in pairs if pair[0] in grid.clocked]
     least = [min(each) for each in zip(*times, strict=True)]
     return min(([one / other for one, other in zip(each, least, strict=True)] for each in times), key=math.prod)
@@ -155,7 +156,11 @@ def show(rows: dict[tuple[str, str], dict[str, Any]]) -> None:
         for target, found in zip(PROBLEMS[name].targets, row["targets"], strict=True):
             cells = [f"{found[each]:.2f}" if math.isfinite(found[each]) else "never" for each in NAMES]
             best = f"{found['best']}, {found['best factor']:g}x: {found['least']:.2f} s"
-            says = f"{said['size']}, {said['factor']:.2g}x" + f" for {said['hold']:,}" * (said["hold"] is not None)
+            says = f"{said['size']}, {said['factor']:.2g}x" + "".join(
+                f", {what} {examples:,}"
+                for what, examples in zip(("falls from", "doubles at"), said["course"], strict=True)
+                if examples
+            )
             print(
                 f"| {name} | {optimizer} | {target:g} | {best} | {says} | {said['seconds']:.1f} s |",
                 " | ".join(cells),

@@ -24,7 +24,7 @@ import yaml
 from PIL import Image
 
 import batchwise
-from batchwise.choosing import tune
+from batchwise.choosing import search
 from batchwise.run.main import main
 
 ROOT = Path(__file__).parents[2]
@@ -110,8 +110,8 @@ def run_script(name: str) -> None:
 @pytest.mark.parametrize("section", SECTIONS)
 def test_commands(section: str, run: Callable, project: str, first_run: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the order of the section, in one folder, after README's first command: later ones use the runs of earlier."""
-    monkeypatch.setattr(tune, "SHORTEST", 20)  # shorter branches say less, but take the same way
-    monkeypatch.setattr(tune, "ROUNDS", 1)
+    monkeypatch.setattr(search, "SHORTEST", 20)  # shorter branches say less, but take the same way
+    monkeypatch.setattr(search, "ROUNDS", 1)
     shutil.copytree(first_run[0] / "runs", "runs", symlinks=True)
     for command in SECTIONS[section]:
         words = shlex.split(command)

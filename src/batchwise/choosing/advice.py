@@ -94,13 +94,16 @@ def sentences(findings: Findings, best: Advice) -> list[str]:
     """Return the recommendation and its reasons, a line each."""
     spread = f", as good from {best.low:,} to {best.high:,}" if best.low < best.high else ""
     said = [f"batch_size {best.batch_size}{spread}; learning rate: {shown(findings, best.batch_size, best.factor)}"]
-    if best.hold is not None:
+    falls, doubles = best.course
+    if falls is not None:
         gain = f" (it took {findings.shortened():.2f} times the steps of one that is held longer)"
-        said.append(
-            f"this rate is held for {best.hold:,} examples, and then falls with the square root of those seen"
-            + gain * (findings.shortened() < 1)
-        )
-    elif findings.schedule.needs_end:
+        line = f"this rate is held for {falls:,} examples, and then falls with the square root of those seen"
+        said.append(line + gain * (findings.shortened() < 1))
+    if (ratio := findings.doubled()) is not None:
+        after = findings.later[1].course.doubles
+        verb = "pays" if doubles else "would not pay"
+        said.append(f"twice the batch after {after:,} examples {verb}: {ratio:.2f} times the time to later losses")
+    if falls is None and findings.schedule.needs_end:
         said.append(f"this is the highest rate of model.schedule, {findings.schedule.shape}, which stays as it is")
     fitted, noise = findings.fitted(), findings.noise_scale()
     assert fitted is not None
@@ -147,8 +150,12 @@ def leave(
         if rates:
             new = {name: float(f"{rate * best.factor:.3g}") for name, rate in rates.items()}
             model["optimizer"] = {"init_args": new}
-        if best.hold is not None:
-            model["schedule"] = {"shape": "inverse_sqrt", "hold_examples": best.hold}
+        if best.course.falls is not None:
+            model["schedule"] = {"shape": "inverse_sqrt", "hold_examples": best.course.falls}
+        if best.course.doubles is not None:
+            growth = {"sizes": [2 * best.batch_size], "examples": [best.course.doubles]}
+            kind = "batchwise.batching.schedule.Milestones"
+            overlay["data"]["batch_size_schedule"] = {"class_path": kind, "init_args": growth}
         overlay["model"] = model
     head = "# tune recommends; the learning rate is that of reference_batch_size, and follows the batch\n"
     (folder / "tuned.yaml").write_text(head + yaml.safe_dump(overlay, sort_keys=False))

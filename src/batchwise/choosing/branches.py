@@ -2,9 +2,9 @@
 
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import numpy as np
@@ -24,6 +24,18 @@ WIDEST = 7
 """The most rates that are added beyond the first three, each by a factor of two."""
 
 
+class Course(NamedTuple):
+    """How the rate and the batch size change in the course of a training, after so many examples; None: they do not."""
+
+    falls: int | None = None
+    """The rate falls with the square root of the examples, see `Schedule`."""
+    doubles: int | None = None
+    """The batch is twice as large, and the rate follows."""
+
+
+CONSTANT = Course()
+
+
 class Branch(Callback):
     """A short training, and its curve: the validation loss after some steps, or without validation that of training.
 
@@ -34,7 +46,7 @@ class Branch(Callback):
         steps: optimizer steps.
         rival: a branch of the same batch size; once it is far ahead, this one ends.
         validates: whether there is a validation split.
-        hold: examples after which the rate falls, see `Schedule`; None: it is constant.
+        course: how rate and batch size change.
     """
 
     def __init__(
@@ -45,10 +57,10 @@ class Branch(Callback):
         steps: int,
         rival: "Branch | None" = None,
         validates: bool = False,
-        hold: int | None = None,
+        course: Course = CONSTANT,
     ) -> None:
         self.batch_size, self.factor, self.seed, self.steps = batch_size, factor, seed, steps
-        self.rival, self.validates, self.hold = rival, validates, hold
+        self.rival, self.validates, self.course = rival, validates, course
         self.points: list[tuple[int, float]] = []
         self.rate: float | None = None
         """The rate of the first group, at this batch size; None: the task's own `configure_optimizers` sets it."""
@@ -63,7 +75,7 @@ class Branch(Callback):
         """Set the rate, before the first step."""
         if batch.step == 0:
             rates = pl_module._rates
-            rates.base = [rate * self.factor for rate in rates.base]
+            rates.times(self.factor)
             self.rate = rates.base[0] if rates.base else None
             self._lap = perf_counter()
 
@@ -115,7 +127,11 @@ class Branch(Callback):
         return self.rival.final() + max(0.0, self.at(last) - self.rival.at(last))
 
 
-def smoothed(points: list[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray]:
+Curve = tuple[np.ndarray, np.ndarray]
+"""Logarithms of steps, and losses."""
+
+
+def smoothed(points: Sequence[tuple[float, float]]) -> Curve:
     """Return logarithms of steps, rising, and the losses that are nearest to those of the points and never rise.
 
     (Isotonic regression. So a loss that goes up and down counts with its mean.)
@@ -139,11 +155,11 @@ class Branches:
         steps: optimizer steps of a branch.
         train: trains a branch.
         validates: whether there is a validation split.
-        hold: examples after which the rate falls; None: it is constant.
+        course: how rate and batch size change.
     """
 
-    def __init__(self, batch_size: int, steps: int, train: Train, validates: bool, hold: int | None = None) -> None:
-        self.batch_size, self.steps, self.hold = batch_size, steps, hold
+    def __init__(self, batch_size: int, steps: int, train: Train, validates: bool, course: Course = CONSTANT) -> None:
+        self.batch_size, self.steps, self.course = batch_size, steps, course
         self._train, self._validates = train, validates
         self.branches: dict[tuple[float, int], Branch] = {}
         self.times: list[float] = []
@@ -155,7 +171,7 @@ class Branches:
             others = [branch for (_, other), branch in self.branches.items() if other == seed]
             whole = [branch for branch in others if branch.points and branch.points[-1][0] >= self.steps]
             rival = min(whole, key=Branch.final, default=None)
-            branch = Branch(self.batch_size, factor, seed, self.steps, rival, self._validates, self.hold)
+            branch = Branch(self.batch_size, factor, seed, self.steps, rival, self._validates, self.course)
             self._train(branch)
             self.branches[factor, seed] = branch
 
@@ -211,23 +227,30 @@ class Branches:
         """Return the seconds of a step."""
         return statistics.median(self.times or [each.seconds for each in self.branches.values() if each.points])
 
-    def curve(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the smoothed curve of all seeds at the best factor: logarithms of steps, and losses."""
-        return smoothed([point for each in self.best() for point in each.points])
+    def curve(self, twice: float = 1.0) -> Curve:
+        """Return the smoothed curve of all seeds at the best factor.
 
-    def steps_to(self, levels: list[float]) -> float:
-        """Return the steps to losses at the best factor, their geometric mean; infinite if one was not reached."""
-        steps, losses = self.curve()
-        if losses[-1] > min(levels):
-            return math.inf
-        # Of equal losses the middle: the first ones are low by chance, the last ones high.
-        values, first, counts = np.unique(losses, return_index=True, return_counts=True)
-        middle = [steps[start : start + count].mean() for start, count in zip(first, counts, strict=True)]
-        return math.exp(np.interp(levels, values, middle).mean())
+        Args:
+            twice: what a step with twice the batch counts as, after the batch has doubled.
+        """
+        border = math.inf if self.course.doubles is None else self.course.doubles / self.batch_size
+        points = [point for each in self.best() for point in each.points]
+        return smoothed([(min(step, border) + max(0.0, step - border) * twice, loss) for step, loss in points])
 
 
-def levels(several: Iterable[Branches]) -> list[float]:
-    """Return losses that all have reached at their best rates: close to the lowest one."""
-    curves = [each.curve()[1] for each in several]
-    first, last = max(curve[0] for curve in curves), max(curve[-1] for curve in curves)
+def levels(curves: Sequence[Curve], first: float | None = None) -> list[float]:
+    """Return losses that all curves have reached, between a first loss and the lowest: close to the latter."""
+    first = max(losses[0] for _, losses in curves) if first is None else first
+    last = max(losses[-1] for _, losses in curves)
     return [last + (1 - share) * (first - last) for share in PROGRESS]
+
+
+def steps_to(reached: list[float], curve: Curve) -> float:
+    """Return the steps to losses, their geometric mean; infinite if one was not reached."""
+    steps, losses = curve
+    if losses[-1] > min(reached):
+        return math.inf
+    # Of equal losses the middle: the first ones are low by chance, the last ones high.
+    values, first, counts = np.unique(losses, return_index=True, return_counts=True)
+    middle = [steps[start : start + count].mean() for start, count in zip(first, counts, strict=True)]
+    return math.exp(np.interp(reached, values, middle).mean())

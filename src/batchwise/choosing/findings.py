@@ -9,7 +9,7 @@ import numpy as np
 
 from batchwise.batching.noise import Estimate
 from batchwise.choosing import fits
-from batchwise.choosing.branches import Branches, levels
+from batchwise.choosing.branches import CONSTANT, Branches, Course, levels, steps_to
 from batchwise.choosing.fits import Size
 from batchwise.choosing.trials import Fit, least_squares
 from batchwise.optim.schedule import Schedule
@@ -38,8 +38,8 @@ class Advice(NamedTuple):
     high: int
     factor: float
     """On the configured rate."""
-    hold: int | None
-    """Examples after which the rate falls (see `Schedule`); None: that is left as it is configured."""
+    course: Course
+    """How rate and batch size change."""
     gain: float
     """The time that the configuration takes, relative to this; infinite if it never got as far."""
 
@@ -67,6 +67,8 @@ class Findings:
     """A branch with the configured batch size, rate and schedule."""
     shapes: list[Branches] = field(default_factory=list)
     """The branches whose rate falls, those in which it falls last first."""
+    later: list[Branches] = field(default_factory=list)
+    """Longer branches of the best shape: one in which the batch stays, and one in which it doubles."""
 
     def sets_rates(self) -> bool:
         """Return whether rates were tried; they were not if `configure_optimizers` of the task sets them."""
@@ -126,7 +128,10 @@ class Findings:
 
     def steps(self, batch_size: int) -> float:
         """Return the steps of a batch size to losses that all have reached, their geometric mean."""
-        return self.rates[batch_size].steps_to(levels(self.rates.values()))
+        return steps_to(self._levels(), self.rates[batch_size].curve())
+
+    def _levels(self) -> list[float]:
+        return levels([each.curve() for each in self.rates.values()])
 
     def fitted(self) -> Fit | None:
         """Return the fit to the steps to the levels, from at least three batch sizes."""
@@ -181,14 +186,17 @@ class Findings:
         size = min(choices, key=lambda choice: choice.seconds).batch_size
         also, near = self.by_noise() if self.disagree() else [], NEAR + self.unsure()
         as_good = [choice.batch_size for choice in (*choices, *also) if choice.seconds <= near]
-        steps, factor, shape = fitted.steps(size), self.factor(size), self.shape()
+        shape, factor, course = self.shape(), self.factor(size), CONSTANT
         if shape is not None:
-            steps, factor = steps * self.shortened(), shape.factor
+            factor = shape.factor
+            course = (self.later[1] if self.pays_to_double() else shape).course
         theirs = math.inf
         if self.configured is not None:
-            theirs = self.configured.steps_to(levels(self.rates.values())) * self.seconds(self.batch_size)
-        hold = shape and shape.hold
-        return Advice(size, min(as_good), max(as_good), factor, hold, theirs / (steps * self.seconds(size)))
+            theirs = steps_to(self._levels(), self.configured.curve()) * self.seconds(self.batch_size)
+        gain = theirs / (fitted.steps(size) * self.shortened() * self.seconds(size))
+        return Advice(size, min(as_good), max(as_good), factor, course, gain)
+
+    # The course of the training
 
     def shape(self) -> Branches | None:
         """Return the branches of the shape of the rate with the fewest steps; None: none was tried.
@@ -198,14 +206,31 @@ class Findings:
         known = [each for each in self.shapes if math.isfinite(each.loss(each.factor))]
         if not known:
             return None
-        found = [each.steps_to(levels(known)) for each in known]
-        last, best = found[0], min(found)
-        return known[found.index(best) if best * NEAR < last else 0]
+        curves = [each.curve() for each in known]
+        found = [steps_to(levels(curves), curve) for curve in curves]
+        return known[found.index(min(found)) if min(found) * NEAR < found[0] else 0]
 
     def shortened(self) -> float:
         """Return the steps of the best shape of the rate, as a share of those of a rate that falls last."""
-        shape, last = self.shape(), next(iter(self.shapes), None)
-        if shape is None or last is None or shape is last:
+        shape = self.shape()
+        if shape is None or shape is self.shapes[0]:
             return 1.0
-        least = levels([shape, last])
-        return shape.steps_to(least) / last.steps_to(least)
+        best, last = shape.curve(), self.shapes[0].curve()
+        return steps_to(levels([best, last]), best) / steps_to(levels([best, last]), last)
+
+    def doubled(self) -> float | None:
+        """Return the time to late losses if the batch doubles, as a share of that if it stays; None: not known."""
+        if not self.later or any(math.isinf(each.loss(each.factor)) for each in self.later):
+            return None
+        stays, doubles = self.later
+        size, examples = stays.batch_size, doubles.course.doubles
+        assert examples is not None
+        curves = [stays.curve(), doubles.curve(self.seconds(2 * size) / self.seconds(size))]
+        late = levels(curves, float(np.interp(math.log(examples / size), *curves[0])))
+        one, other = (steps_to(late, curve) for curve in curves)
+        return other / one if math.isfinite(one) else None
+
+    def pays_to_double(self) -> bool:
+        """Return whether doubling the batch later saves 5% of the time."""
+        ratio = self.doubled()
+        return ratio is not None and ratio * NEAR < 1

@@ -78,7 +78,7 @@ class Race(Callback):
         """Set the rate, before the first step."""
         if batch.step == 0:
             rates = pl_module._rates
-            rates.base = [rate * self.factor for rate in rates.base]
+            rates.times(self.factor)
             self.learning_rate = rates.base[0]
 
     def on_train_batch_end(

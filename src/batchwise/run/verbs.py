@@ -12,8 +12,9 @@ from jsonargparse import Namespace
 
 from batchwise.checkpoints import read_checkpoint
 from batchwise.choosing import batches
+from batchwise.choosing.search import USUAL
 from batchwise.choosing.sweep import Recipe, sweep
-from batchwise.choosing.tune import USUAL, tune
+from batchwise.choosing.tune import tune
 from batchwise.data.module import DataModule
 from batchwise.errors import mistakes
 from batchwise.ranges import OpenUnitInterval, PositiveFloat, PositiveInt

@@ -48,6 +48,12 @@ class Rates:
         """Take the settings as those for a batch size, unless the user says which one they are for."""
         self.scaling = replace(self.scaling, reference=self.scaling.reference or batch_size)
 
+    def times(self, factor: float) -> None:
+        """Multiply the configured rates, those at other batch sizes too."""
+        for settings in self._settings:
+            settings["lr"] *= factor
+        self.base = [rate * factor for rate in self.base]
+
     def own(self, task: "Task", optimizer: Optimizer) -> None:
         """Set the rates of an optimizer that the task has made."""
         self._optimizer = optimizer

@@ -16,10 +16,9 @@ import yaml
 from helpers import CSV, DIGITS, TWO, run_here, run_process
 
 from batchwise.batching.noise import Estimate
-from batchwise.choosing import fits, speed
-from batchwise.choosing import tune as tuning
+from batchwise.choosing import fits, search, speed
 from batchwise.choosing.advice import sentences, why_none
-from batchwise.choosing.branches import Branch, Branches
+from batchwise.choosing.branches import Branch, Branches, Course
 from batchwise.choosing.findings import Advice, Findings
 from batchwise.choosing.fits import Size, what_fits
 from batchwise.choosing.speed import Way
@@ -222,7 +221,7 @@ class Falling(World):
 
     def train(self, branch: Branch) -> None:
         noise = self.noise
-        self.noise = noise / self.pays.get(branch.hold or 0, 1.0)
+        self.noise = noise / self.pays.get(branch.course.falls or 0, 1.0)
         super().train(branch)
         self.noise = noise
 
@@ -237,21 +236,67 @@ def test_the_shape_of_the_rate_with_the_fewest_steps(pays: dict[int, float], hol
     findings = world.findings(16, 64, 256)
     before = findings.best()
     assert before is not None
-    assert before.hold is None
+    assert before.course == Course()
     for held in (6400, 1600, 400):
-        each = Branches(before.batch_size, 60, world.train, True, held)
+        each = Branches(before.batch_size, 60, world.train, True, Course(held))
         each.run(1.0, 0)
         findings.shapes.append(each)
-    findings.shapes.append(Branches(before.batch_size, 60, World(most=0.0).train, True, 100))
+    findings.shapes.append(Branches(before.batch_size, 60, World(most=0.0).train, True, Course(100)))
     findings.shapes[-1].run(8.0, 0)
     best = findings.best()
     assert best is not None
-    assert best.hold == hold
+    assert best.course == Course(hold)
     least = 1.0 if hold == 6400 else (1 + 100 / pays[hold] / best.batch_size) / (1 + 100 / best.batch_size)
     assert findings.shortened() == pytest.approx(least, rel=0.1)
     assert best.factor == 1.0 if hold != 6400 else best.factor == pytest.approx(1.0, rel=0.1)
     assert f"this rate is held for {hold:,} examples" in sentences(findings, best)[1]
     assert ("times the steps of one that is held longer" in sentences(findings, best)[1]) is (hold < 6400)
+
+
+@pytest.mark.parametrize(("noise", "pays"), [(20000.0, True), (1.0, False)])
+def test_twice_the_batch_later_pays_if_the_noise_has_grown(noise: float, pays: bool) -> None:
+    """It is the noise scale after the first examples. The time of a step grows by half if the batch doubles."""
+    world = World(best=1.0)
+    findings = world.findings(16, 64, 256)
+    before = findings.best()
+    assert before is not None
+    size, examples = before.batch_size, 40 * before.batch_size
+    shape = Branches(size, 40, world.train, True, Course(falls=examples))
+    shape.run(1.0, 0)
+    findings.shapes = [shape]
+
+    def train(branch: Branch) -> None:
+        trainer, doubled = SimpleNamespace(global_step=0), branch.course.doubles is not None
+        for step in range(1, branch.steps + 1):
+            trainer.global_step = step
+            slow = 1 + noise / size / (2 if doubled else 1)
+            branch._note(trainer, 1 / (1 + min(step, 40) / (1 + 100 / size) + 10 * max(0, step - 40) / slow))
+
+    for course, steps in ((Course(examples), 80), (Course(examples, examples), 60)):
+        findings.later.append(Branches(size, steps, train, True, course))
+        findings.later[-1].run(1.0, 0)
+    best, ratio = findings.best(), findings.doubled()
+    assert best is not None
+    assert ratio is not None
+    assert best.course == Course(examples, examples if pays else None)
+    assert findings.pays_to_double() is pays
+    assert (ratio < 0.95) is pays
+    verb = "pays" if pays else "would not pay"
+    assert f"twice the batch after {examples:,} examples {verb}: {ratio:.2f} times the time to later losses" in (
+        sentences(findings, best)
+    )
+
+
+def test_a_larger_batch_that_diverges_says_nothing() -> None:
+    world = World(best=1.0)
+    findings = world.findings(16, 64, 256)
+    for course in (Course(640), Course(640, 640)):
+        findings.later.append(
+            Branches(64, 20, (world if course.doubles is None else World(most=0.0)).train, True, course)
+        )
+        findings.later[-1].run(1.0, 0)
+    assert findings.doubled() is None
+    assert not findings.pays_to_double()
 
 
 def test_rates_that_the_task_sets_are_left_alone() -> None:
@@ -333,8 +378,8 @@ def test_digits_from_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(speed, "_TURN", speed._TURN)  # which the module changes
     monkeypatch.setattr(verbs, "tune", verbs.tune)
     import_module("watched")
-    monkeypatch.setattr(tuning, "SHORTEST", 30)
-    monkeypatch.setattr(tuning, "ROUNDS", 2)
+    monkeypatch.setattr(search, "SHORTEST", 30)
+    monkeypatch.setattr(search, "ROUNDS", 2)
     result = run_here("tune", *DIGITS, *CSV, "--trainer.accelerator", "cpu", "--model.optimizer.init_args.lr", 1e-4)
     assert result.code == 0, result.err
     assert Path("same-0").read_text() == "True"  # nothing is changed
@@ -377,7 +422,7 @@ def test_an_interrupt_shows_what_is_known(monkeypatch: pytest.MonkeyPatch) -> No
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tuning.short, "train", interrupt)
+    monkeypatch.setattr(search.short, "train", interrupt)
     monkeypatch.setattr(speed, "_TURN", 0.01)  # seconds
     result = run_here("tune", *DIGITS, *CSV)
     assert result.code == 0, result.err

@@ -11,7 +11,7 @@ import pytest
 import study_regret
 import torch
 
-from batchwise.choosing import branches, speed, tune
+from batchwise.choosing import branches, search, speed
 
 pytestmark = pytest.mark.weekly
 
@@ -20,7 +20,7 @@ def test_the_study_runs_and_goes_on(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     for module in (branches, speed):
         monkeypatch.setattr(module, "perf_counter", module.perf_counter)  # the study sets another clock
     monkeypatch.setattr(speed, "_TURN", 0.0)
-    monkeypatch.setattr(tune, "SHORTEST", 20)
+    monkeypatch.setattr(search, "SHORTEST", 20)
     small = replace(problems.PROBLEMS["digits"], sizes=(64, 256), targets=(0.5, 0.9), epochs=3)
     monkeypatch.setitem(problems.PROBLEMS, "digits", small)
     monkeypatch.setattr(
@@ -29,13 +29,14 @@ def test_the_study_runs_and_goes_on(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     study_regret.main()
     runs = list(grid.read(Path("s/runs.jsonl")))
     assert {run.size for run in runs} >= {64, 256}
-    keys = [(run.size, run.factor, run.hold, run.seed) for run in runs]
+    keys = [(run.size, run.factor, run.course, run.seed) for run in runs]
     assert len(keys) == len(set(keys))
     said = json.loads(Path("s/digits, SGD.json").read_text())
     out = capsys.readouterr().out
     assert out.count("| digits | SGD |") == 2
-    assert (said["size"], said["factor"], said["hold"]) in {(run.size, run.factor, run.hold) for run in runs}
-    assert said["hold"] > 0
+    falls, doubles = said["course"]
+    assert (said["size"], said["factor"], (falls, doubles)) in {(run.size, run.factor, run.course) for run in runs}
+    assert falls > 0
     assert "developed on, tune: geometric mean" in out
     study_regret.main()
     assert len(list(grid.read(Path("s/runs.jsonl")))) == len(runs)  # nothing is trained again

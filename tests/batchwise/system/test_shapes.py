@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from helpers import Result, run_here
 
-from batchwise.choosing import speed, tune
+from batchwise.choosing import search, speed
 
 SHAPES = {
     "Dicts": "Images", "Tuples": "Images", "Lists": "Images", "Collated": "Images",
@@ -56,7 +56,7 @@ def test_inspect(data: str) -> None:
 
 def test_tune(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "_TURN", 0.01)  # seconds
-    monkeypatch.setattr(tune, "ROUNDS", 1)
+    monkeypatch.setattr(search, "ROUNDS", 1)
     result = run("tune", "Lists")
     assert "what fits, what is fast" in result.out
     assert (result.folder / "tune.png").exists()
