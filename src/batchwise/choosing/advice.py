@@ -10,6 +10,7 @@ from rich.table import Table
 
 from batchwise.choosing.figure import draw
 from batchwise.choosing.findings import NEAR, Advice, Findings
+from batchwise.choosing.trials import Fit
 from batchwise.data.module import DataModule
 from batchwise.tasks.task import Task
 
@@ -36,21 +37,12 @@ def report(
     console.print(table)
     end = "all of the training examples at once" if findings.all_fit else "more would not fit"
     print(f"largest micro-batch that was run: {findings.sizes[-1].examples:,} ({end})")
-    if best is None:
+    if best is None or not findings.choices():
         print(f"no batch size is recommended ({lacks or why_none(findings, task)})")
-        if findings.batch_size in findings.rates:
-            rate = shown(findings, findings.batch_size, findings.factor(findings.batch_size))
-            print(f"learning rate at batch_size {findings.batch_size}: {rate}")
-            print(tried(findings))
+    else:
+        console.print(times(findings, best))
+    if best is None:
         return
-    table = Table("batch_size", "steps", "examples", "time", "", title="to a target, against the least", box=None)
-    for choice in findings.choices():
-        mark = "<- recommended" if choice.batch_size == best.batch_size else ""
-        mark = mark or ("configured" if choice.batch_size == findings.batch_size else "")
-        mark = mark or ("" if choice.batch_size in findings.rates else "between those that were tried")
-        figures = (f"{choice.steps:.2f}", f"{choice.examples:.2f}", f"{choice.seconds:.2f}")
-        table.add_row(f"{choice.batch_size:,}", *figures, mark)
-    console.print(table)
     for line in sentences(findings, best):
         print(line)
     if math.isfinite(examples):
@@ -58,6 +50,18 @@ def report(
         share = seconds / training
         relative = f"{share:.0%} of the time of" if share < 1 else f"{share:,.0f} times as long as"
         print(f"tune took {seconds:.1f} s, {relative} the training")
+
+
+def times(findings: Findings, best: Advice) -> Table:
+    """Return the table of the batch sizes and their costs."""
+    table = Table("batch_size", "steps", "examples", "time", "", title="to a target, against the least", box=None)
+    for choice in findings.choices():
+        mark = "<- recommended" if choice.batch_size == best.batch_size else ""
+        mark = mark or ("configured" if choice.batch_size == findings.batch_size else "")
+        mark = mark or ("" if choice.batch_size in findings.rates else "between those that were tried")
+        figures = (f"{choice.steps:.2f}", f"{choice.examples:.2f}", f"{choice.seconds:.2f}")
+        table.add_row(f"{choice.batch_size:,}", *figures, mark)
+    return table
 
 
 def why_none(findings: Findings, task: Task) -> str:
@@ -92,9 +96,29 @@ def tried(findings: Findings) -> str:
 
 def sentences(findings: Findings, best: Advice) -> list[str]:
     """Return the recommendation and its reasons, a line each."""
-    spread = f", as good from {best.low:,} to {best.high:,}" if best.low < best.high else ""
-    said = [f"batch_size {best.batch_size}{spread}; learning rate: {shown(findings, best.batch_size, best.factor)}"]
-    falls, doubles = best.course
+    rate = shown(findings, best.batch_size, best.factor)
+    if findings.choices():
+        spread = f", as good from {best.low:,} to {best.high:,}" if best.low < best.high else ""
+        said = [f"batch_size {best.batch_size}{spread}; learning rate: {rate}"]
+    else:
+        said = [f"learning rate at batch_size {best.batch_size}: {rate}", tried(findings)]
+    said += course(findings, best)
+    if fitted := findings.fitted():
+        said += noise(findings, fitted)
+        if findings.devices == 1 and best.batch_size <= findings.knee().examples:
+            said.append("one device takes this batch whole: accumulating a larger one would take longer")
+    if best.gain <= NEAR:
+        said.append("leave it as it is: the gain is under 5%")
+    elif math.isfinite(best.gain):
+        said.append(f"the configuration would take {best.gain:.2f} times as long")
+    else:
+        said.append("the configuration did not get as far in its short training")
+    return said
+
+
+def course(findings: Findings, best: Advice) -> list[str]:
+    """Return how rate and batch size are to change, a line each."""
+    said, (falls, doubles) = [], best.course
     if falls is not None:
         gain = f" (it took {findings.shortened():.2f} times the steps of one that is held longer)"
         line = f"this rate is held for {falls:,} examples, and then falls with the square root of those seen"
@@ -103,23 +127,19 @@ def sentences(findings: Findings, best: Advice) -> list[str]:
         after = findings.later[1].course.doubles
         verb = "pays" if doubles else "would not pay"
         said.append(f"twice the batch after {after:,} examples {verb}: {ratio:.2f} times the time to later losses")
-    if falls is None and findings.schedule.needs_end:
+    if findings.schedule.needs_end:
         said.append(f"this is the highest rate of model.schedule, {findings.schedule.shape}, which stays as it is")
-    fitted, noise = findings.fitted(), findings.noise_scale()
-    assert fitted is not None
+    return said
+
+
+def noise(findings: Findings, fitted: Fit) -> list[str]:
+    """Return the gradient noise scale, and whether its two estimates disagree."""
+    scale = findings.noise_scale()
     branches = f"{fitted.noise_scale:,.0f} examples" if fitted.least else "larger than could be seen"
-    gradient = "not known" if noise is None else f"about {noise:,.0f}"
-    said.append(f"gradient noise scale: by the short trainings {branches}, by the gradient {gradient}")
+    gradient = "not known" if scale is None else f"about {scale:,.0f}"
+    said = [f"gradient noise scale: by the short trainings {branches}, by the gradient {gradient}"]
     if findings.disagree():
         said.append("these disagree: batch_size follows the short trainings, and the range has what either finds good")
-    if findings.devices == 1 and best.batch_size <= findings.knee().examples:
-        said.append("one device takes this batch whole: accumulating a larger one would take longer")
-    if best.gain <= NEAR:
-        said.append("leave it as it is: the gain is under 5%")
-    elif math.isfinite(best.gain):
-        said.append(f"the configuration would take {best.gain:.2f} times as long")
-    else:
-        said.append("the configuration did not get as far in its short training")
     return said
 
 
@@ -140,11 +160,13 @@ def leave(
     print(f"look at it: {folder / 'tune.png'}")
     if best is None or best.gain <= NEAR:
         return
-    micro_batch = max(findings.unit, min(findings.share(best.batch_size), findings.knee().examples))
-    sizes: dict[str, int | None] = {"batch_size": best.batch_size, "micro_batch_size": micro_batch}
-    if data.batch_tokens is not None:
-        sizes["batch_tokens"] = None  # or it would contradict `batch_size`
-    overlay: dict[str, Any] = {"trainer": {"accumulate_grad_batches": None}, "data": sizes}
+    overlay: dict[str, Any] = {}
+    if findings.choices():
+        micro_batch = max(findings.unit, min(findings.share(best.batch_size), findings.knee().examples))
+        sizes: dict[str, Any] = {"batch_size": best.batch_size, "micro_batch_size": micro_batch}
+        if data.batch_tokens is not None:
+            sizes["batch_tokens"] = None  # or it would contradict `batch_size`
+        overlay |= {"trainer": {"accumulate_grad_batches": None}, "data": sizes}
     if findings.sets_rates():
         model: dict[str, Any] = {"reference_batch_size": task._rates.scaling.reference or findings.batch_size}
         if rates:

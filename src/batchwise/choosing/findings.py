@@ -178,14 +178,15 @@ class Findings:
         """Return the batch size of the least predicted time, and those whose time is as good.
 
         That is within 5% of it, and more where other work on the machine makes the seconds of a step unsure. Where
-        noise scale and branches disagree, it follows the branches, and the range has what either finds as good.
+        noise scale and branches disagree, it follows the branches, and the range has what either finds as good. If too
+        few batch sizes were tried, it is the configured one, and only the rate is advised.
         """
-        choices, fitted = self.choices(), self.fitted()
-        if not choices or fitted is None:
+        choices, fitted, own = self.choices(), self.fitted(), self.rates.get(self.batch_size)
+        if not choices and own is None:
             return None
-        size = min(choices, key=lambda choice: choice.seconds).batch_size
+        size = min(choices, key=lambda choice: choice.seconds).batch_size if choices else self.batch_size
         also, near = self.by_noise() if self.disagree() else [], NEAR + self.unsure()
-        as_good = [choice.batch_size for choice in (*choices, *also) if choice.seconds <= near]
+        as_good = [choice.batch_size for choice in (*choices, *also) if choice.seconds <= near] or [size]
         shape, factor, course = self.shape(), self.factor(size), CONSTANT
         if shape is not None:
             factor = shape.factor
@@ -193,7 +194,8 @@ class Findings:
         theirs = math.inf
         if self.configured is not None:
             theirs = steps_to(self._levels(), self.configured.curve()) * self.seconds(self.batch_size)
-        gain = theirs / (fitted.steps(size) * self.shortened() * self.seconds(size))
+        steps = fitted.steps(size) if fitted else self.steps(size)
+        gain = theirs / (steps * self.shortened() * self.seconds(size))
         return Advice(size, min(as_good), max(as_good), factor, course, gain)
 
     # The course of the training

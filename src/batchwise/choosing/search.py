@@ -90,8 +90,8 @@ class Search:
         steps = max(least, FEWEST_STEPS, round(examples * budget / BRANCHES / findings.batch_size))
         self._steps, self._knee = min(most, steps), findings.knee().examples
         self._validates = val is not None and len(val) <= VALIDATED * self._steps * findings.batch_size
-        self._far = 0.0
-        """The steps of a branch if there were no noise."""
+        self._far: float | None = None
+        """The steps of a branch if there were no noise; None: only the configured batch size is tried."""
 
     def go(self) -> None:
         """Train the branches, and time the steps of each batch size. The results go into the findings."""
@@ -153,8 +153,13 @@ class Search:
         """See whether twice the batch pays after a branch, in branches that are twice as long."""
         findings, shape = self._findings, self._findings.shape()
         examples = size * self._length(size)
-        grows = self._data.batch_size_schedule.sizes or type(self._data.batch_size_schedule) is not BatchSizes
-        if shape is None or grows or 2 * size > findings.largest or self._data.total_examples() < LONG * examples:
+        stays_theirs = self._task._couples or type(self._data.batch_size_schedule) is not BatchSizes
+        if (
+            shape is None
+            or stays_theirs
+            or 2 * size > findings.largest
+            or self._data.total_examples() < LONG * examples
+        ):
             return
         stays = self._branches(size, 2 * examples // size, shape.course)
         doubles = self._branches(size, 3 * examples // (2 * size), shape.course._replace(doubles=examples))
@@ -167,6 +172,8 @@ class Search:
 
     def _length(self, size: int) -> int:
         """Return the steps in which a batch size gets as far as the others, by the noise scale."""
+        if self._far is None:
+            return self._steps
         return max(2, round(self._far * (1 + (self._findings.noise_scale() or self._findings.batch_size) / size)))
 
     def _branches(self, size: int, steps: int, course: Course = CONSTANT) -> Branches:

@@ -323,8 +323,18 @@ def test_what_never_trains_is_said() -> None:
     assert why_none(findings, small.Classify(small.network())) == "the loss was not finite at any rate"
 
 
-def test_two_batch_sizes_say_nothing() -> None:
-    assert World().findings(16, 64).best() is None
+def test_two_batch_sizes_say_only_the_rate() -> None:
+    world = World()
+    findings = world.findings(16, 64)
+    assert not findings.choices()
+    best = world.configure(findings)
+    assert (best.batch_size, best.low, best.high) == (64, 64, 64)
+    assert best.factor == pytest.approx(4.0, rel=0.1)
+    assert best.gain > 1.3
+    said = sentences(findings, best)
+    assert said[0].startswith("learning rate at batch_size 64: 0.4")
+    assert said[1].startswith("tried: ")
+    assert world.findings(16, 256).best() is None  # not even the configured one
 
 
 MLP_16 = "{class_path: batchwise.models.mlp.MLP, init_args: {in_features: 64, num_classes: 10, hidden_features: [16]}}"
