@@ -34,7 +34,7 @@ def draw(path: Path, findings: Findings, best: Advice | None) -> None:
 def _answer(panel: "Axes", findings: Findings, best: Advice | None) -> None:
     choices = findings.choices()
     panel.set(title="Time to a target", xlabel="batch_size (examples)", ylabel="times as long as the fastest")
-    if best is None:
+    if best is None or not choices:
         panel.text(0.5, 0.5, "no batch size is recommended", ha="center", transform=panel.transAxes)
         return
     panel.plot([each.batch_size for each in choices], [each.seconds for each in choices], "-", label="by the fit")
