@@ -16,11 +16,9 @@ from typing import Any
 from lightning.pytorch.callbacks import Callback
 from problems import PROBLEMS, Problem
 
-from batchwise.batching.schedule import Milestones
 from batchwise.choosing import short
 from batchwise.choosing.branches import CONSTANT, Course
 from batchwise.errors import TrainingStopped
-from batchwise.optim.schedule import Schedule
 from batchwise.trainer import Trainer
 
 HOPELESS = 4
@@ -110,10 +108,7 @@ class Grid:
                 return run
         task, data = self.problem.make(self.optimizer, seed), short.resized(self.data, size, None)
         task._rates.refer(64)
-        if course.falls is not None:
-            task._rates.schedule = Schedule("inverse_sqrt", hold_examples=course.falls)
-        if course.doubles is not None:
-            data.batch_size_schedule = Milestones([2 * size], examples=[course.doubles])
+        course.set(task, data, size)
         data.seed = seed
         curve = Curve(self.problem, factor)
         steps = -(-self.examples // size)
@@ -156,10 +151,9 @@ class Grid:
 
     def seconds(self, run: Run, target: int) -> float:
         """Return the seconds to a target."""
-        if run.course.doubles is None:
-            return run.steps[target] * self.step(run.size)
-        first = min(run.steps[target], run.course.doubles / run.size)
-        return first * self.step(run.size) + (run.steps[target] - first) * self.step(2 * run.size)
+        one = self.step(run.size)
+        twice = 1.0 if run.course.doubles is None else self.step(2 * run.size) / one
+        return run.course.count(run.steps[target], run.size, twice) * one
 
     def median(self, size: int, factor: float, target: int, course: Course = CONSTANT) -> float:
         """Return the median of the seconds over the seeds."""

@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -11,7 +12,9 @@ import numpy as np
 from lightning.pytorch.callbacks import Callback
 
 from batchwise.batching.loader import Batch
+from batchwise.batching.schedule import Milestones
 from batchwise.choosing import short
+from batchwise.data.module import DataModule
 from batchwise.tasks.task import Task
 
 SHARE = 0.15
@@ -31,6 +34,19 @@ class Course(NamedTuple):
     """The rate falls with the square root of the examples, see `Schedule`."""
     doubles: int | None = None
     """The batch is twice as large, and the rate follows."""
+
+    def set(self, task: Task, data: DataModule, batch_size: int) -> None:
+        """Give it to a task and its data, without another warm-up than that in examples."""
+        shape = "constant" if self.falls is None else "inverse_sqrt"
+        rates = task._rates
+        rates.schedule = replace(rates.schedule, shape=shape, hold_examples=self.falls, warmup=0.0, floor=0.0)
+        if self.doubles is not None:
+            data.batch_size_schedule = Milestones([2 * batch_size], examples=[self.doubles])
+
+    def count(self, steps: float, batch_size: int, twice: float) -> float:
+        """Return a number of steps in which each one with twice the batch counts as so many."""
+        border = math.inf if self.doubles is None else self.doubles / batch_size
+        return min(steps, border) + max(0.0, steps - border) * twice
 
 
 CONSTANT = Course()
@@ -233,9 +249,8 @@ class Branches:
         Args:
             twice: what a step with twice the batch counts as, after the batch has doubled.
         """
-        border = math.inf if self.course.doubles is None else self.course.doubles / self.batch_size
         points = [point for each in self.best() for point in each.points]
-        return smoothed([(min(step, border) + max(0.0, step - border) * twice, loss) for step, loss in points])
+        return smoothed([(self.course.count(step, self.batch_size, twice), loss) for step, loss in points])
 
 
 def levels(curves: Sequence[Curve], first: float | None = None) -> list[float]:

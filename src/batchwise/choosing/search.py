@@ -3,14 +3,13 @@
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import replace
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
 from batchwise.batching.loader import Batch
 from batchwise.batching.noise import FEWEST
-from batchwise.batching.schedule import BatchSizes, Milestones
+from batchwise.batching.schedule import BatchSizes
 from batchwise.callbacks.noise_scale import NoiseScale
 from batchwise.choosing import short
 from batchwise.choosing.branches import CONSTANT, Branch, Branches, Course
@@ -153,13 +152,9 @@ class Search:
         """See whether twice the batch pays after a branch, in branches that are twice as long."""
         findings, shape = self._findings, self._findings.shape()
         examples = size * self._length(size)
-        stays_theirs = self._task._couples or type(self._data.batch_size_schedule) is not BatchSizes
-        if (
-            shape is None
-            or stays_theirs
-            or 2 * size > findings.largest
-            or self._data.total_examples() < LONG * examples
-        ):
+        fixed = not findings.choices() or type(self._data.batch_size_schedule) is not BatchSizes
+        too_short = self._data.total_examples() < LONG * examples
+        if shape is None or fixed or too_short or 2 * size > findings.largest:
             return
         stays = self._branches(size, 2 * examples // size, shape.course)
         doubles = self._branches(size, 3 * examples // (2 * size), shape.course._replace(doubles=examples))
@@ -196,12 +191,8 @@ class Search:
     def _train(self, branch: Branch, micro_batch: int, *callbacks: Callback) -> None:
         self._say(f"batch_size {branch.batch_size}, {branch.factor:g} times the rate")
         task, data = copy.deepcopy(self._task), short.resized(self._data, branch.batch_size, micro_batch)
-        rates, (falls, doubles) = task._rates, branch.course
-        rates.refer(self._findings.batch_size)
-        shape = "constant" if falls is None else "inverse_sqrt"
-        rates.schedule = replace(rates.schedule, shape=shape, hold_examples=falls, warmup=0.0, floor=0.0)
-        if doubles is not None:
-            data.batch_size_schedule = Milestones([2 * branch.batch_size], examples=[doubles])
+        task._rates.refer(self._findings.batch_size)
+        branch.course.set(task, data, branch.batch_size)
         assert data.seed is not None
         data.seed += branch.seed
         try:
