@@ -14,15 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.callbacks import Callback
-from problems import PROBLEMS, Problem
+from problems import PROBLEMS, Problem, ready
 
 from batchwise.choosing import short
 from batchwise.choosing.branches import CONSTANT, Course
 from batchwise.errors import TrainingStopped
-from batchwise.trainer import Trainer
 
-HOPELESS = 4
-"""A training ends after so many times the seconds of the fastest one."""
 SHARE = 0.07
 """The growth of the number of steps from one validation to the next."""
 
@@ -87,10 +84,8 @@ class Grid:
 
     def __init__(self, name: str, optimizer: str, path: Path) -> None:
         self.name, self.optimizer, self.path, self.problem = name, optimizer, path, PROBLEMS[name]
-        self.trainer = Trainer(accelerator="cpu", logger=False, default_root_dir=path.parent)
         self.data = self.problem.data(batch_size=64, seed=0)
-        self.data.trainer = self.trainer
-        self.data.setup("fit")
+        self.trainer = ready(self.data, path.parent)
         plan = self.data.plan
         assert plan is not None
         self.examples = plan.examples_per_epoch * self.problem.epochs
@@ -113,7 +108,7 @@ class Grid:
         curve = Curve(self.problem, factor)
         steps = -(-self.examples // size)
         if known := [self.seconds(run, 1) for run in self.runs if math.isfinite(run.steps[1])]:
-            steps = min(steps, math.ceil(HOPELESS * min(known) / self.step(size)))
+            steps = min(steps, math.ceil(self.problem.hopeless * min(known) / self.step(size)))
         with contextlib.suppress(TrainingStopped):  # its loss is not finite any more
             short.train(self.trainer, task, data, max(1, steps), [curve], validate=True)
         run = Run(

@@ -4,6 +4,7 @@ import pydoc_data.topics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,9 +22,20 @@ from batchwise.tasks.classification import Classification
 from batchwise.tasks.language import Language
 from batchwise.tasks.regression import Regression
 from batchwise.tasks.task import Task
+from batchwise.trainer import Trainer
 
 TEXT = "".join(pydoc_data.topics.topics.values()).encode("ascii", "replace")
 """Python's own documentation, 700 thousand characters."""
+
+
+def ready(data: DataModule, folder: Path | str, epochs: int | None = None) -> Trainer:
+    """Return a trainer on the CPU that logs nothing, with its data set up."""
+    trainer = Trainer(
+        accelerator="cpu", logger=False, max_epochs=epochs, default_root_dir=folder, enable_progress_bar=False
+    )
+    data.trainer = trainer
+    data.setup("fit")
+    return trainer
 
 
 class Rows(DataModule):
@@ -65,16 +77,25 @@ class Characters(DataModule):
     Inputs are character codes uint8 [N, 8] from 0 to 127, which become one-hot vectors. Targets are codes [N].
     """
 
+    each = 16
+    """Positions from one training example to the next."""
+
     def load(self, split: str) -> tuple[Tensor, Tensor]:
-        """Return every 16th position of the first nine tenths of the text ("train"), or of the last tenth."""
-        windows = torch.tensor(list(TEXT)).unfold(0, 9, 16)
-        border = len(windows) * 9 // 10
-        part = windows[:border] if split == "train" else windows[border:]
+        """Return positions of the first nine tenths of the text ("train"), or every 16th position of the last tenth."""
+        windows = torch.tensor(list(TEXT)).unfold(0, 9, 1)
+        border = len(windows[::16]) * 9 // 10 * 16
+        part = windows[: border : self.each] if split == "train" else windows[border::16]
         return part[:, :8].byte().contiguous(), part[:, 8].long()
 
     def transform(self, batch: MicroBatch, training: bool) -> MicroBatch:
         """Convert codes to one-hot vectors [N, 1024]."""
         return replace(batch, inputs=nn.functional.one_hot(batch.inputs.long(), 128).flatten(1).float())
+
+
+class EveryCharacter(Characters):
+    """The same, with every position for training."""
+
+    each = 1
 
 
 class Blocks(DataModule):
@@ -100,6 +121,10 @@ class Problem:
     """The easier one first. Accuracies rise, losses fall."""
     epochs: int
     sizes: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024)
+    budget: float = 0.25
+    """That of `tune`."""
+    hopeless: float = 4
+    """A training ends after so many times the seconds of the fastest one."""
 
     def make(self, optimizer: str, seed: int) -> Task:
         """Return a new task."""
@@ -132,5 +157,12 @@ PROBLEMS = {
         Blocks, SOFT, partial(Transformer, 128, 32, 2, 2), "val/loss", (2.6, 2.3), 2, (8, 16, 32, 64, 128, 256)
     ),
 }  # fmt: skip
+USUAL = tuple(PROBLEMS)
+"""Those whose training takes seconds."""
+PROBLEMS["every character"] = replace(
+    PROBLEMS["characters"],
+    data=EveryCharacter, metric="val/loss", targets=(1.47, 1.41), epochs=40, sizes=(128, 256), budget=0.01,
+    hopeless=1.5,
+)  # fmt: skip
 DEVELOPED_ON = ("digits", "characters", "clusters")
 """The tasks on which the method was made. The others were set before, and looked at after."""

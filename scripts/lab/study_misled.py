@@ -17,7 +17,7 @@ from typing import Any
 
 import study
 import torch
-from problems import OPTIMIZERS
+from problems import OPTIMIZERS, ready
 from study import FewDigits
 from torch import Tensor
 
@@ -26,7 +26,6 @@ from batchwise.choosing import tune
 from batchwise.choosing.advice import sentences
 from batchwise.models.mlp import MLP
 from batchwise.tasks.classification import Classification
-from batchwise.trainer import Trainer
 
 ADAMW = partial(torch.optim.AdamW, lr=4e-3)
 
@@ -51,13 +50,7 @@ def ask(optimizer: Callable[..., Any], settings: dict[str, Any], seed: int) -> t
     task = Classification(MLP(64, 10, [128]), optimizer=optimizer)
     data = FewDigits(**{"batch_size": 64, "seed": seed, "split_seed": seed, "order": Shuffled(), **settings})
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        trainer = Trainer(
-            accelerator="cpu", logger=False, max_epochs=20, default_root_dir=folder, enable_progress_bar=False
-        )
-        data.trainer = trainer
-        data.setup("fit")
-        data.trainer = trainer
-        findings = tune.tune(trainer, task, data, 0.25, None, {})
+        findings = tune.tune(ready(data, folder, 20), task, data, 0.25, None, {})
     advice, fitted, noise = findings.best(), findings.fitted(), findings.noise_scale()
     if advice is None or fitted is None:
         return noise or 0.0, 0.0, "none", ""

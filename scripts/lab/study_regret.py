@@ -23,11 +23,10 @@ from typing import Any
 import torch
 import yaml
 from grid import Grid
-from problems import DEVELOPED_ON, OPTIMIZERS, PROBLEMS
+from problems import DEVELOPED_ON, OPTIMIZERS, PROBLEMS, USUAL, ready
 
 from batchwise.choosing import branches, speed, tune
 from batchwise.choosing.branches import CONSTANT, Course
-from batchwise.trainer import Trainer
 
 
 def tuned(grid: Grid, folder: Path) -> dict[str, Any]:
@@ -37,19 +36,10 @@ def tuned(grid: Grid, folder: Path) -> dict[str, Any]:
         own = folder / path.stem
         own.mkdir(exist_ok=True)
         task, data = grid.problem.make(grid.optimizer, 0), grid.problem.data(batch_size=64, seed=0)
-        trainer = Trainer(
-            accelerator="cpu",
-            logger=False,
-            max_epochs=grid.problem.epochs,
-            default_root_dir=own,
-            enable_progress_bar=False,
-        )
-        data.trainer = trainer
-        data.setup("fit")
-        data.trainer = trainer
+        trainer = ready(data, own, grid.problem.epochs)
         started = time.thread_time()
         with (own / "said.txt").open("w") as file, contextlib.redirect_stdout(file):
-            findings = tune.tune(trainer, task, data, 0.25, None, {"lr": 1.0})
+            findings = tune.tune(trainer, task, data, grid.problem.budget, None, {"lr": 1.0})
         seconds, advice = time.thread_time() - started, findings.best()
         overlay = own / "tuned.yaml"
         size, factor, course = 64, 1.0, CONSTANT
@@ -100,14 +90,14 @@ def judge(grid: Grid, said: dict[str, Any], seeds: int) -> dict[str, Any]:
         }
         found |= {"best": fastest, "best factor": grid.best(fastest, target, seeds), "least": least}
         steps = {size: times[size] / grid.step(size) for size in sizes}
-        predicted = {int(size): value for size, value in said["predicted"].items()}
-        middle = min(predicted, key=lambda size: abs(math.log(size / said["size"])), default=None)
-        if middle in steps and math.isfinite(steps[middle]):
-            found["calibration"] = {
-                size: predicted[size] / predicted[middle] / (steps[size] / steps[middle])
-                for size in sizes
-                if size in predicted and 1 / 4 <= size / said["size"] <= 4 and math.isfinite(steps[size])
-            }
+        off = {
+            int(size): predicted / steps[int(size)]
+            for size, predicted in said["predicted"].items()
+            if 1 / 4 <= int(size) / said["size"] <= 4 and math.isfinite(steps.get(int(size), math.inf))
+        }
+        if len(off) > 1:  # predictions are relative, so their scale is that at which they are nearest
+            scale = statistics.geometric_mean(off.values())
+            found["calibration"] = {size: ratio / scale for size, ratio in off.items()}
         row["targets"].append(found)
     for found, ratio in zip(row["targets"], one_for_both(grid, seeds), strict=True):
         found["one pair"] = ratio
@@ -126,10 +116,10 @@ def one_for_both(grid: Grid, seeds: int) -> list[float]:
     return min(([one / other for one, other in zip(each, least, strict=True)] for each in times), key=math.prod)
 
 
-def arguments() -> argparse.Namespace:
-    """Return the arguments of the command, with one thread and the thread's own clock."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--problems", nargs="+", default=list(PROBLEMS), choices=PROBLEMS)
+def arguments(about: str | None) -> argparse.Namespace:
+    """Return the arguments of a study of the problems, with one thread and the thread's own clock."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--problems", nargs="+", default=USUAL, choices=PROBLEMS)
     parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS), choices=OPTIMIZERS)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=Path("study"), help="for the runs; the same command goes on")
@@ -183,7 +173,7 @@ def show(rows: dict[tuple[str, str], dict[str, Any]]) -> None:
 
 def main() -> None:
     """Train the grids, ask `tune`, and compare."""
-    given = arguments()
+    given = arguments(__doc__)
     rows = {}
     for name in given.problems:
         for optimizer in given.optimizers:

@@ -16,7 +16,7 @@ from typing import Any
 
 import study
 import torch
-from problems import PROBLEMS
+from problems import PROBLEMS, ready
 from torch.optim import SGD, AdamW
 
 from batchwise.choosing import short
@@ -24,7 +24,6 @@ from batchwise.errors import TrainingStopped
 from batchwise.optim.scaling import FOLLOWING
 from batchwise.optim.schedule import Schedule
 from batchwise.tasks.classification import Classification
-from batchwise.trainer import Trainer
 
 REFERENCE = 64
 OPTIMIZERS: dict[str, Callable[..., Any]] = {
@@ -58,10 +57,9 @@ class Study:
     """
 
     def __init__(self, scale: float) -> None:
-        self.problem, self.trainer = PROBLEMS["characters"], Trainer(accelerator="cpu", logger=False)
+        self.problem = PROBLEMS["characters"]
         self.data = self.problem.data(batch_size=REFERENCE, seed=0)
-        self.data.trainer = self.trainer
-        self.data.setup("fit")
+        self.trainer = ready(self.data, ".")
         assert self.data.plan is not None
         self.examples = max(REFERENCE, round(scale * self.data.plan.examples_per_epoch))
 

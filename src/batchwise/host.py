@@ -31,6 +31,15 @@ def available_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
+def core_waits() -> float:
+    """Return the seconds that the threads of this process have waited for a core, all together (not on Linux: 0)."""
+    found = 0
+    for thread in Path("/proc/self/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError):  # it has ended
+            found += int(thread.read_text().split()[1])
+    return found / 1e9
+
+
 def peak_memory(device: torch.device) -> int:
     """Return the most bytes used so far: of the device where that is known, else of this process."""
     if device.type == "cuda":

@@ -24,7 +24,7 @@ import yaml
 from PIL import Image
 
 import batchwise
-from batchwise.choosing import search
+from batchwise.choosing import search, speed
 from batchwise.run.main import main
 
 ROOT = Path(__file__).parents[2]
@@ -112,6 +112,7 @@ def test_commands(section: str, run: Callable, project: str, first_run: tuple, m
     """In the order of the section, in one folder, after README's first command: later ones use the runs of earlier."""
     monkeypatch.setattr(search, "SHORTEST", 20)  # shorter branches say less, but take the same way
     monkeypatch.setattr(search, "ROUNDS", 1)
+    monkeypatch.setattr(speed, "_TURN", 0.01)  # seconds
     shutil.copytree(first_run[0] / "runs", "runs", symlinks=True)
     for command in SECTIONS[section]:
         words = shlex.split(command)

@@ -14,6 +14,9 @@ from batchwise.choosing.trials import Fit
 from batchwise.data.module import DataModule
 from batchwise.tasks.task import Task
 
+HINDERED = 0.2
+"""From this share on, `tune` says that other programs slowed its measurements."""
+
 
 def report(
     console: Console, findings: Findings, best: Advice | None, task: Task, lacks: str, seconds: float, examples: float
@@ -35,8 +38,7 @@ def report(
         mark = "<- the knee" if size == knee else ""
         table.add_row(f"{size.examples:,}", f"{size.speed:,.0f}", f"{size.memory / 2**20:,.0f}", mark)
     console.print(table)
-    end = "all of the training examples at once" if findings.all_fit else "more would not fit"
-    print(f"largest micro-batch that was run: {findings.sizes[-1].examples:,} ({end})")
+    print(f"largest micro-batch that was run: {findings.sizes[-1].examples:,} ({findings.no_larger})")
     if best is None or not findings.choices():
         print(f"no batch size is recommended ({lacks or why_none(findings, task)})")
     else:
@@ -100,6 +102,9 @@ def sentences(findings: Findings, best: Advice) -> list[str]:
     if findings.choices():
         spread = f", as good from {best.low:,} to {best.high:,}" if best.low < best.high else ""
         said = [f"batch_size {best.batch_size}{spread}; learning rate: {rate}"]
+        if (hindered := findings.hindered()) > HINDERED:
+            lost = f"threads waited for a core {hindered:.2f} times as long as the steps took"
+            said.append(f"other programs slowed the measurements ({lost}): ask again when the machine is quiet")
     else:
         said = [f"learning rate at batch_size {best.batch_size}: {rate}", tried(findings)]
     said += course(findings, best)
@@ -168,7 +173,11 @@ def leave(
             sizes["batch_tokens"] = None  # or it would contradict `batch_size`
         overlay |= {"trainer": {"accumulate_grad_batches": None}, "data": sizes}
     if findings.sets_rates():
-        model: dict[str, Any] = {"reference_batch_size": task._rates.scaling.reference or findings.batch_size}
+        scaling, fitted = task._rates.scaling, findings.fitted()
+        model: dict[str, Any] = {"reference_batch_size": scaling.reference or findings.batch_size}
+        if scaling.limit is None and scaling.rule != "none" and fitted and fitted.least:
+            largest = best.batch_size * (1 if best.course.doubles is None else 2)
+            model["scaling_limit"] = max(model["reference_batch_size"], largest, math.ceil(fitted.noise_scale))
         if rates:
             new = {name: float(f"{rate * best.factor:.3g}") for name, rate in rates.items()}
             model["optimizer"] = {"init_args": new}

@@ -73,9 +73,10 @@ def measure(
     way, lines = speed.choose(watch, start, tried, examples)
     if data.finds_micro_batch:
         unit, budget = data.unit_for(task._step.unit), fits.free_memory(device, processes)
-        fitting = sorted(fits.what_fits(watch, way, max(1, share // unit) * unit, budget, unit))
+        fitting = list(fits.what_fits(watch, way, max(1, share // unit) * unit, budget, unit))
         if not fitting:
             raise ValueError(f"not even a micro-batch of {unit} fits: write a smaller model")
+        fitting = fits.again(watch, way, fitting)
         way = replace(way, size=fits.knee(fitting).examples)
         for each in fitting:
             mark = "  <- taken" if each.examples == way.size else ""

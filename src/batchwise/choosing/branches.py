@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -14,7 +15,9 @@ from lightning.pytorch.callbacks import Callback
 from batchwise.batching.loader import Batch
 from batchwise.batching.schedule import Milestones
 from batchwise.choosing import short
+from batchwise.choosing.speed import quickest
 from batchwise.data.module import DataModule
+from batchwise.host import core_waits
 from batchwise.tasks.task import Task
 
 SHARE = 0.15
@@ -82,8 +85,12 @@ class Branch(Callback):
         """The rate of the first group, at this batch size; None: the task's own `configure_optimizers` sets it."""
         self.diverged = False
         self.seconds = math.inf
-        """The median seconds of a step, on the slowest device."""
+        """The seconds of a step, and of the wait for its batch, on the slowest device."""
+        self.hindered = 0.0
+        """The seconds that threads have waited for a core, because others had it, as a share of those of the branch."""
         self._times: list[float] = []
+        self._waits: list[float] = []
+        self._start = 0.0, 0.0
         self._losses: list[float] = []
         self._next, self._lap = 1, 0.0
 
@@ -93,7 +100,11 @@ class Branch(Callback):
             rates = pl_module._rates
             rates.times(self.factor)
             self.rate = rates.base[0] if rates.base else None
-            self._lap = perf_counter()
+            self._start = perf_counter(), core_waits()
+        now = perf_counter()
+        if batch_idx:  # not the start of an epoch
+            self._waits.append(now - self._lap)
+        self._lap = now
 
     def on_train_batch_end(self, trainer: Any, pl_module: Task, outputs: object, batch: Batch, batch_idx: int) -> None:
         """Take the time and the loss, and validate if it is due."""
@@ -126,12 +137,18 @@ class Branch(Callback):
                     break
 
     def agree(self, largest: Callable[[float], float]) -> None:
-        """End: all devices take the time of the slowest."""
-        self.seconds = largest(statistics.median(self._times[1:] or self._times or [0.0]))
+        """End: all devices take the time of the slowest.
+
+        Of the waits it is the mean: a loader has several batches ready at once, and none before.
+        """
+        quick = quickest(self._times[1:] or self._times or [0.0])
+        self.seconds = largest(quick + float(np.mean(self._waits or [0.0])))
+        since, waited = self._start
+        self.hindered = largest((core_waits() - waited) / max(1e-9, perf_counter() - since))
 
     def at(self, step: float) -> float:
         """Return the smoothed loss after some steps."""
-        return float(np.interp(math.log(step), *smoothed(self.points))) if self.points else math.inf
+        return float(np.interp(math.log(step), *smoothed(tuple(self.points)))) if self.points else math.inf
 
     def final(self) -> float:
         """Return the loss at the end. That of a branch that ended early is as far from its rival's as it was then."""
@@ -147,7 +164,8 @@ Curve = tuple[np.ndarray, np.ndarray]
 """Logarithms of steps, and losses."""
 
 
-def smoothed(points: Sequence[tuple[float, float]]) -> Curve:
+@cache  # each curve is asked for many times
+def smoothed(points: tuple[tuple[float, float], ...]) -> Curve:
     """Return logarithms of steps, rising, and the losses that are nearest to those of the points and never rise.
 
     (Isotonic regression. So a loss that goes up and down counts with its mean.)
@@ -180,6 +198,8 @@ class Branches:
         self.branches: dict[tuple[float, int], Branch] = {}
         self.times: list[float] = []
         """Seconds of a step, measured in turn with other batch sizes."""
+        self.hindered: list[float] = []
+        """See `Branch`, for each of the times."""
 
     def run(self, factor: float, seed: int) -> None:
         """Train a branch, unless that has been done."""
@@ -250,7 +270,7 @@ class Branches:
             twice: what a step with twice the batch counts as, after the batch has doubled.
         """
         points = [point for each in self.best() for point in each.points]
-        return smoothed([(self.course.count(step, self.batch_size, twice), loss) for step, loss in points])
+        return smoothed(tuple((self.course.count(step, self.batch_size, twice), loss) for step, loss in points))
 
 
 def levels(curves: Sequence[Curve], first: float | None = None) -> list[float]:

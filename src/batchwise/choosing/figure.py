@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from batchwise.choosing.findings import Advice, Findings
 from batchwise.choosing.trials import Fit, Result
 
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def draw(path: Path, findings: Findings, best: Advice | None) -> None:
-    """Draw the answer and three panels of evidence as a PNG. A panel stays empty if nothing is known for it.
+    """Draw the answer as a PNG, and the evidence below it. A panel stays empty if nothing is known for it.
 
     Args:
         path: path of the file.
@@ -22,12 +24,18 @@ def draw(path: Path, findings: Findings, best: Advice | None) -> None:
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(17, 4.4), dpi=110, layout="constrained")
-    panels = figure.subplots(1, 4, width_ratios=[1.5, 1, 1, 1])
-    for panel, fill in zip(panels, (_answer, _rates, _gradient, _speed), strict=True):
+    evidence = [_rates, *([_shapes] if findings.shapes else []), _gradient, _speed]
+    figure = Figure(figsize=(4.2 * len(evidence), 9.5), dpi=100, layout="constrained")
+    grid = figure.add_gridspec(2, len(evidence), height_ratios=[1.2, 1])
+    answer = figure.add_subplot(grid[0, :])
+    _answer(answer, findings, best)
+    if answer.get_legend_handles_labels()[0]:
+        answer.legend(loc="best", ncols=2)
+    for column, fill in enumerate(evidence):
+        panel = figure.add_subplot(grid[1, column])
         fill(panel, findings, best)
         if panel.get_legend_handles_labels()[0]:  # below the panel, away from the points
-            panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
+            panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18))
     figure.savefig(path)
 
 
@@ -45,6 +53,8 @@ def _answer(panel: "Axes", findings: Findings, best: Advice | None) -> None:
     panel.plot(list(times), list(times.values()), "o", label="short trainings, best rate")
     if best.low < best.high:
         panel.axvspan(best.low, best.high, color="tab:green", alpha=0.15, label=f"as good: {best.low} to {best.high}")
+    also = f"; {best.low:,} to {best.high:,} are as good" if best.low < best.high else ""
+    panel.set_title(f"batch_size {best.batch_size:,} reaches a target first{also}")
     panel.axvline(best.batch_size, color="tab:green", linestyle="--", label=f"recommended: {best.batch_size}")
     panel.axvline(findings.batch_size, color="gray", linestyle=":", label=f"configured: {findings.batch_size}")
     panel.set_xscale("log", base=2)
@@ -58,7 +68,7 @@ def _answer(panel: "Axes", findings: Findings, best: Advice | None) -> None:
 
 
 def _rates(panel: "Axes", findings: Findings, best: Advice | None) -> None:
-    panel.set(title="Which learning rate", xlabel="times the rate of the configuration", ylabel="loss at the end")
+    panel.set(title="Which constant rate", xlabel="times the rate of the configuration", ylabel="loss at the end")
     for size, each in sorted(findings.rates.items()):
         factors = sorted({factor for factor, _ in each.branches})
         known = [factor for factor in factors if math.isfinite(each.loss(factor))]
@@ -66,7 +76,21 @@ def _rates(panel: "Axes", findings: Findings, best: Advice | None) -> None:
     panel.set_xscale("log", base=2)
     panel.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
     if best:
-        panel.axvline(best.factor, color="tab:green", linestyle="--", label=f"recommended: {best.factor:.2g}")
+        factor = findings.factor(best.batch_size)
+        label = f"batch {best.batch_size:,}: {factor:.2g}"
+        panel.axvline(factor, color="tab:green", linestyle="--", label=label)
+
+
+def _shapes(panel: "Axes", findings: Findings, best: Advice | None) -> None:
+    chosen = findings.shape()
+    for each in findings.shapes:
+        steps, losses = each.curve()
+        falls = each.course.falls
+        assert falls is not None
+        style, mark = (".-", " (recommended)") if each is chosen else ("-", "")
+        label = f"{each.factor:.2g} times, falls from {falls:,}{mark}"
+        panel.plot(np.exp(steps) * each.batch_size, losses, style, label=label)
+    panel.set(title="Which shape of the rate", xlabel="examples seen", ylabel="loss", yscale="log")
 
 
 def _gradient(panel: "Axes", findings: Findings, best: Advice | None) -> None:

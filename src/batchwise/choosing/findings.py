@@ -58,7 +58,8 @@ class Findings:
     sizes: list[Size] = field(default_factory=list)
     noise: list[tuple[int, Estimate]] = field(default_factory=list)
     """Examples seen, and the noise scale of the batches before."""
-    all_fit: bool = False
+    no_larger: str = ""
+    """Why no larger micro-batch was run."""
     schedule: Schedule = field(default_factory=Schedule)
     """The configured schedule of the rate."""
     rates: dict[int, Branches] = field(default_factory=dict)
@@ -169,10 +170,19 @@ class Findings:
             return False
         return not 1 / FAR <= fitted.noise_scale / noise <= FAR
 
+    def hindered(self) -> float:
+        """Return the seconds in which others had the cores, as a share of those of the measurements of the steps."""
+        return float(np.median([share for each in self.rates.values() for share in each.hindered] or [0.0]))
+
     def unsure(self) -> float:
-        """Return how far a time may be off, as a share: half the distance of the quartiles of its measurements."""
+        """Return how far a time may be off, as a share.
+
+        That is half the distance of the quartiles of its measurements, and what others took of the cores: if they are
+        always there, measurements agree, but large batches, which use several cores, are slowed more than small ones.
+        """
         quartiles = [np.quantile(each.times, (0.25, 0.5, 0.75)) for each in self.rates.values() if each.times]
-        return max((float((high - low) / middle / 2) for low, middle, high in quartiles), default=0.0)
+        spread = max((float((high - low) / middle / 2) for low, middle, high in quartiles), default=0.0)
+        return spread + self.hindered()
 
     def best(self) -> Advice | None:
         """Return the batch size of the least predicted time, and those whose time is as good.
@@ -205,20 +215,28 @@ class Findings:
 
         The rate falls no earlier than it must for the gain to be 5%.
         """
-        known = [each for each in self.shapes if math.isfinite(each.loss(each.factor))]
+        known = self._known_shapes()
         if not known:
             return None
-        curves = [each.curve() for each in known]
-        found = [steps_to(levels(curves), curve) for curve in curves]
-        return known[found.index(min(found)) if min(found) * NEAR < found[0] else 0]
+        best = min(known, key=self._steps_of)
+        return best if self._steps_of(best) * NEAR < 1 else known[0]
+
+    def _known_shapes(self) -> list[Branches]:
+        return [each for each in self.shapes if math.isfinite(each.loss(each.factor))]
+
+    def _steps_of(self, shape: Branches) -> float:
+        """Return the steps of a shape, as a share of those of the rate that falls last.
+
+        They are compared by themselves, so that they are compared late even if a third one got less far.
+        """
+        curves = [self._known_shapes()[0].curve(), shape.curve()]
+        last, own = (steps_to(levels(curves), curve) for curve in curves)
+        return own / last
 
     def shortened(self) -> float:
         """Return the steps of the best shape of the rate, as a share of those of a rate that falls last."""
         shape = self.shape()
-        if shape is None or shape is self.shapes[0]:
-            return 1.0
-        best, last = shape.curve(), self.shapes[0].curve()
-        return steps_to(levels([best, last]), best) / steps_to(levels([best, last]), last)
+        return 1.0 if shape is None else self._steps_of(shape)
 
     def doubled(self) -> float | None:
         """Return the time to late losses if the batch doubles, as a share of that if it stays; None: not known."""

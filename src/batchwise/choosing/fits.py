@@ -12,6 +12,8 @@ from batchwise.host import available_memory, peak_memory, reset_peak_memory
 
 KNEE = 0.95
 """The knee is the smallest micro-batch that has this share of the best speed."""
+BEYOND = 16
+"""On a CPU, no micro-batch of more than so many times the knee is run."""
 
 
 class Size(NamedTuple):
@@ -44,7 +46,8 @@ def what_fits(
     """Yield micro-batches by doubling, then the largest that fits by bisection (to one part in 16). Each was run.
 
     On a CPU, a process that runs out of memory is killed. So there a size is not run if its memory would be over the
-    budget, by a straight line through the two sizes before it.
+    budget, by a straight line through the two sizes before it. Nor is one that is far beyond the knee: it takes long,
+    and would not be faster.
 
     Args:
         watch: runs the micro-batches.
@@ -58,11 +61,14 @@ def what_fits(
     size, fits, fails = unit, 0, most + 1
     seen: list[Size] = []
     while fits < size < fails:
-        if watch.device.type == "cpu" and len(seen) > 1 and _extended(seen[-2], seen[-1], size) > budget:
+        on_cpu = watch.device.type == "cpu"
+        if on_cpu and seen and size > BEYOND * knee(seen).examples:
+            return
+        if on_cpu and len(seen) > 1 and _extended(seen[-2], seen[-1], size) > budget:
             fails = size
         else:
             reset_peak_memory(watch.device)
-            seconds = largest(min(watch.seconds(replace(way, size=size)) for _ in range(3)))  # the first warms up
+            seconds = largest(min(watch.seconds(replace(way, size=size)) for _ in range(2)))  # the first warms up
             peak = int(largest(peak_memory(watch.device)))
             if math.isinf(seconds) or (fits and peak > budget):
                 fails = size
@@ -75,6 +81,23 @@ def what_fits(
         if fails - fits <= max(unit, fits // 16):
             return
         size = min(2 * fits, most) if fails > most else (fits + fails) // 2 // unit * unit
+
+
+def why_no_larger(sizes: list[Size], most: int) -> str:
+    """Return why `what_fits` ran no larger micro-batches than these."""
+    largest = max(sizes).examples
+    if largest == most:
+        return "all of the training examples at once"
+    return "more would not be faster" if 2 * largest > BEYOND * knee(sizes).examples else "more would not fit"
+
+
+def again(watch: Stopwatch, way: Way, sizes: list[Size], largest: Callable[[float], float] = float) -> list[Size]:
+    """Return sizes by examples, each with the better of its speed and another measurement.
+
+    Other work on the machine comes and goes. If it came while some sizes were run, they were slow by chance.
+    """
+    turns = [largest(watch.seconds(replace(way, size=size.examples))) for size in sorted(sizes)]
+    return [size._replace(speed=max(size.speed, 1 / turn)) for size, turn in zip(sorted(sizes), turns, strict=True)]
 
 
 def _extended(first: Size, second: Size, examples: int) -> float:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 
 import lightning.pytorch as pl
+import numpy as np
 from lightning.pytorch.callbacks import Callback
 
 from batchwise.batching.loader import Batch
@@ -32,8 +33,8 @@ VALIDATED = 0.4
 of training says it: in so large a data set, a branch sees hardly an example twice."""
 LEAST = 3
 """The fewest batch sizes: two figures, the noise scale and the fewest steps, come from them."""
-ROUNDS, TIMED = 7, 12
-"""Rounds in which the steps of all batch sizes are timed, and steps in each."""
+ROUNDS, TURN, TIMED = 7, 0.1, (12, 40)
+"""Rounds in which the steps of all batch sizes are timed, the seconds of each, and its fewest and most steps."""
 SHAPES = ((1, 1.0), (2, 1 / 4), (4, 1 / 16))
 """Rates that start so many times as high and are held for such a share of a branch. All end it at the same rate."""
 LONG = 4
@@ -97,9 +98,10 @@ class Search:
         self._sizes()
         for _ in range(ROUNDS):  # in turn, so that other work on the machine falls on all alike
             for size, rates in self._findings.rates.items():
-                branch = Branch(size, rates.factor, 0, TIMED)
+                branch = Branch(size, rates.factor, 0, round(float(np.clip(TURN / rates.seconds(), *TIMED))))
                 self._train(branch, self._knee)
                 rates.times.append(branch.seconds)
+                rates.hindered.append(branch.hindered)
         best = self._findings.best()
         if best is not None and self._findings.sets_rates() and not self._findings.schedule.needs_end:
             self._shapes(best)

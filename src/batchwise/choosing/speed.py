@@ -3,12 +3,13 @@
 import copy
 import os
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 from jsonargparse import Namespace
 from torch import nn
@@ -28,6 +29,11 @@ _TURN = 0.1  # the least seconds of measuring at a time
 _EXAMPLES = 256  # the most examples that are read; larger micro-batches repeat them
 _LONG = 1200.0  # seconds of training from which compiling may pay
 _OVERHEAD = 2e-4  # seconds that Python takes per micro-batch
+
+
+def quickest(seconds: Sequence[float] | np.ndarray) -> float:
+    """Return the lowest tenth of some measurements. Other work on the machine slows most of them, but hardly these."""
+    return float(np.quantile(seconds, 0.1))
 
 
 Settings = Namespace | dict[str, Any]
@@ -81,11 +87,11 @@ class Stopwatch:
         with _as_before():
             torch.set_num_threads(way.threads)
             task = self.task(way)
-            start, runs = perf_counter(), 0
+            laps = [perf_counter()]
             try:
-                while runs == 0 or perf_counter() - start < _TURN:
+                while len(laps) == 1 or laps[-1] - laps[0] < _TURN:
                     self._run(task, micro_batch, way.precision)
-                    runs += 1
+                    laps.append(perf_counter())
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     line = str(error).splitlines()[0]
@@ -94,7 +100,7 @@ class Stopwatch:
                     ) from error
                 task.zero_grad()
                 return float("inf")
-            return ((perf_counter() - start) / runs + _OVERHEAD) / len(micro_batch)
+            return (quickest(np.diff(laps)) + _OVERHEAD) / len(micro_batch)
 
     def _run(self, task: Task, micro_batch: MicroBatch, precision: str) -> None:
         mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)

@@ -81,13 +81,14 @@ def _tune(
         lacks = ""
         try:
             bar = bars.add_task("what fits, what is fast", total=math.log2(most))
-            for size in fits.what_fits(Stopwatch(task, data, most, device), way, most, memory, unit, agreed):
+            watch = Stopwatch(task, data, most, device)
+            for size in fits.what_fits(watch, way, most, memory, unit, agreed):
                 findings.sizes.append(size)
                 bars.update(bar, completed=math.log2(size.examples))
             if not findings.sizes:
                 raise ValueError(f"not even a micro-batch of {unit} fits: write a smaller model, or more memory_gib")
-            findings.sizes.sort()
-            findings.all_fit = findings.sizes[-1].examples == most
+            findings.no_larger = fits.why_no_larger(findings.sizes, most)
+            findings.sizes = fits.again(watch, way, findings.sizes, agreed)
             bar = bars.add_task("short trainings", total=None)
             Search(trainer, task, data, findings, budget, agreed, lambda line: bars.update(bar, description=line)).go()
         except (KeyboardInterrupt, SystemExit):  # Lightning turns the former into the latter

@@ -16,7 +16,7 @@ import yaml
 from helpers import CSV, DIGITS, TWO, run_here, run_process
 
 from batchwise.batching.noise import Estimate
-from batchwise.choosing import fits, search, speed
+from batchwise.choosing import branches, fits, search, speed
 from batchwise.choosing.advice import sentences, why_none
 from batchwise.choosing.branches import Branch, Branches, Course
 from batchwise.choosing.findings import Advice, Findings
@@ -26,19 +26,21 @@ from batchwise.run import verbs
 
 
 class Machine:
-    """Takes `each` bytes per example over a million; dies over `memory` bytes; says so over `holds` examples."""
+    """Takes `each` bytes per example over a million; says that more than `holds` do not fit; is fastest at `knee`."""
 
     device = torch.device("cpu")
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, each: int = 1000, holds: float = math.inf) -> None:
-        self.each, self.holds, self.run, self.peak = each, holds, [], 0
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, each: int = 1000, holds: float = math.inf, knee: float = math.inf
+    ) -> None:
+        self.each, self.holds, self.knee, self.run, self.peak = each, holds, knee, [], 0
         monkeypatch.setattr(fits, "reset_peak_memory", lambda device: None)
         monkeypatch.setattr(fits, "peak_memory", lambda device: self.peak)
 
     def seconds(self, way: Way) -> float:
         self.run.append(way.size)
         self.peak = 10**6 + self.each * way.size
-        return 1e-3 if way.size <= self.holds else math.inf
+        return 1 / min(way.size, self.knee) if way.size <= self.holds else math.inf
 
 
 @pytest.mark.parametrize("holds", [1, 5, 64, 100, 1000])
@@ -55,6 +57,22 @@ def test_what_would_not_fit_is_not_tried_on_a_cpu(monkeypatch: pytest.MonkeyPatc
     sizes = [size.examples for size in what_fits(machine, Way(1), 4096, budget, unit=1)]  # type: ignore[arg-type]
     assert max(machine.run) <= 700
     assert max(sizes) >= 650
+
+
+def test_what_is_far_beyond_the_knee_is_not_run_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, knee=16)
+    sizes = [size.examples for size in what_fits(machine, Way(1), 4096, math.inf, unit=1)]  # type: ignore[arg-type]
+    assert max(machine.run) == max(sizes) == 16 * 16
+    assert fits.knee([*what_fits(machine, Way(1), 4096, math.inf, unit=1)]).examples == 16  # type: ignore[arg-type]
+
+
+def test_what_was_slow_by_chance_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, knee=64)
+    sizes = list(what_fits(machine, Way(1), 4096, math.inf, unit=1))  # type: ignore[arg-type]
+    disturbed = [size._replace(speed=1.0) if size.examples > 8 else size for size in reversed(sizes)]
+    assert fits.knee(disturbed).examples == 8
+    assert fits.again(machine, Way(1), disturbed) == sizes  # type: ignore[arg-type]
+    assert fits.knee(sizes).examples == 64
 
 
 def test_whole_units_and_no_more_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,6 +112,19 @@ def test_what_follows_from_the_noise_scale(monkeypatch: pytest.MonkeyPatch) -> N
     choices = {choice.batch_size: choice for choice in findings.by_noise()}
     ratio = choices[64].seconds / choices[256].seconds
     assert ratio == pytest.approx(2 * (16 / 1000) / (1.25 * (64 / 2000)))
+
+
+def test_a_step_takes_its_quickest_tenth_and_the_mean_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, branch, batch = [0.0], Branch(64, 1.0, 0, 40), SimpleNamespace(step=1)
+    monkeypatch.setattr(branches, "perf_counter", lambda: now[0])
+    task, trainer = SimpleNamespace(_step=SimpleNamespace(sums=np.ones(1))), SimpleNamespace(global_step=1)
+    for step in range(40):
+        now[0] += 0.1 if step % 4 == 0 else 0.004 * (step % 4 == 1)  # an epoch of four steps; then a burst of batches
+        branch.on_train_batch_start(trainer, task, batch, step % 4)  # type: ignore[arg-type]
+        now[0] += 0.01 if step % 5 == 0 else 0.03  # most steps are disturbed
+        branch.on_train_batch_end(trainer, task, None, batch, step)  # type: ignore[arg-type]
+    branch.agree(float)
+    assert branch.seconds == pytest.approx(0.01 + 0.004 / 3)
 
 
 class World:
@@ -394,7 +425,7 @@ def test_digits_from_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert result.code == 0, result.err
     assert Path("same-0").read_text() == "True"  # nothing is changed
     assert "<- the knee" in result.out
-    assert "largest micro-batch that was run: 1,259" in result.out
+    assert re.search(r"micro-batch that was run: (1,259 \(all of|[\d,]+ \(more would not be faster)", result.out)
     assert "gradient noise scale: by the short trainings" in result.out
     assert "<- recommended" in result.out
     assert re.search(r"tune took [\d.]+ s, [\d.]+( times as long as|% of the time of) the training", result.out)
@@ -402,6 +433,7 @@ def test_digits_from_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path:
     overlay = result.folder / "tuned.yaml"
     chosen = yaml.safe_load(overlay.read_text())
     assert chosen["model"]["reference_batch_size"] == 64
+    assert chosen["model"]["scaling_limit"] >= max(64, chosen["data"]["batch_size"])
     assert chosen["model"]["optimizer"]["init_args"]["lr"] > 5e-4  # it was far too low
     trained = run_here("fit", *DIGITS, *CSV, "--config", overlay, "--trainer.max_epochs", 1)
     assert trained.code == 0, trained.err

@@ -1,6 +1,7 @@
 """The study that holds `tune` against grids of batch sizes and rates, in a tiny form."""
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import grid
 import problems
 import pytest
+import study_peak
 import study_regret
 import torch
 
@@ -42,6 +44,28 @@ def test_the_study_runs_and_goes_on(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert len(list(grid.read(Path("s/runs.jsonl")))) == len(runs)  # nothing is trained again
     again = capsys.readouterr().out
     assert [line for line in again.splitlines() if "|" in line] == [line for line in out.splitlines() if "|" in line]
+
+
+def test_the_study_of_the_highest_rate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for module in (branches, speed):
+        monkeypatch.setattr(module, "perf_counter", module.perf_counter)  # the study sets another clock
+    monkeypatch.setattr(speed, "_TURN", 0.0)
+    monkeypatch.setattr(search, "SHORTEST", 20)
+    monkeypatch.setattr(study_peak, "FACTORS", (1 / 64, 1))
+    monkeypatch.setattr(study_peak, "LENGTHS", (1,))
+    monkeypatch.setitem(problems.PROBLEMS, "digits", replace(problems.PROBLEMS["digits"], epochs=3))
+    monkeypatch.setattr(
+        sys, "argv", ["study_peak.py", "--problems", "digits", "--optimizers", "SGD", "--seeds", "2", "--folder", "s"]
+    )
+    study_peak.main()
+    out = capsys.readouterr().out
+    low, own = re.findall(r"length 1, \S+: over the best ([\d.]+), worst", out)
+    assert float(low) > 1.2 > float(own) == 1.0  # a sixty-fourth of the rate gets less far
+    kept = Path("s/losses.jsonl").read_text()
+    study_peak.main()
+    assert Path("s/losses.jsonl").read_text() == kept  # nothing is trained again
+    assert capsys.readouterr().out == out
+    assert "falls from" not in Path("s/digits, SGD/said.txt").read_text()
 
 
 def test_characters() -> None:
