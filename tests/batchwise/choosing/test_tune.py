@@ -243,6 +243,37 @@ def test_where_the_gradient_disagrees_the_range_is_wider() -> None:
     assert not any(line.startswith("these disagree") for line in sentences(agree, one))
 
 
+def test_where_others_had_the_cores_the_range_is_wider() -> None:
+    alone, beside = (World(100.0).findings(16, 64, 256) for _ in range(2))
+    for each in beside.rates.values():
+        each.hindered = [0.3, 1.0, 1.5]
+    one, other = alone.best(), beside.best()
+    assert one is not None
+    assert other is not None
+    assert other.batch_size == one.batch_size
+    assert other.low < one.low
+    assert all(choice.seconds > 2.05 for choice in beside.choices() if not other.low <= choice.batch_size <= other.high)
+    line = "other programs slowed the measurements (threads waited for a core 1.00 times as long as the steps took): "
+    assert sentences(beside, other)[1] == line + "ask again when the machine is quiet"
+    assert not any(said.startswith("other programs") for said in sentences(alone, one))
+
+
+def test_two_shapes_are_compared_late_even_if_a_third_one_got_less_far() -> None:
+    def train(branch: Branch) -> None:
+        loss = {  # constant; soon far and then slow; hardly anywhere
+            6400: lambda step: 2 - 0.018 * step,
+            1600: lambda step: max(2 - 0.04 * step, 1.25 - 0.01 * step),
+            400: lambda step: 2 - 0.008 * step,
+        }[branch.course.falls or 0]
+        branch.rate, branch.points = 0.1, [(step, loss(step)) for step in range(1, 101)]
+
+    findings = machine(shapes=[Branches(64, 100, train, True, Course(held)) for held in (6400, 1600, 400)])
+    for each in findings.shapes:
+        each.run(1.0, 0)
+    assert findings.shape() is findings.shapes[0]
+    assert findings.shortened() == 1.0
+
+
 class Falling(World):
     """Trainings that get further in the same steps with a rate that falls after some examples."""
 
