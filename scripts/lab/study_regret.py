@@ -17,6 +17,7 @@ import math
 import statistics
 import time
 import warnings
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,8 @@ def show(rows: dict[tuple[str, str], dict[str, Any]]) -> None:
                 "|",
             )
     for what, chosen in (("developed on", DEVELOPED_ON), ("set before", set(PROBLEMS) - set(DEVELOPED_ON))):
-        own = [found for (name, _), row in rows.items() if name in chosen for found in row["targets"]]
+        pairs = [row["targets"] for (name, _), row in rows.items() if name in chosen]
+        own = list(chain(*pairs))
         if not own:
             continue
         for each in NAMES:
@@ -166,9 +168,13 @@ def show(rows: dict[tuple[str, str], dict[str, Any]]) -> None:
             mean = math.exp(statistics.mean(map(math.log, ratios))) if ratios else math.nan
             worst = max(ratios, default=math.nan)
             print(f"{what}, {each}: geometric mean {mean:.2f}, worst {worst:.2f}; never: {lost} of {len(own)}")
-        off = [value for found in own for value in found.get("calibration", {}).values()]
-        near = sum(1 / 1.25 <= value <= 1.25 for value in off)
-        print(f"{what}: predicted steps within 1.25 of the measured ones: {near} of {len(off)}")
+        off = [found.get("calibration", {}) for found in own]
+        both = [(found.get("calibration", {}) for found in pair) for pair in pairs]
+        mean = [[math.sqrt(one[size] * other[size]) for size in one.keys() & other.keys()] for one, other in both]
+        for of, values in (("", [each.values() for each in off]), (", means over both targets", mean)):
+            all_of = list(chain(*values))
+            near = sum(1 / 1.25 <= value <= 1.25 for value in all_of)
+            print(f"{what}: predicted steps within 1.25 of the measured ones{of}: {near} of {len(all_of)}")
 
 
 def main() -> None:
