@@ -33,8 +33,9 @@ VALIDATED = 0.4
 of training says it: in so large a data set, a branch sees hardly an example twice."""
 LEAST = 3
 """The fewest batch sizes: two figures, the noise scale and the fewest steps, come from them."""
-ROUNDS, TURN, TIMED = 7, 0.1, (12, 40)
-"""Rounds in which the steps of all batch sizes are timed, the seconds of each, and its fewest and most steps."""
+FIRST_ROUNDS, ROUNDS, TURN, TIMED = 2, 7, 0.1, (12, 40)
+"""Rounds in which the steps of all batch sizes are timed: before others are tried, and at the end. Then the seconds of
+a turn, and its fewest and most steps."""
 SHAPES = ((1, 1.0), (2, 1 / 4), (4, 1 / 16))
 """Rates that start so many times as high and are held for such a share of a branch. All end it at the same rate."""
 LONG = 4
@@ -96,16 +97,20 @@ class Search:
     def go(self) -> None:
         """Train the branches, and time the steps of each batch size. The results go into the findings."""
         self._sizes()
-        for _ in range(ROUNDS):  # in turn, so that other work on the machine falls on all alike
+        self._time(ROUNDS)
+        best = self._findings.best()
+        if best is not None and self._findings.sets_rates() and not self._findings.schedule.needs_end:
+            self._shapes(best)
+            self._later(best.batch_size)
+
+    def _time(self, rounds: int) -> None:
+        """Time the steps of all batch sizes in turn, so that other work on the machine falls on all alike."""
+        for _ in range(rounds):
             for size, rates in self._findings.rates.items():
                 branch = Branch(size, rates.factor, 0, round(float(np.clip(TURN / rates.seconds(), *TIMED))))
                 self._train(branch, self._knee)
                 rates.times.append(branch.seconds)
                 rates.hindered.append(branch.hindered)
-        best = self._findings.best()
-        if best is not None and self._findings.sets_rates() and not self._findings.schedule.needs_end:
-            self._shapes(best)
-            self._later(best.batch_size)
 
     def _sizes(self) -> None:
         """Search for the rates of several batch sizes."""
@@ -131,6 +136,7 @@ class Search:
             if wanted and findings.unit <= size <= findings.largest and size not in findings.rates:
                 at(size)
         for _ in range(WIDER):
+            self._time(FIRST_ROUNDS)
             best = min(findings.choices(), key=lambda choice: choice.seconds, default=None)
             if best is None:
                 return
