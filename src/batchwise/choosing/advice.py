@@ -15,7 +15,7 @@ from batchwise.data.module import DataModule
 from batchwise.tasks.task import Task
 
 HINDERED = 0.2
-"""From this share on, `tune` says that other programs slowed its measurements."""
+"""From this share on, `tune` says that the machine was busy."""
 
 
 def report(
@@ -104,7 +104,7 @@ def sentences(findings: Findings, best: Advice) -> list[str]:
         said = [f"batch_size {best.batch_size}{spread}; learning rate: {rate}"]
         if (hindered := findings.hindered()) > HINDERED:
             lost = f"threads waited for a core {hindered:.2f} times as long as the steps took"
-            said.append(f"other programs slowed the measurements ({lost}): ask again when the machine is quiet")
+            said.append(f"the machine was busy ({lost}), so the range is wide: ask again when it is quiet")
     else:
         said = [f"learning rate at batch_size {best.batch_size}: {rate}", tried(findings)]
     said += course(findings, best)

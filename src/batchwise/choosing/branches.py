@@ -87,7 +87,7 @@ class Branch(Callback):
         self.seconds = math.inf
         """The seconds of a step, and of the wait for its batch, on the slowest device."""
         self.hindered = 0.0
-        """The seconds that threads have waited for a core, because others had it, as a share of those of the branch."""
+        """The seconds that threads have waited for a core, as a share of those of the branch."""
         self._times: list[float] = []
         self._waits: list[float] = []
         self._start = 0.0, 0.0
@@ -144,7 +144,8 @@ class Branch(Callback):
         quick = quickest(self._times[1:] or self._times or [0.0])
         self.seconds = largest(quick + float(np.mean(self._waits or [0.0])))
         since, waited = self._start
-        self.hindered = largest((core_waits() - waited) / max(1e-9, perf_counter() - since))
+        waited = max(0.0, core_waits() - waited)  # those of threads that have ended are not known
+        self.hindered = largest(waited / max(1e-9, perf_counter() - since))
 
     def at(self, step: float) -> float:
         """Return the smoothed loss after some steps."""

@@ -171,13 +171,13 @@ class Findings:
         return not 1 / FAR <= fitted.noise_scale / noise <= FAR
 
     def hindered(self) -> float:
-        """Return the seconds in which others had the cores, as a share of those of the measurements of the steps."""
+        """Return the seconds that threads waited for a core while steps were timed, as a share of the seconds of that."""
         return float(np.median([share for each in self.rates.values() for share in each.hindered] or [0.0]))
 
     def unsure(self) -> float:
         """Return how far a time may be off, as a share.
 
-        That is half the distance of the quartiles of its measurements, and what others took of the cores: if they are
+        That is half the distance of the quartiles of its measurements, and the waits for a core. If other programs are
         always there, measurements agree, but large batches, which use several cores, are slowed more than small ones.
         """
         quartiles = [np.quantile(each.times, (0.25, 0.5, 0.75)) for each in self.rates.values() if each.times]
