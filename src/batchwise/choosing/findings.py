@@ -171,7 +171,7 @@ class Findings:
         return not 1 / FAR <= fitted.noise_scale / noise <= FAR
 
     def hindered(self) -> float:
-        """Return the seconds that threads waited for a core while steps were timed, as a share of the seconds of that."""
+        """Return the seconds that threads waited for a core while steps were timed, as a share of that time."""
         return float(np.median([share for each in self.rates.values() for share in each.hindered] or [0.0]))
 
     def unsure(self) -> float:
