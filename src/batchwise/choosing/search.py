@@ -40,6 +40,8 @@ SHAPES = ((1, 1.0), (2, 1 / 4), (4, 1 / 16))
 """Rates that start so many times as high and are held for such a share of a branch. All end it at the same rate."""
 LONG = 4
 """How much longer than a branch a training must be, to see whether a larger batch pays later."""
+LONGEST = 8
+"""The most steps of a branch, in those at the configured batch size: where they would be more, a size is not tried."""
 WIDER = 2
 """Batch sizes that are added while the best one is at an end, each four times as large or as small."""
 
@@ -133,7 +135,7 @@ class Search:
         for by in (1, 4, 1 / 4, 2, 1 / 2, 1 / 16):
             size = int(guess * by)
             wanted = by in (1, 4, 1 / 4) or len(findings.rates) < LEAST
-            if wanted and findings.unit <= size <= findings.largest and size not in findings.rates:
+            if wanted and self._may_try(size) and size not in findings.rates:
                 at(size)
         for _ in range(WIDER):
             self._time(FIRST_ROUNDS)
@@ -142,7 +144,7 @@ class Search:
                 return
             low, high, size = min(findings.rates), max(findings.rates), best.batch_size
             beyond = {high: (size * 4, size * 2), low: (size // 4, size // 2)}.get(size, ())
-            new = next((each for each in beyond if findings.unit <= each <= findings.largest), None)
+            new = next(filter(self._may_try, beyond), None)
             if new is None:
                 return
             at(new)
@@ -172,6 +174,11 @@ class Search:
                 each.run(shape.factor, seed)
             if not findings.pays_to_double():
                 return
+
+    def _may_try(self, size: int) -> bool:
+        if not self._findings.unit <= size <= self._findings.largest:
+            return False
+        return self._length(size) <= LONGEST * self._length(self._findings.batch_size)
 
     def _length(self, size: int) -> int:
         """Return the steps in which a batch size gets as far as the others, by the noise scale."""

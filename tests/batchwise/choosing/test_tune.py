@@ -22,6 +22,7 @@ from batchwise.choosing.branches import Branch, Branches, Course
 from batchwise.choosing.findings import Advice, Findings
 from batchwise.choosing.fits import Size, what_fits
 from batchwise.choosing.speed import Way
+from batchwise.optim.schedule import Schedule
 from batchwise.run import verbs
 
 
@@ -397,6 +398,28 @@ def test_two_batch_sizes_say_only_the_rate() -> None:
     assert said[0].startswith("learning rate at batch_size 64: 0.4")
     assert said[1].startswith("tried: ")
     assert world.findings(16, 256).best() is None  # not even the configured one
+
+
+def test_no_batch_size_is_tried_whose_branches_would_be_very_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The seconds of a step grow with the batch alone, so that the smallest one is the best."""
+    world, steps = World(noise=100.0, overhead=0.0), {}
+    findings = machine(
+        sizes=[Size(1, 0, 1000.0)], schedule=Schedule("cosine"), noise=[(0, Estimate(100.0, 80.0, 120.0, False))]
+    )
+
+    def train(self: search.Search, branch: Branch, micro_batch: int, *callbacks: object) -> None:
+        steps[branch.batch_size] = max(branch.steps, steps.get(branch.batch_size, 0))
+        world.train(branch)
+
+    monkeypatch.setattr(search.Search, "_train", train)
+    data = SimpleNamespace(split=lambda split: range(100_000), total_examples=lambda: 1_000_000)
+    task = SimpleNamespace(_couples=False)
+    search.Search(None, task, data, findings, 0.25, float, print).go()  # type: ignore[arg-type]
+    assert min(findings.rates) < 64
+    assert 4 * steps[64] < max(steps.values()) <= 8 * steps[64]
+    best = findings.best()
+    assert best is not None
+    assert best.batch_size == min(findings.rates)
 
 
 MLP_16 = "{class_path: batchwise.models.mlp.MLP, init_args: {in_features: 64, num_classes: 10, hidden_features: [16]}}"
