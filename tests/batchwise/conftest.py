@@ -4,14 +4,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from torch.utils.data._utils import worker
 
 sys.path.insert(0, str(Path(__file__).parent))
 from helpers import DIGITS, Result, run_here
 
+from batchwise.host import set_threads
+
 os.environ["WANDB_MODE"] = "offline"
-torch.set_num_threads(1)  # sums in one order, so that floats can be compared
+# Sums in one order, so that floats can be compared. And threads of several processes would wait for each other.
+set_threads(1)
 worker.MP_STATUS_CHECK_INTERVAL = 0.2  # seconds, not 5: so long a process that reads outlives a loader in a cycle
 
 

@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import torch
 
+from batchwise.host import set_threads
 from batchwise.run.main import main
 
 ROOT = Path(__file__).parents[2]
 PROJECT = next(path.parent.name for path in ROOT.glob("src/*/__main__.py") if path.parent.name != "batchwise")
 """The name of your package."""
 os.environ["WANDB_MODE"] = "offline"
-torch.set_num_threads(1)  # sums in one order, so that numbers can be compared
+# Sums in one order, so that numbers can be compared. And threads of several processes would wait for each other.
+set_threads(1)
 
 
 class Result(NamedTuple):
