@@ -58,7 +58,7 @@ class Findings:
     sizes: list[Size] = field(default_factory=list)
     noise: list[tuple[int, Estimate]] = field(default_factory=list)
     """Examples seen, and the noise scale of the batches before."""
-    no_larger: str = ""
+    no_larger: str = "interrupted"
     """Why no larger micro-batch was run."""
     schedule: Schedule = field(default_factory=Schedule)
     """The configured schedule of the rate."""

@@ -3,6 +3,7 @@
 import math
 import re
 import sys
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -525,6 +526,18 @@ def test_an_interrupt_shows_what_is_known(monkeypatch: pytest.MonkeyPatch) -> No
     assert "<- the knee" in result.out
     assert "no batch size is recommended (interrupted)" in result.out
     assert not (result.folder / "tuned.yaml").exists()
+
+
+def test_an_interrupt_among_the_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    def first(*_: object) -> Iterator[Size]:
+        yield Size(1, 0, 100.0)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fits, "what_fits", first)
+    result = run_here("tune", *DIGITS, *CSV)
+    assert result.code == 0, result.err
+    assert "largest micro-batch that was run: 1 (interrupted)" in result.out
+    assert "no batch size is recommended (interrupted)" in result.out
 
 
 @pytest.mark.parametrize(
