@@ -84,7 +84,8 @@ def judge(grid: Grid, said: dict[str, Any], seeds: int) -> dict[str, Any]:
         for size in sizes:
             best = grid.best(size, target, seeds)
             times[size] = math.inf if best is None else grid.median(size, best, target)
-        least = min(times.values())
+        whole = min(math.ceil(grid.examples / size) * grid.step(size) for size in sizes)
+        least = min([*times.values(), whole])  # if none has got there, the time in which it has not
         fastest = min(times, key=lambda size: times[size])
         found: dict[str, Any] = {
             name: grid.median(size, factor, target, course) / least for name, (size, factor, course) in rivals.items()
@@ -114,7 +115,8 @@ def one_for_both(grid: Grid, seeds: int) -> list[float]:
     pairs = {(run.size, run.factor) for run in constant if len(grid.at(run.size, run.factor)) >= seeds}
     times = [[grid.median(*pair, target) for target in (0, 1)] for pair in pairs if pair[0] in grid.clocked]
     least = [min(each) for each in zip(*times, strict=True)]
-    return min(([one / other for one, other in zip(each, least, strict=True)] for each in times), key=math.prod)
+    ratios = [[a / b if math.isfinite(a) else a for a, b in zip(each, least, strict=True)] for each in times]
+    return min(ratios, key=math.prod)
 
 
 def arguments(about: str | None) -> argparse.Namespace:
@@ -135,6 +137,8 @@ def arguments(about: str | None) -> argparse.Namespace:
     return given
 
 
+PAYS = 20
+"""From so many times the time of `tune` on, a training is said with it."""
 NAMES = ("tune", "one pair", "32, as configured", "largest", "knee", "noise scale")
 
 
@@ -146,7 +150,9 @@ def show(rows: dict[tuple[str, str], dict[str, Any]]) -> None:
         said = row["said"]
         for target, found in zip(PROBLEMS[name].targets, row["targets"], strict=True):
             cells = [f"{found[each]:.2f}" if math.isfinite(found[each]) else "never" for each in NAMES]
-            best = f"{found['best']}, {found['best factor']:g}x: {found['least']:.2f} s"
+            factor = found["best factor"]
+            best = f"{found['best']}, {factor:g}x: " if factor else "none has got there in "
+            best += f"{found['least']:.2f} s"
             says = f"{said['size']}, {said['factor']:.2g}x" + "".join(
                 f", {what} {examples:,}"
                 for what, examples in zip(("falls from", "doubles at"), said["course"], strict=True)
@@ -157,7 +163,13 @@ def show(rows: dict[tuple[str, str], dict[str, Any]]) -> None:
                 " | ".join(cells),
                 "|",
             )
-    for what, chosen in (("developed on", DEVELOPED_ON), ("set before", set(PROBLEMS) - set(DEVELOPED_ON))):
+    for (name, optimizer), row in rows.items():
+        took = row["said"]["seconds"]
+        for target, found in zip(PROBLEMS[name].targets, row["targets"], strict=True):
+            if found["least"] >= PAYS * took:
+                whole = found["tune"] + took / found["least"]
+                print(f"{name}, {optimizer}, {target:g}: {whole:.2f} together with the time of tune")
+    for what, chosen in (("developed on", DEVELOPED_ON), ("set before", set(USUAL) - set(DEVELOPED_ON))):
         pairs = [row["targets"] for (name, _), row in rows.items() if name in chosen]
         own = list(chain(*pairs))
         if not own:
