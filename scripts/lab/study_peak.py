@@ -124,8 +124,8 @@ def main() -> None:
     for (length, factor), found in ratios.items():
         finite = [ratio for ratio in found if math.isfinite(ratio)]
         mean = statistics.geometric_mean(finite) if finite else math.nan
-        lost = len(found) - len(finite)
-        print(f"length {length}, {factor:g}x: over the best {mean:.3f}, worst {max(finite):.2f}; not finite: {lost}")
+        worst, lost = max(finite, default=math.nan), len(found) - len(finite)
+        print(f"length {length}, {factor:g}x: over the best {mean:.3f}, worst {worst:.2f}; not finite: {lost}")
 
 
 if __name__ == "__main__":

@@ -197,10 +197,8 @@ class Branches:
         self.batch_size, self.steps, self.course = batch_size, steps, course
         self._train, self._validates = train, validates
         self.branches: dict[tuple[float, int], Branch] = {}
-        self.times: list[float] = []
-        """Seconds of a step, measured in turn with other batch sizes."""
-        self.hindered: list[float] = []
-        """See `Branch`, for each of the times."""
+        self.timed: list[Branch] = []
+        """Branches of a few steps, which were timed in turn with those of other batch sizes."""
 
     def run(self, factor: float, seed: int) -> None:
         """Train a branch, unless that has been done."""
@@ -262,7 +260,8 @@ class Branches:
 
     def seconds(self) -> float:
         """Return the seconds of a step."""
-        return statistics.median(self.times or [each.seconds for each in self.branches.values() if each.points])
+        timed = self.timed or [branch for branch in self.branches.values() if branch.points]
+        return statistics.median(branch.seconds for branch in timed)
 
     def curve(self, twice: float = 1.0) -> Curve:
         """Return the smoothed curve of all seeds at the best factor.

@@ -51,10 +51,11 @@ def _answer(panel: "Axes", findings: Findings, best: Advice | None) -> None:
     unit = min(fitted.steps(each.batch_size) * findings.seconds(each.batch_size) for each in choices)
     times = {size: findings.steps(size) * each.seconds() / unit for size, each in findings.rates.items()}
     panel.plot(list(times), list(times.values()), "o", label="short trainings, best rate")
+    title = f"batch_size {best.batch_size:,} reaches a target first"
     if best.low < best.high:
         panel.axvspan(best.low, best.high, color="tab:green", alpha=0.15, label=f"as good: {best.low} to {best.high}")
-    also = f"; {best.low:,} to {best.high:,} are as good" if best.low < best.high else ""
-    panel.set_title(f"batch_size {best.batch_size:,} reaches a target first{also}")
+        title += f"; {best.low:,} to {best.high:,} are as good"
+    panel.set_title(title)
     panel.axvline(best.batch_size, color="tab:green", linestyle="--", label=f"recommended: {best.batch_size}")
     panel.axvline(findings.batch_size, color="gray", linestyle=":", label=f"configured: {findings.batch_size}")
     panel.set_xscale("log", base=2)

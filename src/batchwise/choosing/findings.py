@@ -172,7 +172,7 @@ class Findings:
 
     def hindered(self) -> float:
         """Return the seconds that threads waited for a core while steps were timed, as a share of that time."""
-        return float(np.median([share for each in self.rates.values() for share in each.hindered] or [0.0]))
+        return float(np.median([branch.hindered for each in self.rates.values() for branch in each.timed] or [0.0]))
 
     def unsure(self) -> float:
         """Return how far a time may be off, as a share.
@@ -180,7 +180,8 @@ class Findings:
         That is half the distance of the quartiles of its measurements, and the waits for a core. If other programs are
         always there, measurements agree, but large batches, which use several cores, are slowed more than small ones.
         """
-        quartiles = [np.quantile(each.times, (0.25, 0.5, 0.75)) for each in self.rates.values() if each.times]
+        times = [[branch.seconds for branch in each.timed] for each in self.rates.values() if each.timed]
+        quartiles = [np.quantile(each, (0.25, 0.5, 0.75)) for each in times]
         spread = max((float((high - low) / middle / 2) for low, middle, high in quartiles), default=0.0)
         return spread + self.hindered()
 

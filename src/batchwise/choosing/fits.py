@@ -96,8 +96,11 @@ def again(watch: Stopwatch, way: Way, sizes: list[Size], largest: Callable[[floa
 
     Other work on the machine comes and goes. If it came while some sizes were run, they were slow by chance.
     """
-    turns = [largest(watch.seconds(replace(way, size=size.examples))) for size in sorted(sizes)]
-    return [size._replace(speed=max(size.speed, 1 / turn)) for size, turn in zip(sorted(sizes), turns, strict=True)]
+
+    def speed(examples: int) -> float:
+        return 1 / largest(watch.seconds(replace(way, size=examples)))
+
+    return [size._replace(speed=max(size.speed, speed(size.examples))) for size in sorted(sizes)]
 
 
 def _extended(first: Size, second: Size, examples: int) -> float:

@@ -111,8 +111,7 @@ class Search:
             for size, rates in self._findings.rates.items():
                 branch = Branch(size, rates.factor, 0, round(float(np.clip(TURN / rates.seconds(), *TIMED))))
                 self._train(branch, self._knee)
-                rates.times.append(branch.seconds)
-                rates.hindered.append(branch.hindered)
+                rates.timed.append(branch)
 
     def _sizes(self) -> None:
         """Search for the rates of several batch sizes."""

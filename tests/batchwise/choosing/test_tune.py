@@ -248,7 +248,9 @@ def test_where_the_gradient_disagrees_the_range_is_wider() -> None:
 def test_where_others_had_the_cores_the_range_is_wider() -> None:
     alone, beside = (World(100.0).findings(16, 64, 256) for _ in range(2))
     for each in beside.rates.values():
-        each.hindered = [0.3, 1.0, 1.5]
+        for share in (0.3, 1.0, 1.5):
+            each.timed.append(Branch(each.batch_size, 1.0, 0, 1))
+            each.timed[-1].seconds, each.timed[-1].hindered = alone.rates[each.batch_size].seconds(), share
     one, other = alone.best(), beside.best()
     assert one is not None
     assert other is not None

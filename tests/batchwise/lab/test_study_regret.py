@@ -18,14 +18,18 @@ from batchwise.choosing import branches, search, speed
 pytestmark = pytest.mark.weekly
 
 
-@pytest.mark.parametrize("hard", [0.9, 1.1])
-def test_the_study_runs_and_goes_on(
-    hard: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (branches, speed):
         monkeypatch.setattr(module, "perf_counter", module.perf_counter)  # the study sets another clock
     monkeypatch.setattr(speed, "_TURN", 0.0)
     monkeypatch.setattr(search, "SHORTEST", 20)
+
+
+@pytest.mark.parametrize("hard", [0.9, 1.1])
+def test_the_study_runs_and_goes_on(
+    hard: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     small = replace(problems.PROBLEMS["digits"], sizes=(64, 256), targets=(0.5, hard), epochs=3)
     monkeypatch.setitem(problems.PROBLEMS, "digits", small)
     monkeypatch.setattr(
@@ -53,10 +57,6 @@ def test_the_study_runs_and_goes_on(
 
 
 def test_the_study_of_the_highest_rate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    for module in (branches, speed):
-        monkeypatch.setattr(module, "perf_counter", module.perf_counter)  # the study sets another clock
-    monkeypatch.setattr(speed, "_TURN", 0.0)
-    monkeypatch.setattr(search, "SHORTEST", 20)
     monkeypatch.setattr(study_peak, "FACTORS", (1 / 64, 1))
     monkeypatch.setattr(study_peak, "LENGTHS", (1,))
     monkeypatch.setitem(problems.PROBLEMS, "digits", replace(problems.PROBLEMS["digits"], epochs=3))
