@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import Strategy
 from torch.optim import Optimizer
 
 from batchwise.batching.loader import Batch
+from batchwise.batching.structure import widest
 from batchwise.callbacks.checkpoint import Last
 from batchwise.data.module import DataModule
 from batchwise.errors import Mistake
@@ -30,11 +31,7 @@ class BatchOptimization(_AutomaticOptimization):
         """Run one global batch; return its exact loss, for `on_train_batch_end`."""
         task: Any = self.trainer.lightning_module
         self.step(task, kwargs["batch"])
-        return {
-            "loss": torch.as_tensor(
-                task._step.loss(), dtype=torch.float32 if task.device.type == "mps" else torch.float64
-            )
-        }
+        return {"loss": torch.as_tensor(task._step.loss(), dtype=widest(task.device))}
 
     def step(self, task: Task, batch: Batch) -> None:
         """Run one global batch and count it."""

@@ -36,6 +36,11 @@ def on_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
     return rebuild(value, lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf)
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """Return the widest float type of a device: float64, but float32 on Apple's `mps`."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def as_floats(value: Any, dtype: torch.dtype) -> Any:
     """Return the structure with all floats of one type. Whole numbers stay as they are."""
     if isinstance(value, Tensor):

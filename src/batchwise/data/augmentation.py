@@ -10,7 +10,8 @@ from torch import Tensor
 
 from batchwise.batching.loader import MicroBatch
 from batchwise.batching.random import mix, uniform
-from batchwise.data import pixels, places
+from batchwise.batching.structure import widest
+from batchwise.data import places
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Geometric(Augmentation):
 
 def on(inputs: Tensor, numbers: Tensor) -> Tensor:
     """Return float64 numbers on the device of the inputs, in the widest type that the device has."""
-    return numbers.to(inputs.device, pixels.widest(inputs))
+    return numbers.to(inputs.device, widest(inputs.device))
 
 
 def share(value: float, name: str) -> float:

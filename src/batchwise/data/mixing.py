@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from batchwise.batching.loader import MicroBatch
+from batchwise.batching.structure import widest
 from batchwise.data import pixels
 from batchwise.data.augmentation import Augmentation, Draws, on, share
 
@@ -103,7 +104,7 @@ class CutMix(Mixing):
         lengths = ((1 - shares).sqrt() * sides).floor()
         corners = (place * sides).floor() - (lengths / 2).floor()
         box = pixels.boxes(inputs, *on(inputs, torch.cat([corners, lengths])))
-        return torch.where(box, inputs[partners], inputs), 1 - box.to(pixels.widest(inputs)).mean((1, 2, 3))
+        return torch.where(box, inputs[partners], inputs), 1 - box.to(widest(inputs.device)).mean((1, 2, 3))
 
 
 def beta(alpha: float, first: Tensor, second: Tensor) -> Tensor:

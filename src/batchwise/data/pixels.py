@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from batchwise.batching.structure import widest
+
 
 def flip(images: Tensor, which: Tensor) -> Tensor:
     """Mirror left and right the images that `which` selects, bool [N]."""
@@ -52,7 +54,7 @@ def jitter(images: Tensor, brightness: Tensor, contrast: Tensor, saturation: Ten
     brightness, contrast, saturation = (_each(factors).to(values) for factors in (brightness, contrast, saturation))
     values = values * brightness
     # In float64, because the rounding of a sum depends on the order of the terms.
-    mean = _grey(values).to(widest(values)).mean((1, 2, 3), keepdim=True).to(values)
+    mean = _grey(values).to(widest(values.device)).mean((1, 2, 3), keepdim=True).to(values)
     values = torch.lerp(mean, values, contrast)
     values = torch.lerp(_grey(values), values, saturation)
     return (values if images.is_floating_point() else values.clamp(0, 255)).to(_float_type(images))
@@ -66,7 +68,7 @@ def affine(images: Tensor, matrices: Tensor, nearest: bool = False) -> Tensor:
         matrices: [N, 2, 3], from places in the result to places in the image, both (x, y) from -1 to 1.
         nearest: take the nearest pixel instead, and keep the type: for masks of whole numbers.
     """
-    values = images.to(widest(images)) if nearest else _floats(images)
+    values = images.to(widest(images.device)) if nearest else _floats(images)
     if not values.numel():  # which torch refuses, though an image may have no masks
         return values.to(images.dtype if nearest else _float_type(images))
     with torch.autocast(images.device.type, enabled=False):
@@ -74,11 +76,6 @@ def affine(images: Tensor, matrices: Tensor, nearest: bool = False) -> Tensor:
         mode = "nearest" if nearest else "bilinear"
         made = F.grid_sample(values, grid, mode, padding_mode="reflection", align_corners=False)
     return made.to(images.dtype if nearest else _float_type(images))
-
-
-def widest(images: Tensor) -> torch.dtype:
-    """Return float64, or float32 on a device that has no float64."""
-    return torch.float32 if images.device.type == "mps" else torch.float64
 
 
 def _each(numbers: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from batchwise.batching.loader import Batch, MicroBatch
+from batchwise.batching.structure import widest
 from batchwise.models import place
 from batchwise.tasks.hooks import row_is_due, values_are_due
 
@@ -139,8 +140,7 @@ class Results(_ResultCollection):
             return
         weight = self._weight(batch_size)
         if weight:
-            value = value.detach()
-            value = value.float() if value.device.type == "mps" else value.double()
+            value = value.detach().to(widest(value.device))
             entry.step = entry.combine(entry.step, [value * weight if meta.is_mean_reduction else value, weight])
 
     def _weight(self, batch_size: int | None) -> float:
@@ -253,8 +253,8 @@ class Results(_ResultCollection):
 def as_lightning_takes_it(value: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of Lightning's `log`, which takes scalars, and would round numbers to float32."""
     if isinstance(value, Tensor) and value.numel() > 1:
-        reduce = arguments.get("reduce_fx", "mean")
-        reduced = (getattr(torch, reduce) if isinstance(reduce, str) else reduce)(value.detach().double())
+        reduce, values = arguments.get("reduce_fx", "mean"), value.detach().to(widest(value.device))
+        reduced = (getattr(torch, reduce) if isinstance(reduce, str) else reduce)(values)
         return {"batch_size": value.numel()} | arguments | {"value": reduced}
     if isinstance(value, int | float):
         value = torch.tensor(float(value), dtype=torch.float64)

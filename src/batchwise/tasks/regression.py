@@ -9,9 +9,9 @@ from torchmetrics import MetricCollection
 from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError, R2Score
 
 from batchwise.batching.loader import MicroBatch
+from batchwise.batching.structure import widest
 from batchwise.data.module import DataModule
 from batchwise.tasks.losses import described
-from batchwise.tasks.sums import widest
 from batchwise.tasks.task import Task
 
 

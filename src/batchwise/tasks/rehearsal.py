@@ -120,7 +120,7 @@ def _losses(
             task._measures.terms.check(task, part, parts)
         for term, (losses, weights) in parts.items():
             weighted = losses if weights is None else torch.where(weights == 0, 0.0, losses * weights)
-            found.setdefault(term, []).append(weighted.double().cpu().reshape(len(part), -1).sum(1))
+            found.setdefault(term, []).append(weighted.cpu().double().reshape(len(part), -1).sum(1))
     return {term: torch.cat(losses) for term, losses in found.items()}
 
 

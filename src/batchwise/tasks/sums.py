@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from batchwise.batching.gradients import Number
+from batchwise.batching.structure import widest
 
 if TYPE_CHECKING:
     from batchwise.tasks.task import Task
@@ -24,17 +25,12 @@ class Sums(NamedTuple):
     def plus(self, loss: Number, count: Number) -> "Sums":
         """Return the sums with more targets. Values on a CPU become numbers."""
         if isinstance(loss, Tensor):
-            loss = loss.item() if loss.is_cpu else loss.detach() if loss.is_mps else loss.detach().double()
+            loss = loss.item() if loss.is_cpu else loss.detach().to(widest(loss.device))
         return Sums(self.loss + loss, self.count + count)
 
     def mean(self) -> float:
         """Return the mean loss, or nan if there is no target. This waits for the device."""
         return float(self.loss / self.count) if self.count else float("nan")
-
-
-def widest(device: torch.device) -> torch.dtype:
-    """Return the widest float type of a device."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def reduce(task: "Task", values: Tensor) -> Tensor:

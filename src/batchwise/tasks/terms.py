@@ -18,11 +18,12 @@ from torch import Tensor
 
 from batchwise.batching.gradients import Number, weighted_sum
 from batchwise.batching.loader import Batch, MicroBatch
+from batchwise.batching.structure import widest
 from batchwise.models import place
 from batchwise.models.kept import kept_buffers, kept_metrics
 from batchwise.tasks.losses import checked
 from batchwise.tasks.passes import begin
-from batchwise.tasks.sums import reduce, widest
+from batchwise.tasks.sums import reduce
 
 if TYPE_CHECKING:
     from batchwise.tasks.task import Task

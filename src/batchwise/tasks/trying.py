@@ -1,6 +1,7 @@
 """A trial of a task on a few examples, before training."""
 
 import warnings
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
 from batchwise.batching.loader import MicroBatch
-from batchwise.batching.structure import shape
+from batchwise.batching.structure import shape, widest
 from batchwise.data.module import DataModule
 from batchwise.models.flops import count_flops
 from batchwise.models.kept import home_of, kept_modes
@@ -42,7 +43,9 @@ def try_task(task: "Task", data: DataModule, split: str) -> None:
         if report and (data.trainer is None or data.trainer.is_global_zero):
             print(report, flush=True)
     if data.trainer is not None and isinstance(data.trainer.strategy, SingleDeviceStrategy | DDPStrategy):
-        task.to(data.trainer.strategy.root_device)  # where it will be trained, whole
+        device = data.trainer.strategy.root_device
+        _check_floats(task, device)
+        task.to(device)  # where it will be trained, whole
     with precision.forward_context():
         batch = on_device(task, data, data.examples(split, 2), training=False)
     outputs, flops = count_flops(lambda: outputs_of(task, data, batch, precision))
@@ -54,6 +57,17 @@ def try_task(task: "Task", data: DataModule, split: str) -> None:
             rehearse(task, data)
     task._measures.make(lambda: task.make_metrics(outputs), home_of(task))
     task._measures.tried = data.plan or True
+
+
+def _check_floats(task: "Task", device: torch.device) -> None:
+    """Raise ValueError if weights or buffers are wider than the device's floats."""
+    held = chain(task.named_parameters(), task.named_buffers())
+    wide = next((name for name, value in held if value.is_floating_point() and value.dtype.itemsize > 4), None)
+    if wide is not None and widest(device) == torch.float32:
+        raise ValueError(
+            f"{wide} is float64, which accelerator {device.type} does not have: write trainer.accelerator cpu, or "
+            "trainer.precision 32-true and weights in float32"
+        )
 
 
 def outputs_of(task: "Task", data: DataModule, batch: MicroBatch, precision: Any) -> Any:
