@@ -143,16 +143,13 @@ def train(name: str, micro: int | None = None, most: int | None = None, **settin
         run_out_of_memory(task, most)
     stop, resume = settings.pop("stop", None), settings.pop("resume", None)
     trainer = Trainer(
-        accelerator="cpu",
-        precision="64-true",
         logger=log,
         log_every_n_steps=1,
         enable_checkpointing=stop is not None,
         enable_progress_bar=False,
         max_epochs=2,
-        limit_train_batches=STEPS // 2,
         callbacks=[StopAfter(4, stop)] if stop else [],
-        **settings,
+        **{"accelerator": "cpu", "precision": "64-true", "limit_train_batches": STEPS // 2} | settings,
     )
     trainer.fit(task, datamodule=data, ckpt_path=resume, weights_only=True)
     return {"weights": task.state_dict(), "log": log.values, "limit": task.data.micro_batch_limit}

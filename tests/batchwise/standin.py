@@ -84,6 +84,8 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if far and not name.startswith(MAY_MIX) and not all(isinstance(x, Far) or x.dim() == 0 for x in tensors):
         raise RuntimeError(f"Expected all tensors to be on the same device, but found mps:0 and cpu! ({func})")
     device = kwargs.get("device")
+    if not far and (device is None or device.type != ELSEWHERE):
+        return func(*args, **kwargs)
     stays = bool(far) if device is None else device.type == ELSEWHERE
     if far and (name == "_local_scalar_dense" or not stays):
         WAITS.append(name)
@@ -119,11 +121,13 @@ class Names(TorchFunctionMode):
     """Gives PyTorch's own code the device that it is to believe in."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
         if func in (torch.device, torch._C._nn._parse_to):
             return func(*args, **kwargs)
         if func in (torch.tensor, torch.as_tensor, torch.asarray) and elsewhere(kwargs.get("device")) == ELSEWHERE:
-            return func(*args, **kwargs | {"device": "cpu"}).to(ELSEWHERE)  # which has the numbers
+            learnt = kwargs.pop("requires_grad", False)
+            made = func(*args, **kwargs | {"device": "cpu"}).to(ELSEWHERE)  # with the numbers
+            return made.requires_grad_() if learnt else made
         if func is Tensor.new_tensor and isinstance(args[0], Far):
             return torch.tensor(args[1], dtype=args[0].dtype).to(ELSEWHERE)
         return func(*map(elsewhere, args), **{key: elsewhere(value) for key, value in kwargs.items()})

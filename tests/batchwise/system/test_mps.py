@@ -1,0 +1,111 @@
+"""On Apple's `mps`, which has no float64: nothing of ours makes one there, and the results are those of the host.
+
+On a stand-in, for machines without the device.
+"""
+
+import numpy as np
+import pytest
+import small
+import standin
+import torch
+from examples import MAKE, Log, furthest, train
+from helpers import BF16, DIGITS, run_here
+
+AUTO = {"accelerator": "auto", "devices": 1}
+SHORT = (*DIGITS, "--trainer.max_steps", 3, "--trainer.log_every_n_steps", 1, "--trainer.limit_val_batches", 1)
+FIT = ("fit", *SHORT, "--trainer.accelerator", "auto")
+LONG = ("bert", "lora", "forecast", "find")  # each for several seconds: the stand-in is slow
+
+
+def there(function, *arguments, **settings):
+    """Call a function with the stand-in; return what it returns, and what had to wait for the device meanwhile."""
+    with standin.mps():
+        return function(*arguments, **settings), list(standin.WAITS)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.weekly] if name in LONG else []) for name in MAKE]
+)
+def test_every_example_trains_as_on_the_host(name):
+    settings = {"micro": 7, "precision": "32-true", "limit_train_batches": 2}
+    host = train(name, **settings)
+    found, waits = there(train, name, **settings, **AUTO)
+    assert waits
+    found["weights"] = {key: value.cpu() for key, value in found["weights"].items()}
+    weights, logged = furthest(host, found)
+    assert weights < 1e-6
+    assert logged < 1e-5
+    assert found["log"].keys() == host["log"].keys()
+
+
+@pytest.mark.parametrize("precision", [(), BF16], ids=["", "bf16-mixed"])
+def test_the_command_line_takes_the_device(precision):
+    result, waits = there(run_here, *FIT, *precision)
+    assert result.code == 0, result.err
+    assert waits
+    host = run_here("fit", *SHORT, *precision)
+    assert result.rows("train/loss") == pytest.approx(host.rows("train/loss"), abs=1e-5 if not precision else 1e-2)
+    assert all(value.device.type == "cpu" for value in result.checkpoint()["state_dict"].values())
+
+
+def test_float64_is_refused_in_one_line():
+    result, _ = there(run_here, *FIT, "--trainer.precision", "64-true")
+    assert result.code == 2
+    assert result.err.splitlines()[-1] == (
+        "error: network.layers.1.weight is float64, which accelerator mps does not have: write trainer.accelerator "
+        "cpu, or trainer.precision 32-true and weights in float32"
+    )
+    assert "Traceback" not in result.err
+
+
+def test_weights_in_float64_are_refused():
+    with pytest.raises(ValueError, match=r"^network\.0\.weight is float64, which accelerator mps does not have"):
+        there(small.fit, precision="32-true", **AUTO)
+
+
+class Logs(small.Classify):
+    def losses(self, batch):
+        losses = super().losses(batch)
+        if self.training:
+            self.log("vector", losses)
+            self.log("float", 0.1)
+            self.log("int", 3)
+        return losses
+
+
+def test_all_kinds_of_values_are_logged():
+    task, log = Logs(small.network().float(), optimizer=small.adamw), Log()
+    settings = {"precision": "32-true", "logger": log, "log_every_n_steps": 1, "max_epochs": 1}
+    there(small.fit, task, small.Points(micro_batch_size=3), **settings, **AUTO)
+    for step in range(1, 8):
+        assert log.values[f"{step} vector"] == pytest.approx(log.values[f"{step} train/loss"], rel=1e-6)
+        assert log.values[f"{step} float"] == 0.1
+        assert log.values[f"{step} int"] == 3
+
+
+REFUSED = {
+    "float64": lambda far: far.double(),
+    "float64, made there": lambda far: torch.zeros(2, device="mps", dtype=torch.float64),
+    "float64, carried there": lambda far: torch.zeros(2, dtype=torch.float64).to("mps"),
+    "two devices": lambda far: far + torch.ones(2),
+    "NumPy": np.asarray,
+}
+
+
+@pytest.mark.parametrize("way", REFUSED)
+def test_the_stand_in_refuses_what_the_device_refuses(way):
+    """So that the tests above can fail."""
+    with standin.mps(), pytest.raises((TypeError, RuntimeError), match=r"mps|MPS"):
+        REFUSED[way](torch.ones(2).to("mps"))
+
+
+def test_the_stand_in_computes_and_waits():
+    with standin.mps():
+        far = torch.tensor([1.0, 2.0], device="mps", requires_grad=True)
+        (far.exp() * 2).sum().backward()
+        assert far.grad.device == torch.device("mps", 0)
+        assert standin.WAITS == []
+        assert torch.equal(far.grad.cpu(), 2 * torch.tensor([1.0, 2.0]).exp())
+        assert standin.WAITS == ["_to_copy"]
+        assert far[1].item() == 2
+        assert standin.WAITS == ["_to_copy", "_local_scalar_dense"]
