@@ -100,7 +100,7 @@ class MicroBatch:
 
     def _of(self, function: Callable[[Any], Any], index: Tensor, position: int) -> "MicroBatch":
         inputs, targets, weights = function(self.inputs), function(self.targets), function(self.weights)
-        return replace(self, inputs=inputs, targets=targets, weights=weights, index=index, position=position)
+        return MicroBatch(inputs, targets, index, weights, position, self.epoch, self.counts, self.key)
 
 
 class Batch:

@@ -69,7 +69,7 @@ class Finite:
                 math.isfinite(sums.loss) and all(bool(gradient.isfinite().all()) for gradient in gradients)
             )
         norms = torch._foreach_norm(gradients)  # pyright: ignore[reportPrivateImportUsage]
-        return math.isfinite(sums.loss) and math.isfinite(full(torch.stack(norms).sum()))
+        return math.isfinite(full(torch.stack(norms).sum()) + sums.loss)  # read once
 
     # On the device
 

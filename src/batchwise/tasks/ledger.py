@@ -52,6 +52,9 @@ class Ledger:
     def __init__(self, device: torch.device) -> None:
         self._skipped = torch.zeros(2, SIZE, dtype=torch.float32, device=device)
         self._losses, self._counts = torch.zeros(2, 2, SIZE, dtype=torch.float64, device=device)
+        # One view per step, made once: each takes the host almost as long as a kernel.
+        pages = self._skipped, self._losses, self._counts
+        self._flag, self._loss, self._count = ([page.unbind() for page in pair] for pair in pages)
         self._page, self._steps = 0, list[Made]()
         self._sent: tuple[list[Made], Tensor, torch.cuda.Event | None] | None = None
         self._one = torch.ones((), dtype=torch.float32, device=device)
@@ -63,7 +66,7 @@ class Ledger:
     @property
     def line(self) -> Tensor:
         """Where the next step writes whether it is skipped: a zero on the device. Kernels take it as `found_inf`."""
-        return self._skipped[self._page, len(self._steps)]
+        return self._flag[self._page][len(self._steps)]
 
     def check(self, loss: Number, optimizer: Any, line: Tensor) -> None:
         """Write 1 into a line if the loss or a gradient is not finite. Nothing waits."""
@@ -77,21 +80,21 @@ class Ledger:
 
     def add(self, made: Made, loss: Number) -> Seen | None:
         """Add a step that has written its line. If that fills a page, send it, and return the page before it."""
-        at = self._page, len(self._steps)
-        self._losses[at] = loss
+        page, number = self._page, len(self._steps)
+        self._loss[page][number].fill_(loss)
         if isinstance(made.count, Tensor):
-            self._counts[at] = made.count
+            self._count[page][number].fill_(made.count)
         self._steps.append(made)
         if len(self._steps) < SIZE:
             return None
-        seen, page = self._receive(), self._skipped[self._page]
-        if page.is_cuda:
+        seen, skipped = self._receive(), self._skipped[page]
+        if skipped.is_cuda:
             answer, event = torch.empty(SIZE, dtype=torch.float32, pin_memory=True), torch.cuda.Event()
-            answer.copy_(page, non_blocking=True)
+            answer.copy_(skipped, non_blocking=True)
             event.record()
         else:
-            answer, event = page.clone(), None
-        self._sent, self._steps, self._page = (self._steps, answer, event), [], 1 - self._page
+            answer, event = skipped.clone(), None
+        self._sent, self._steps, self._page = (self._steps, answer, event), [], 1 - page
         self._skipped[self._page].zero_()
         return seen
 

@@ -124,7 +124,7 @@ class Step:
 
     def loss(self) -> Number:
         """Return the exact loss of the last batch, over all devices. With several players, that of the first."""
-        return self.sums.loss / (self.sums.count + (self.sums.count == 0))
+        return self.sums.per_target()
 
     def _replayed(self, task: "Task", batch: Batch, optimizer: Optimizer) -> Sums | None:
         """Make the step by a recording, and return its sums; None: there is none."""
@@ -152,10 +152,10 @@ class Step:
         finite: Tensor | bool = True
         if by_itself := self._may_skip_by_itself(task, player, optimizer):
             ledger = self.finite.start(task.device)
-            optimizer.found_inf = ledger.line  # type: ignore[attr-defined]
-            ledger.check(sums.loss, optimizer, ledger.line)
+            line = optimizer.found_inf = ledger.line  # type: ignore[attr-defined]
+            ledger.check(sums.loss, optimizer, line)
             if self.ghosts or task._measures.terms.names:
-                finite = ledger.line == 0
+                finite = line == 0
         if turn == 0:
             self.sums = sums
         if not by_itself and not self.finite.passes(task, made, sums, optimizer):
@@ -167,13 +167,12 @@ class Step:
         if task._measures.terms.names:
             task._measures.terms.add(task, finite)
         self.move_running_statistics(task, finite)
-        loss = sums.loss / (sums.count + (sums.count == 0))
         trainer: Any = task.trainer
         if self.own_step and player is None:
             wrapped = task.optimizers()
-            task.optimizer_step(trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_idx, wrapped, lambda: loss)  # type: ignore[arg-type]
+            task.optimizer_step(trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_idx, wrapped, sums.per_target)  # type: ignore[arg-type]
         elif not self.plain_step:
-            trainer.strategy.optimizer_step(optimizer, lambda: loss)
+            trainer.strategy.optimizer_step(optimizer, sums.per_target)
         else:
             for callback in self.hear_step:
                 callback.on_before_optimizer_step(trainer, task, optimizer)

@@ -25,8 +25,15 @@ class Sums(NamedTuple):
     def plus(self, loss: Number, count: Number) -> "Sums":
         """Return the sums with more targets. Values on a CPU become numbers."""
         if isinstance(loss, Tensor):
-            loss = loss.item() if loss.is_cpu else loss.detach().to(widest(loss.device))
+            is_first = not isinstance(self.loss, Tensor) and self.loss == 0
+            loss = loss.item() if loss.is_cpu else loss.detach().to(widest(loss.device), copy=is_first)
+            if is_first:  # to add zero would take another kernel
+                return Sums(loss, self.count + count)
         return Sums(self.loss + loss, self.count + count)
+
+    def per_target(self) -> Number:
+        """Return the mean loss, or zero if there is no target. Nothing waits."""
+        return self.loss / (self.count + (self.count == 0))
 
     def mean(self) -> float:
         """Return the mean loss, or nan if there is no target. This waits for the device."""

@@ -83,6 +83,20 @@ def test_all_kinds_of_values_are_logged():
         assert log.values[f"{step} int"] == 3
 
 
+@pytest.mark.parametrize("micro", [None, 3])
+def test_a_step_waits_once_for_the_device(micro):
+    """To learn whether its loss and its gradient are finite."""
+
+    def waits(steps):
+        task, data = (
+            small.Classify(small.network().float(), optimizer=small.adamw),
+            small.Points(micro_batch_size=micro),
+        )
+        return len(there(small.fit, task, data, precision="32-true", max_steps=steps, **AUTO)[1])
+
+    assert waits(6) - waits(2) == 4
+
+
 REFUSED = {
     "float64": lambda far: far.double(),
     "float64, made there": lambda far: torch.zeros(2, device="mps", dtype=torch.float64),
