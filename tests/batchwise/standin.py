@@ -7,7 +7,8 @@ real device
 - there is no float64;
 - a tensor becomes a NumPy array only after it was copied to the host.
 
-`WAITS` has the operations that had to wait for the device: values that were read, and copies to the host.
+`WAITS` has the operations that had to wait for the device: values that were read, and copies to the host. `SENT` has
+the copies to the device during which the host waits.
 """
 
 import contextlib
@@ -31,19 +32,21 @@ ELSEWHERE = "meta"
 MAY_MIX = ("_to_copy", "copy_", "_foreach_copy_", "set_", "index", "_index", "_unsafe_index")
 """The operations whose tensors may be on two devices, by the beginning of their names."""
 WAITS: list[str] = []
+SENT: list[str] = []
 
 
 class Far(Tensor):
     """A tensor on the stand-in."""
 
     near: Tensor
+    lacks: tuple[torch.dtype, ...] = (torch.float64, torch.complex128)
     is_cpu = is_meta = False  # pyright: ignore[reportAssignmentType]
     is_mps = True  # pyright: ignore[reportAssignmentType]
     device = HERE  # pyright: ignore[reportAssignmentType]
 
     @staticmethod
     def __new__(cls, near: Tensor) -> "Far":
-        if near.dtype in (torch.float64, torch.complex128):
+        if near.dtype in cls.lacks:
             raise TypeError(
                 "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64."
             )
@@ -89,6 +92,9 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     stays = bool(far) if device is None else device.type == ELSEWHERE
     if far and (name == "_local_scalar_dense" or not stays):
         WAITS.append(name)
+    came = name in ("_to_copy", "copy_") and stays and not all(isinstance(x, Far) for x in tensors)
+    if came and not (kwargs.get("non_blocking") or (name == "copy_" and args[2:])):
+        SENT.append(name)
     here = {"device": torch.device("cpu"), "pin_memory": False}
     kwargs = {key: here.get(key, value) for key, value in kwargs.items()}
     with DisableTorchFunctionSubclass():
@@ -125,6 +131,8 @@ class Names(TorchFunctionMode):
         if func in (torch.device, torch._C._nn._parse_to):
             return func(*args, **kwargs)
         if func in (torch.tensor, torch.as_tensor, torch.asarray) and elsewhere(kwargs.get("device")) == ELSEWHERE:
+            if isinstance(args[0], Tensor):
+                return args[0].to(ELSEWHERE, kwargs.get("dtype"))
             learnt = kwargs.pop("requires_grad", False)
             made = func(*args, **kwargs | {"device": "cpu"}).to(ELSEWHERE)  # with the numbers
             return made.requires_grad_() if learnt else made
@@ -139,13 +147,15 @@ def elsewhere(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def mps() -> Iterator[None]:
-    """Have the stand-in in this process."""
+def mps(float64: bool = False) -> Iterator[None]:
+    """Have the stand-in in this process. With float64, it has what a GPU has."""
     WAITS.clear()
+    SENT.clear()
     no_grad = functools.wraps(torch.inference_mode)(lambda mode=True: torch.no_grad())  # it knows no such tensors
     with (
         mock.patch.object(MPSAccelerator, "is_available", return_value=True),
         mock.patch.object(torch, "inference_mode", no_grad),
+        mock.patch.object(Far, "lacks", () if float64 else Far.lacks),
         Names(),
         Operations(),
     ):

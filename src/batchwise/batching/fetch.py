@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from batchwise.batching.rows import Joined, Rows, as_tensor, gather, is_mapped
-from batchwise.batching.structure import named, rebuild, tensors
+from batchwise.batching.structure import named, rebuild, send, tensors
 
 Example = tuple[Any, ...]
 """The fields of a micro-batch: inputs first, targets last; only inputs where there are no targets."""
@@ -168,7 +168,7 @@ class InMemory:
         if len(index) and (int(index.min()) < 0 or int(index.max()) >= len(self)):
             raise IndexError(f"examples {int(index.min())} to {int(index.max())} were asked for, of {len(self)}")
         if self.home.type == "cuda" and not self.has_lists:
-            index = index.to(self.home, non_blocking=True)  # once for all fields
+            index = send(index, self.home)  # once for all fields
         return index.split_with_sizes(request.sizes)
 
     def _read(self, index: Tensor) -> Read:

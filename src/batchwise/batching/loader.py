@@ -15,7 +15,7 @@ from batchwise.batching.fetch import DataError, Example, Fetch, Request
 from batchwise.batching.order import Order
 from batchwise.batching.plan import BatchPlan, Part, cut
 from batchwise.batching.random import keyed, mix
-from batchwise.batching.structure import as_floats, on_tensors, part, pick, tensors
+from batchwise.batching.structure import as_floats, on_tensors, part, pick, send, tensors
 from batchwise.batching.tokens import SequencePlan
 
 
@@ -68,13 +68,13 @@ class MicroBatch:
         device = next((tensor.device for tensor in tensors((self.inputs, self.targets))), torch.device("cpu"))
         home = torch.device("cpu") if device.type == "mps" else device  # which has no float64
         in_training = isinstance(self.key, Tensor) or self.key != 0
-        where = self.position + torch.arange(len(self), device=home) if in_training else self.index.to(home)
+        where = self.position + torch.arange(len(self), device=home) if in_training else send(self.index, home)
         drawn = keyed(self.key, name, where, prod(shape), normal, torch.get_default_dtype())
-        return drawn.view(len(self), *shape).to(device)
+        return send(drawn.view(len(self), *shape), device)
 
     def to(self, device: torch.device) -> "MicroBatch":
         """Return the micro-batch with its tensors on `device`. `index` stays on the host."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
+        return self._map(lambda tensor: send(tensor, device))
 
     def cast(self, dtype: torch.dtype) -> "MicroBatch":
         """Return the micro-batch with all floats of inputs and targets in one type; whole numbers stay as they are."""

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from batchwise.batching.structure import send
+
 
 class Rows:
     """Some rows of an array, in an order of their own: a split of a large file, without a copy.
@@ -114,7 +116,7 @@ def gather(field: Tensor | Rows | Joined, index: Tensor, pinned: bool = False) -
     if pinned:
         out = torch.empty(len(index), *field.shape[1:], dtype=field.dtype, pin_memory=True)
         return torch.index_select(field, 0, index, out=out)
-    return field.index_select(0, index if index.device == field.device else index.to(field.device, non_blocking=True))
+    return field.index_select(0, send(index, field.device))
 
 
 _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from batchwise.batching.loader import MicroBatch
 from batchwise.batching.random import mix, uniform
-from batchwise.batching.structure import widest
+from batchwise.batching.structure import send, widest
 from batchwise.data import places
 
 
@@ -70,7 +70,7 @@ class Geometric(Augmentation):
         assert image is not None
         size = (image.shape[2], image.shape[3])
         numbers = self.numbers(draws, *size)
-        numbers = on(image, numbers) if numbers.is_floating_point() else numbers.to(image.device)
+        numbers = on(image, numbers) if numbers.is_floating_point() else send(numbers, image.device)
         boxes = partial(self.boxes, size=size)
         along = places.Places(type(self).__name__, size, numbers, self.masks, boxes)
         inputs = places.put(batch.inputs, image, _HERE)
@@ -96,7 +96,7 @@ class Geometric(Augmentation):
 
 def on(inputs: Tensor, numbers: Tensor) -> Tensor:
     """Return float64 numbers on the device of the inputs, in the widest type that the device has."""
-    return numbers.to(inputs.device, widest(inputs.device))
+    return send(numbers, inputs.device, widest(inputs.device))
 
 
 def share(value: float, name: str) -> float:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from batchwise.batching.loader import MicroBatch
-from batchwise.batching.structure import widest
+from batchwise.batching.structure import send, widest
 from batchwise.data import pixels
 from batchwise.data.augmentation import Augmentation, Draws, on, share
 
@@ -55,7 +55,7 @@ class Mixing(Augmentation):
         number, angle, often, *place = draws.uniform(5)
         shares = beta(self.alpha, number, angle)
         shares = torch.where(often < self.p, torch.maximum(shares, 1 - shares), 1.0)
-        partners = draws.partners().to(batch.inputs.device)
+        partners = send(draws.partners(), batch.inputs.device)
         inputs, shares = self.mix(batch.inputs, partners, shares, torch.stack(place))
         targets = self._as_numbers(batch.targets, inputs.dtype)
         return replace(batch, inputs=inputs, targets=_mixed(targets, partners, shares))
@@ -119,5 +119,5 @@ def beta(alpha: float, first: Tensor, second: Tensor) -> Tensor:
 
 
 def _mixed(values: Tensor, partners: Tensor, shares: Tensor) -> Tensor:
-    shares = shares.to(values).view(-1, *[1] * (values.ndim - 1))
+    shares = send(shares, values.device, values.dtype).view(-1, *[1] * (values.ndim - 1))
     return torch.lerp(values[partners], values, shares)

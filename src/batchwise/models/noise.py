@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from batchwise.batching.random import keyed
+from batchwise.batching.structure import send
 from batchwise.models import place
 
 
@@ -37,7 +38,7 @@ def _numbers(values: Tensor, name: str, normal: bool) -> Tensor:
     device = torch.device("cpu") if values.device.type == "mps" else values.device
     where = first + torch.arange(len(values), device=device)
     drawn = keyed(key, name, where, prod(values.shape[1:]), normal, values.dtype)
-    return drawn.view(values.shape).to(values.device)
+    return send(drawn.view(values.shape), values.device)
 
 
 # A compiler must not look into it, because the place changes at each step.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from batchwise.batching.gradients import Number
-from batchwise.batching.structure import widest
+from batchwise.batching.structure import number_on, widest
 
 if TYPE_CHECKING:
     from batchwise.tasks.task import Task
@@ -50,8 +50,8 @@ def reduce(task: "Task", values: Tensor) -> Tensor:
 def reduce_sums(task: "Task", sums: Sums) -> Sums:
     """Return the sums over all devices: numbers on a CPU; else tensors on the device, so that nothing waits."""
     if task.trainer.world_size > 1:
-        values = [torch.as_tensor(value, dtype=widest(task.device), device=task.device) for value in sums]
-        sums = Sums(*reduce(task, torch.stack(values)).unbind())
+        values = torch.stack([number_on(task.device, value) for value in sums])
+        sums = Sums(*reduce(task, values).unbind())
         if task.device.type == "cpu":
             sums = Sums(*(float(value) for value in sums))
     return sums

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from batchwise.batching.gradients import Number, weighted_sum
 from batchwise.batching.loader import Batch, MicroBatch
-from batchwise.batching.structure import widest
+from batchwise.batching.structure import number_on, widest
 from batchwise.models import place
 from batchwise.models.kept import kept_buffers, kept_metrics
 from batchwise.tasks.losses import checked
@@ -189,7 +189,7 @@ class Terms:
             raise ValueError(f"{name} gives {what}, but losses gives {_shown(self.names or [])}")
         device, found = batch.weights.device if batch.weights is not None else task.device, []
         for term in self.names or ():
-            each = torch.as_tensor(given[term], dtype=widest(device), device=device)
+            each = number_on(device, given[term])
             each = each.expand(len(batch)) if each.ndim == 0 else each.flatten(1).sum(1) if each.ndim > 1 else each
             if len(each) != len(batch):
                 raise ValueError(
@@ -283,7 +283,7 @@ def _counts(batch: MicroBatch, parts: Parts) -> Tensor:
     """Return the counts [T] of a micro-batch."""
     device = next(iter(parts.values()))[0].device
     found = [weighted_sum(losses, batch.weights, weights)[1] for losses, weights in parts.values()]
-    return torch.stack([torch.as_tensor(count, dtype=widest(device), device=device) for count in found])
+    return torch.stack([number_on(device, count) for count in found])
 
 
 def _shown(names: list[str]) -> str:

@@ -8,7 +8,13 @@ import pytest
 import small
 import torch
 
+from batchwise import DataModule, Task
+from batchwise.data.augment import Affine, CutOut, Flip
+from batchwise.data.mixing import MixUp
 from batchwise.loop import BatchOptimization
+from batchwise.models.mlp import MLP
+from batchwise.sources.digits import Digits
+from batchwise.tasks.classification import Classification
 
 pytestmark = pytest.mark.gpu
 
@@ -32,12 +38,18 @@ def around(monkeypatch: pytest.MonkeyPatch, before: Callable[[int], None], after
     return steps
 
 
-MAKE: dict[str, Callable[[], small.Task]] = {
+MAKE: dict[str, Callable[[], Task]] = {
     "AdamW": lambda: small.Classify(small.network(), optimizer=small.adamw),
     "SGD": lambda: small.Classify(small.network(), optimizer=parts.sgd),
     "with ghost batch norm": lambda: small.Classify(
         parts.mlp(torch.nn.BatchNorm1d(8).double()), optimizer=small.adamw, ghost_batch_size=2
     ),
+    "augmented": lambda: Classification(MLP(64, 10, (8,)).double(), optimizer=small.adamw),
+}
+
+
+DATA: dict[str, Callable[[], DataModule]] = {
+    "augmented": lambda: Digits(batch_size=40, seed=0, augment=[Flip(), Affine(10), CutOut(2), MixUp(10)]),
 }
 
 
@@ -59,8 +71,8 @@ def test_a_step_gives_no_order_to_wait(
 
     steps = around(monkeypatch, before, after)
     try:
-        data = small.Points(batch_size=2)
-        _, trainer = small.fit(MAKE[name](), data, gradient_clip_val=clip, **SETTINGS, **on)
+        data = DATA[name]() if name in DATA else small.Points(batch_size=2)
+        _, trainer = small.fit(MAKE[name](), data, gradient_clip_val=clip, max_steps=32, **SETTINGS, **on)
     finally:
         if on_cuda:
             torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,93 @@
+"""What a step on a GPU waits for: nothing, or what is named here. On a stand-in, which counts each wait.
+
+`tests/batchwise/gpu/test_waiting.py` asks a GPU itself.
+"""
+
+from functools import partial
+
+import examples
+import pytest
+import small
+import standin
+import torch
+from examples import MAKE
+from torch.optim import AdamW
+
+from batchwise.batching import structure
+from batchwise.data.augment import Affine, ColourJitter, CutOut, Flip, ShiftCrop
+from batchwise.data.mixing import CutMix, MixUp
+from batchwise.models.mlp import MLP
+from batchwise.sources.digits import Digits
+from batchwise.tasks import step
+from batchwise.tasks.classification import Classification
+
+MICRO = 4  # micro-batches in a batch of 13, of at most 4 examples
+WAITS = {
+    "distil": 1,  # for whether the step is skipped, because it logs a value of its own
+    "gan": 2,  # the same, for each player
+    "halves": 1,  # for whether all examples of the batch count
+    "bert": MICRO,  # in transformers, which looks at the mask
+    "lora": MICRO,
+}
+LONG = ("bert", "lora", "forecast", "find")  # each for several seconds: the stand-in is slow
+AUGMENTATIONS = {
+    "Flip": [Flip()],
+    "ShiftCrop": [ShiftCrop(1)],
+    "CutOut": [CutOut(2)],
+    "ColourJitter": [ColourJitter(0.2, 0.2)],
+    "Affine": [Affine(10)],
+    "MixUp": [MixUp(10)],
+    "CutMix": [CutMix(10)],
+}
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Let the stand-in take tensors while the host goes on, and decide by itself whether a step is skipped."""
+    monkeypatch.setattr(structure, "_GOES_ON", ("mps",))
+    monkeypatch.setattr(step, "DEVICES", ("mps",))
+    monkeypatch.setattr(examples, "adamw", partial(AdamW, lr=0.001, fused=True))
+
+
+def waits(make, **settings):
+    """Return how often each of three ordinary steps waits."""
+
+    def seen(steps):
+        task, data = make()
+        with standin.mps(float64=True):
+            few = {"max_steps": steps, "max_epochs": -1, "limit_val_batches": 0, "log_every_n_steps": 1000}
+            small.trainer(accelerator="auto", devices=1, precision="32-true", **few, **settings).fit(task, data)
+        return len(standin.WAITS) + len(standin.SENT)
+
+    return (seen(5) - seen(2)) / 3
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.weekly] if name in LONG else []) for name in MAKE]
+)
+def test_an_example_waits_for_no_more_than_is_named(name, as_on_a_gpu):
+    assert waits(lambda: examples.make(name, MICRO)) == WAITS.get(name, 0)
+
+
+def digits(**settings):
+    torch.manual_seed(1)
+    task = Classification(MLP(64, 10, (16,)), optimizer=examples.adamw)
+    return task, Digits(batch_size=13, micro_batch_size=MICRO, seed=0, **settings)
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_augmentations_wait_for_nothing(name, as_on_a_gpu):
+    assert waits(lambda: digits(augment=AUGMENTATIONS[name])) == 0
+
+
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_clipping_waits_for_nothing(clip, as_on_a_gpu):
+    assert waits(digits, gradient_clip_val=clip) == 0
+
+
+def test_what_waits_is_seen(as_on_a_gpu, monkeypatch):
+    """So that the tests above can fail."""
+    monkeypatch.setattr(structure, "_GOES_ON", ())
+    sent = 2 * MICRO  # inputs and targets
+    assert waits(digits) == sent
+    assert waits(lambda: digits(augment=[Flip()])) == sent + MICRO
