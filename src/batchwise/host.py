@@ -40,6 +40,17 @@ def core_waits() -> float:
     return found / 1e9
 
 
+def wait_for(device: torch.device) -> None:
+    """Return when a device has done what it was given."""
+    torch.get_device_module(device).synchronize()
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back the memory that PyTorch keeps on a device for later use."""
+    if device.type != "cpu":
+        torch.get_device_module(device).empty_cache()
+
+
 def peak_memory(device: torch.device) -> int:
     """Return the most bytes used so far: of the device where that is known, else of this process."""
     if device.type == "cuda":

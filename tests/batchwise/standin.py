@@ -12,8 +12,8 @@ the copies to the device during which the host waits.
 """
 
 import contextlib
-import functools
 from collections.abc import Iterator
+from functools import partial, wraps
 from typing import Any
 from unittest import mock
 
@@ -151,11 +151,13 @@ def mps(float64: bool = False) -> Iterator[None]:
     """Have the stand-in in this process. With float64, it has what a GPU has."""
     WAITS.clear()
     SENT.clear()
-    no_grad = functools.wraps(torch.inference_mode)(lambda mode=True: torch.no_grad())  # it knows no such tensors
+    no_grad = wraps(torch.inference_mode)(lambda mode=True: torch.no_grad())  # it knows no such tensors
     with (
         mock.patch.object(MPSAccelerator, "is_available", return_value=True),
         mock.patch.object(torch, "inference_mode", no_grad),
         mock.patch.object(Far, "lacks", () if float64 else Far.lacks),
+        mock.patch.object(torch.mps, "synchronize", partial(WAITS.append, "synchronize")),
+        mock.patch.object(torch.mps, "empty_cache", partial(WAITS.append, "empty_cache")),
         Names(),
         Operations(),
     ):

@@ -12,7 +12,7 @@ import yaml
 from batchwise.choosing import fits, speed
 from batchwise.choosing.speed import Settings, Stopwatch, Way
 from batchwise.data.module import DataModule
-from batchwise.host import reset_peak_memory, write_whole
+from batchwise.host import release_memory, reset_peak_memory, write_whole
 from batchwise.tasks.task import Task
 
 FILE = "speed.yaml"
@@ -91,6 +91,5 @@ def measure(
     if "size" in tried or data.finds_micro_batch:
         overlay["data"] = {"micro_batch_size": way.size}
     write_whole(path, f"# measured on {platform.node()}\n" + yaml.safe_dump(overlay, sort_keys=False))
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    release_memory(device)
     reset_peak_memory(device)

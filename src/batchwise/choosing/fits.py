@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from batchwise.choosing.speed import Stopwatch, Way
-from batchwise.host import available_memory, peak_memory, reset_peak_memory
+from batchwise.host import available_memory, peak_memory, release_memory, reset_peak_memory
 
 KNEE = 0.95
 """The knee is the smallest micro-batch that has this share of the best speed."""
@@ -72,8 +72,7 @@ def what_fits(
             peak = int(largest(peak_memory(watch.device)))
             if math.isinf(seconds) or (fits and peak > budget):
                 fails = size
-                if watch.device.type == "cuda":
-                    torch.cuda.empty_cache()
+                release_memory(watch.device)
             else:
                 fits = size
                 seen.append(Size(size, peak, 1 / seconds))

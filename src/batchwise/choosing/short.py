@@ -26,12 +26,12 @@ def train(
         callbacks: all callbacks of the training.
         validate: validate after each step for which a callback sets the trainer's `val_check_batch` to 1.
     """
-    gpu = trainer.strategy.root_device.type == "cuda"
+    kind = trainer.strategy.root_device.type
     with TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         short = type(trainer)(
             max_steps=steps,
-            accelerator="gpu" if gpu else "cpu",
-            devices=trainer.device_ids if gpu else trainer.num_devices,
+            accelerator=kind,
+            devices=trainer.num_devices if kind == "cpu" else trainer.device_ids,
             num_nodes=trainer.num_nodes,
             strategy="ddp" if trainer.world_size > 1 else "auto",
             precision=trainer.precision,  # type: ignore[arg-type]

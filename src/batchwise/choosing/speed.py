@@ -17,6 +17,7 @@ from torch import nn
 from batchwise.batching.loader import MicroBatch
 from batchwise.batching.structure import tensors
 from batchwise.data.module import DataModule
+from batchwise.host import wait_for
 from batchwise.models.call import lay_out
 from batchwise.models.compiled import compile_network
 from batchwise.models.norm import has_batchnorm
@@ -109,8 +110,7 @@ class Stopwatch:
             loss, _ = task._summed_loss(on_device.cast(dtype_of(task.network)))
         loss.backward()
         task.zero_grad()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        wait_for(self.device)
 
     def compare(self, ways: list[Way]) -> list[float]:
         """Return the median seconds per example of each way, measured in turn."""

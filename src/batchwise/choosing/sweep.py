@@ -10,7 +10,6 @@ from time import perf_counter
 from typing import NamedTuple, TypeVar
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.seed import isolate_rng
 from rich.console import Console
@@ -23,6 +22,7 @@ from batchwise.choosing.figure import draw_sweep
 from batchwise.choosing.trials import Run
 from batchwise.data.module import DataModule
 from batchwise.errors import TrainingStopped
+from batchwise.host import wait_for
 from batchwise.tasks.task import Task
 
 Number = TypeVar("Number", int, float)
@@ -87,8 +87,8 @@ class Race(Callback):
         """Take the time, and validate if it is due."""
         self.steps = trainer.global_step
         due = self.steps >= min(self._next, self.last)
-        if due and pl_module.device.type == "cuda":
-            torch.cuda.synchronize()
+        if due:
+            wait_for(pl_module.device)
         now = perf_counter()
         self._seconds += now - self._lap if self.steps > 1 else 0.0
         self._lap = now

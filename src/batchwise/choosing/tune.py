@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from rich.console import Console
 from rich.progress import Progress
 
+from batchwise.batching.structure import number_on
 from batchwise.choosing import fits
 from batchwise.choosing.advice import leave, report
 from batchwise.choosing.findings import Findings
@@ -66,8 +67,7 @@ def _tune(
     assert train is not None
 
     def largest(value: float) -> float:
-        values = torch.tensor(value, dtype=torch.float64, device=device)
-        return float(trainer.strategy.reduce(values, reduce_op="max"))  # type: ignore[arg-type]
+        return float(trainer.strategy.reduce(number_on(device, value), reduce_op="max"))  # type: ignore[arg-type]
 
     agreed, unit = largest if trainer.world_size > 1 else float, plan.unit
     memory = -agreed(-(memory_gib * 2**30 if memory_gib else fits.free_memory(device, trainer.num_devices)))

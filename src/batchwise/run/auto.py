@@ -5,11 +5,14 @@ from typing import Any
 
 import torch
 import yaml
+from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 
 from batchwise.choosing import automatic
 from batchwise.choosing.speed import Settings
 from batchwise.data.module import DataModule
 from batchwise.tasks.task import Task
+
+_GPUS = {"cuda": CUDAAccelerator, "mps": MPSAccelerator}
 
 
 def choose_settings(
@@ -28,16 +31,15 @@ def choose_settings(
     path = folder / automatic.FILE
     data.prepare_data()
     model.prepare(data, "train")
-    gpu = trainer.get("accelerator") in (None, "auto", "gpu", "cuda") and torch.cuda.is_available()
+    kind = _kind(trainer.get("accelerator"))
     devices = trainer.get("devices")
     if isinstance(devices, list):
         processes = len(devices)
     elif str(devices).isdecimal():
         processes = int(str(devices))
     else:
-        processes = torch.cuda.device_count() if gpu else 1
-    device = torch.device("cuda" if gpu else "cpu")
-    automatic.measure(model, data, trainer, path, device, processes, everything)
+        processes = _GPUS[kind].auto_device_count() if kind in _GPUS else 1
+    automatic.measure(model, data, trainer, path, torch.device(kind), processes, everything)
     chosen = yaml.safe_load(path.read_text())
     for key, value in chosen["trainer"].items():
         if trainer.get(key) is None:  # a value that was set since wins
@@ -46,3 +48,9 @@ def choose_settings(
         size = data.micro_batch_size = chosen["data"]["micro_batch_size"]
         config["data"].setdefault("init_args", {})["micro_batch_size"] = size
     config["speed"] = None
+
+
+def _kind(accelerator: Any) -> str:
+    """Return the kind of device on which the trainer will train, as Lightning chooses it."""
+    there = [kind for kind, gpu in _GPUS.items() if accelerator in (None, "auto", "gpu", kind) and gpu.is_available()]
+    return there[0] if there else "cpu"

@@ -6,6 +6,7 @@ import torch
 
 from batchwise.batching.loader import Batch
 from batchwise.errors import TrainingStopped
+from batchwise.host import release_memory
 
 if TYPE_CHECKING:
     from batchwise.tasks.task import Task
@@ -50,6 +51,5 @@ def halve(task: "Task", batch: Batch, message: str) -> None:
     if trainer.world_size > 1:
         data.limit_file.write_text(str(half))
         raise TrainingStopped(f"{where} ({message}): the same command with --ckpt_path last goes on with {half}")
-    if task.device.type == "cuda":
-        torch.cuda.empty_cache()
+    release_memory(task.device)
     print(f"{where}: the batch is run again in micro-batches of {half}; its result is the same", flush=True)

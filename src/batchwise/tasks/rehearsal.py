@@ -168,7 +168,7 @@ def _close(one: Tensor, other: Tensor, same: bool = False) -> bool:
     """
     if one.shape != other.shape:
         return False
-    half = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+    half = any(map(torch.is_autocast_enabled, ("cpu", "cuda", "mps")))
     rounding = (1e-3 if same else 0.05) if half or torch.get_default_dtype().itemsize < 4 else 1e-6 if same else 1e-4
     usual = float(one.abs().nan_to_num().mean())
     return torch.allclose(one, other, rtol=rounding, atol=rounding * usual + 1e-12, equal_nan=True)

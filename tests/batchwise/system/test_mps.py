@@ -3,6 +3,7 @@
 On a stand-in, for machines without the device.
 """
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import small
@@ -10,6 +11,8 @@ import standin
 import torch
 from examples import MAKE, Log, furthest, train
 from helpers import BF16, DIGITS, run_here
+
+from batchwise.choosing import short, speed
 
 AUTO = {"accelerator": "auto", "devices": 1}
 SHORT = (*DIGITS, "--trainer.max_steps", 3, "--trainer.log_every_n_steps", 1, "--trainer.limit_val_batches", 1)
@@ -46,6 +49,39 @@ def test_the_command_line_takes_the_device(precision):
     host = run_here("fit", *SHORT, *precision)
     assert result.rows("train/loss") == pytest.approx(host.rows("train/loss"), abs=1e-5 if not precision else 1e-2)
     assert all(value.device.type == "cpu" for value in result.checkpoint()["state_dict"].values())
+
+
+@pytest.mark.parametrize("asked", [("--speed", "auto"), ("--data.micro_batch_size", "auto")])
+def test_speed_is_measured_on_the_device(asked, monkeypatch):
+    monkeypatch.setattr(speed, "_TURN", 0.01)  # seconds
+    devices, run = set(), speed.Stopwatch._run
+
+    def noted(self, *arguments):
+        devices.add((self.device.type, next(self.tasks[False].parameters()).device.type))
+        run(self, *arguments)
+
+    monkeypatch.setattr(speed.Stopwatch, "_run", noted)
+    result, waits = there(run_here, *FIT, *asked)
+    assert result.code == 0, result.err
+    assert devices == {("mps", "mps")}
+    assert "synchronize" in waits  # else it would take the time of the host
+
+
+def test_short_trainings_are_on_the_device():
+    """Those of `tune` and `sweep`."""
+
+    devices = []
+
+    class Seen(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *rest):
+            devices.append(next(pl_module.parameters()).device.type)
+
+    def train():
+        task, data = small.Classify(small.network().float(), optimizer=small.adamw), small.Points()
+        short.train(small.trainer(precision="32-true", **AUTO), task, data, 2, [Seen()])
+
+    there(train)
+    assert devices == ["mps", "mps"]
 
 
 def test_float64_is_refused_in_one_line():
