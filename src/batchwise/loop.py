@@ -11,8 +11,8 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import Strategy
 from torch.optim import Optimizer
 
+from batchwise.batching.device import widest
 from batchwise.batching.loader import Batch
-from batchwise.batching.structure import widest
 from batchwise.callbacks.checkpoint import Last
 from batchwise.data.module import DataModule
 from batchwise.errors import Mistake

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from batchwise.batching.device import send
 from batchwise.batching.rows import Joined, Rows, as_tensor, gather, is_mapped
-from batchwise.batching.structure import named, rebuild, send, tensors
+from batchwise.batching.structure import named, rebuild, tensors
 
 Example = tuple[Any, ...]
 """The fields of a micro-batch: inputs first, targets last; only inputs where there are no targets."""

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchwise.batching.device import send
 from batchwise.batching.fetch import DataError, Example, Fetch, Request
 from batchwise.batching.order import Order
 from batchwise.batching.plan import BatchPlan, Part, cut
 from batchwise.batching.random import keyed, mix
-from batchwise.batching.structure import as_floats, on_tensors, part, pick, send, tensors
+from batchwise.batching.structure import as_floats, on_tensors, part, pick, tensors
 from batchwise.batching.tokens import SequencePlan
 
 

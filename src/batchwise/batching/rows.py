@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batchwise.batching.structure import send
+from batchwise.batching.device import send
 
 
 class Rows:

@@ -36,27 +36,6 @@ def on_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
     return rebuild(value, lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf)
 
 
-def widest(device: torch.device) -> torch.dtype:
-    """Return the widest float type of a device: float64, but float32 on Apple's `mps`."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def send(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """Return a tensor on a device, and of a type. The host does not wait until a GPU has it."""
-    return tensor.to(device, dtype, non_blocking=device.type in _GOES_ON)
-
-
-def number_on(device: torch.device, number: Any) -> Tensor:
-    """Return a number, or several, in the widest floats of a device. One that the host knows is no copy, but a fill."""
-    if isinstance(number, int | float):
-        return torch.full((), number, dtype=widest(device), device=device)
-    return send(torch.as_tensor(number), device, widest(device))
-
-
-_GOES_ON = ("cuda",)
-"""The devices that take a tensor while the host goes on and may free it."""
-
-
 def as_floats(value: Any, dtype: torch.dtype) -> Any:
     """Return the structure with all floats of one type. Whole numbers stay as they are."""
     if isinstance(value, Tensor):

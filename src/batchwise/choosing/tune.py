@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from rich.console import Console
 from rich.progress import Progress
 
-from batchwise.batching.structure import number_on
+from batchwise.batching.device import number_on
 from batchwise.choosing import fits
 from batchwise.choosing.advice import leave, report
 from batchwise.choosing.findings import Findings

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from batchwise.batching.device import send, widest
 from batchwise.batching.loader import MicroBatch
 from batchwise.batching.random import mix, uniform
-from batchwise.batching.structure import send, widest
 from batchwise.data import places
 
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from batchwise.batching.device import send, widest
 from batchwise.batching.loader import MicroBatch
-from batchwise.batching.structure import send, widest
 from batchwise.data import pixels
 from batchwise.data.augmentation import Augmentation, Draws, on, share
 

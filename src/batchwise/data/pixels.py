@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from batchwise.batching.structure import widest
+from batchwise.batching.device import widest
 
 
 def flip(images: Tensor, which: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from batchwise.batching.device import send
 from batchwise.batching.random import keyed
-from batchwise.batching.structure import send
 from batchwise.models import place
 
 

@@ -8,8 +8,8 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import _METRIC
 from torch import Tensor
 from torchmetrics import Metric
 
+from batchwise.batching.device import widest
 from batchwise.batching.loader import Batch, MicroBatch
-from batchwise.batching.structure import widest
 from batchwise.models import place
 from batchwise.tasks.hooks import row_is_due, values_are_due
 

@@ -10,7 +10,7 @@ from lightning.fabric.plugins.precision.utils import _DtypeContextManager
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
-from batchwise.batching.structure import widest
+from batchwise.batching.device import widest
 from batchwise.models import place
 from batchwise.tasks.hooks import row_is_due
 from batchwise.tasks.sums import Sums, reduce_sums

@@ -8,8 +8,8 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError, R2Score
 
+from batchwise.batching.device import widest
 from batchwise.batching.loader import MicroBatch
-from batchwise.batching.structure import widest
 from batchwise.data.module import DataModule
 from batchwise.tasks.losses import described
 from batchwise.tasks.task import Task

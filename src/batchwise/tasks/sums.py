@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from batchwise.batching.device import number_on, widest
 from batchwise.batching.gradients import Number
-from batchwise.batching.structure import number_on, widest
 
 if TYPE_CHECKING:
     from batchwise.tasks.task import Task

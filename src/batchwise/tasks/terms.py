@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from batchwise.batching.device import number_on, widest
 from batchwise.batching.gradients import Number, weighted_sum
 from batchwise.batching.loader import Batch, MicroBatch
-from batchwise.batching.structure import number_on, widest
 from batchwise.models import place
 from batchwise.models.kept import kept_buffers, kept_metrics
 from batchwise.tasks.losses import checked

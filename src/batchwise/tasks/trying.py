@@ -17,8 +17,9 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
+from batchwise.batching.device import widest
 from batchwise.batching.loader import MicroBatch
-from batchwise.batching.structure import shape, widest
+from batchwise.batching.structure import shape
 from batchwise.data.module import DataModule
 from batchwise.models.flops import count_flops
 from batchwise.models.kept import home_of, kept_modes

@@ -14,7 +14,7 @@ import torch
 from examples import MAKE
 from torch.optim import AdamW
 
-from batchwise.batching import structure
+from batchwise.batching import device
 from batchwise.data.augment import Affine, ColourJitter, CutOut, Flip, ShiftCrop
 from batchwise.data.mixing import CutMix, MixUp
 from batchwise.loop import BatchOptimization
@@ -46,7 +46,7 @@ AUGMENTATIONS = {
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """Let the stand-in take tensors while the host goes on, and decide by itself whether a step is skipped."""
-    monkeypatch.setattr(structure, "_GOES_ON", ("mps",))
+    monkeypatch.setattr(device, "GO_ON", ("mps",))
     monkeypatch.setattr(step, "DEVICES", ("mps",))
     monkeypatch.setattr(examples, "adamw", partial(AdamW, lr=0.001, fused=True))
 
@@ -91,7 +91,7 @@ def test_clipping_waits_for_nothing(clip, as_on_a_gpu):
 
 def test_what_waits_is_seen(as_on_a_gpu, monkeypatch):
     """So that the tests above can fail."""
-    monkeypatch.setattr(structure, "_GOES_ON", ())
+    monkeypatch.setattr(device, "GO_ON", ())
     sent = 2 * MICRO  # inputs and targets
     assert waits(*digits()) == {sent}
     assert waits(*digits(augment=[Flip()])) == {sent + MICRO}

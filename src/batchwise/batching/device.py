@@ -1,0 +1,27 @@
+"""Tensors and numbers on the device that trains."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """Return the widest float type of a device: float64, but float32 on Apple's `mps`."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def send(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a tensor on a device, and of a type. The host does not wait until a GPU has it."""
+    return tensor.to(device, dtype, non_blocking=device.type in GO_ON)
+
+
+GO_ON = ("cuda",)
+"""The devices that take a tensor while the host goes on, and may free it."""
+
+
+def number_on(device: torch.device, number: Any) -> Tensor:
+    """Return a number, or several, in the widest floats of a device. One that the host knows is no copy, but a fill."""
+    if isinstance(number, int | float):
+        return torch.full((), number, dtype=widest(device), device=device)
+    return send(torch.as_tensor(number), device, widest(device))
