@@ -3,6 +3,7 @@
 On a stand-in, for machines without the device.
 """
 
+import helpers
 import lightning.pytorch as pl
 import numpy as np
 import pytest
@@ -49,6 +50,18 @@ def test_the_command_line_takes_the_device(precision):
     host = run_here("fit", *SHORT, *precision)
     assert result.rows("train/loss") == pytest.approx(host.rows("train/loss"), abs=1e-5 if not precision else 1e-2)
     assert all(value.device.type == "cpu" for value in result.checkpoint()["state_dict"].values())
+
+
+def test_a_checkpoint_of_the_host_goes_on_and_is_evaluated_there():
+    last, auto = run_here("fit", *SHORT).folder / "checkpoints" / "last.ckpt", ("--trainer.accelerator", "auto")
+    more, figures = (
+        ("fit", *SHORT, "--trainer.max_steps", 6, "--ckpt_path", last),
+        ("validate", *DIGITS, "--ckpt_path", last),
+    )
+    host, far = run_here(*more), there(run_here, *more, *auto)[0]
+    assert far.code == 0, far.err
+    assert helpers.furthest(host, far) < 1e-6
+    assert there(run_here, *figures, *auto)[0].out == run_here(*figures).out
 
 
 @pytest.mark.parametrize("asked", [("--speed", "auto"), ("--data.micro_batch_size", "auto")])
