@@ -15,6 +15,7 @@ from batchwise.ranges import PositiveInt
 from batchwise.tasks.task import Task
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -99,26 +100,41 @@ def draw(images: Tensor, probabilities: Tensor, targets: Tensor, columns: int = 
     """
     from matplotlib.figure import Figure
 
-    width, height = 1.1 * columns, 1.35 * -(-len(images) // columns)  # inches, which are the units of the axes too
-    figure = Figure(figsize=(width, height), dpi=100)
-    axis = figure.add_axes((0, 0, 1, 1))  # one for all images: one for each would take half a second
+    figure = Figure(figsize=(1.1 * columns, 1.35 * -(-len(images) // columns)), dpi=100)
+    pixels = images.float()
+    low, high = pixels.amin((1, 2, 3), keepdim=True), pixels.amax((1, 2, 3), keepdim=True)
+    pixels = (pixels - low) / (high - low).clamp_min(1e-12)
+    titles, colors = [], []
+    for probability, target in zip(probabilities, targets.tolist(), strict=True):
+        share, predicted = probability.max(0)
+        right = int(predicted) == target
+        titles.append(f"{target} ({share:.0%})" if right else f"{target}, not {int(predicted)} ({share:.0%})")
+        colors.append("black" if right else "red")
+    contact_sheet(figure.add_axes((0, 0, 1, 1)), pixels, titles, colors, columns)
+    return _pixels(figure)
+
+
+def contact_sheet(axis: "Axes", images: Tensor, titles: Sequence[str], colors: Sequence[str], columns: int) -> None:
+    """Draw images in rows, each with its title over it, in cells of 1.1 by 1.35 units.
+
+    All are in one pair of axes, because to lay out a pair for each takes half a second.
+
+    Args:
+        axis: where to draw.
+        images: [N, 1 or 3, H, W], from 0 to 1.
+        titles: [N].
+        colors: of the titles, [N].
+        columns: images in a row.
+    """
     axis.axis("off")
     scale = min(1 / images.shape[3], 1.05 / images.shape[2])
-    right, down = scale * images.shape[3] / 2, scale * images.shape[2]
-    for number, (image, probability, target) in enumerate(zip(images, probabilities, targets.tolist(), strict=True)):
+    half, down = scale * images.shape[3] / 2, scale * images.shape[2]
+    for number, image in enumerate(images.permute(0, 2, 3, 1).squeeze(-1).numpy()):
         middle, top = 1.1 * (number % columns + 0.5), 1.35 * (number // columns) + 0.25
-        pixels = image.float()
-        pixels = (pixels - pixels.min()) / (pixels.max() - pixels.min()).clamp_min(1e-12)
-        place = (middle - right, middle + right, top + down, top)
-        shown = pixels.permute(1, 2, 0).squeeze(-1).numpy()
-        axis.imshow(shown, cmap="gray", vmin=0, vmax=1, extent=place, aspect="auto")
-        share, predicted = probability.max(0)
-        is_right = int(predicted) == target
-        title = f"{target}" if is_right else f"{target}, not {int(predicted)}"
-        color = "black" if is_right else "red"
-        axis.text(middle, top - 0.04, f"{title} ({share:.0%})", fontsize=8, color=color, ha="center", va="bottom")
-    axis.set(xlim=(0, width), ylim=(height, 0))
-    return _pixels(figure)
+        axis.imshow(image, cmap="gray", vmin=0, vmax=1, extent=(middle - half, middle + half, top + down, top))
+        title, color = titles[number], colors[number]
+        axis.text(middle, top - 0.04, title, fontsize=8, color=color, ha="center", va="bottom")
+    axis.set(xlim=(0, 1.1 * columns), ylim=(1.35 * -(-len(images) // columns), 0))
 
 
 def _pixels(figure: "Figure") -> np.ndarray:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from batchwise.callbacks.pictures import contact_sheet
 from batchwise.choosing.classes import Classes
 
 if TYPE_CHECKING:
@@ -32,14 +33,13 @@ def draw(path: Path, inputs: Tensor, targets: Tensor | None, classes: Classes | 
     count = min(len(inputs), IMAGES) if images else min(inputs.shape[1], PANELS) if inputs.ndim == 2 else 0
     across = ACROSS if images else 4
     rows = -(-count // across)
-    heights = [(1.2 if images else 1.9) * rows, 2.6]
+    heights = [(1.4 if images else 1.9) * rows, 2.6]
     figure = Figure(figsize=(9, sum(heights) + 0.3), dpi=120, layout="constrained")
     top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=[max(heights[0], 0.01), heights[1]]).flat
-    if count:
-        axes = list(top.subplots(rows, across, squeeze=False).flat)
-        (_pictures if images else _columns)(axes, inputs[: IMAGES if images else None], targets)
-        for axis in axes[count:]:
-            axis.axis("off")
+    if count and images:
+        _pictures(top.subplots(), inputs[:IMAGES], targets)
+    elif count:
+        _columns(list(top.subplots(rows, across, squeeze=False).flat), inputs)
     left, right = bottom.subplots(1, 2)
     _classes(left, classes)
     if lengths:
@@ -52,25 +52,24 @@ def draw(path: Path, inputs: Tensor, targets: Tensor | None, classes: Classes | 
     figure.savefig(path)
 
 
-def _pictures(axes: "list[Axes]", images: Tensor, targets: Tensor | None) -> None:
+def _pictures(axis: "Axes", images: Tensor, targets: Tensor | None) -> None:
     images = images[:, None] if images.ndim == 3 else images
     images = images if images.shape[1] == 3 else images[:, :1]
     finite = images[images.isfinite()].double()  # one scale for all, so that a blank image looks blank
     low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
-    scaled = ((images.double() - low) / max(high - low, 1e-12)).permute(0, 2, 3, 1).squeeze(-1).numpy()
-    titles = targets.tolist() if targets is not None and targets.ndim == 1 else [""] * len(scaled)
-    for axis, image, title in zip(axes, scaled, titles, strict=False):
-        axis.imshow(image, cmap="gray", vmin=0, vmax=1)
-        axis.set_title(f"{title:.4g}" if isinstance(title, float) else title, fontsize=9, pad=2)
-        axis.axis("off")
+    titles = targets.tolist() if targets is not None and targets.ndim == 1 else [""] * len(images)
+    shown = [f"{title:.4g}" if isinstance(title, float) else str(title) for title in titles]
+    contact_sheet(axis, (images.double() - low) / max(high - low, 1e-12), shown, ["black"] * len(images), ACROSS)
 
 
-def _columns(axes: "list[Axes]", table: Tensor, targets: Tensor | None) -> None:
+def _columns(axes: "list[Axes]", table: Tensor) -> None:
     for number, (axis, column) in enumerate(zip(axes, table.double().T, strict=False)):
         axis.hist(column[column.isfinite()].numpy(), bins=30, color="tab:blue")
         axis.set_title(f"column {number}", fontsize=9, pad=2)
         axis.set_ylabel("" if number % 4 else "examples", fontsize=8)
         axis.tick_params(labelsize=7)
+    for axis in axes[table.shape[1] :]:
+        axis.axis("off")
 
 
 def _classes(axis: "Axes", classes: Classes | None) -> None:
