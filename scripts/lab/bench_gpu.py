@@ -52,7 +52,7 @@ from batchwise.choosing.speed import Stopwatch, Way
 from batchwise.data import pixels as change
 from batchwise.data.augment import CutOut, Flip, ShiftCrop
 from batchwise.data.module import DataModule
-from batchwise.host import peak_memory, reset_peak_memory
+from batchwise.host import peak_memory, reset_peak_memory, wait_for
 from batchwise.models.compiled import compile_network
 from batchwise.models.convnet import ConvNet
 from batchwise.models.resnet import ResNet
@@ -90,8 +90,7 @@ class Setting:
 
     def wait(self) -> None:
         """Wait for the device."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        wait_for(self.device)
 
     def autocast(self, precision: str) -> Any:
         """Return the context of a forward pass in a plain loop."""

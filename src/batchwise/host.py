@@ -41,7 +41,7 @@ def core_waits() -> float:
 
 
 def wait_for(device: torch.device) -> None:
-    """Return when a device has done what it was given."""
+    """Wait until a device has done all of its work."""
     torch.get_device_module(device).synchronize()
 
 

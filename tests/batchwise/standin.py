@@ -17,7 +17,9 @@ from functools import partial, wraps
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
+from examples import MAKE
 from lightning.fabric.accelerators.mps import MPSAccelerator
 from torch import Tensor, nn
 from torch._C import DisableTorchFunctionSubclass
@@ -33,6 +35,9 @@ MAY_MIX = ("_to_copy", "copy_", "_foreach_copy_", "set_", "index", "_index", "_u
 """The operations whose tensors may be on two devices, by the beginning of their names."""
 WAITS: list[str] = []
 SENT: list[str] = []
+LONG = ("bert", "lora", "forecast", "find")  # each for several seconds, because the stand-in is slow
+EXAMPLES = [pytest.param(name, marks=[pytest.mark.weekly] if name in LONG else []) for name in MAKE]
+"""The complete files in docs, for tests of each."""
 
 
 class Far(Tensor):

@@ -6,9 +6,14 @@ import torch
 from torch import Tensor
 
 
+def has_float64(device: torch.device) -> bool:
+    """Return whether a device has float64. Apple's `mps` has not."""
+    return device.type != "mps"
+
+
 def widest(device: torch.device) -> torch.dtype:
-    """Return the widest float type of a device: float64, but float32 on Apple's `mps`."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    """Return the widest float type of a device: float64, or else float32."""
+    return torch.float64 if has_float64(device) else torch.float32
 
 
 def send(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
@@ -21,7 +26,7 @@ GO_ON = ("cuda",)
 
 
 def number_on(device: torch.device, number: Any) -> Tensor:
-    """Return a number, or several, in the widest floats of a device. One that the host knows is no copy, but a fill."""
+    """Return a number, or several, in the widest floats of a device. A Python number is filled in there, not copied."""
     if isinstance(number, int | float):
         return torch.full((), number, dtype=widest(device), device=device)
     return send(torch.as_tensor(number), device, widest(device))

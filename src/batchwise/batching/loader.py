@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchwise.batching.device import send
+from batchwise.batching.device import has_float64, send
 from batchwise.batching.fetch import DataError, Example, Fetch, Request
 from batchwise.batching.order import Order
 from batchwise.batching.plan import BatchPlan, Part, cut
@@ -67,7 +67,7 @@ class MicroBatch:
 
     def _drawn(self, name: str, shape: tuple[int, ...], normal: bool) -> Tensor:
         device = next((tensor.device for tensor in tensors((self.inputs, self.targets))), torch.device("cpu"))
-        home = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+        home = device if has_float64(device) else torch.device("cpu")
         in_training = isinstance(self.key, Tensor) or self.key != 0
         where = self.position + torch.arange(len(self), device=home) if in_training else send(self.index, home)
         drawn = keyed(self.key, name, where, prod(shape), normal, torch.get_default_dtype())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from batchwise.batching.collate import stack
+from batchwise.batching.device import has_float64
 from batchwise.batching.fetch import Fetch, InMemory, make_fetch
 from batchwise.batching.loader import MicroBatch, read
 from batchwise.batching.order import Order, Shuffled, Sources
@@ -188,7 +189,7 @@ class Examples(Reserved, pl.LightningDataModule, ABC):
         if plugin is not None:
             idle = type(plugin).convert_input is Precision.convert_input  # as in full and in mixed precision
             dtype = torch.float32 if idle else plugin.convert_input(_ONE).dtype
-        if device.type == "mps":  # which has no float64
+        if not has_float64(device):
             batch = batch.cast(torch.float32)
         batch = batch.copy() if device.type == "cpu" else batch.to(device)
         batch = batch if dtype is None else batch.cast(dtype)

@@ -6,7 +6,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from batchwise.batching.device import send
+from batchwise.batching.device import has_float64, send
 from batchwise.batching.random import keyed
 from batchwise.models import place
 
@@ -35,7 +35,7 @@ def _numbers(values: Tensor, name: str, normal: bool) -> Tensor:
         return torch.randn_like(values) if normal else torch.rand_like(values)
     key, first, *_ = place.current
     # A device without float64 gets its numbers from the host, so that they are the same.
-    device = torch.device("cpu") if values.device.type == "mps" else values.device
+    device = values.device if has_float64(values.device) else torch.device("cpu")
     where = first + torch.arange(len(values), device=device)
     drawn = keyed(key, name, where, prod(values.shape[1:]), normal, values.dtype)
     return send(drawn.view(values.shape), values.device)

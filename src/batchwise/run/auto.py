@@ -5,14 +5,14 @@ from typing import Any
 
 import torch
 import yaml
-from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
+from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator, MPSAccelerator
 
 from batchwise.choosing import automatic
 from batchwise.choosing.speed import Settings
 from batchwise.data.module import DataModule
 from batchwise.tasks.task import Task
 
-_GPUS = {"cuda": CUDAAccelerator, "mps": MPSAccelerator}
+_KINDS = {"cuda": CUDAAccelerator, "mps": MPSAccelerator, "cpu": CPUAccelerator}
 
 
 def choose_settings(
@@ -38,7 +38,7 @@ def choose_settings(
     elif str(devices).isdecimal():
         processes = int(str(devices))
     else:
-        processes = _GPUS[kind].auto_device_count() if kind in _GPUS else 1
+        processes = _KINDS[kind].auto_device_count()
     automatic.measure(model, data, trainer, path, torch.device(kind), processes, everything)
     chosen = yaml.safe_load(path.read_text())
     for key, value in chosen["trainer"].items():
@@ -52,5 +52,5 @@ def choose_settings(
 
 def _kind(accelerator: Any) -> str:
     """Return the kind of device on which the trainer will train, as Lightning chooses it."""
-    there = [kind for kind, gpu in _GPUS.items() if accelerator in (None, "auto", "gpu", kind) and gpu.is_available()]
+    there = [kind for kind, one in _KINDS.items() if accelerator in (None, "auto", "gpu", kind) and one.is_available()]
     return there[0] if there else "cpu"

@@ -17,7 +17,7 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
-from batchwise.batching.device import widest
+from batchwise.batching.device import has_float64
 from batchwise.batching.loader import MicroBatch
 from batchwise.batching.structure import shape
 from batchwise.data.module import DataModule
@@ -64,7 +64,7 @@ def _check_floats(task: "Task", device: torch.device) -> None:
     """Raise ValueError if weights or buffers are wider than the device's floats."""
     held = chain(task.named_parameters(), task.named_buffers())
     wide = next((name for name, value in held if value.is_floating_point() and value.dtype.itemsize > 4), None)
-    if wide is not None and widest(device) == torch.float32:
+    if wide is not None and not has_float64(device):
         raise ValueError(
             f"{wide} is float64, which accelerator {device.type} does not have: write trainer.accelerator cpu, or "
             "trainer.precision 32-true and weights in float32"

@@ -1,6 +1,7 @@
 """An ordinary step does not wait for the device, and neither does its check for finite numbers."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import parts
@@ -71,7 +72,7 @@ def test_a_step_gives_no_order_to_wait(
 
     steps = around(monkeypatch, before, after)
     try:
-        data = DATA[name]() if name in DATA else small.Points(batch_size=2)
+        data = DATA.get(name, partial(small.Points, batch_size=2))()
         _, trainer = small.fit(MAKE[name](), data, gradient_clip_val=clip, max_steps=32, **SETTINGS, **on)
     finally:
         if on_cuda:

@@ -10,7 +10,7 @@ import pytest
 import small
 import standin
 import torch
-from examples import MAKE, Log, furthest, train
+from examples import Log, furthest, train
 from helpers import BF16, DIGITS, run_here
 
 from batchwise.choosing import short, speed
@@ -18,7 +18,6 @@ from batchwise.choosing import short, speed
 AUTO = {"accelerator": "auto", "devices": 1}
 SHORT = (*DIGITS, "--trainer.max_steps", 3, "--trainer.log_every_n_steps", 1, "--trainer.limit_val_batches", 1)
 FIT = ("fit", *SHORT, "--trainer.accelerator", "auto")
-LONG = ("bert", "lora", "forecast", "find")  # each for several seconds: the stand-in is slow
 
 
 def there(function, *arguments, **settings):
@@ -27,9 +26,7 @@ def there(function, *arguments, **settings):
         return function(*arguments, **settings), list(standin.WAITS)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.weekly] if name in LONG else []) for name in MAKE]
-)
+@pytest.mark.parametrize("name", standin.EXAMPLES)
 def test_every_example_trains_as_on_the_host(name):
     settings = {"micro": 7, "precision": "32-true", "limit_train_batches": 2}
     host = train(name, **settings)
@@ -53,11 +50,10 @@ def test_the_command_line_takes_the_device(precision):
 
 
 def test_a_checkpoint_of_the_host_goes_on_and_is_evaluated_there():
-    last, auto = run_here("fit", *SHORT).folder / "checkpoints" / "last.ckpt", ("--trainer.accelerator", "auto")
-    more, figures = (
-        ("fit", *SHORT, "--trainer.max_steps", 6, "--ckpt_path", last),
-        ("validate", *DIGITS, "--ckpt_path", last),
-    )
+    last = run_here("fit", *SHORT).folder / "checkpoints" / "last.ckpt"
+    auto = ("--trainer.accelerator", "auto")
+    more = ("fit", *SHORT, "--trainer.max_steps", 6, "--ckpt_path", last)
+    figures = ("validate", *DIGITS, "--ckpt_path", last)
     host, far = run_here(*more), there(run_here, *more, *auto)[0]
     assert far.code == 0, far.err
     assert helpers.furthest(host, far) < 1e-6
@@ -82,7 +78,6 @@ def test_speed_is_measured_on_the_device(asked, monkeypatch):
 
 def test_short_trainings_are_on_the_device():
     """Those of `tune` and `sweep`."""
-
     devices = []
 
     class Seen(pl.Callback):
@@ -137,10 +132,8 @@ def test_a_step_waits_once_for_the_device(micro):
     """To learn whether its loss and its gradient are finite."""
 
     def waits(steps):
-        task, data = (
-            small.Classify(small.network().float(), optimizer=small.adamw),
-            small.Points(micro_batch_size=micro),
-        )
+        task = small.Classify(small.network().float(), optimizer=small.adamw)
+        data = small.Points(micro_batch_size=micro)
         return len(there(small.fit, task, data, precision="32-true", max_steps=steps, **AUTO)[1])
 
     assert waits(6) - waits(2) == 4

@@ -11,7 +11,6 @@ import pytest
 import small
 import standin
 import torch
-from examples import MAKE
 from torch.optim import AdamW
 
 from batchwise.batching import device
@@ -31,7 +30,6 @@ WAITS = {
     "bert": MICRO,  # in transformers, which looks at the mask
     "lora": MICRO,
 }
-LONG = ("bert", "lora", "forecast", "find")  # each for several seconds: the stand-in is slow
 AUGMENTATIONS = {
     "Flip": [Flip()],
     "ShiftCrop": [ShiftCrop(1)],
@@ -66,9 +64,7 @@ def waits(task, data, **settings):
     return {after - before for before, after in pairwise(counts[1:])}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.weekly] if name in LONG else []) for name in MAKE]
-)
+@pytest.mark.parametrize("name", standin.EXAMPLES)
 def test_an_example_waits_for_no_more_than_is_named(name, as_on_a_gpu):
     assert waits(*examples.make(name, MICRO)) == {WAITS.get(name, 0)}
 
