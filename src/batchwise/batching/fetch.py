@@ -1,9 +1,11 @@
-"""From example numbers to tensors: one gather per field and micro-batch."""
+"""From example numbers to tensors: one gather per field, for as many micro-batches as fit in a cache."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from itertools import chain
+from math import gcd, lcm
 from time import perf_counter
 from typing import Any, NamedTuple, Protocol
 
@@ -39,6 +41,10 @@ class Request(NamedTuple):
     def one(cls, index: Tensor, position: int = 0) -> "Request":
         """Return a request for a single micro-batch."""
         return cls(index, [len(index)], [position])
+
+
+_Group = tuple[Tensor, list[int]]
+"""The examples of some micro-batches, int64 [sum of sizes], and these sizes."""
 
 
 class DataError(RuntimeError):
@@ -160,41 +166,76 @@ class InMemory:
 
     def stream(self, requests: Iterable[Request], seed: int = 0) -> Iterator[Read]:
         """Yield each micro-batch. A thread reads ahead if the data goes to a GPU, or once a mapped file is slow."""
-        indices = (index for request in requests for index in self._split(request))
-        return _read_ahead(self._read, indices, self.pinned) if self.pinned or self.mapped else map(self._read, indices)
+        groups = (group for request in requests for group in self._groups(request))
+        ahead = self.pinned or self.mapped
+        reads = _read_ahead(self._read, groups, self.pinned) if ahead else map(self._read, groups)
+        return (read for group in reads for read in group)
 
-    def _split(self, request: Request) -> Sequence[Tensor]:
-        """Return the examples of each micro-batch, where the fields are."""
+    def _groups(self, request: Request) -> Iterator[_Group]:
+        """Return the micro-batches that are gathered together. Their examples are where the fields are."""
         index = request.index
         if len(index) and (int(index.min()) < 0 or int(index.max()) >= len(self)):
             raise IndexError(f"examples {int(index.min())} to {int(index.max())} were asked for, of {len(self)}")
         if self.home.type == "cuda" and not self.has_lists:
             index = send(index, self.home)  # once for all fields
-        return index.split_with_sizes(request.sizes)
+        groups: list[list[int]] = []
+        length, (unit, most) = 0, self._together
+        for size in request.sizes:
+            if not groups or length % unit or length + size > most:
+                groups.append([])
+                length = 0
+            groups[-1].append(size)
+            length += size
+        return zip(index.split_with_sizes([*map(sum, groups)]), groups, strict=True)
 
-    def _read(self, index: Tensor) -> Read:
-        return tuple(select(field, index, self.pinned) for field in self.fields), None
+    @cached_property
+    def _together(self) -> tuple[int, int]:
+        """The number of examples after which another micro-batch may begin in a group, and the most in a group.
+
+        Each must begin where memory is aligned, as if it stood alone: else kernels may add in another order.
+        """
+        if self.has_lists or not len(self):
+            return 1, 0
+        rows = [leaf.nbytes // len(self) for _, leaf in named(self.fields)]
+        unit = lcm(*(_ALIGNED // gcd(_ALIGNED, row) for row in rows))
+        return unit, _GROUP // max(1, sum(rows))
+
+    def _read(self, group: _Group) -> list[Read]:
+        index, sizes = group
+        fields = tuple(select(field, index, self.pinned) for field in self.fields)
+        if len(sizes) == 1:
+            return [(fields, None)]
+        return [(parts, None) for parts in zip(*(_split(field, sizes) for field in fields), strict=True)]
 
 
-def _read_ahead(read: Callable[[Tensor], Read], indices: Iterator[Tensor], slow: bool) -> Iterator[Read]:
-    """Yield read(index) for each index. A thread reads ahead after the first slow read.
+def _split(field: Any, sizes: list[int]) -> Sequence[Any]:
+    """Return the parts of a field that have these numbers of examples."""
+    if isinstance(field, Tensor):
+        return field.unsafe_split_with_sizes(sizes)  # so that autograd takes a change of one part for that part's alone
+    parts = rebuild(field, lambda leaf: iter(leaf.unsafe_split_with_sizes(sizes)))
+    return [rebuild(parts, next) for _ in sizes]
+
+
+def _read_ahead(read: Callable[[_Group], list[Read]], groups: Iterator[_Group], slow: bool) -> Iterator[list[Read]]:
+    """Yield read(group) for each group. A thread reads ahead after the first slow read.
 
     Before, it would cost more than it saves: to hand over a micro-batch takes longer than to gather it from memory.
 
     Args:
-        read: reads one micro-batch.
-        indices: the examples of each micro-batch. They may be consumed in the thread.
+        read: reads the micro-batches of a group.
+        groups: may be consumed in the thread.
         slow: start the thread at once.
     """
     while not slow:
-        index = next(indices, None)
-        if index is None:
+        group = next(groups, None)
+        if group is None:
             return
         start = perf_counter()
-        made = read(index)
-        slow = perf_counter() - start > _SLOW + sum(leaf.nbytes for leaf in tensors(made[0])) / _DISK
+        made = read(group)
+        bytes_read = sum(leaf.nbytes for fields, _ in made for leaf in tensors(fields))
+        slow = perf_counter() - start > _SLOW + bytes_read / _DISK
         yield made
-    reads, thread = map(read, indices), ThreadPoolExecutor(1)
+    reads, thread = map(read, groups), ThreadPoolExecutor(1)
     try:
         waiting = deque(thread.submit(next, reads, None) for _ in range(_AHEAD))
         while made := waiting.popleft().result():
@@ -205,7 +246,9 @@ def _read_ahead(read: Callable[[Tensor], Read], indices: Iterator[Tensor], slow:
 
 
 _SLOW, _DISK = 1e-3, 2.5e8  # seconds, and bytes per second: memory takes a tenth of either
-_AHEAD = 4  # micro-batches
+_AHEAD = 4  # groups of micro-batches
+_GROUP = 2**20  # bytes: within a processor's cache
+_ALIGNED = 256  # bytes: cuBLAS looks no further
 
 
 def make_fetch(

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+from batchwise.batching import fetch as fetch_module
 from batchwise.batching.fetch import InMemory, Request, Rows, make_fetch
 from batchwise.batching.workers import Workers
 
@@ -97,6 +98,59 @@ def test_tensors_may_move_to_shared_memory():
     inputs.share_memory_()
     inputs += 1
     assert [x.tolist() for x in next(stream)[0]] == [[2, 2**16], [1, 2**16 - 1]]
+
+
+def gathered(fetch: InMemory, sizes: list[int], monkeypatch) -> tuple[list[tuple], int]:
+    """Read one request of micro-batches; return them, and in how many gathers of the first field it was done."""
+    calls = []
+    select = fetch_module.select
+    monkeypatch.setattr(fetch_module, "select", lambda *arguments: calls.append(1) or select(*arguments))
+    index = torch.arange(len(fetch)).flip(0)[: sum(sizes)]
+    read = list(fetch.stream([Request(index, sizes, [0] * len(sizes))]))
+    assert [len(fields[-1]) for fields, _ in read] == sizes
+    return [fields for fields, _ in read], len(calls) // len(fetch.fields)
+
+
+def test_micro_batches_are_gathered_together_as_far_as_each_begins_in_aligned_memory(monkeypatch):
+    inputs = {"x": torch.arange(4000.0).view(1000, 4), "pair": (torch.arange(1000, dtype=torch.int16),)}
+    targets = torch.arange(1000)
+    for sizes, expected in (
+        ([128, 128, 128, 77], 1),  # 128 numbers of 16 bits take 256 bytes
+        ([128, 77, 128, 128], 2),
+        ([64, 64, 64], 3),
+        ([7], 1),
+    ):
+        read, gathers = gathered(InMemory((inputs, targets)), sizes, monkeypatch)
+        assert gathers == expected
+        at = 1000
+        for size, (x, y) in zip(sizes, read, strict=True):
+            numbers = range(at - 1, at - 1 - size, -1)
+            at -= size
+            assert y.tolist() == x["pair"][0].tolist() == list(numbers)
+            assert torch.equal(x["x"], inputs["x"][y])
+            for leaf in (x["x"], x["pair"][0], y):
+                assert leaf.storage_offset() * leaf.itemsize % 256 == 0
+                assert leaf.is_contiguous()
+
+
+def test_no_more_is_gathered_at_once_than_a_cache_holds(monkeypatch):
+    rows = InMemory((torch.zeros(1024, 2**10),))  # of 4 KiB, so 256 of them
+    for sizes, gathers in (([64] * 5, 2), ([256, 256], 2), ([512, 128, 128], 2), ([300, 300], 2)):
+        assert gathered(rows, sizes, monkeypatch)[1] == gathers
+    with_names = InMemory((torch.zeros(1024), ["name"] * 1024))
+    assert gathered(with_names, [64, 64], monkeypatch)[1] == 2
+
+
+def test_a_change_in_one_micro_batch_is_none_of_another():
+    (x,), (y,) = (
+        fields for fields, _ in InMemory((torch.ones(128, 2),)).stream([Request(torch.arange(128), [64, 64], [0, 64])])
+    )
+    assert x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
+    weight = torch.ones((), requires_grad=True)
+    loss = (x * weight).sum()
+    y.zero_()
+    loss.backward()  # autograd would refuse, if x counted as changed
+    assert weight.grad == 128
 
 
 @pytest.mark.parametrize("slow", [True, False])
