@@ -119,6 +119,7 @@ class Examples(Reserved, pl.LightningDataModule, ABC):
             self.__loaded[name] = None if source is None else make_fetch(source, *workers, collate)
         return self.__loaded[name]
 
+    @final
     def _forget(self) -> None:
         """Forget the splits, and all cached properties of a subclass."""
         self.__loaded, self.__fed = {}, {}

@@ -18,7 +18,7 @@ class Reserved:
         """
         super().__init_subclass__(**kwargs)
         for name in vars(cls):
-            if any(_is_final(vars(base).get(name)) for base in cls.__mro__[1:]):
+            if any(is_final(vars(base).get(name)) for base in cls.__mro__[1:]):
                 raise TypeError(f"{cls.__name__}.{name} replaces what its base class uses: choose another name")
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -33,5 +33,6 @@ class Reserved:
         super().__setattr__(name, value)
 
 
-def _is_final(member: object) -> bool:
+def is_final(member: object) -> bool:
+    """Return whether a method or property is marked with `typing.final`."""
     return getattr(member.fget if isinstance(member, property) else member, "__final__", False)

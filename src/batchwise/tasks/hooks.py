@@ -16,19 +16,6 @@ STEP_HOOKS = (
     "on_train_batch_end",
 )
 
-THE_ENGINES = {
-    "training_step": "write losses",
-    "validation_step": "write losses, and make_metrics",
-    "test_step": "write losses, and make_metrics",
-    "predict_step": "write predictions",
-    "configure_model": "make the layers in __init__ of the network",
-    "automatic_optimization": "leave it out, or for several optimizers write batchwise.tasks.adversarial.Adversarial",
-    "on_before_batch_transfer": "write transform in the data module",
-    "on_after_batch_transfer": "write transform in the data module",
-    "transfer_batch_to_device": "write transform in the data module",
-}
-"""Names that a subclass must not override, and what to do instead."""
-
 
 def listens(thing: Any, hook: str) -> bool:
     """Return whether a callback or module overrides a hook, in its class or on the object."""

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, final
 
 import lightning.pytorch as pl
 import torch
@@ -22,11 +22,11 @@ from batchwise.models.shard import shard
 from batchwise.optim.scaling import Scaling
 from batchwise.optim.schedule import Schedule
 from batchwise.tasks.finetuning import FineTuning
-from batchwise.tasks.hooks import THE_ENGINES
 from batchwise.tasks.logs import as_lightning_takes_it
 from batchwise.tasks.losses import Losses, checked
 from batchwise.tasks.making import made
 from batchwise.tasks.measures import Measures
+from batchwise.tasks.names import check_attribute, check_class
 from batchwise.tasks.rates import Rates
 from batchwise.tasks.step import Step
 from batchwise.tasks.terms import Terms
@@ -37,8 +37,7 @@ class Task(pl.LightningModule, ABC):
     """Owns network, loss, optimizer and metrics. A subclass gives one loss per target, in `losses`.
 
     You may override all of Lightning's hooks, with or without `super()`: the engine keeps its state in objects of its
-    own (`_step`, `_measures`, `_rates`, `_tuning`). An override that would break the step is refused when the class is
-    made.
+    own. A name of yours that would take the place of one of the engine's is refused.
 
     Args:
         network: any module that takes `batch.inputs`.
@@ -66,10 +65,11 @@ class Task(pl.LightningModule, ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        for name, remedy in THE_ENGINES.items():
-            owner = next(base for base in cls.__mro__ if name in vars(base))  # may be a mixin
-            if not owner.__module__.startswith(("batchwise.", "lightning.")):
-                raise TypeError(f"{owner.__name__}.{name} would take the place of the exact step: {remedy}")
+        check_class(cls)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        check_attribute(self, name, value)
+        super().__setattr__(name, value)
 
     def __init__(
         self,
@@ -141,6 +141,7 @@ class Task(pl.LightningModule, ABC):
     # What it may use
 
     @property
+    @final
     def data(self) -> DataModule:
         """The data module, which owns the batch."""
         data = self._own_data or getattr(self._trainer, "datamodule", None)
@@ -148,20 +149,11 @@ class Task(pl.LightningModule, ABC):
             raise TypeError("a Task trains from a batchwise.DataModule: pass datamodule= to the trainer")
         return data
 
-    @property
-    def automatic_optimization(self) -> bool:
-        """Always True: Lightning's schedulers and counters depend on it."""
-        return True
-
-    @automatic_optimization.setter
-    def automatic_optimization(self, value: bool) -> None:
-        if not value:
-            raise ValueError(f"automatic_optimization is {value}: {THE_ENGINES['automatic_optimization']}")
-
     def forward(self, inputs: Any) -> Any:
         """Apply the network: a tuple of inputs is passed as several arguments, a dict as keyword arguments."""
         return call(self.network, inputs, self._channels_last)
 
+    @final
     def measure(self, *values: Tensor) -> None:
         """Update the metrics of the running evaluation, or in training those of the step if a row in the log is due."""
         self._measures.update(self.training, values)
@@ -206,6 +198,7 @@ class Task(pl.LightningModule, ABC):
 
     # What the engine calls
 
+    @final
     def prepare(self, data: DataModule, split: str) -> None:
         """Try the network on the first examples of a split and make the metrics, before anything is trained.
 

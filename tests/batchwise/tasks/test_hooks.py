@@ -196,6 +196,24 @@ def test_what_must_not_be_overridden_says_so(name: str) -> None:
         type("Own", (small.Classify,), {name: nothing})
 
 
+@pytest.mark.parametrize("name", ["data", "measure", "prepare", "_outputs", "_couples", "_summed_loss", "_turns"])
+def test_what_the_engine_calls_by_itself_says_so_too(name: str) -> None:
+    with pytest.raises(TypeError, match=rf"^Own\.{name} replaces what its base class uses: choose another name$"):
+        type("Own", (small.Classify,), {name: nothing})
+    mixin = type("Mixin", (), {name: nothing})
+    with pytest.raises(TypeError, match=rf"^Mixin\.{name} replaces"):
+        type("Own", (mixin, small.Classify), {})
+
+
+@pytest.mark.parametrize("name", ["data", "counts", "predictions", "record", "_step", "_measures", "_rates", "_tuning"])
+def test_an_attribute_must_not_hide_the_engine(name: str) -> None:
+    task = small.Classify(small.network(), optimizer=small.adamw)
+    with pytest.raises(
+        ValueError, match=f"^Classify sets self.{name}, which its base class uses: choose another name$"
+    ):
+        setattr(task, name, [])
+
+
 class Ordinary(small.Classify):
     """Gives ordinary names to things of its own."""
 
