@@ -35,7 +35,7 @@ class Digits(DataModule):
     def transform(self, batch: MicroBatch, training: bool) -> MicroBatch:
         """Return a micro-batch as the network takes it: `batch.inputs` [N, 1, 8, 8] and `batch.targets` [N].
 
-        This runs on the device, so that the images travel there as bytes. In training, `data.augment` runs before it.
+        This runs on the device, so that the images travel there as bytes. Most of `data.augment` runs before it.
         """
         mean, std = 4.88, 6.02  # of the training images: the network learns best from numbers around 0
         return replace(batch, inputs=(batch.inputs - mean) / std)

@@ -291,6 +291,21 @@ def test_classic_prints_its_line(run: Callable) -> None:
     assert float(lines[2].split()[-1]) < float(lines[0].split()[-1])
 
 
+def test_each_column_of_the_log_is_described(run: Callable) -> None:
+    noise = ("--trainer.callbacks+", "batchwise.callbacks.noise_scale.NoiseScale", "--data.micro_batch_size", 16)
+    result = run(
+        "fit", "--config", "configs/digits.yaml", "--config", "configs/overlays/csv.yaml", "--trainer.max_epochs", 1,
+        "--trainer.log_every_n_steps", 5, *noise,
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    (path,) = Path("runs/digits").glob("*/log/version_0/metrics.csv")
+    columns = path.read_text().splitlines()[0].split(",")
+    (section,) = re.findall(r"^## What the log has\n(.*?)^## ", DOCS["callbacks.md"], re.DOTALL | re.MULTILINE)
+    described = [re.escape(name).replace("NAME", r"\w+") for name in re.findall(r"`([^`]+)`", section)]
+    assert len(columns) > 20
+    assert [name for name in columns if not any(re.fullmatch(pattern, name) for pattern in described)] == ["step"]
+
+
 def test_table_of_numbers(run: Callable) -> None:
     """What the comments of table.yaml say for a number in place of a class."""
     run_script("make_table.py")

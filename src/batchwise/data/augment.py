@@ -1,4 +1,6 @@
-"""Augmentation of whole micro-batches, on the device. The random numbers depend on seed, epoch and example alone.
+"""Augmentation of whole micro-batches, on the device. The random numbers depend on seed, epoch and example.
+
+Where an order may have an example twice, they also depend on its position in the batch.
 
 So an example is augmented in the same way on any device, in any micro-batch and after any resume. The augmentations are
 listed in the configuration, under `data.augment`. In training they are applied in this order:

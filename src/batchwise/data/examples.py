@@ -177,6 +177,15 @@ class Examples(Reserved, pl.LightningDataModule, ABC):
         """Return the training examples of each source by name, a range or int64 [n]. `Mixture` needs them."""
         return None
 
+    def stored(self, split: str, index: Tensor) -> dict[str, Any] | None:
+        """Return the columns that the command `shards` writes, by name; None: the examples as `load` gives them.
+
+        Args:
+            split: name of the split.
+            index: numbers of examples within the split, int64 [N].
+        """
+        return None
+
     def transfer_batch_to_device(self, batch: object, device: torch.device, dataloader_idx: int) -> object:
         """Leave batches on the host. The task moves each micro-batch with `to_device`."""
         return batch

@@ -82,7 +82,7 @@ class CLI(LightningCLI):
             "--speed",
             type=Literal["auto"] | None,
             default=None,
-            help="auto: measure a few steps, and set what is not set of precision, memory format, micro-batch, threads",
+            help="auto: measure a few steps, and set those keys of precision, memory and threads that are not set",
         )
         parser.add_argument(
             "--predictions", type=str, default="predictions.csv", help="what predict writes: a .csv or .parquet file"

@@ -96,8 +96,8 @@ class CommandTrainer(Trainer):
         Args:
             model: the model that is to be trained; it is not changed.
             datamodule: the data, with its plan.
-            budget: examples of the short trainings, as a share of those of the whole training. With 0.25 they have at
-                least 80 steps at the configured batch size, so for a small training it is more.
+            budget: examples of the short trainings, as a share of those of the training, or of its first 20 epochs.
+                With 0.25 they have at least 80 steps at the configured batch size, so for a small training it is more.
             memory_gib: memory that each device may use, in GiB; null: most of the free memory.
         """
         rates = self.recipe.rates if self.recipe else {}

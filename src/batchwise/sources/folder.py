@@ -93,12 +93,7 @@ class Folder(Fractions):
         return {"path": [os.fsencode(names[number]).decode(errors="replace") for number in numbers[index]]}
 
     def stored(self, split: str, index: Tensor) -> dict[str, list]:
-        """Return the columns that shards get: the bytes of image files, and labels.
-
-        Args:
-            split: name of the split.
-            index: numbers of examples within the split, int64 [N].
-        """
+        """Return the bytes of image files, and labels."""
         root, names, labels, _ = self._listing
         numbers = self._index[split][index].tolist()
         return {

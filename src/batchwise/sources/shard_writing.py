@@ -26,8 +26,9 @@ def write_shards(data: DataModule, folder: Path, mib: float) -> Index:
     """Write the training, validation and test examples as Arrow files, and their index.
 
     The examples of a split are shuffled, so that each file is a random part of it. They are as `load` gives them,
-    before `transform`: columns `inputs` and `targets`, or `inputs.key` where they are nested. A data module with a
-    method `stored`, such as a folder of images, writes what that returns. Class numbers become names if there are any.
+    before `transform`: columns `inputs` and `targets`, or `inputs.key` where they are nested. Where the method `stored`
+    of the data module returns columns, as for a folder of images, it is these. Class numbers become names if there are
+    any.
 
     Args:
         data: has been set up.
@@ -53,16 +54,17 @@ Columns = Callable[[Tensor], dict[str, Any]]
 
 
 def _columns_of(data: DataModule, split: str, fetch: Fetch) -> Columns:
-    stored, names = getattr(data, "stored", None), data.class_names
-    if stored is not None:
-        return lambda index: {name: as_column(values) for name, values in stored(split, index).items()}
-
-    if getattr(fetch, "lengths", None) is not None:
-        raise ValueError(
-            f"the {split} split has sequences of unequal length, which no column holds: for texts write data.packing"
-        )
+    names = data.class_names
 
     def columns(index: Tensor) -> dict[str, Any]:
+        own = data.stored(split, index)
+        if own is not None:
+            return {name: as_column(values) for name, values in own.items()}
+        if getattr(fetch, "lengths", None) is not None:
+            raise ValueError(
+                f"the {split} split has sequences of unequal length, which no column holds: for texts write "
+                "data.packing"
+            )
         batch, found = read(fetch, index), {}
         for place, leaf in [*leaves(batch.inputs, "inputs"), *leaves(batch.targets, "targets")]:
             name = place.replace("['", ".").replace("']", "")

@@ -36,8 +36,8 @@ class Text(Fractions):
     (path, size, time of change), so that a change of either makes a new folder.
 
     Args:
-        files: paths and patterns of plain text, or of CSV, TSV or JSON lines with a document in each row; `stdlib` is
-            the source of Python's own standard library.
+        files: paths and patterns of plain text, or of CSV, TSV, JSON lines or Parquet with a document in each row;
+            `stdlib` is the source of Python's own standard library.
         vocabulary: bytes, characters (of the training documents), or the path of a `tokenizer.json`.
         sequence_length: the most tokens of a sequence, and the tokens of a packed block. For a language model a longer
             document becomes several sequences. For classification its beginning is taken.

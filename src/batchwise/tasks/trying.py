@@ -110,7 +110,7 @@ def _refuse_callbacks(task: "Task", callbacks: list[Callback]) -> None:
         if isinstance(callback, BackboneFinetuning) and not hasattr(task, "backbone"):
             raise ValueError(
                 f"trainer.callbacks: BackboneFinetuning needs {type(task).__name__}.backbone: write a property of that "
-                "name, or model.freeze and model.thaw_after_examples"
+                "name, or model.freeze"
             )
         if isinstance(callback, StochasticWeightAveraging) and any(batchnorms(task.network)):
             raise ValueError(
