@@ -197,8 +197,9 @@ class InMemory:
         if self.has_lists or not len(self):
             return 1, 0
         rows = [leaf.nbytes // len(self) for _, leaf in named(self.fields)]
+        most = _GROUP_ON_GPU if self.home.type == "cuda" else _GROUP
         unit = lcm(*(_ALIGNED // gcd(_ALIGNED, row) for row in rows))
-        return unit, _GROUP // max(1, sum(rows))
+        return unit, most // max(1, sum(rows))
 
     def _read(self, group: _Group) -> list[Read]:
         index, sizes = group
@@ -247,7 +248,7 @@ def _read_ahead(read: Callable[[_Group], list[Read]], groups: Iterator[_Group], 
 
 _SLOW, _DISK = 1e-3, 2.5e8  # seconds, and bytes per second: memory takes a tenth of either
 _AHEAD = 4  # groups of micro-batches
-_GROUP = 2**20  # bytes: within a processor's cache
+_GROUP, _GROUP_ON_GPU = 2**18, 2**22  # bytes: on a CPU, more leaves the cache, and takes new pages each time
 _ALIGNED = 256  # bytes: cuBLAS looks no further
 
 

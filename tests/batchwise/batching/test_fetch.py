@@ -134,7 +134,7 @@ def test_micro_batches_are_gathered_together_as_far_as_each_begins_in_aligned_me
 
 
 def test_no_more_is_gathered_at_once_than_a_cache_holds(monkeypatch):
-    rows = InMemory((torch.zeros(1024, 2**10),))  # of 4 KiB, so 256 of them
+    rows = InMemory((torch.zeros(1024, 2**8),))  # of 1 KiB, so 256 of them
     for sizes, gathers in (([64] * 5, 2), ([256, 256], 2), ([512, 128, 128], 2), ([300, 300], 2)):
         assert gathered(rows, sizes, monkeypatch)[1] == gathers
     with_names = InMemory((torch.zeros(1024), ["name"] * 1024))
