@@ -16,6 +16,11 @@ def widest(device: torch.device) -> torch.dtype:
     return torch.float64 if has_float64(device) else torch.float32
 
 
+def exact(device: torch.device) -> torch.device:
+    """Return the device that draws random numbers for a device: itself, or the host where it has no float64."""
+    return device if has_float64(device) else torch.device("cpu")
+
+
 def send(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """Return a tensor on a device, and of a type. The host does not wait until a GPU has it."""
     return tensor.to(device, dtype, non_blocking=device.type in GO_ON)

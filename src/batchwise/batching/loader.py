@@ -4,14 +4,14 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, pairwise
-from math import ceil, prod
+from math import ceil
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from batchwise.batching.device import has_float64, send
+from batchwise.batching.device import exact, send
 from batchwise.batching.fetch import DataError, Example, Fetch, Request
 from batchwise.batching.order import Order
 from batchwise.batching.plan import BatchPlan, Part, cut
@@ -67,11 +67,10 @@ class MicroBatch:
 
     def _drawn(self, name: str, shape: tuple[int, ...], normal: bool) -> Tensor:
         device = next((tensor.device for tensor in tensors((self.inputs, self.targets))), torch.device("cpu"))
-        home = device if has_float64(device) else torch.device("cpu")
+        home = exact(device)
         in_training = isinstance(self.key, Tensor) or self.key != 0
         where = self.position + torch.arange(len(self), device=home) if in_training else send(self.index, home)
-        drawn = keyed(self.key, name, where, prod(shape), normal, torch.get_default_dtype())
-        return send(drawn.view(len(self), *shape), device)
+        return send(keyed(self.key, name, where, shape, normal, torch.get_default_dtype()), device)
 
     def to(self, device: torch.device) -> "MicroBatch":
         """Return the micro-batch with its tensors on `device`. `index` stays on the host."""

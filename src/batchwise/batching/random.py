@@ -1,7 +1,7 @@
 """Random numbers and permutations as pure functions of integer keys, such as (seed, step, position)."""
 
 from hashlib import blake2b
-from math import pi
+from math import pi, prod
 from typing import overload
 
 import numpy as np
@@ -58,24 +58,29 @@ def uniform(key: int | Tensor, counters: Tensor) -> Tensor:
     return (mix(key, counters) >> 10).to(torch.float64) * 2.0**-53
 
 
-def keyed(key: int | Tensor, name: str, examples: Tensor, count: int, normal: bool, dtype: torch.dtype) -> Tensor:
-    """Return random numbers for examples, [N, count], on their device: a function of key, name and example.
+def keyed(
+    key: int | Tensor, name: str, examples: Tensor, shape: tuple[int, ...], normal: bool, dtype: torch.dtype
+) -> Tensor:
+    """Return random numbers for examples, [N, *shape], on their device: a function of key, name and example.
 
     Args:
         key: such as that of (seed, step).
         name: what the numbers are for.
         examples: whole numbers [N], such as positions in the batch.
-        count: numbers for each of them.
+        shape: of the numbers for each of them.
         normal: draw from the standard normal distribution (Box and Muller 1958), and not uniformly from [0, 1).
         dtype: floats.
     """
     salt = int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "big")
+    count = prod(shape)
     places = torch.arange(count * (1 + normal), device=examples.device)
     draws = uniform(mix(key, salt, examples)[:, None], places)
     if normal:
         radius, angle = draws[:, :count], draws[:, count:]
-        return ((-2 * (1 - radius).log()).sqrt() * (2 * pi * angle).cos()).to(dtype)  # of a number above 0
-    return draws.clamp_max(1 - torch.finfo(dtype).eps / 2).to(dtype)  # below 1, although the type rounds
+        draws = (-2 * (1 - radius).log()).sqrt() * (2 * pi * angle).cos()  # of a number above 0
+    else:
+        draws = draws.clamp_max(1 - torch.finfo(dtype).eps / 2)  # below 1, although the type rounds
+    return draws.to(dtype).view(len(examples), *shape)
 
 
 def permute(key: int | Tensor, size: int | Tensor, positions: Tensor) -> Tensor:

@@ -1,12 +1,11 @@
 """Noise inside a network that does not depend on how the batch is executed."""
 
 from collections.abc import Callable
-from math import prod
 
 import torch
 from torch import Tensor
 
-from batchwise.batching.device import has_float64, send
+from batchwise.batching.device import exact, send
 from batchwise.batching.random import keyed
 from batchwise.models import place
 
@@ -34,11 +33,8 @@ def _numbers(values: Tensor, name: str, normal: bool) -> Tensor:
     if place.current is None:
         return torch.randn_like(values) if normal else torch.rand_like(values)
     key, first, *_ = place.current
-    # A device without float64 gets its numbers from the host, so that they are the same.
-    device = values.device if has_float64(values.device) else torch.device("cpu")
-    where = first + torch.arange(len(values), device=device)
-    drawn = keyed(key, name, where, prod(values.shape[1:]), normal, values.dtype)
-    return send(drawn.view(values.shape), values.device)
+    where = first + torch.arange(len(values), device=exact(values.device))
+    return send(keyed(key, name, where, values.shape[1:], normal, values.dtype), values.device)
 
 
 # A compiler must not look into it, because the place changes at each step.
