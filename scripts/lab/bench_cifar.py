@@ -24,6 +24,7 @@ from torch import Tensor
 from batchwise.batching.loader import MicroBatch
 from batchwise.data import pixels as change
 from batchwise.data.augment import Flip, ShiftCrop
+from batchwise.host import wait_for
 from batchwise.models.resnet import ResNet
 from batchwise.tasks.classification import Classification
 from batchwise.trainer import Trainer
@@ -32,12 +33,6 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 SMOOTHING, SHIFT = 0.2, 4
 sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True)
-
-
-def synchronise() -> None:
-    """Wait for the device."""
-    if CUDA:
-        torch.cuda.synchronize()
 
 
 def plain(make: Made, pixels: Tensor, targets: Tensor, batch_size: int, steps: int) -> float:
@@ -55,7 +50,7 @@ def plain(make: Made, pixels: Tensor, targets: Tensor, batch_size: int, steps: i
         inputs = inputs.contiguous(memory_format=torch.channels_last) if CUDA else inputs
         for index in torch.randperm(len(inputs), device=DEVICE).split(batch_size)[: not_timed + steps - done]:
             if done == not_timed:
-                synchronise()
+                wait_for(DEVICE)
                 start = time.perf_counter()
             with torch.autocast(DEVICE.type, torch.bfloat16, enabled=CUDA):
                 loss = F.cross_entropy(network(inputs[index]), targets[index], label_smoothing=SMOOTHING)
@@ -64,7 +59,7 @@ def plain(make: Made, pixels: Tensor, targets: Tensor, batch_size: int, steps: i
             optimizer.step()
             done += 1
         epoch += 1
-    synchronise()
+    wait_for(DEVICE)
     return (time.perf_counter() - start) / steps * 1e6
 
 
@@ -78,7 +73,7 @@ class Clock:
         """Count a step that begins."""
         self.step += 1
         if self.step in self.ends:
-            synchronise()
+            wait_for(DEVICE)
             self.times.append(time.perf_counter())
 
 
