@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import chain
 from math import gcd, lcm
+from os import PathLike
 from time import perf_counter
 from typing import Any, NamedTuple, Protocol
 
@@ -99,13 +100,32 @@ def _as_field(leaf: Any) -> Any:
             f"load gave a {type(leaf).__name__} among inputs and targets: write tensors or arrays with the examples "
             "in the first dimension, dicts or tuples of them, or a list with one value per example"
         )
-    return as_tensor(leaf)
+    return _tensor(leaf)
 
 
 def _as_values(values: list[Any]) -> Any:
     if values and all(isinstance(value, int | float | np.number) for value in values):
         return torch.tensor(values)
-    return rebuild(values, lambda leaf: as_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf)
+    return rebuild(values, lambda leaf: _tensor(leaf) if isinstance(leaf, np.ndarray) else leaf)
+
+
+def _tensor(leaf: Tensor | np.ndarray) -> Tensor:
+    """Return a tensor that shares the memory of an array.
+
+    Raises:
+        ValueError: none does, or it would not be the same values.
+    """
+    if isinstance(leaf, np.ma.MaskedArray):
+        raise ValueError("load gave a masked array, whose mask a tensor cannot hold: write .filled(...) with a value")
+    if isinstance(leaf, Tensor) and leaf.layout != torch.strided:
+        raise ValueError(f"load gave a tensor of layout {leaf.layout}: write .to_dense()")
+    try:
+        return as_tensor(leaf)
+    except (TypeError, ValueError):  # ValueError: of another order of bytes
+        raise ValueError(
+            f"load gave an array of {leaf.dtype}, which no tensor can be: write .astype(...) with float32, int64 or "
+            "another type that PyTorch has"
+        ) from None
 
 
 def on_device(leaf: Any, device: torch.device) -> Any:
@@ -267,6 +287,8 @@ def make_fetch(
     if isinstance(source, tuple):
         return InMemory(source)
     dataset: Any = source
+    if isinstance(source, str | bytes | PathLike):
+        raise ValueError(f"load gave {source!r}: read it, and return tensors, arrays or a map-style data set")
     if isinstance(source, list) and source and all(isinstance(item, Tensor | np.ndarray | Rows) for item in source):
         raise ValueError(
             f"load gave a list of {len(source)} tensors: return a tuple of inputs and targets; one tensor per example "

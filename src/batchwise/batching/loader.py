@@ -249,13 +249,16 @@ class EvalLoader:
         batch_size: most examples on one device at once.
         rank: number of this device.
         devices: number of devices.
+        examples: how many there are, the first of the split; None: all.
 
     Raises:
         ValueError: there are fewer examples than devices.
     """
 
-    def __init__(self, fetch: Fetch, batch_size: int, rank: int = 0, devices: int = 1) -> None:
-        examples = len(fetch)
+    def __init__(
+        self, fetch: Fetch, batch_size: int, rank: int = 0, devices: int = 1, examples: int | None = None
+    ) -> None:
+        examples = len(fetch) if examples is None else examples
         if examples < devices:
             raise ValueError(
                 f"{examples} examples cannot be evaluated on {devices} devices: use at most {examples} devices"

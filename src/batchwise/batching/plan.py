@@ -190,6 +190,11 @@ class BatchPlan:
         return max(part.stop - part.start for parts in self._all_parts() for part in parts)
 
     @property
+    def smallest_micro_batch(self) -> int:
+        """Fewest examples on one device at once."""
+        return min(part.stop - part.start for parts in self._all_parts() for part in parts)
+
+    @property
     def accumulation(self) -> int:
         """Micro-batches that each device runs per optimizer step (fewer in a short last batch)."""
         return len(self.parts(0, 0))

@@ -93,6 +93,12 @@ class Predictions(Callback):
             columns["label"] = [names.get(int(number), str(number)) for number in predicted["predicted"]]
         self.file.write(columns | predicted)
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: Task, exception: BaseException) -> None:
+        """Leave no part behind."""
+        if trainer.predicting and (part := self._part(trainer.global_rank)).exists():
+            self.file.close()
+            part.unlink()
+
     def on_predict_end(self, trainer: pl.Trainer, pl_module: Task) -> None:
         """Join the parts in the order of the devices, and give the file its name."""
         self.file.close()

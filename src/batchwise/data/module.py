@@ -18,7 +18,7 @@ from batchwise.batching.schedule import Adaptive, BatchSizes
 from batchwise.batching.tokens import SequencePlan
 from batchwise.data.augment import Augmentation, unit_of
 from batchwise.data.learnt import Learning
-from batchwise.data.planning import LimitedLoader, adapted, make_plan, noise_meter
+from batchwise.data.planning import EVAL_BATCH, LimitedLoader, adapted, eval_loader, make_plan, noise_meter
 from batchwise.ranges import ClosedUnitInterval, NonNegativeInt, PositiveInt
 
 LIMIT_FILE = "micro_batch_limit"
@@ -235,9 +235,9 @@ class DataModule(Learning):
         if size is None and self.micro_batch_tokens:
             lengths = getattr(self.split(name), "lengths", torch.ones(1))
             size = max(1, self.micro_batch_tokens // max(1, int(lengths.max())))
-        size = size or max(256, self.plan.largest_micro_batch if self.plan else 0)
-        devices, rank = self.replicas
-        return EvalLoader(self.feed(name), size, rank, devices)
+        size = size or max(EVAL_BATCH, self.plan.largest_micro_batch if self.plan else 0)
+        limit = self.trainer and getattr(self.trainer, f"limit_{name}_batches")
+        return eval_loader(self.feed(name), size, self.eval_batch_size, self.replicas, limit)
 
     # The position in training is the number of optimizer steps done, and nothing else
 

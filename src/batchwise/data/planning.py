@@ -8,7 +8,8 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import Tensor
 
-from batchwise.batching.loader import TrainLoader
+from batchwise.batching.fetch import Fetch
+from batchwise.batching.loader import EvalLoader, TrainLoader
 from batchwise.batching.noise import NoiseMeter
 from batchwise.batching.order import Order, Sources
 from batchwise.batching.plan import BatchPlan
@@ -98,16 +99,51 @@ def adapted(plan: BatchPlan, schedule: Adaptive, step: int, trainer: pl.Trainer 
     return plan if size == plan.size_at(step) else replace(plan, changes=(*plan.changes, (seen, size)))
 
 
-class LimitedLoader(TrainLoader):
-    """A loader for a `limit_train_batches` that is a share, which Lightning multiplies by the length of the loader.
+EVAL_BATCH = 256
+"""Examples of a batch of an evaluation, where nothing else is said."""
 
-    The length is chosen so that the product is the number of steps in the epoch.
+
+class Limited:
+    """A loader for a limit that is a share, which Lightning multiplies by the length of the loader.
+
+    The length is chosen so that the product is the number of items that the loader has.
     """
 
     limit: int | float | None = None
 
     def __len__(self) -> int:
-        steps, share = super().__len__(), self.limit
+        items, share = super().__len__(), self.limit  # type: ignore[misc]
         if not isinstance(share, float) or not 0 < share < 1:
-            return steps
-        return next(length for length in count(int(steps / share)) if int(length * share) >= steps)
+            return items
+        return next(length for length in count(int(items / share)) if int(length * share) >= items)
+
+
+class LimitedLoader(Limited, TrainLoader):
+    """The loader of training."""
+
+
+class LimitedEvalLoader(Limited, EvalLoader):
+    """The loader of an evaluation."""
+
+
+def eval_loader(
+    fetch: Fetch, most: int, batch_size: int | None, replicas: tuple[int, int], limit: int | float | None
+) -> EvalLoader:
+    """Return the loader of this device's share of an evaluation.
+
+    Args:
+        fetch: the split.
+        most: examples on one device at once.
+        batch_size: the same where the user has set it. Else a batch of `limit` is one of `EVAL_BATCH`, because which
+            examples are evaluated must not depend on devices and micro-batches.
+        replicas: number of devices, and of this one.
+        limit: the trainer's limit: so many batches, or a share of the split; None: all.
+    """
+    examples, (devices, rank) = len(fetch), replicas
+    if isinstance(limit, float):
+        examples = max(1, int(examples * limit))
+    elif limit:
+        examples = min(examples, limit * (batch_size or min(most, EVAL_BATCH)))
+    loader = LimitedEvalLoader(fetch, most, rank, devices, examples)
+    loader.limit = limit
+    return loader

@@ -105,6 +105,9 @@ def _check_checkpoint(path: Path, trainer: Trainer, model: Task, data: DataModul
     if differences:
         raise ValueError(f"ckpt_path {path} is of another model: {differences}")
     if config is not None:
+        epochs, most = checkpoint["epoch"], trainer.max_epochs
+        if most is not None and 0 <= most < epochs:
+            raise ValueError(f"trainer.max_epochs is {most}, but {path} has trained for {epochs} epochs: write more")
         half_life = next((callback.half_life for callback in trainer.callbacks if isinstance(callback, EMA)), None)
         changes = training_differences(checkpoint, config, type(data).__qualname__, data.fingerprint(), half_life)
         if changes:

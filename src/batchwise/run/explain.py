@@ -112,4 +112,6 @@ def _not_of_a_key(line: str, known: Collection[str], outer: str) -> str:
     meant = sorted((option for option in known if option.startswith(unknown[1])), key=len)[:1]
     meant = meant or difflib.get_close_matches(unknown[1], known, n=1)
     line = line.replace(unknown[1], outer + unknown[1], 1)
+    if not meant and (outer + unknown[1]).startswith(("model.", "data.")):
+        line += "; a class takes the keys of its base class if its __init__ has **kwargs and passes them on"
     return line + (f"; did you mean {outer}{meant[0]}?" if meant else "")

@@ -61,6 +61,9 @@ def training(trainer: Trainer, folder: Path) -> None:
         if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path:
             score = callback.best_model_score  # None: the processes that trained have ended
             value = "" if score is None else f" {score:.4f}"
+            if score is not None and not score.isfinite():
+                print(f"{callback.best_model_path} is not the best: {callback.monitor} was never a finite number")
+                continue
             print(f"best {callback.monitor}{value}: {callback.best_model_path}")
     print(f"run folder: {folder}")
 

@@ -103,9 +103,11 @@ def training_differences(
 
 def _decisive(config: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that decide the result. Where the weights come from, and which are saved, does not."""
+    trainer = config.get("trainer") or {}
     return {
         "model": _without(config.get("model"), ("init_from", "save_frozen")),
         "data": _without(config.get("data"), EXECUTION),
+        "trainer": {name: trainer.get(name) for name in ("gradient_clip_val", "gradient_clip_algorithm")},
     }
 
 

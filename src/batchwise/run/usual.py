@@ -59,6 +59,8 @@ def usual_callbacks(task: Task, given: Sequence[Callback], saving: bool, folder:
         usual.append(Last())
     if saving and missing(ModelCheckpoint):
         monitor, mode = task.monitor
+        if mode not in ("min", "max"):
+            raise ValueError(f"{type(task).__name__}.monitor is {task.monitor}: write a name, and 'min' or 'max'")
         usual.append(ModelCheckpoint(monitor=monitor, mode=mode, filename="best"))
     for callback in (*given, *usual):
         if isinstance(callback, ModelCheckpoint):

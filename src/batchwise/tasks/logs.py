@@ -89,7 +89,7 @@ class Results(_ResultCollection):
 
     def __init__(self, trainer: Any, training: bool) -> None:
         super().__init__(training)
-        self._trainer = trainer
+        self._trainer, self.examples = trainer, 0  # that this device has evaluated
 
     @property
     def world_size(self) -> int:
@@ -112,15 +112,8 @@ class Results(_ResultCollection):
     ) -> None:
         """Add a value to those of its name. The arguments are those of `LightningModule.log`."""
         # An evaluation has no steps, so there the value is always that of the whole.
-        meta = _Metadata(
-            fx,
-            name,
-            prog_bar,
-            logger,
-            on_step and (self.training or on_epoch),
-            on_epoch or not self.training,
-            reduce_fx,
-        )
+        on_step, on_epoch = on_step and (self.training or on_epoch), on_epoch or not self.training
+        meta = _Metadata(fx, name, prog_bar, logger, on_step, on_epoch, reduce_fx)
         entry = self._entry(meta, rank_zero_only)
         if (entry.meta, entry.local) != (meta, rank_zero_only):
             raise ValueError(f"self.log('{name}', ...) is called twice in {fx}, with different arguments")
@@ -144,14 +137,14 @@ class Results(_ResultCollection):
             entry.step = entry.combine(entry.step, [value * weight if meta.is_mean_reduction else value, weight])
 
     def _weight(self, batch_size: int | None) -> float:
-        """Return the number of examples that a value is of: of the micro-batch that runs, else of the batch."""
+        """Return the number of examples that a value is of: of the micro-batch or batch, or of the evaluation."""
         if place.current is not None:
             return place.current.counts * (place.current.size if batch_size is None else batch_size)
         if batch_size is not None:
             return batch_size
         if isinstance(self.batch, Batch):
             return sum(len(one) for one in self.batch.micro_batches if one.counts)
-        return len(self.batch) if isinstance(self.batch, MicroBatch) else 1
+        return len(self.batch) if isinstance(self.batch, MicroBatch) else self.examples or 1
 
     # Steps
 
@@ -219,6 +212,7 @@ class Results(_ResultCollection):
     def reset(self, metrics: bool | None = None, fx: str | None = None) -> None:
         """Forget all values, where Lightning asks for all; in the middle of an epoch it need not ask."""
         if metrics is None and fx is None:
+            self.examples = 0
             for entry in self.values():
                 entry.reset()
 
@@ -278,6 +272,7 @@ class Connector(_LoggerConnector):
         """Begin a step."""
         if isinstance(results := self.trainer._results, Results):
             results.start_step()
+            results.examples += len(batch) if isinstance(batch, MicroBatch) else 0
         super().on_batch_start(batch, dataloader_idx)
 
     def on_batch_end(self) -> None:

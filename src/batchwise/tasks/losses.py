@@ -1,8 +1,11 @@
-"""What `losses` of a task may return."""
+"""What `losses` and `predictions` of a task may return."""
 
 from typing import Any
 
 from torch import Tensor
+
+from batchwise.batching.structure import leaves
+from batchwise.errors import Mistake
 
 Term = Tensor | tuple[Tensor, Tensor]
 """One loss per target, or the losses and their weights."""
@@ -29,6 +32,30 @@ def checked(given: Any, examples: int, name: str) -> tuple[Tensor, Tensor | None
             "examples in the first dimension"
         )
     return losses, weights
+
+
+def checked_columns(given: Any, examples: int, name: str) -> dict[str, Any]:
+    """Return the columns of predictions.
+
+    Args:
+        given: what `predictions` has returned.
+        examples: of the micro-batch.
+        name: of what has returned it.
+
+    Raises:
+        Mistake: a column has no value for each example.
+    """
+    if not isinstance(given, dict):
+        raise Mistake(
+            f"{name} gave {described(given)}: return a dict of tensors [N, ...] by the names of their columns"
+        )
+    for place, leaf in leaves(given, name):
+        has_rows = isinstance(leaf, list) or (isinstance(leaf, Tensor) and leaf.ndim > 0)
+        if not has_rows or len(leaf) != examples:
+            raise Mistake(
+                f"{place} gave {described(leaf)} for {examples} examples: return a tensor with one row for each"
+            )
+    return given
 
 
 def described(value: Any) -> str:

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.fabric.plugins.precision.utils import _DtypeContextManager
 from torch import Tensor
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import MeanMetric, Metric, MetricCollection
 
 from batchwise.batching.device import widest
 from batchwise.models import place
 from batchwise.tasks.hooks import row_is_due
+from batchwise.tasks.losses import described
+from batchwise.tasks.memory import is_out_of_memory
 from batchwise.tasks.sums import Sums, reduce_sums
 from batchwise.tasks.terms import Terms
 
@@ -21,6 +23,10 @@ if TYPE_CHECKING:
 
 MOST_HELD = 2**20
 """Number of values that may wait for a row in the log."""
+
+
+class MetricError(ValueError):
+    """The metrics cannot take what they are given."""
 
 
 class Measures:
@@ -39,6 +45,8 @@ class Measures:
         self.metrics: MetricCollection | None = None
         self.step_metrics: MetricCollection | None = None
         """The same metrics, over one training batch."""
+        self._mean: str | None = None
+        """The name of a metric that is a mean."""
         self._held: list[tuple[Tensor, ...]] = []
         """Values of its micro-batches, which the metrics get together: an update takes as long as a small network."""
         self.tables: dict[str, Tensor] = {}
@@ -53,6 +61,8 @@ class Measures:
         """Names that `losses` logs, as far as they are known before training."""
         self.rehearsed = False
         """Whether the losses of some examples were computed before training."""
+        self.feeds_step = False
+        """Whether `losses` was seen to feed the metrics in training."""
         self.row_is_due = False
         """Whether a row in the log is due after this step."""
 
@@ -61,13 +71,21 @@ class Measures:
         with _DtypeContextManager(widest(device)):
             metrics = make()
         if metrics is not None:
+            if isinstance(metrics, Metric | dict | list | tuple):
+                metrics = MetricCollection(metrics)  # type: ignore[arg-type]
+            if not isinstance(metrics, MetricCollection):
+                raise ValueError(f"make_metrics gave a {type(metrics).__name__}: return torchmetrics.MetricCollection")
+            if "loss" in metrics:
+                raise ValueError("make_metrics has a metric 'loss', which is the name of the mean loss: rename it")
             if both := set(self.terms.names or ()) & {str(name) for name in metrics}:
                 raise ValueError(f"{both.pop()} is the name of a term of the loss and of a metric: rename one of them")
             if metrics._enable_compute_groups is True:
                 # torchmetrics would join metrics whose states are equal after the first update, perhaps by chance.
                 metrics = MetricCollection(dict(metrics.items()), compute_groups=False)  # type: ignore[arg-type]
             self.metrics = metrics
-            single = {name: metric.clone() for name, metric in metrics.items() if not is_table(metric)}  # type: ignore[misc]
+            self._mean = next((str(name) for name, one in metrics.items() if isinstance(one, MeanMetric)), None)
+            feeds = self.feeds_step or not self.rehearsed
+            single = {name: metric.clone() for name, metric in metrics.items() if feeds and not is_table(metric)}  # type: ignore[misc]
             self.step_metrics = MetricCollection(single, compute_groups=False) if single else None  # type: ignore[arg-type]
             self.to(device)
 
@@ -108,8 +126,9 @@ class Measures:
 
     def update(self, training: bool, values: tuple[Tensor, ...]) -> None:
         """Update the metrics of the running evaluation, or in training those of the step if a row is due."""
+        self.feeds_step |= training
         metrics = self._due(training)
-        if metrics is None:
+        if metrics is None or (values and all(isinstance(one, Tensor) and one.shape[:1] == (0,) for one in values)):
             return
         if place.current is not None and not place.current.counts:
             return stand_in(metrics, values)
@@ -128,14 +147,30 @@ class Measures:
         self._held.clear()
 
     def _update(self, metrics: Any, values: tuple[Tensor, ...]) -> None:
+        if self._mean and len(values) == 1 and isinstance(values[0], Tensor) and values[0].ndim == 0:
+            raise MetricError(
+                f"self.measure gives one number, and the metric '{self._mean}' would count each micro-batch alike: "
+                "give one value per example [N]"
+            )
         # One number per example is summed in double precision, so that the sum does not depend on the micro-batches.
-        metrics.update(*(value.to(widest(value.device)) if _is_column(value) else value for value in values))
+        given = [value.to(widest(value.device)) if _is_column(value) else value for value in values]
+        try:
+            metrics.update(*given)
+        except (ValueError, RuntimeError, TypeError, IndexError) as error:
+            if is_out_of_memory(error):
+                raise
+            shapes = ", ".join(described(value) for value in values)
+            raise MetricError(
+                f"the metrics of make_metrics cannot take what self.measure gives ({shapes}): "
+                f"{(str(error) or type(error).__name__).splitlines()[0]}"
+            ) from error
 
     def _due(self, training: bool) -> MetricCollection | None:
         return self.metrics if not training else self.step_metrics if self.row_is_due else None
 
     def are_due(self, training: bool) -> bool:
         """Return whether `update` needs values."""
+        self.feeds_step |= training
         return self._due(training) is not None
 
     def row(self, examples: int) -> dict[str, float]:
@@ -207,13 +242,11 @@ def computed(metrics: MetricCollection, examples: int) -> dict[str, Tensor]:
 
     All devices must call it.
     """
-    if examples > 1:
-        return metrics.compute()
-    values: dict[str, Tensor] = {}
+    values: dict[str, Any] = {}
     for name, metric in metrics.items():
-        with suppress(ValueError):
+        with suppress(*[ValueError][: examples < 2]):
             values[name] = metric.compute()  # type: ignore[operator]
-    return values
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}  # a curve is several
 
 
 def stand_in(metrics: MetricCollection, values: tuple[Tensor, ...]) -> None:

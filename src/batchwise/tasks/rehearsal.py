@@ -13,12 +13,14 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from batchwise.batching.gradients import weighted_sum
 from batchwise.batching.loader import MicroBatch
 from batchwise.data.augmentation import Augmentation
 from batchwise.data.module import DataModule
 from batchwise.models import place
 from batchwise.models.kept import home_of, kept_buffers, kept_modes
 from batchwise.models.norm import batchnorms
+from batchwise.tasks.measures import MetricError
 from batchwise.tasks.memory import is_out_of_memory
 from batchwise.tasks.passes import seed_generator
 from batchwise.tasks.terms import Parts
@@ -64,12 +66,12 @@ def _rehearse(task: "Task", data: DataModule) -> None:
     index = torch.cat([torch.arange(half), torch.arange(len(train) - count + half, len(train))])
     batch, is_cut = data.examples("train", index), plan.accumulation * plan.devices > 1
     for player in task._players():
-        whole = _losses(task, data, [batch], player, 0)
-        again = _losses(task, data, [batch], player, 1)
+        whole, moved = _losses(task, data, [batch], player, 0)
+        again, _ = _losses(task, data, [batch], player, 1)
         if not all(_close(losses, again[term], same=True) for term, losses in whole.items()):
             _warn_of_randomness(task)
         elif not task._couples and is_cut:
-            parts = _losses(task, data, _halves(data, batch, index, half), player, 0, half)
+            parts, moved_in_parts = _losses(task, data, _halves(data, batch, index, half), player, 0, half)
             if apart := [term for term, losses in whole.items() if not _close(losses, parts[term])]:
                 which = f"losses['{apart[0]}']" if apart[0] else "losses"
                 raise ValueError(
@@ -77,7 +79,44 @@ def _rehearse(task: "Task", data: DataModule) -> None:
                     "micro-batch, so the result depends on how the batch is executed: mask the padding, write a task "
                     "of batchwise.tasks.contrastive, or run each batch whole on one device (data.micro_batch_size null)"
                 )
-    _check_gradients(task, data, batch)
+            if others := [name for name, value in moved.items() if not _close(value, moved_in_parts[name])]:
+                warnings.warn(
+                    f"the buffer {others[0]} is updated in each forward pass, so it depends on how the batch is "
+                    "executed (micro-batches, devices): update it in a hook such as on_train_batch_end, or run each "
+                    "batch whole on one device (data.micro_batch_size null)",
+                    stacklevel=2,
+                )
+        _check_gradients(task, data, batch, player)
+
+
+def try_metrics(task: "Task", data: DataModule, split: str) -> None:
+    """Feed the metrics with a few examples as an evaluation does, and change nothing.
+
+    Raises:
+        ValueError: they cannot take what `losses` gives them.
+    """
+    metrics = task._measures.metrics
+    if metrics is None or task._couples or task._players() != [()]:
+        return
+    try:
+        with _as_it_was(task, data), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            task.eval()
+            place.current = None
+            task.losses(on_device(task, data, data.examples(split, EXAMPLES), training=False))
+            fed = any(metric.update_called for metric in metrics.values())  # type: ignore[union-attr]
+    except MetricError:
+        raise
+    except Exception:  # a hook that has not run yet may have to come first; what else is wrong, the evaluation says
+        return
+    finally:
+        metrics.reset()
+    if not fed:
+        warnings.warn(
+            f"{type(task).__name__} has metrics, but losses did not feed them in evaluation: call self.measure(...) "
+            "with what they take",
+            stacklevel=2,
+        )
 
 
 def _halves(data: DataModule, batch: MicroBatch, index: Tensor, half: int) -> list[MicroBatch]:
@@ -95,6 +134,7 @@ def _halves(data: DataModule, batch: MicroBatch, index: Tensor, half: int) -> li
 def _as_it_was(task: "Task", data: DataModule) -> Iterator[None]:
     """Restore modes, buffers, metrics and the generator afterwards. Batch norm looks at no other example."""
     trainer, task._trainer, task._own_data = task._trainer, data.trainer, data
+    task._measures.row_is_due = not task._couples  # so that it is seen whether `losses` feeds metrics
     devices = [home_of(task)] if home_of(task).type == "cuda" else []
     try:
         with kept_modes(task), kept_buffers(task), torch.random.fork_rng(devices=devices):
@@ -103,6 +143,7 @@ def _as_it_was(task: "Task", data: DataModule) -> Iterator[None]:
             yield
     finally:
         task._trainer, task._own_data, place.current = trainer, None, None
+        task._measures.row_is_due = False
         for module in task.modules():
             if isinstance(module, Metric):
                 module.reset()
@@ -110,18 +151,25 @@ def _as_it_was(task: "Task", data: DataModule) -> Iterator[None]:
 
 def _losses(
     task: "Task", data: DataModule, batches: list[MicroBatch], player: tuple[str, ...], seed: int, most: int = 2**31
-) -> dict[str, Tensor]:
-    """Return the sum of weighted losses of each example by term, [N], over micro-batches of at most `most`."""
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the sum of weighted losses of each example by term, [N], over micro-batches of at most `most`.
+
+    And return what the buffers are after it. They are then as before.
+    """
     found: dict[str, list[Tensor]] = {}
-    for part in (part for batch in batches for part in _on_device(task, data, batch).split(most)):
-        seed_generator(home_of(task), seed + part.position)
-        with torch.no_grad():
-            parts = _call(task, part, player)
-            task._measures.terms.check(task, part, parts)
-        for term, (losses, weights) in parts.items():
-            weighted = losses if weights is None else torch.where(weights == 0, 0.0, losses * weights)
-            found.setdefault(term, []).append(weighted.cpu().double().reshape(len(part), -1).sum(1))
-    return {term: torch.cat(losses) for term, losses in found.items()}
+    with kept_buffers(task):
+        for part in (part for batch in batches for part in _on_device(task, data, batch).split(most)):
+            seed_generator(home_of(task), seed + part.position)
+            with torch.no_grad():
+                parts = _call(task, part, player)
+                task._measures.terms.check(task, part, parts)
+            for term, (losses, weights) in parts.items():
+                weighted = losses if weights is None else torch.where(weights == 0, 0.0, losses * weights)
+                found.setdefault(term, []).append(weighted.cpu().double().reshape(len(part), -1).sum(1))
+        buffers = {
+            name: buffer.clone().cpu().double() for name, buffer in task.named_buffers() if not buffer.is_complex()
+        }
+    return {term: torch.cat(losses) for term, losses in found.items()}, buffers
 
 
 def _on_device(task: "Task", data: DataModule, batch: MicroBatch) -> MicroBatch:
@@ -185,18 +233,32 @@ def _warn_of_randomness(task: "Task") -> None:
     )
 
 
-def _check_gradients(task: "Task", data: DataModule, batch: MicroBatch) -> None:
-    """Raise ValueError where processes would wait for the gradient of a parameter that has none."""
+def _check_gradients(task: "Task", data: DataModule, batch: MicroBatch, player: tuple[str, ...]) -> None:
+    """Raise ValueError where there is no gradient, it is not that of the mean loss, or processes would wait for it."""
+    name = f"{type(task).__name__}.losses"
+    learning = {name: parameter for name, parameter in task.named_parameters() if parameter.requires_grad}
+    parts = _call(task, _on_device(task, data, batch), player)
+    if any(weights is not None and weights.requires_grad for _, weights in parts.values()):
+        raise ValueError(
+            f"{name} gives weights that have a gradient, but the sum of weights, by which the sum of losses is "
+            "divided, counts as a constant: write weights.detach(), or multiply the losses by them"
+        )
+    total = torch.stack([weighted_sum(losses, None, weights)[0] for losses, weights in parts.values()]).sum()
+    if not learning:
+        return
+    if not total.requires_grad:
+        raise ValueError(f"{name} gives losses without a gradient: let them follow from the network, without detach()")
+    found = torch.autograd.grad(total, list(learning.values()), allow_unused=True)
+    if bool(total.isfinite()) and any(gradient is not None and bool(gradient.isnan().any()) for gradient in found):
+        warnings.warn(
+            f"the gradient of a few examples is not a number, although their losses are: where {name} leaves a target "
+            "out by a weight of 0, its loss must be finite, as after nan_to_num",
+            stacklevel=2,
+        )
     strategy: Any = getattr(data.trainer, "strategy", None)
     waits = isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters")
-    if not waits or task._couples or task._players() != [()]:
-        return
-    parts = _call(task, _on_device(task, data, batch), ())
-    learning = {name: parameter for name, parameter in task.named_parameters() if parameter.requires_grad}
-    total = torch.stack([losses.sum() for losses, _ in parts.values()]).sum()
-    found = torch.autograd.grad(total, list(learning.values()), allow_unused=True)
     unused = [name for name, gradient in zip(learning, found, strict=True) if gradient is None]
-    if unused:
+    if unused and waits and not task._couples and not player:
         raise ValueError(
             f"{len(unused)} parameter(s) had no gradient in a few examples, such as {unused[0]}, and processes "
             "that train together wait for it: write trainer.strategy ddp_find_unused_parameters_true, or model.freeze"

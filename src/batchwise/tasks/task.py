@@ -23,7 +23,7 @@ from batchwise.optim.scaling import Scaling
 from batchwise.optim.schedule import Schedule
 from batchwise.tasks.finetuning import FineTuning
 from batchwise.tasks.logs import as_lightning_takes_it
-from batchwise.tasks.losses import Losses, checked
+from batchwise.tasks.losses import Losses, checked, checked_columns
 from batchwise.tasks.making import made
 from batchwise.tasks.measures import Measures
 from batchwise.tasks.names import check_attribute, check_class
@@ -290,4 +290,5 @@ class Task(pl.LightningModule, ABC):
     def predict_step(self, batch: MicroBatch, batch_idx: int) -> dict[str, Any]:
         """Return the predictions of one batch with the numbers of its examples."""
         on_device = self.data.to_device(batch, self.device, training=False)
-        return {"index": batch.index, "predictions": self.predictions(on_device)}
+        columns = checked_columns(self.predictions(on_device), len(batch), f"{type(self).__name__}.predictions")
+        return {"index": batch.index, "predictions": columns}

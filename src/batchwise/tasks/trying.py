@@ -22,9 +22,9 @@ from batchwise.batching.loader import MicroBatch
 from batchwise.batching.structure import shape
 from batchwise.data.module import DataModule
 from batchwise.models.flops import count_flops
-from batchwise.models.kept import home_of, kept_modes
+from batchwise.models.kept import home_of, kept_buffers, kept_modes
 from batchwise.models.norm import batchnorms, has_batchnorm
-from batchwise.tasks.rehearsal import on_device, rehearse
+from batchwise.tasks.rehearsal import on_device, rehearse, try_metrics
 
 if TYPE_CHECKING:
     from batchwise.tasks.task import Task
@@ -57,6 +57,8 @@ def try_task(task: "Task", data: DataModule, split: str) -> None:
             _check_training(task, data)
             rehearse(task, data)
     task._measures.make(lambda: task.make_metrics(outputs), home_of(task))
+    with precision.forward_context():
+        try_metrics(task, data, split if split != "train" or data.split("val") is None else "val")
     task._measures.tried = data.plan or True
 
 
@@ -145,6 +147,8 @@ def _check_training(task: "Task", data: DataModule) -> None:
             "trainer.sync_batchnorm is true, but PyTorch synchronises batch norm on GPUs alone: leave it out, and "
             "write model.ghost_batch_size"
         )
+    if plan.smallest_micro_batch == 1 and not synchronised:
+        _check_one_example(task, data)
     if plan.accumulation * (1 if synchronised else plan.devices) > 1:
         warnings.warn(
             f"the network has batch norm: its statistics are over the {plan.largest_micro_batch} examples that run "
@@ -152,3 +156,20 @@ def _check_training(task: "Task", data: DataModule) -> None:
             f"executed; write model.ghost_batch_size, such as {min(32, plan.largest_micro_batch)}",
             stacklevel=2,
         )
+
+
+def _check_one_example(task: "Task", data: DataModule) -> None:
+    """Raise ValueError if a batch norm cannot take a micro-batch of one example, of which there is no variance."""
+    task._own_data = data
+    try:
+        with kept_modes(task), kept_buffers(task), torch.no_grad():
+            task._outputs(on_device(task, data, data.examples("train", 1), training=True))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ValueError(
+            "the network has batch norm, and a micro-batch has one example, of which there is no variance: write "
+            "model.ghost_batch_size, data.drop_last true, or a larger data.micro_batch_size"
+        ) from None
+    finally:
+        task._own_data = None

@@ -255,3 +255,26 @@ def test_rows_of_an_array_are_gathered_without_a_copy(tmp_path):
     assert torch.equal(Rows(array, index).to(torch.device("cpu")), torch.as_tensor(array[index.numpy()]))
     with pytest.raises(IndexError):
         list(fetch.stream([Request.one(torch.tensor([5]))]))
+
+
+NO_TENSORS = {
+    "masked": (np.ma.masked_less(np.arange(5.0), 2), r"a masked array, .*\.filled\("),
+    "long double": (np.arange(5, dtype=np.longdouble), r"an array of float128, .*\.astype\("),
+    "dates": (np.arange(5).astype("M8[s]"), r"an array of datetime64\[s\], .*\.astype\("),
+    "records": (np.zeros(5, [("a", "f4")]), r"an array of \[\('a', '<f4'\)\], .*\.astype\("),
+    "objects": (np.array([[1.0, 2.0]] * 5, dtype=object), r"an array of object, .*\.astype\("),
+    "another order of bytes": (np.arange(5, dtype=">f4"), r"an array of >f4, .*\.astype\("),
+    "sparse": (torch.eye(5).to_sparse(), r"a tensor of layout torch\.sparse_coo: write \.to_dense\(\)"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_TENSORS)
+def test_what_no_tensor_can_hold_is_refused(kind: str) -> None:
+    leaf, message = NO_TENSORS[kind]
+    with pytest.raises(ValueError, match=message):
+        make_fetch((leaf, torch.arange(5)))
+
+
+def test_a_path_is_no_data() -> None:
+    with pytest.raises(ValueError, match=r"load gave 'data\.npy': read it"):
+        make_fetch("data.npy")

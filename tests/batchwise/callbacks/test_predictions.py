@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small
 import torch
 
 from batchwise.callbacks.predictions import CsvFile, ParquetFile, Predictions, columns_of
+from batchwise.errors import Mistake
 
 
 def columns(start: int, stop: int) -> dict:
@@ -65,3 +67,25 @@ def test_nested_predictions_are_columns() -> None:
     table.write(found)
     table.close()
     assert parquet.read_table("rows.parquet").column("boxes").to_pylist() == found["boxes"]
+
+
+COLUMNS = {
+    "a tensor": (lambda outputs: outputs, r"^Own\.predictions gave the shape \[8, 3\]: return a dict"),
+    "a mean": (lambda outputs: {"a": outputs.mean()}, r"^Own\.predictions\['a'\] gave the shape \[\] for 8 examples"),
+    "too few": (lambda outputs: {"a": outputs[:2]}, r"^Own\.predictions\['a'\] gave the shape \[2, 3\] for 8 examples"),
+    "an array": (lambda outputs: {"a": outputs.numpy()}, r"^Own\.predictions\['a'\] gave a ndarray for 8 examples"),
+    "too few within": (
+        lambda outputs: {"a": {"b": [1, 2]}},
+        r"^Own\.predictions\['a'\]\['b'\] gave a list for 8 examples: return a tensor with one row for each",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", COLUMNS)
+def test_what_is_no_column_is_one_line(kind: str) -> None:
+    made, message = COLUMNS[kind]
+    own = type("Own", (small.Classify,), {"predictions": lambda task, batch: made(task(batch.inputs))})
+    task, data = own(small.network(), optimizer=small.adamw), small.Points(eval_batch_size=8)
+    with pytest.raises(Mistake, match=message):
+        small.trainer(callbacks=[Predictions("own.csv")]).predict(task, datamodule=data)
+    assert not list(Path.cwd().rglob("*own.csv*"))

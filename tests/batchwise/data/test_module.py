@@ -5,13 +5,17 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.trainer.connectors.data_connector import _parse_num_batches
+from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor
 
+from batchwise.batching.fetch import make_fetch
+from batchwise.batching.loader import TrainLoader
 from batchwise.batching.order import Repeated, Sequential
 from batchwise.batching.schedule import Milestones
 from batchwise.choosing.short import resized
 from batchwise.data.module import DataModule
-from batchwise.data.planning import LimitedLoader
+from batchwise.data.planning import LimitedLoader, eval_loader
 from batchwise.models.mlp import MLP
 from batchwise.tasks.classification import Classification
 from batchwise.trainer import Trainer
@@ -127,7 +131,7 @@ def test_a_share_of_epochs_of_unequal_length() -> None:
 def test_any_share_of_any_length_is_that_of_the_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     loader = LimitedLoader.__new__(LimitedLoader)
     for steps, loader.limit in product([1, 2, 3, 7, 29, 57, 58, 1000, 10**6 + 1], [1e-6, 0.01, 0.1, 0.3, 0.58, 0.9999]):
-        monkeypatch.setattr(LimitedLoader.__base__, "__len__", lambda self, steps=steps: steps)
+        monkeypatch.setattr(TrainLoader, "__len__", lambda self, steps=steps: steps)
         assert int(len(loader) * loader.limit) == steps
 
 
@@ -155,3 +159,20 @@ def test_limits_known_before_training() -> None:
         data.attach(Trainer(**QUIET, **limits))  # type: ignore[arg-type]
         data.setup("fit")
         assert (data.total_steps(), data.total_examples()) == (steps, examples)
+
+
+@pytest.mark.parametrize("limit", [None, 1.0, 0.37, 1, 3, 1000])
+@pytest.mark.parametrize("size", [None, 7])
+def test_a_limit_of_an_evaluation_takes_the_same_examples_on_any_devices(limit: Any, size: int | None) -> None:
+    fetch = make_fetch((torch.arange(1000),))
+    wanted = limit * (size or 256) if isinstance(limit, int) else int(1000 * (limit or 1))
+    for devices in (1, 2, 3, 7):
+        seen = []
+        for rank in range(devices):
+            loader = eval_loader(fetch, size or 256, size, (devices, rank), limit)
+            batches = [batch.inputs.tolist() for batch in loader]
+            lightning = _parse_num_batches(RunningStage.VALIDATING, len(loader), 1.0 if limit is None else limit)
+            assert lightning >= len(batches)  # else Lightning would leave some out
+            assert max(map(len, batches)) <= (size or 256)
+            seen += [number for batch in batches for number in batch]
+        assert seen == list(range(min(wanted, 1000)))

@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 import batchwise
 from batchwise.errors import Mistake, TrainingStopped
+from batchwise.run.usual import usual_callbacks
 
 
 def new() -> small.Classify:
@@ -197,3 +198,11 @@ def test_two_trainings_of_a_script_on_two_devices(launch: list[str]) -> None:
         assert list(Path("runs", name).glob("*-*")) == [folder]
         assert "last.ckpt" in saved(folder)
     assert list(Path("runs").glob("*/.*")) == []
+
+
+def test_a_monitor_needs_a_direction() -> None:
+    task = type("Own", (small.Classify,), {"monitor": ("val/loss", "lowest")})(small.network(), optimizer=small.adamw)
+    with pytest.raises(
+        ValueError, match=r"^Own\.monitor is \('val/loss', 'lowest'\): write a name, and 'min' or 'max'"
+    ):
+        usual_callbacks(task, [], True, Path("runs"))

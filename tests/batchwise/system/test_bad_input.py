@@ -25,7 +25,8 @@ class Own(DataModule):
         if split == "val":
             examples = targets = val
         y = torch.arange(targets) % classes
-        return torch.randn(examples, features), y.float() if kind == "float" else y
+        x = torch.randn(examples, features) * (float("nan") if kind == "nan" and split == "val" else 1)
+        return x, y.float() if kind == "float" else y
 """
 
 
@@ -106,6 +107,11 @@ COMMAND_LINE = {
     "no GPU": (["--trainer.accelerator", "gpu"], ["gpu"]),
     "no device": (["--trainer.devices", "0"], ["devices"]),
     "too few outputs": (["--model.network.num_classes", "9"], ["label 9", "9 outputs", "num_classes 10"]),
+    "batch norm over one example": (
+        ["--model.network.norm", "batch", "--data.micro_batch_size", "1"],
+        ["batch norm", "one example", "model.ghost_batch_size", "data.drop_last true"],
+    ),
+    "a key that no class has": (["--model.nothing", "3"], ["model.nothing", "**kwargs"]),
     "wrong feature size": (["--model.network.in_features", "63"], ["[1, 8, 8]", "63"]),
     "rate negative": (["--model.optimizer.lr", "-1"], ["learning rate", "-1"]),
     "schedule without an end": (
@@ -171,6 +177,15 @@ def test_odd_data_is_warned_of() -> None:
     assert result.code == 0
 
 
+@pytest.mark.usefixtures("own_data")
+def test_where_nothing_could_be_compared_nothing_is_the_best() -> None:
+    best = "{class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: {monitor: val/loss, filename: best}}"
+    result = run_here(*FIT, *own(kind="nan"), "--trainer.callbacks", f"[{best}]", "--trainer.max_epochs", 2)
+    assert result.code == 0, result.err
+    assert "val/loss nan" in result.out
+    assert "best.ckpt is not the best: val/loss was never a finite number" in result.out
+
+
 def test_misspelt_monitor() -> None:
     early = "{class_path: lightning.pytorch.callbacks.EarlyStopping, init_args: {monitor: val/acuracy}}"
     fails(run_here(*FIT, "--trainer.callbacks", f"[{early}]"), "val/acuracy", "val/accuracy")
@@ -193,6 +208,14 @@ def other_checkpoints(trained: Result) -> dict[str, tuple[list[object], list[str
         ),
         "another rate": (["--ckpt_path", last, "--model.optimizer.lr", "0.1"], ["lr: 0.003 -> 0.1", "--force true"]),
         "another batch size": (["--ckpt_path", last, "--data.batch_size", "32"], ["batch_size: 64 -> 32", "--force"]),
+        "fewer epochs": (
+            ["--ckpt_path", last, "--trainer.max_epochs", "1"],
+            ["trainer.max_epochs is 1", "has trained for 20 epochs", "write more"],
+        ),
+        "another clipping": (
+            ["--ckpt_path", last, "--trainer.gradient_clip_val", "0.5"],
+            ["trainer.gradient_clip_val: None -> 0.5", "--force true"],
+        ),
         "another seed": (["--ckpt_path", last, "--seed_everything", "7"], ["seed: 0 -> 7", "--force"]),
         "another order": (
             ["--ckpt_path", last, "--data.order", "batchwise.batching.order.Sequential"],
@@ -202,7 +225,8 @@ def other_checkpoints(trained: Result) -> dict[str, tuple[list[object], list[str
 
 
 NAMES = (
-    "truncated empty foreign|a pickled network|another model|another rate|another batch size|another seed|another order"
+    "truncated empty foreign|a pickled network|another model|another rate|another batch size|fewer epochs|"
+    "another clipping|another seed|another order"
 )
 
 

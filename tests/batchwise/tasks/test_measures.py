@@ -14,7 +14,7 @@ from sklearn.metrics import f1_score
 from small import Memory, Points, adamw, fit, trainer
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
+from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassROC
 from torchmetrics.regression import MeanSquaredError, PearsonCorrCoef, R2Score
 from torchmetrics.wrappers import ClasswiseWrapper
 
@@ -381,3 +381,96 @@ model:
     found = np.array([[float(row[name]) for name in names] for row in rows]).squeeze()
     for name, value in by_hand(kind, found).items():
         assert float(shown[name]) == pytest.approx(value, rel=1e-6, abs=5.1e-5), name  # it is printed so
+
+
+def with_metrics(make: Any, feed: Any = None) -> Task:
+    """A task with these metrics, fed with logits and targets unless `feed` says how."""
+
+    class Own(Task):
+        def losses(self, batch: MicroBatch) -> Tensor:
+            logits = self(batch.inputs)
+            losses = nn.functional.cross_entropy(logits, batch.targets, reduction="none")
+            self.measure(logits, batch.targets) if feed is None else feed(self, logits, losses, batch)
+            return losses
+
+        def make_metrics(self, outputs: Tensor) -> Any:
+            return make()
+
+    torch.manual_seed(1)
+    return Own(nn.Linear(5, 3).double(), optimizer=adamw)
+
+
+WRONG = {
+    "named loss": (lambda: MetricCollection({"loss": MulticlassAccuracy(3)}), None, "a metric 'loss', which is the na"),
+    "classes": (
+        lambda: MulticlassAccuracy(7),
+        None,
+        r"cannot take what self\.measure gives \(the shape \[6, 3\], the sh",
+    ),
+    "arguments": (lambda: MeanMetric(), lambda task, *_: task.measure(), r"cannot take what self\.measure gives \(\)"),
+    "a mean of means": (
+        lambda: MetricCollection({"ce": MeanMetric()}),
+        lambda task, logits, losses, batch: task.measure(losses.mean()),
+        "gives one number, and the metric 'ce' would count each micro-batch alike",
+    ),
+    "no metrics": (lambda: 3, None, "make_metrics gave a int: return torchmetrics.MetricCollection"),
+}
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_metrics_are_tried_before_training(fault: str) -> None:
+    make, feed, message = WRONG[fault]
+    steps = []
+    task = with_metrics(make, feed)
+    task.on_train_batch_start = lambda *_: steps.append(1)  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=message):
+        fit(task)
+    assert steps == []
+
+
+def test_one_metric_or_a_dict_of_them_will_do() -> None:
+    for make in (lambda: MulticlassAccuracy(3), lambda: {"MulticlassAccuracy": MulticlassAccuracy(3)}):
+        _, made = fit(with_metrics(make), max_epochs=1)
+        assert 0 < made.callback_metrics["val/MulticlassAccuracy"] <= 1
+
+
+def test_a_curve_is_not_logged() -> None:
+    metrics = lambda: MetricCollection({"roc": MulticlassROC(3), "acc": MulticlassAccuracy(3)})  # noqa: E731
+    memory = Memory()
+    _, made = fit(with_metrics(metrics), logger=memory, log_every_n_steps=1, max_epochs=1)
+    assert {"val/acc", "val/loss"} <= set(made.callback_metrics)
+    assert not any("roc" in name for _, row in memory.rows for name in row)
+
+
+def test_metrics_that_nobody_feeds_are_named() -> None:
+    with pytest.warns(
+        UserWarning, match=r"has metrics, but losses did not feed them in evaluation: call self\.measure"
+    ):
+        fit(with_metrics(lambda: MulticlassAccuracy(3), lambda *_: None), max_epochs=1)
+
+
+def test_metrics_of_evaluation_alone_have_no_rows_of_training() -> None:
+    def feed(task: Task, logits: Tensor, losses: Tensor, batch: MicroBatch) -> None:
+        if not task.training:
+            task.measure(logits, batch.targets)
+
+    memory = Memory()
+    metrics = lambda: MetricCollection({"auroc": MulticlassAUROC(3), "acc": MulticlassAccuracy(3)})  # noqa: E731
+    _, made = fit(with_metrics(metrics, feed), logger=memory, log_every_n_steps=1, max_epochs=1)
+    assert made.callback_metrics["val/auroc"] > 0.5
+    assert not any(name in ("train/acc", "train/auroc") for _, row in memory.rows for name in row)
+
+
+def test_a_micro_batch_without_a_target_of_a_metric_adds_nothing() -> None:
+    def feed(task: Task, logits: Tensor, losses: Tensor, batch: MicroBatch) -> None:
+        some = batch.targets == 1
+        task.measure(logits[some], batch.targets[some])
+
+    values = []
+    for size in (None, 1):
+        memory = Memory()
+        task = with_metrics(lambda: MetricCollection({"acc": MulticlassAccuracy(3, average="micro")}), feed)
+        fit(task, Points(micro_batch_size=size), logger=memory, log_every_n_steps=1, max_epochs=1)
+        values.append([row["train/acc"] for _, row in memory.rows if "train/acc" in row])
+    assert len(values[0]) == 7
+    assert values[0] == pytest.approx(values[1], abs=1e-12)

@@ -263,7 +263,7 @@ def test_channels_are_dropped_whole() -> None:
     assert 0.4 < (per_channel[..., 0] == 2).float().mean() < 0.6
 
 
-def test_it_costs_as_much_as_two_micro_batches() -> None:
+def test_it_costs_five_passes_of_a_few_examples() -> None:
     """Counted, not timed: examples that go through the network."""
     seen = []
 
@@ -272,7 +272,7 @@ def test_it_costs_as_much_as_two_micro_batches() -> None:
         return each(task, batch)
 
     fit(made(counting), Points(micro_batch_size=5), max_steps=1)
-    assert sum(seen) == 18
+    assert sum(seen) == 30  # whole, whole again, in parts, with a gradient, in evaluation
 
 
 class Attention(nn.Module):
@@ -292,3 +292,82 @@ class Attention(nn.Module):
 def test_small_random_effects_are_named() -> None:
     with pytest.warns(UserWarning, match="draws random numbers that depend"):
         fit(made(each, Attention), Points(), max_steps=1)
+
+
+def learnt_weights(task: Task, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    logits = task(batch.inputs)
+    return F.cross_entropy(logits, batch.targets, reduction="none"), logits[:, 0].sigmoid()
+
+
+def test_weights_that_learn_are_refused() -> None:
+    """Their sum, by which the sum of losses is divided, would have a gradient too."""
+    with pytest.raises(ValueError, match=r"^Own\.losses gives weights that have a gradient.*weights\.detach\(\)"):
+        fit(made(learnt_weights))
+    fit(
+        made(lambda task, batch: tuple(one.detach() if n else one for n, one in enumerate(learnt_weights(task, batch))))
+    )
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [lambda task, batch: each(task, batch).detach(), lambda task, batch: task(batch.inputs).argmax(1) - batch.targets],
+)
+def test_losses_without_a_gradient_are_refused(losses: Any) -> None:
+    with pytest.raises(ValueError, match=r"^Own\.losses gives losses without a gradient"):
+        fit(made(losses))
+
+
+def test_a_gradient_that_is_not_a_number_is_named() -> None:
+    """A weight of zero leaves a loss out, but 0 times the gradient of NaN is NaN."""
+
+    def losses(task: Task, batch: MicroBatch, fill: bool) -> tuple[Tensor, Tensor]:
+        missing = batch.index == 1
+        targets = torch.where(missing, torch.nan, batch.targets.double())
+        error = task(batch.inputs)[:, 0] - (targets.nan_to_num() if fill else targets)
+        return error.square(), (~missing).double()
+
+    with pytest.warns(UserWarning, match=r"gradient of a few examples is not a number.*nan_to_num"):
+        fit(made(lambda task, batch: losses(task, batch, False)), max_steps=1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "the gradient")
+        fit(made(lambda task, batch: losses(task, batch, True)), max_steps=1)
+
+
+class Running(nn.Module):
+    """Keeps a running mean of its inputs, and uses it or not."""
+
+    def __init__(self, uses: bool) -> None:
+        super().__init__()
+        self.layer, self.uses = nn.Linear(5, 3).double(), uses
+        self.register_buffer("mean", torch.zeros(5, dtype=torch.float64))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.training:
+            self.mean = self.mean.lerp(inputs.mean(0), 0.1)
+        return self.layer(inputs - self.mean if self.uses else inputs)
+
+
+@pytest.mark.parametrize("net", [lambda: Running(False), lambda: nn.Sequential(nn.Unflatten(1, (1, 5)), Instance())])
+def test_a_buffer_that_depends_on_the_micro_batches_is_named(net: Callable[[], nn.Module]) -> None:
+    with pytest.warns(UserWarning, match=r"the buffer network\.\S*mean is updated in each forward pass"):
+        fit(made(each, net), Points(micro_batch_size=5), max_steps=1)
+
+
+class Instance(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.InstanceNorm1d(1, track_running_stats=True).double()
+        self.layer = nn.Linear(5, 3).double()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.layer(self.norm(inputs).flatten(1))
+
+
+@pytest.mark.parametrize("size", [None, 5])
+def test_a_loss_that_reads_a_running_mean_draws_no_random_numbers(size: int | None) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "losses, or the network, draws")
+        fit(made(each, lambda: Running(True)), Points(), max_steps=1)
+    if size:
+        with pytest.raises(ValueError, match="another loss when other examples are in its micro-batch"):
+            fit(made(each, lambda: Running(True)), Points(micro_batch_size=size), max_steps=1)
