@@ -61,8 +61,8 @@ class Measures:
         """Names that `losses` logs, as far as they are known before training."""
         self.rehearsed = False
         """Whether the losses of some examples were computed before training."""
-        self.feeds_step = False
-        """Whether `losses` was seen to feed the metrics in training."""
+        self.fed: set[bool] = set()
+        """Whether `losses` was seen to feed the metrics in training (True) and in evaluation (False)."""
         self.row_is_due = False
         """Whether a row in the log is due after this step."""
 
@@ -84,7 +84,7 @@ class Measures:
                 metrics = MetricCollection(dict(metrics.items()), compute_groups=False)  # type: ignore[arg-type]
             self.metrics = metrics
             self._mean = next((str(name) for name, one in metrics.items() if isinstance(one, MeanMetric)), None)
-            feeds = self.feeds_step or not self.rehearsed
+            feeds = True in self.fed or not self.rehearsed
             single = {name: metric.clone() for name, metric in metrics.items() if feeds and not is_table(metric)}  # type: ignore[misc]
             self.step_metrics = MetricCollection(single, compute_groups=False) if single else None  # type: ignore[arg-type]
             self.to(device)
@@ -126,7 +126,7 @@ class Measures:
 
     def update(self, training: bool, values: tuple[Tensor, ...]) -> None:
         """Update the metrics of the running evaluation, or in training those of the step if a row is due."""
-        self.feeds_step |= training
+        self.fed.add(training)
         metrics = self._due(training)
         if metrics is None or (values and all(isinstance(one, Tensor) and one.shape[:1] == (0,) for one in values)):
             return
@@ -170,7 +170,7 @@ class Measures:
 
     def are_due(self, training: bool) -> bool:
         """Return whether `update` needs values."""
-        self.feeds_step |= training
+        self.fed.add(training)
         return self._due(training) is not None
 
     def row(self, examples: int) -> dict[str, float]:
@@ -242,10 +242,11 @@ def computed(metrics: MetricCollection, examples: int) -> dict[str, Tensor]:
 
     All devices must call it.
     """
-    values: dict[str, Any] = {}
-    for name, metric in metrics.items():
-        with suppress(*[ValueError][: examples < 2]):
-            values[name] = metric.compute()  # type: ignore[operator]
+    values: dict[str, Any] = metrics.compute() if examples > 1 else {}
+    if examples < 2:
+        for name, metric in metrics.items():
+            with suppress(ValueError):
+                values[name] = metric.compute()  # type: ignore[operator]
     return {name: value for name, value in values.items() if isinstance(value, Tensor)}  # a curve is several
 
 

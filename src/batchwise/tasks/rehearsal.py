@@ -104,14 +104,13 @@ def try_metrics(task: "Task", data: DataModule, split: str) -> None:
             task.eval()
             place.current = None
             task.losses(on_device(task, data, data.examples(split, EXAMPLES), training=False))
-            fed = any(metric.update_called for metric in metrics.values())  # type: ignore[union-attr]
     except MetricError:
         raise
     except Exception:  # a hook that has not run yet may have to come first; what else is wrong, the evaluation says
         return
     finally:
         metrics.reset()
-    if not fed:
+    if False not in task._measures.fed:
         warnings.warn(
             f"{type(task).__name__} has metrics, but losses did not feed them in evaluation: call self.measure(...) "
             "with what they take",
@@ -143,6 +142,7 @@ def _as_it_was(task: "Task", data: DataModule) -> Iterator[None]:
             yield
     finally:
         task._trainer, task._own_data, place.current = trainer, None, None
+        task._measures.forget_step()
         task._measures.row_is_due = False
         for module in task.modules():
             if isinstance(module, Metric):

@@ -57,8 +57,9 @@ def try_task(task: "Task", data: DataModule, split: str) -> None:
             _check_training(task, data)
             rehearse(task, data)
     task._measures.make(lambda: task.make_metrics(outputs), home_of(task))
-    with precision.forward_context():
-        try_metrics(task, data, split if split != "train" or data.split("val") is None else "val")
+    if split != "predict":  # which may have no targets
+        with precision.forward_context():
+            try_metrics(task, data, split if split != "train" or data.split("val") is None else "val")
     task._measures.tried = data.plan or True
 
 

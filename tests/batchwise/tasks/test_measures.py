@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import CSV, TWO, run_here, run_process
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from sklearn.metrics import f1_score
 from small import Memory, Points, adamw, fit, trainer
 from torch import Tensor, nn
@@ -474,3 +474,34 @@ def test_a_micro_batch_without_a_target_of_a_metric_adds_nothing() -> None:
         values.append([row["train/acc"] for _, row in memory.rows if "train/acc" in row])
     assert len(values[0]) == 7
     assert values[0] == pytest.approx(values[1], abs=1e-12)
+
+
+def test_a_metric_that_gives_a_dict_is_logged_by_its_keys() -> None:
+    _, made = fit(with_metrics(lambda: {"each": ClasswiseWrapper(MulticlassAccuracy(3, average=None))}), max_epochs=1)
+    assert sum(name.startswith("val/multiclassaccuracy_") for name in made.callback_metrics) == 3
+
+
+def test_the_examples_of_the_trial_are_in_no_row() -> None:
+    """Also in a second training of the same task, whose metrics are made already."""
+
+    class Looks(Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            measures = pl_module._measures
+            seen.append(measures._held == [] and not any(one.update_called for one in measures.step_metrics.values()))
+
+    seen: list[bool] = []
+    task = with_metrics(lambda: MulticlassAccuracy(3))
+    for _ in range(2):
+        fit(task, callbacks=[Looks()], max_epochs=1)
+    assert seen == [True, True]
+
+
+def test_predict_asks_for_no_targets() -> None:
+    class Alone(Points):
+        has_predict_split = True
+
+        def load(self, split: str) -> Any:
+            return (self.x,) if split == "predict" else super().load(split)
+
+    task = with_metrics(lambda: MulticlassAccuracy(3))
+    assert len(trainer().predict(task, datamodule=Alone()) or []) > 0
