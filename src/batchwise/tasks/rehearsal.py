@@ -142,7 +142,6 @@ def _as_it_was(task: "Task", data: DataModule) -> Iterator[None]:
             yield
     finally:
         task._trainer, task._own_data, place.current = trainer, None, None
-        task._measures.forget_step()
         task._measures.row_is_due = False
         for module in task.modules():
             if isinstance(module, Metric):
