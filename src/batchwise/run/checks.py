@@ -77,14 +77,22 @@ def _check_interval(trainer: Trainer, data: DataModule) -> None:
 
 
 def _check_monitors(trainer: Trainer, model: Task) -> None:
-    known = model.metric_names()
     for callback in trainer.callbacks:
-        monitor = getattr(callback, "monitor", None)
-        if monitor and monitor not in known and not any(map(_logs, [model, *trainer.callbacks])):
-            raise ValueError(
-                f"{type(callback).__name__} monitors '{monitor}', which is not measured: write one of "
-                f"{', '.join(known)}"
-            )
+        _check_monitor(trainer, model, type(callback).__name__, getattr(callback, "monitor", None))
+
+
+def check_schedulers(trainer: Trainer, model: Task) -> None:
+    """Raise Mistake if a schedule of the user's needs a value that is not measured. The optimizers have been made."""
+    for config in trainer.lr_scheduler_configs:
+        if config.reduce_on_plateau and config.strict:
+            with mistakes():
+                _check_monitor(trainer, model, type(config.scheduler).__name__, config.monitor)
+
+
+def _check_monitor(trainer: Trainer, model: Task, name: str, monitor: str | None) -> None:
+    known = model.metric_names()
+    if monitor and monitor not in known and not any(map(_logs, [model, *trainer.callbacks])):
+        raise ValueError(f"{name} monitors '{monitor}', which is not measured: write one of {', '.join(known)}")
 
 
 def _logs(thing: Any) -> bool:

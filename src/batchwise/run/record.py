@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Callback
 
 from batchwise.host import write_whole
 from batchwise.run import folders
+from batchwise.run.checks import check_schedulers
 from batchwise.run.wandb import WandbLogger
 from batchwise.tasks.task import Task
 
@@ -39,6 +40,10 @@ class RunRecord(Callback):
                 logger.log_hyperparams(plan if self.config is None else {"config": self.config} | plan)
                 if isinstance(logger, WandbLogger) and logger.folder is not None:
                     folders.link(logger.folder, folders.logs(Path(trainer.default_root_dir)))
+
+    def on_train_start(self, trainer: Any, pl_module: Task) -> None:
+        """Refuse a schedule that waits for a value which nobody measures."""
+        check_schedulers(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Task, checkpoint: dict[str, Any]) -> None:
         """Keep the configuration of model and data, to compare on resume, and the last rows of the log."""

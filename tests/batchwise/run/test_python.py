@@ -206,3 +206,22 @@ def test_a_monitor_needs_a_direction() -> None:
         ValueError, match=r"^Own\.monitor is \('val/loss', 'lowest'\): write a name, and 'min' or 'max'"
     ):
         usual_callbacks(task, [], True, Path("runs"))
+
+
+@pytest.mark.parametrize("monitor", ["val/f1", "val/loss"])
+def test_a_schedule_that_waits_for_what_nobody_measures_is_one_line(monitor: str) -> None:
+    def plateau(task: Any) -> dict[str, Any]:
+        optimizer = small.adamw(task.parameters())
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": monitor}}
+
+    task = type("Own", (small.Classify,), {"configure_optimizers": plateau})(small.network(), optimizer=small.adamw)
+    made = batchwise.Trainer(max_epochs=2, accelerator="cpu", logger=False, precision="64-true")
+    if monitor == "val/loss":
+        made.fit(task, small.Points())
+        return
+    with pytest.raises(
+        Mistake, match=r"^ReduceLROnPlateau monitors 'val/f1', which is not measured: write one of val/l"
+    ):
+        made.fit(task, small.Points())
+    assert made.global_step == 0
