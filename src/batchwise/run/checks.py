@@ -11,7 +11,7 @@ from batchwise.data.module import DataModule
 from batchwise.errors import Mistake, mistakes
 from batchwise.models.frozen import fill_in
 from batchwise.models.weights import weight_differences
-from batchwise.run.resume import training_differences
+from batchwise.run.resume import clipping_of, training_differences
 from batchwise.tasks.task import Task
 from batchwise.trainer import Trainer
 
@@ -117,7 +117,8 @@ def _check_checkpoint(path: Path, trainer: Trainer, model: Task, data: DataModul
         if most is not None and 0 <= most < epochs:
             raise ValueError(f"trainer.max_epochs is {most}, but {path} has trained for {epochs} epochs: write more")
         half_life = next((callback.half_life for callback in trainer.callbacks if isinstance(callback, EMA)), None)
-        changes = training_differences(checkpoint, config, type(data).__qualname__, data.fingerprint(), half_life)
+        others = data.fingerprint(), half_life, clipping_of(trainer)
+        changes = training_differences(checkpoint, config, type(data).__qualname__, *others)
         if changes:
             raise ValueError(
                 f"ckpt_path {path} is of a training that differs ({'; '.join(changes)}): write the old values, or "

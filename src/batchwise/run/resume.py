@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
 
 from batchwise.checkpoints import unreadable
@@ -14,6 +15,12 @@ EXECUTION = (
 )
 """Settings of the data module that may change on resume, because they do not decide which examples form a batch. The
 batch size may be written in several ways, so the fingerprint has it."""
+
+
+def clipping_of(trainer: pl.Trainer) -> dict[str, Any]:
+    """Return how a trainer clips gradients, in plain types; nothing: it does not."""
+    value, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
+    return {"gradient_clip_val": value, "gradient_clip_algorithm": getattr(algorithm, "value", "norm")} if value else {}
 
 
 def choose_checkpoint(which: str | None, root: Path, name: str, command: str) -> Path | None:
@@ -79,6 +86,7 @@ def training_differences(
     data_name: str,
     fingerprint: dict[str, Any],
     half_life: float | None = None,
+    clipping: dict[str, Any] | None = None,
 ) -> list[str]:
     """Return the differences between the training that made a checkpoint and this one, each as `key: old -> new`.
 
@@ -88,6 +96,7 @@ def training_differences(
         data_name: the name under which the checkpoint keeps the state of the data module.
         fingerprint: all that decides which examples form a batch, of this training.
         half_life: half-life of the average of weights, in examples, of this training; None: there is no average.
+        clipping: of this training, as `clipping_of` gives it.
     """
     saved = checkpoint.get("config", {})
     old, new = _decisive(saved), _decisive(config)
@@ -96,6 +105,7 @@ def training_differences(
     pairs = [
         *(_changed(old, new) if config else ()),
         *_changed({"data": batches}, {"data": fingerprint}),
+        *_changed({"trainer": checkpoint.get("clipping", clipping)}, {"trainer": clipping}),
         *_changed({"EMA.half_life_examples": average}, {"EMA.half_life_examples": half_life}),
     ]
     return [f"{key}: {before!r} -> {after!r}" for key, before, after in pairs]
@@ -103,11 +113,9 @@ def training_differences(
 
 def _decisive(config: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that decide the result. Where the weights come from, and which are saved, does not."""
-    trainer = config.get("trainer") or {}
     return {
         "model": _without(config.get("model"), ("init_from", "save_frozen")),
         "data": _without(config.get("data"), EXECUTION),
-        "trainer": {name: trainer.get(name) for name in ("gradient_clip_val", "gradient_clip_algorithm")},
     }
 
 

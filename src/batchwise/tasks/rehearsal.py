@@ -133,7 +133,9 @@ def _halves(data: DataModule, batch: MicroBatch, index: Tensor, half: int) -> li
 def _as_it_was(task: "Task", data: DataModule) -> Iterator[None]:
     """Restore modes, buffers, metrics and the generator afterwards. Batch norm looks at no other example."""
     trainer, task._trainer, task._own_data = task._trainer, data.trainer, data
-    task._measures.row_is_due = not task._couples  # so that it is seen whether `losses` feeds metrics
+    # It is to be seen whether `losses` feeds metrics, but none are fed.
+    task._measures.row_is_due, metrics = not task._couples, task._measures.step_metrics
+    task._measures.step_metrics = None
     devices = [home_of(task)] if home_of(task).type == "cuda" else []
     try:
         with kept_modes(task), kept_buffers(task), torch.random.fork_rng(devices=devices):
@@ -142,7 +144,7 @@ def _as_it_was(task: "Task", data: DataModule) -> Iterator[None]:
             yield
     finally:
         task._trainer, task._own_data, place.current = trainer, None, None
-        task._measures.row_is_due = False
+        task._measures.row_is_due, task._measures.step_metrics = False, metrics
         for module in task.modules():
             if isinstance(module, Metric):
                 module.reset()
