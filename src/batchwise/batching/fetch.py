@@ -1,4 +1,4 @@
-"""From example numbers to tensors: one gather per field, for as many micro-batches as fit in a cache."""
+"""From example numbers to tensors. Micro-batches are gathered together while they fit in a cache."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -100,32 +100,13 @@ def _as_field(leaf: Any) -> Any:
             f"load gave a {type(leaf).__name__} among inputs and targets: write tensors or arrays with the examples "
             "in the first dimension, dicts or tuples of them, or a list with one value per example"
         )
-    return _tensor(leaf)
+    return as_tensor(leaf)
 
 
 def _as_values(values: list[Any]) -> Any:
     if values and all(isinstance(value, int | float | np.number) for value in values):
         return torch.tensor(values)
-    return rebuild(values, lambda leaf: _tensor(leaf) if isinstance(leaf, np.ndarray) else leaf)
-
-
-def _tensor(leaf: Tensor | np.ndarray) -> Tensor:
-    """Return a tensor that shares the memory of an array.
-
-    Raises:
-        ValueError: none does, or it would not be the same values.
-    """
-    if isinstance(leaf, np.ma.MaskedArray):
-        raise ValueError("load gave a masked array, whose mask a tensor cannot hold: write .filled(...) with a value")
-    if isinstance(leaf, Tensor) and leaf.layout != torch.strided:
-        raise ValueError(f"load gave a tensor of layout {leaf.layout}: write .to_dense()")
-    try:
-        return as_tensor(leaf)
-    except (TypeError, ValueError):  # ValueError: of another order of bytes
-        raise ValueError(
-            f"load gave an array of {leaf.dtype}, which no tensor can be: write .astype(...) with float32, int64 or "
-            "another type that PyTorch has"
-        ) from None
+    return rebuild(values, lambda leaf: as_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf)
 
 
 def on_device(leaf: Any, device: torch.device) -> Any:

@@ -84,12 +84,26 @@ class Joined:
 
 
 def as_tensor(field: Tensor | np.ndarray) -> Tensor:
-    """Return a tensor that shares the memory of an array."""
+    """Return a tensor that shares the memory of an array.
+
+    Raises:
+        ValueError: no tensor can hold these values.
+    """
+    if isinstance(field, np.ma.MaskedArray):
+        raise ValueError("load gave a masked array, whose mask a tensor cannot hold: write .filled(...) with a value")
+    if isinstance(field, Tensor) and field.layout != torch.strided:
+        raise ValueError(f"load gave a tensor of layout {field.layout}: write .to_dense()")
     with warnings.catch_warnings():  # about files that are mapped for reading only: nothing here writes to them
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         if isinstance(field, np.ndarray) and any(stride < 0 for stride in field.strides):
             field = field.copy()  # torch has no negative strides
-        return torch.as_tensor(field)
+        try:
+            return torch.as_tensor(field)
+        except (TypeError, ValueError):  # ValueError: of another order of bytes
+            raise ValueError(
+                f"load gave an array of {field.dtype}, which no tensor can be: write .astype(...) with float32, int64 "
+                "or another type that PyTorch has"
+            ) from None
 
 
 def is_mapped(leaf: Any) -> bool:

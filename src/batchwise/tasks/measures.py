@@ -26,7 +26,7 @@ MOST_HELD = 2**20
 
 
 class MetricError(ValueError):
-    """The metrics cannot take what they are given."""
+    """`self.measure` gave the metrics something that they cannot take."""
 
 
 class Measures:

@@ -18,7 +18,10 @@ THE_ENGINES = {
     "on_after_batch_transfer": "write transform in the data module",
     "transfer_batch_to_device": "write transform in the data module",
 }
-"""Names that a subclass must not override, and what to do instead."""
+"""What a subclass must not override, each with what to write instead."""
+
+SET_IN_TRAINING = ("_current_fx_name", "_trainer", "forward")
+"""What Lightning sets at each hook, and what it and the engine replace for a moment. None of it is checked."""
 
 
 def check_class(cls: type) -> None:
@@ -47,10 +50,10 @@ def check_attribute(task: LightningModule, name: str, value: Any) -> None:
     Raises:
         ValueError: it takes the place of a method that the engine calls, or of an object in which it keeps its state.
     """
+    if name in SET_IN_TRAINING:
+        return
     if name == "automatic_optimization" and not value:  # Lightning's schedulers and counters depend on it
         raise ValueError(f"{name} is {value}: {THE_ENGINES[name]}")
-    if name in ("forward", "_trainer"):  # Lightning, and what looks whether a step can be captured, put another there
-        return
     kept, member = type(vars(task).get(name)), getattr(type(task), name, None)
     is_state = kept.__module__.startswith("batchwise.tasks.") and not isinstance(value, kept | None)
     is_called = isfunction(member) and member.__module__.startswith("batchwise.")

@@ -160,7 +160,7 @@ def _check_training(task: "Task", data: DataModule) -> None:
 
 
 def _check_one_example(task: "Task", data: DataModule) -> None:
-    """Raise ValueError if a batch norm cannot take a micro-batch of one example, of which there is no variance."""
+    """Raise ValueError if the network has a batch norm that fails on a micro-batch of one example."""
     task._own_data = data
     try:
         with kept_modes(task), kept_buffers(task), torch.no_grad():
