@@ -12,6 +12,7 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 
 from batchwise.batching.device import widest
 from batchwise.models import place
+from batchwise.tasks.exchange import lists_of, lists_whole
 from batchwise.tasks.hooks import row_is_due
 from batchwise.tasks.losses import described
 from batchwise.tasks.memory import is_out_of_memory
@@ -242,11 +243,12 @@ def computed(metrics: MetricCollection, examples: int) -> dict[str, Tensor]:
 
     All devices must call it.
     """
-    values: dict[str, Any] = metrics.compute() if examples > 1 else {}
-    if examples < 2:
-        for name, metric in metrics.items():
-            with suppress(ValueError):
-                values[name] = metric.compute()  # type: ignore[operator]
+    with lists_whole(metrics):
+        values: dict[str, Any] = metrics.compute() if examples > 1 else {}
+        if examples < 2:
+            for name, metric in metrics.items():
+                with suppress(ValueError):
+                    values[name] = metric.compute()  # type: ignore[operator]
     return {name: value for name, value in values.items() if isinstance(value, Tensor)}  # a curve is several
 
 
@@ -262,7 +264,8 @@ def stand_in(metrics: MetricCollection, values: tuple[Tensor, ...]) -> None:
         for part in (one for one in metric.modules() if isinstance(one, Metric)):
             for name, state in part.metric_state.items():
                 if isinstance(state, list):
-                    setattr(part, name, [one[:0] for one in state])
+                    pieces = [] if name in lists_of(part) else [torch.atleast_1d(one)[:0] for one in state]
+                    setattr(part, name, pieces)
                 else:
                     default: Any = part._defaults[name]
                     setattr(part, name, default.to(state).expand_as(state).clone())

@@ -20,6 +20,7 @@ from batchwise.data.module import DataModule
 from batchwise.models import place
 from batchwise.models.kept import home_of, kept_buffers, kept_modes
 from batchwise.models.norm import batchnorms
+from batchwise.tasks.cut_metrics import depends_on
 from batchwise.tasks.measures import MetricError
 from batchwise.tasks.memory import is_out_of_memory
 from batchwise.tasks.passes import seed_generator
@@ -90,25 +91,30 @@ def _rehearse(task: "Task", data: DataModule) -> None:
 
 
 def try_metrics(task: "Task", data: DataModule, split: str) -> None:
-    """Feed the metrics with a few examples as an evaluation does, and change nothing.
+    """Feed the metrics with a few examples as an evaluation does, whole and in parts, and change nothing.
 
     Raises:
-        ValueError: they cannot take what `losses` gives them.
+        ValueError: they cannot take what `losses` gives them; or one is another over several devices, which there are.
     """
     metrics = task._measures.metrics
     if metrics is None or task._couples or task._players() != [()]:
         return
+    given: list[tuple[Any, ...]] = []
+    update = metrics.update
+    metrics.update = lambda *values: (given.append(values), update(*values))  # type: ignore[method-assign]
     try:
         with _as_it_was(task, data), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             task.eval()
             place.current = None
             task.losses(on_device(task, data, data.examples(split, EXAMPLES), training=False))
+            found = {name: depends_on(metric, given[0]) for name, metric in metrics.items() if given}  # type: ignore[arg-type]
     except MetricError:
         raise
     except Exception:  # a hook that has not run yet may have to come first; what else is wrong, the evaluation says
         return
     finally:
+        del metrics.update
         metrics.reset()
     if False not in task._measures.fed:
         warnings.warn(
@@ -116,6 +122,19 @@ def try_metrics(task: "Task", data: DataModule, split: str) -> None:
             "with what they take",
             stacklevel=2,
         )
+    for name, cut in found.items():
+        if cut == "devices" and data.trainer is not None and data.trainer.world_size > 1:
+            raise MetricError(
+                f"the metric '{name}' gives another value when its examples are on several devices: give each "
+                "add_state of it a dist_reduce_fx, such as 'sum' or 'cat', or write trainer.devices 1"
+            )
+        if cut == "micro-batches":
+            warnings.warn(
+                f"the metric '{name}' gives another value when its examples come in several updates, so it depends on "
+                "data.eval_batch_size, data.micro_batch_size and devices: let it add up sums over examples, give it "
+                "probabilities and no logits, or choose another metric",
+                stacklevel=2,
+            )
 
 
 def _halves(data: DataModule, batch: MicroBatch, index: Tensor, half: int) -> list[MicroBatch]:
