@@ -156,13 +156,14 @@ def test_too_little_room_is_said_before(monkeypatch: pytest.MonkeyPatch) -> None
         cached_images(Path("pictures"), pictures(20), GREY, Path("cache"))
 
 
-SLOW = """
-import time
+HALTING = """
+import sys, time
 from pathlib import Path
 from batchwise.sources import images
 
 decode = images.ImageFormat.decode
-images.ImageFormat.decode = lambda form, path: time.sleep(0.02) or decode(form, path)
+halted = sys.argv[1]
+images.ImageFormat.decode = lambda form, path: (path.stem == halted and time.sleep(600)) or decode(form, path)
 images._CHUNK = 8 * 16
 names = [f"{number}.png" for number in range(240)]
 array, _ = images.cached_images(Path("pictures"), names, images.ImageFormat(4, 4, 1, "stretch"), Path("cache"))
@@ -174,14 +175,14 @@ def test_several_processes_of_which_one_is_killed() -> None:
     """One decodes and the others wait; when it dies another goes on; all see the same, whole images."""
     pictures(240)
 
-    def start() -> subprocess.Popen:
-        return subprocess.Popen([sys.executable, "-u", "-c", SLOW], stdout=subprocess.PIPE, text=True)
+    def start(halted: str) -> subprocess.Popen:
+        return subprocess.Popen([sys.executable, "-u", "-c", HALTING, halted], stdout=subprocess.PIPE, text=True)
 
-    first = start()
+    first = start("200")
     while not any(path.stat().st_size > 400 for path in Path("cache").glob("*.part")):
         assert first.poll() is None
         time.sleep(0.01)
-    others = [start(), start()]
+    others = [start("none"), start("none")]
     assert all("waiting" in (other.stdout and other.stdout.readline()) for other in others)  # type: ignore[operator]
     first.kill()
     first.wait()
