@@ -75,7 +75,7 @@ def read_checkpoint(path: Path) -> dict:
             file cannot be read.
     """
     checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise ValueError("it is not a checkpoint of this project")
     maker = (checkpoint.get("hyper_parameters") or {}).get("_instantiator", OF_LIGHTNING)
     if maker != OF_LIGHTNING:  # Lightning would import and call it to make a module from the checkpoint

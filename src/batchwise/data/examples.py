@@ -20,6 +20,7 @@ from batchwise.batching.loader import MicroBatch, read
 from batchwise.batching.order import Order, Shuffled, Sources
 from batchwise.batching.rows import Joined, Rows
 from batchwise.data.augment import Augmentation, augment
+from batchwise.data.contents import contents_of
 from batchwise.data.names import Reserved
 
 Field = Tensor | np.ndarray | Rows | Joined | Mapping[str, Any] | Sequence[Any]
@@ -50,6 +51,7 @@ class Examples(Reserved, pl.LightningDataModule, ABC):
         self.augment = augment or []
         self.__loaded: dict[str, Fetch | None] = {}
         self.__fed: dict[tuple[str, torch.device], Fetch] = {}
+        self.__contents: dict[str, dict[str, Any] | None] = {}
 
     # What a subclass writes
 
@@ -106,7 +108,7 @@ class Examples(Reserved, pl.LightningDataModule, ABC):
                 )
             if fetch is not None and name != "train" and len(fetch) < devices:
                 raise ValueError(f"the {name} split has {len(fetch)} examples: use at most {len(fetch)} devices")
-            if fetch is None and name != "val":
+            if fetch is None and (name != "val" or stage != "fit"):
                 raise ValueError(f"{type(self).__name__}.load('{name}') gave nothing: this command needs that split")
 
     @final
@@ -122,7 +124,7 @@ class Examples(Reserved, pl.LightningDataModule, ABC):
     @final
     def _forget(self) -> None:
         """Forget the splits, and all cached properties of a subclass."""
-        self.__loaded, self.__fed = {}, {}
+        self.__loaded, self.__fed, self.__contents = {}, {}, {}
         for name in [name for name in vars(self) if isinstance(getattr(type(self), name, None), cached_property)]:
             delattr(self, name)
 
@@ -133,6 +135,14 @@ class Examples(Reserved, pl.LightningDataModule, ABC):
     def loaded(self) -> list[tuple[str, Fetch]]:
         """Return the splits loaded so far, by name."""
         return [(name, fetch) for name, fetch in self.__loaded.items() if fetch is not None]
+
+    @final
+    def contents(self) -> dict[str, Any]:
+        """Return a summary of the examples of each split that training loads: see `contents_of`."""
+        for name, fetch in self.loaded():
+            if name in SPLITS["fit"] and name not in self.__contents:
+                self.__contents[name] = contents_of(fetch)
+        return dict(self.__contents)
 
     @property
     @final

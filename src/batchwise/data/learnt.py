@@ -21,6 +21,7 @@ class Learning(Examples):
 
     __own: dict[str, Any] | None = None
     __saved: Saved | None = None
+    _lenient = False
 
     def learn(self) -> dict[str, Any]:
         """Return what is learnt from the training examples, such as a mean, or the labels that there are.
@@ -53,12 +54,14 @@ class Learning(Examples):
         return self.__saved is not None
 
     @final
-    def recall(self, state: Mapping[str, Any] | None) -> None:
+    def recall(self, state: Mapping[str, Any] | None, lenient: bool | None = None) -> None:
         """Use what an earlier training has learnt. The trainer and the command line call this before `setup`.
 
         Args:
             state: of this data module in a checkpoint; None: learn anew.
+            lenient: `setup` is to use it even if the training examples now give something else; None: as before.
         """
+        self._lenient = self._lenient if lenient is None else lenient
         before = self.__own if self.__saved is None else self.__saved[0]
         if state is None or "learnt" not in state:
             self.__saved = None
@@ -91,9 +94,11 @@ class Learning(Examples):
             now = self.__learn()
             for key in [*learnt, *(key for key in now if key not in learnt)]:
                 if not same(learnt.get(key), now.get(key)):
+                    where, old, new = _apart(key, learnt.get(key), now.get(key))
                     raise ValueError(
-                        f"the checkpoint was trained on other data: it has learnt {key} {shown(learnt.get(key))}, and "
-                        f"the training examples now give {shown(now.get(key))}: use the same data, or start afresh"
+                        f"the checkpoint was trained on other data: it has learnt {where} {shown(old)}, and the "
+                        f"training examples now give {shown(new)}: use the same data, start afresh, or go on with what "
+                        "was learnt (force)"
                     )
         if names != self.class_names:
             raise ValueError(
@@ -140,3 +145,13 @@ def same(one: Any, other: Any) -> bool:
     if isinstance(one, float) and isinstance(other, float):
         return math.isclose(one, other, rel_tol=1e-5, abs_tol=1e-8) or (math.isnan(one) and math.isnan(other))
     return type(one) is type(other) and one == other
+
+
+def _apart(name: str, one: Any, other: Any) -> tuple[str, Any, Any]:
+    """Return the first values in which two differ, with their place."""
+    inner: list[tuple[str, Any, Any]] = []
+    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+        inner = [(f"{name}[{key!r}]", one[key], other[key]) for key in one]
+    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other) < 100:
+        inner = [(f"{name}[{number}]", *pair) for number, pair in enumerate(zip(one, other, strict=True))]
+    return next((_apart(*each) for each in inner if not same(*each[1:])), (name, one, other))

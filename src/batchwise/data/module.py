@@ -144,7 +144,7 @@ class DataModule(Learning):
         layers = getattr(getattr(self.trainer, "strategy", None), "_tensor_parallel_size", 1)
         if layers != 1:
             raise ValueError(f"trainer.strategy.tensor_parallel_size is {layers}: write 1, because layers are not cut")
-        self.check_recalled(training=stage == "fit")
+        self.check_recalled(training=stage == "fit" and not self._lenient)
         super().setup(stage)
         if stage == "fit" and self.plan is None:
             self.__make_plan()
@@ -247,11 +247,12 @@ class DataModule(Learning):
         return max(self.__restored_step, self.trainer.global_step if self.trainer else 0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position, the changes of batch size, a fingerprint of the batches, and what was learnt."""
+        """Return the position, the changes of batch size, what batches and examples are, and what was learnt."""
         return super().state_dict() | {
             "step": self.position(),
             "changes": [list(change) for change in self.plan.changes] if self.plan else [],
             "fingerprint": self.fingerprint(),
+            "contents": self.contents(),
             "micro_batch_limit": self.micro_batch_limit,
         }
 

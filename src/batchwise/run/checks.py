@@ -4,14 +4,15 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
-from batchwise.callbacks.ema import EMA
+from lightning.pytorch.callbacks import ModelCheckpoint
+
 from batchwise.checkpoints import data_state, read_checkpoint
 from batchwise.data.examples import SPLITS
 from batchwise.data.module import DataModule
 from batchwise.errors import Mistake, mistakes
 from batchwise.models.frozen import fill_in
 from batchwise.models.weights import weight_differences
-from batchwise.run.resume import clipping_of, training_differences
+from batchwise.run.resume import other_examples, training_differences
 from batchwise.tasks.task import Task
 from batchwise.trainer import Trainer
 
@@ -23,7 +24,7 @@ def load(trainer: Trainer, model: Task, data: DataModule, stage: str, checkpoint
         Mistake: the data cannot be read, or no plan can be made of it.
     """
     data.attach(trainer, model._step.unit)
-    data.recall(checkpoint and data_state(checkpoint, data))
+    data.recall(checkpoint and data_state(checkpoint, data), lenient=True)  # it is compared below
     if trainer.local_rank != 0:
         return False
     with mistakes():
@@ -59,9 +60,10 @@ def check(
     with mistakes():
         model.prepare(data, SPLITS[stage][0])
         if checkpoint is not None:
-            done = _check_checkpoint(checkpoint, trainer, model, data, config)
+            done = _check_checkpoint(checkpoint, trainer, model, data, config, stage)
+        if stage == "fit":
+            _check_monitors(trainer, model, data)
         if stage == "fit" and data.split("val") is not None:
-            _check_monitors(trainer, model)
             _check_interval(trainer, data)
     return done
 
@@ -76,22 +78,42 @@ def _check_interval(trainer: Trainer, data: DataModule) -> None:
         )
 
 
-def _check_monitors(trainer: Trainer, model: Task) -> None:
+def _check_monitors(trainer: Trainer, model: Task, data: DataModule) -> None:
     for callback in trainer.callbacks:
-        _check_monitor(trainer, model, type(callback).__name__, getattr(callback, "monitor", None))
+        usual = isinstance(callback, ModelCheckpoint) and callback.filename == "best"
+        if _validates(trainer, data) or not usual:  # which keeps nothing then
+            _check_monitor(trainer, model, data, type(callback).__name__, getattr(callback, "monitor", None))
 
 
 def check_schedulers(trainer: Trainer, model: Task) -> None:
     """Raise Mistake if a schedule of the user's needs a value that is not measured. The optimizers have been made."""
     for config in trainer.lr_scheduler_configs:
         if config.reduce_on_plateau and config.strict:
+            name, every = type(config.scheduler).__name__, trainer.check_val_every_n_epoch or 1
             with mistakes():
-                _check_monitor(trainer, model, type(config.scheduler).__name__, config.monitor)
+                _check_monitor(trainer, model, model.data, name, config.monitor)
+                if config.monitor.startswith("val/") and (config.interval == "step" or config.frequency % every):
+                    raise ValueError(
+                        f"{name} looks for '{config.monitor}' each {config.frequency} {config.interval}(s), but "
+                        f"validation runs each {every} epoch(s): write interval: epoch, frequency: {every}"
+                    )
 
 
-def _check_monitor(trainer: Trainer, model: Task, name: str, monitor: str | None) -> None:
-    known = model.metric_names()
-    if monitor and monitor not in known and not any(map(_logs, [model, *trainer.callbacks])):
+def _validates(trainer: Trainer, data: DataModule) -> bool:
+    return data.split("val") is not None and trainer.limit_val_batches != 0
+
+
+def _check_monitor(trainer: Trainer, model: Task, data: DataModule, name: str, monitor: str | None) -> None:
+    validates = _validates(trainer, data)
+    known = [name for name in model.metric_names() if validates or not name.startswith("val/")]
+    if not monitor or monitor in known:
+        return
+    if monitor.startswith("val/") and not validates:
+        raise ValueError(
+            f"{name} monitors '{monitor}', but nothing is validated: write one of {', '.join(known)}, or give it a "
+            "validation split (trainer.limit_val_batches above 0)"
+        )
+    if not any(map(_logs, [model, *trainer.callbacks])):
         raise ValueError(f"{name} monitors '{monitor}', which is not measured: write one of {', '.join(known)}")
 
 
@@ -102,8 +124,12 @@ def _logs(thing: Any) -> bool:
     return any({"log", "log_dict"} & set(method.__code__.co_names) for method in methods)
 
 
-def _check_checkpoint(path: Path, trainer: Trainer, model: Task, data: DataModule, config: dict | None) -> int:
+def _check_checkpoint(
+    path: Path, trainer: Trainer, model: Task, data: DataModule, config: dict | None, stage: str
+) -> int:
     checkpoint = read_checkpoint(path)
+    if "global_step" not in checkpoint or "epoch" not in checkpoint:
+        raise ValueError(f"ckpt_path {path} has weights, and no training to go on with: write model.init_from {path}")
     saved = dict(checkpoint["state_dict"])
     try:
         fill_in(model, saved)
@@ -112,16 +138,31 @@ def _check_checkpoint(path: Path, trainer: Trainer, model: Task, data: DataModul
     differences = weight_differences(saved, model.state_dict())
     if differences:
         raise ValueError(f"ckpt_path {path} is of another model: {differences}")
-    if config is not None:
+    if stage == "fit":
         epochs, most = checkpoint["epoch"], trainer.max_epochs
         if most is not None and 0 <= most < epochs:
             raise ValueError(f"trainer.max_epochs is {most}, but {path} has trained for {epochs} epochs: write more")
-        half_life = next((callback.half_life for callback in trainer.callbacks if isinstance(callback, EMA)), None)
-        others = data.fingerprint(), half_life, clipping_of(trainer)
-        changes = training_differences(checkpoint, config, type(data).__qualname__, *others)
-        if changes:
-            raise ValueError(
-                f"ckpt_path {path} is of a training that differs ({'; '.join(changes)}): write the old values, or "
-                f"{'--force true' if config else 'fit(..., force=True)'} to go on with the new"
-            )
+        if config is not None:
+            changes = training_differences(checkpoint, config, trainer, model, data)
+            if not changes:  # because other settings of the data make other examples
+                data.check_recalled(training=True)
+                changes = other_examples(checkpoint, data)
+            if changes:
+                raise ValueError(
+                    f"ckpt_path {path} is of a training that differs ({'; '.join(changes)}): write the old values, or "
+                    f"{'--force true' if config else 'fit(..., force=True)'} to go on with the new"
+                )
+        _check_groups(path, checkpoint, model)
     return checkpoint["global_step"]
+
+
+def _check_groups(path: Path, checkpoint: dict, model: Task) -> None:
+    """Raise ValueError if the optimizer has other parameters than its state in the checkpoint."""
+    old = [len(group["params"]) for state in checkpoint["optimizer_states"] for group in state["param_groups"]]
+    new = [group["parameters"] for group in model._rates.settings.get("groups", {}).values()]
+    if new and old != new:
+        raise ValueError(
+            f"ckpt_path {path} has an optimizer with groups of {old} parameters, and this one has {new}: leave "
+            "model.freeze, lr_factors and decay_matrices_only as they were, or begin a training from these weights: "
+            f"model.init_from {path}"
+        )

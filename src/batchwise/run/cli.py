@@ -13,11 +13,9 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from batchwise.callbacks.predictions import Predictions
-from batchwise.checkpoints import read_checkpoint
 from batchwise.data.examples import SPLITS
 from batchwise.data.module import DataModule
 from batchwise.errors import Mistake, mistakes
-from batchwise.models.frozen import CHECKSUM
 from batchwise.run import checks, folders, report, resume
 from batchwise.run.auto import choose_settings
 from batchwise.run.main import LEADER
@@ -122,8 +120,7 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Make the trainer, with the callbacks that every run has."""
         settings = self._get(self.config_init, "trainer")
-        if self.checkpoint is not None and CHECKSUM not in read_checkpoint(self.checkpoint)["state_dict"]:
-            self.model._tuning.init_from = None  # the checkpoint has all weights
+        resume.leave_out_initial_weights(self.model, self.checkpoint)
         if self.subcommand == "fit" and (self.settings.speed == "auto" or self.datamodule.finds_micro_batch):
             everything = self.settings.speed == "auto"
             choose_settings(self.model, self.datamodule, settings, self.plain_config, self.folder, everything)

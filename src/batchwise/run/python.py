@@ -139,6 +139,8 @@ class Trainer(trainer.Trainer):
         try:
             if self._saves or self._wanted_logger is not False:
                 self._make_folder(checkpoint, restart=which == "last")
+            if isinstance(model, Task):
+                resume.leave_out_initial_weights(model, checkpoint)
             yield checkpoint
         except Mistake:
             if self.folder is not None:

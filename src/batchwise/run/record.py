@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from batchwise.host import write_whole
 from batchwise.run import folders
 from batchwise.run.checks import check_schedulers
-from batchwise.run.resume import clipping_of
+from batchwise.run.resume import settings_of
 from batchwise.run.wandb import WandbLogger
 from batchwise.tasks.task import Task
 
@@ -50,7 +50,7 @@ class RunRecord(Callback):
         """Keep the settings that decide the result, to compare on resume, and the last rows of the log."""
         if self.config is not None:
             checkpoint["config"] = {key: self.config[key] for key in ("model", "data")}
-        checkpoint["clipping"] = clipping_of(trainer)
+        checkpoint["settings"] = settings_of(trainer, pl_module)
         checkpoint["log"] = next((logger.recent() for logger in trainer.loggers if isinstance(logger, WandbLogger)), [])
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Task, checkpoint: dict[str, Any]) -> None:

@@ -7,7 +7,12 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
 
-from batchwise.checkpoints import unreadable
+from batchwise.callbacks.ema import EMA
+from batchwise.checkpoints import read_checkpoint, state_of, unreadable
+from batchwise.data.contents import others
+from batchwise.data.module import DataModule
+from batchwise.models.frozen import CHECKSUM
+from batchwise.tasks.task import Task
 
 EXECUTION = (
     *("batch_size", "micro_batch_size", "micro_batch_tokens", "eval_batch_size"),
@@ -17,10 +22,17 @@ EXECUTION = (
 batch size may be written in several ways, so the fingerprint has it."""
 
 
-def clipping_of(trainer: pl.Trainer) -> dict[str, Any]:
-    """Return how a trainer clips gradients, in plain types; nothing: it does not."""
+def settings_of(trainer: pl.Trainer, task: Task) -> dict[str, Any]:
+    """Return the settings of a training that no configuration of model and data has, in plain types."""
     value, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
-    return {"gradient_clip_val": value, "gradient_clip_algorithm": getattr(algorithm, "value", "norm")} if value else {}
+    clipping = {"gradient_clip_val": value, "gradient_clip_algorithm": getattr(algorithm, "value", "norm")}
+    return {"trainer": clipping if value else {}, "model": task._rates.settings}
+
+
+def leave_out_initial_weights(task: Task, checkpoint: Path | None) -> None:
+    """Do not read the initial weights where a checkpoint has all weights."""
+    if checkpoint is not None and CHECKSUM not in read_checkpoint(checkpoint)["state_dict"]:
+        task._tuning.init_from = None
 
 
 def choose_checkpoint(which: str | None, root: Path, name: str, command: str) -> Path | None:
@@ -81,34 +93,36 @@ def _newest(runs: Path, which: str) -> Path | None:
 
 
 def training_differences(
-    checkpoint: dict[str, Any],
-    config: dict[str, Any],
-    data_name: str,
-    fingerprint: dict[str, Any],
-    half_life: float | None = None,
-    clipping: dict[str, Any] | None = None,
+    checkpoint: dict[str, Any], config: dict[str, Any], trainer: pl.Trainer, task: Task, data: DataModule
 ) -> list[str]:
     """Return the differences between the training that made a checkpoint and this one, each as `key: old -> new`.
 
     Args:
         checkpoint: the content of the file.
         config: the merged configuration of this training; empty: it was made in Python, and has none.
-        data_name: the name under which the checkpoint keeps the state of the data module.
-        fingerprint: all that decides which examples form a batch, of this training.
-        half_life: half-life of the average of weights, in examples, of this training; None: there is no average.
-        clipping: of this training, as `clipping_of` gives it.
+        trainer: of this training.
+        task: of this training.
+        data: of this training.
     """
-    saved = checkpoint.get("config", {})
-    old, new = _decisive(saved), _decisive(config)
-    batches = checkpoint.get(data_name, {}).get("fingerprint", {})
+    state, settings = state_of(checkpoint, data) or {}, settings_of(trainer, task)
+    half_life = next((callback.half_life for callback in trainer.callbacks if isinstance(callback, EMA)), None)  # type: ignore[attr-defined]
     average = checkpoint.get("callbacks", {}).get("EMA", {}).get("half_life_examples")
+    old = checkpoint.get("settings", settings)
+    if config:  # which has those of the model
+        old, settings = ({"trainer": one["trainer"]} for one in (old, settings))
     pairs = [
-        *(_changed(old, new) if config else ()),
-        *_changed({"data": batches}, {"data": fingerprint}),
-        *_changed({"trainer": checkpoint.get("clipping", clipping)}, {"trainer": clipping}),
+        *(_changed(_decisive(checkpoint.get("config", {})), _decisive(config)) if config else ()),
+        *_changed({"data": state.get("fingerprint", {})}, {"data": data.fingerprint()}),
+        *_changed(old, settings),
         *_changed({"EMA.half_life_examples": average}, {"EMA.half_life_examples": half_life}),
     ]
     return [f"{key}: {before!r} -> {after!r}" for key, before, after in pairs]
+
+
+def other_examples(checkpoint: dict[str, Any], data: DataModule) -> list[str]:
+    """Return how the examples differ from those of the training that made a checkpoint."""
+    before, now = (state_of(checkpoint, data) or {}).get("contents", {}), data.contents()
+    return [line for split in before for line in others(split, before[split], now.get(split))]
 
 
 def _decisive(config: dict[str, Any]) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """The learning rate of each step. It is a function of the step number, unless the user sets it."""
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch.optim import Optimizer
 
+from batchwise.data.learnt import plain
 from batchwise.optim.scaling import Scaling
 from batchwise.optim.schedule import Schedule
 from batchwise.tasks.players import Players
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from batchwise.tasks.task import Task
 
 
+_PLAIN = (bool, int, float, str, tuple, type(None))
+_EXECUTION = ("fused", "foreach", "capturable", "differentiable")
 _FOLLOW = ("lr", "weight_decay", "betas", "alpha", "eps", "momentum")
 
 
@@ -37,6 +40,8 @@ class Rates:
         """The rate of each group at the current batch size, without the schedule."""
         self.taken: set[int] = set()
         """Numbers of the groups whose rate a callback sets."""
+        self.settings: dict[str, Any] = {}
+        """Settings of the optimizer, in plain types, as far as the engine makes it. They decide the result."""
         self._optimizer: Optimizer | None = None
         self._settings: list[dict[str, Any]] = []
         self._set: list[float] = []
@@ -53,6 +58,15 @@ class Rates:
         for settings in self._settings:
             settings["lr"] *= factor
         self.base = [rate * factor for rate in self.base]
+
+    def note(self, optimizer: Optimizer) -> None:
+        """Note the settings of an optimizer, for a checkpoint of this training."""
+        groups = {}
+        for number, group in enumerate(optimizer.param_groups):
+            kept = {key: value for key, value in group.items() if isinstance(value, _PLAIN) and key not in _EXECUTION}
+            groups[str(number)] = kept | {"parameters": len(group["params"])}
+        settings = {"optimizer": type(optimizer).__name__, "groups": groups}
+        self.settings = plain(settings | {"schedule": asdict(self.schedule), "scaling": asdict(self.scaling)}, "model")
 
     def own(self, task: "Task", optimizer: Optimizer) -> None:
         """Set the rates of an optimizer that the task has made."""

@@ -128,7 +128,9 @@ def _check_training(task: "Task", data: DataModule) -> None:
             f"{type(task).__name__} is in evaluation mode, in which dropout and norms do not learn: write task.train()"
         )
     _refuse_callbacks(task, getattr(data.trainer, "callbacks", []))
-    task._new_optimizer()
+    optimizer = task._new_optimizer()
+    if task.configure_optimizers.__module__ == "batchwise.tasks.task":  # not overridden
+        task._rates.note(optimizer)
     task._rates.examples_in_all(data)
     first = data.examples("train", 32)
     if isinstance(first.inputs, Tensor) and len(first) > 1 and bool((first.inputs == first.inputs[:1]).all()):

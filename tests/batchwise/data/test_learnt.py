@@ -230,7 +230,7 @@ def test_a_folder_that_has_changed_since() -> None:
     shutil.move("photos", "bright")
     pictures("photos", {"cat": 0, "dog": 100})
     done(*predict, "--predictions", "./darker.csv")
-    assert "trained on other data: it has learnt mean [" in refused(*fits)
+    assert "trained on other data: it has learnt mean[0] " in refused(*fits)
     # A class is renamed, and one is added.
     shutil.rmtree("photos")
     shutil.copytree("bright", "photos")
@@ -358,7 +358,7 @@ def test_a_mixture_keeps_what_each_module_has_learnt() -> None:
     for name, module in data.modules.items():
         assert same(module.learnt["mean"], state[name]["mean"])  # type: ignore[attr-defined]
     train(mixture(0.0, 1.0), ckpt_path=LAST, max_steps=6)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"trained on other data: it has learnt two "):
+    with pytest.raises(ValueError, match=r"trained on other data: it has learnt two\['mean'\] "):
         train(mixture(0.0, 2.0), ckpt_path=LAST, max_steps=7)  # type: ignore[arg-type]
 
 

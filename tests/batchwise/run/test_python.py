@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import small
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 import batchwise
+from batchwise import Task
 from batchwise.errors import Mistake, TrainingStopped
+from batchwise.optim.schedule import Schedule
 from batchwise.run.usual import usual_callbacks
 
 
@@ -74,6 +76,109 @@ def test_a_training_that_differs_is_not_gone_on_with() -> None:
         again.fit(new(), small.Points(batch_size=16), ckpt_path="last")
     again.fit(new(), small.Points(batch_size=16), ckpt_path="last", force=True)
     assert again.current_epoch == 4
+
+
+OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "optimizer": ({"optimizer": lambda p: torch.optim.SGD(p, lr=0.05)}, {}, "model.optimizer: 'AdamW' -> 'SGD'"),
+    "rate": ({"optimizer": lambda p: torch.optim.AdamW(p, lr=0.5)}, {}, r"model.groups.0.lr: 0.05 -> 0.5"),
+    "decay": ({"optimizer": lambda p: torch.optim.AdamW(p, 0.05, weight_decay=1)}, {}, "weight_decay: 0.01 -> 1"),
+    "schedule": ({"schedule": Schedule("cosine")}, {}, "model.schedule.shape: 'constant' -> 'cosine'"),
+    "reference": ({"reference_batch_size": 20}, {}, "model.scaling.reference: None -> 20"),
+    "clipping": ({}, {"gradient_clip_val": 0.1}, "trainer.gradient_clip_val: None -> 0.1"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_other_settings_are_not_gone_on_with(case: str) -> None:
+    model, settings, message = OTHERS[case]
+
+    def other() -> Task:
+        return small.Classify(small.network(), **({"optimizer": small.adamw} | model))
+
+    trainer().fit(new(), small.Points())
+    with pytest.raises(Mistake, match=message):
+        trainer(max_epochs=4, **settings).fit(other(), small.Points(), ckpt_path="last")
+    forced = trainer(max_epochs=4, **settings)
+    forced.fit(other(), small.Points(), ckpt_path="last", force=True)
+    assert forced.current_epoch == 4
+    again = trainer(max_epochs=5, **settings)
+    again.fit(other(), small.Points(micro_batch_size=3), ckpt_path="last")
+    assert again.current_epoch == 5
+
+
+@pytest.mark.parametrize("change", [{"freeze": ["0"]}, {"lr_factors": {"0": 0.1}}, {"decay_matrices_only": True}])
+@pytest.mark.parametrize("force", [False, True])
+def test_other_groups_of_parameters_are_one_line(change: dict[str, Any], force: bool) -> None:
+    trainer().fit(new(), small.Points())
+    other = small.Classify(small.network(), optimizer=small.adamw, **change)
+    words = "groups of .* parameters, and this one has .*model.init_from" if force else "is of a training that differs"
+    with pytest.raises(Mistake, match=words):
+        trainer(max_epochs=4).fit(other, small.Points(), ckpt_path="last", force=force)
+
+
+def test_a_checkpoint_takes_the_place_of_initial_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    def task() -> Task:
+        return small.Classify(small.network(), optimizer=small.adamw, init_from="first.pt")
+
+    torch.save(small.network().state_dict(), "first.pt")
+    trainer().fit(task(), small.Points())
+    assert "first.pt" in capsys.readouterr().out
+    Path("first.pt").unlink()
+    for verb in ("fit", "validate"):
+        getattr(trainer(max_epochs=4), verb)(task(), datamodule=small.Points(), ckpt_path="last")
+        assert "first.pt" not in capsys.readouterr().out
+
+
+def test_weights_alone_are_no_training() -> None:
+    made = trainer()
+    made.fit(new(), small.Points())
+    for content in ({"state_dict": made.lightning_module.state_dict()}, {"state_dict": None}):  # type: ignore[union-attr]
+        torch.save(content, "weights.ckpt")
+        with pytest.raises(Exception, match=r"model\.init_from weights\.ckpt|not a checkpoint of this project"):
+            trainer(max_epochs=4).fit(new(), small.Points(), ckpt_path="weights.ckpt")
+
+
+class Unvalidated(small.Points):
+    def load(self, split: str) -> Any:
+        return None if split == "val" else super().load(split)
+
+
+class Plateau(small.Classify):
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(small.network())
+        self.settings = settings
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, **self.settings}}
+
+
+@pytest.mark.parametrize("data", [Unvalidated, small.Points])
+def test_what_monitors_a_validation_needs_one(data: Any) -> None:
+    settings: dict[str, Any] = {} if data is Unvalidated else {"limit_val_batches": 0}
+    line = "monitors 'val/loss', but nothing is validated: write one of train/loss_epoch"
+    for callback in (EarlyStopping("val/loss"), ModelCheckpoint(monitor="val/loss")):
+        with pytest.raises(Mistake, match=f"{type(callback).__name__} {line}"):
+            trainer(callbacks=[callback], **settings).fit(new(), data())
+    with pytest.raises(Mistake, match=f"ReduceLROnPlateau {line}"):
+        trainer(**settings).fit(Plateau(monitor="val/loss"), data())
+    made = trainer(callbacks=[EarlyStopping("train/loss_epoch", check_on_train_epoch_end=True)], **settings)
+    made.fit(new(), data())
+    assert "last.ckpt" in saved(made.folder)
+    with pytest.raises((Mistake, ValueError), match=r"load\('val'\) gave nothing"):
+        trainer().validate(new(), datamodule=Unvalidated(), ckpt_path="last")
+
+
+def test_a_plateau_is_looked_for_when_there_is_a_validation() -> None:
+    line = r"but validation runs each \d epoch\(s\): write interval: epoch, frequency: "
+    for settings, how in (({"check_val_every_n_epoch": 2}, {}), ({}, {"interval": "step"})):
+        with pytest.raises(Mistake, match=line):
+            trainer(**settings).fit(Plateau(monitor="val/loss", **how), small.Points())
+    for how in ({"monitor": "val/loss", "frequency": 2}, {"monitor": "train/loss_epoch"}):
+        made = trainer(check_val_every_n_epoch=2, max_epochs=4)
+        made.fit(Plateau(**how), small.Points())
+        assert made.current_epoch == 4
 
 
 def test_each_trainer_has_a_folder_of_its_own() -> None:
