@@ -16,7 +16,7 @@ from batchwise.batching.loader import Batch
 from batchwise.callbacks.checkpoint import Last
 from batchwise.data.module import DataModule
 from batchwise.errors import Mistake
-from batchwise.tasks.hooks import STEP_HOOKS, is_ours, listeners, listens
+from batchwise.tasks.hooks import STEP_HOOKS, before_step, is_ours, listeners, listens
 from batchwise.tasks.logs import Results
 from batchwise.tasks.task import Task
 
@@ -52,6 +52,7 @@ class EpochLoop(_TrainingEpochLoop):
         self._results = Results(trainer, training=True)
         self._is_short = False
         self._validates: bool | None = None
+        self._before: list[Any] = []
         self._at_start: list[Any] = []
         self._at_end: list[Any] = []
 
@@ -63,6 +64,7 @@ class EpochLoop(_TrainingEpochLoop):
         self._validates = None
         self._is_short = self._may_be_short(data_fetcher)
         own = [callback for callback in trainer.callbacks if is_ours(callback)]
+        self._before = before_step(trainer)
         self._at_start = [c.on_train_batch_start for c in own if listens(c, "on_train_batch_start")]
         self._at_end = [c.on_train_batch_end for c in own if listens(c, "on_train_batch_end")]
 
@@ -107,6 +109,8 @@ class EpochLoop(_TrainingEpochLoop):
                         "write trainer.limit_train_batches"
                     ) from None
                 raise
+            # Where training was resumed, this was the step in which somebody may have begun to log.
+            self._is_short = self._is_short and self._may_be_short(data_fetcher)
             if self.global_step > done:
                 # In the epoch in which training was resumed, Lightning does not step a ReduceLROnPlateau. Here it must,
                 # and its metric is there, because validation comes after a step.
@@ -123,6 +127,8 @@ class EpochLoop(_TrainingEpochLoop):
         if trainer._logger_connector._first_loop_iter is not False:
             trainer._logger_connector.on_batch_start(batch)
         self._results.batch, self._results.batch_size = batch, None
+        for hook in self._before:
+            hook(trainer, task, batch)
         for hook in self._at_start:
             hook(trainer, task, batch, batch_idx)
         progress.increment_started()

@@ -65,8 +65,11 @@ class Last(Checkpoint):
             signal.signal(number, handler)
         self._handlers = {}
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Task, batch: Batch, batch_idx: int) -> None:
-        """Save the state after the steps so far, if a checkpoint is due. Stop, if a signal came."""
+    def before_step(self, trainer: pl.Trainer, pl_module: Task, batch: Batch) -> None:
+        """Save the state after the steps so far, if a checkpoint is due. Stop, if a signal came.
+
+        It runs before any `on_train_batch_start`, which may change what is saved, and runs again on resume.
+        """
         step = batch.step
         stop = pl_module._step.stop_agreed(pl_module)
         every, plan = self.every_n_steps, pl_module.data.plan

@@ -92,7 +92,9 @@ def check_schedulers(trainer: Trainer, model: Task) -> None:
             name, every = type(config.scheduler).__name__, trainer.check_val_every_n_epoch or 1
             with mistakes():
                 _check_monitor(trainer, model, model.data, name, config.monitor)
-                if config.monitor.startswith("val/") and (config.interval == "step" or config.frequency % every):
+                if (config.monitor or "").startswith("val/") and (
+                    config.interval == "step" or config.frequency % every
+                ):
                     raise ValueError(
                         f"{name} looks for '{config.monitor}' each {config.frequency} {config.interval}(s), but "
                         f"validation runs each {every} epoch(s): write interval: epoch, frequency: {every}"

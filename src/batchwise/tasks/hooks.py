@@ -1,6 +1,6 @@
 """Which callbacks listen to Lightning's hooks, and calls of these hooks from our own loop."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -33,6 +33,11 @@ def listeners(trainer: Any, hooks: Iterable[str]) -> list[Any]:
     names = list(hooks)
     things = (*trainer.callbacks, trainer.lightning_module)
     return [thing for thing in things if any(listens(thing, hook) for hook in names)]
+
+
+def before_step(trainer: Any) -> list[Callable[..., None]]:
+    """Return the methods of callbacks that run before `on_train_batch_start` of any."""
+    return [callback.before_step for callback in trainer.callbacks if hasattr(callback, "before_step")]
 
 
 def is_ours(thing: Any) -> bool:

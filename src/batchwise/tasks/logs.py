@@ -11,7 +11,7 @@ from torchmetrics import Metric
 from batchwise.batching.device import widest
 from batchwise.batching.loader import Batch, MicroBatch
 from batchwise.models import place
-from batchwise.tasks.hooks import row_is_due, values_are_due
+from batchwise.tasks.hooks import before_step, row_is_due, values_are_due
 
 Amount = list[Any]
 """A sum and its weight, or an extreme and 1: numbers, or tensors that are still on the device."""
@@ -274,6 +274,9 @@ class Connector(_LoggerConnector):
             results.start_step()
             results.examples += len(batch) if isinstance(batch, MicroBatch) else 0
         super().on_batch_start(batch, dataloader_idx)
+        if isinstance(batch, Batch):  # of training
+            for hook in before_step(self.trainer):
+                hook(self.trainer, self.trainer.lightning_module, batch)
 
     def on_batch_end(self) -> None:
         """Add up the values of the devices, where somebody may read them."""
