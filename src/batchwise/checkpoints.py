@@ -11,6 +11,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from batchwise.errors import TrainingStopped
 
 OF_LIGHTNING = "lightning.pytorch.cli.instantiate_module"
+OBJECTS = "it holds code, or objects other than tensors and plain types"
 
 
 class DurableIO(TorchCheckpointIO):
@@ -59,10 +60,20 @@ def unreadable(path: Path) -> str | None:
     try:
         read_checkpoint(path)
     except Exception as error:
-        if "weights_only" in str(error):  # PyTorch's own message advises to load it all the same
-            return "it holds code, or objects other than tensors and plain types"
-        return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return why_unreadable(path, error)
     return None
+
+
+def why_unreadable(path: Path, error: Exception) -> str:
+    """Return in a few words why PyTorch could not read a file. It must not advise to run the code in it."""
+    if path.is_file() and path.suffix not in (".safetensors", ".json"):
+        with path.open("rb") as file:
+            begins = file.read(2)
+        if begins[:1] != b"\x80" and begins != b"PK":  # a pickle, or an archive
+            return "it is no file that torch.save has written"
+    if "weights_only" in str(error):
+        return OBJECTS
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def read_checkpoint(path: Path) -> dict:

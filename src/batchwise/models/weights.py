@@ -1,19 +1,15 @@
 """Weights by name: the differences between two sets of them, and the start from the weights of a file."""
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from glob import glob
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from batchwise.models.frozen import CHECKSUM
+from batchwise.models.weight_files import read_weights
 
-FILES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin", "adapter_model.safetensors")
-"""The files with weights that a folder of Hugging Face may have. The first has the names of several others."""
 TRAINED, REPLACED = ".modules_to_save.", ".original_module."
 """Parts of the names that peft gives to the weights of a copy of a module, which learns, and of the module."""
 
@@ -35,38 +31,6 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
 
 
-# Files
-
-
-def _read(path: str) -> dict[str, Tensor]:
-    file = Path(path)
-    if file.is_dir():
-        found = [file / name for name in FILES if (file / name).is_file()]
-        if not found:
-            raise ValueError(f"model.init_from {path} is a folder without weights: write one that has {FILES[1]}")
-        file = found[0]
-    try:
-        if file.name.endswith(".index.json"):
-            parts = sorted(set(json.loads(file.read_text())["weight_map"].values()))
-            return {name: value for part in parts for name, value in _load(file.parent / part).items()}
-        content = _load(file)
-    except ImportError as error:
-        raise ValueError(f"model.init_from {path} needs safetensors: pip install -e '.[safetensors]'") from error
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"model.init_from {path} cannot be read: {reason}") from error
-    weights = content.get("state_dict", content) if isinstance(content, dict) else {}
-    return {name: value for name, value in weights.items() if isinstance(value, Tensor) and name != CHECKSUM}
-
-
-def _load(file: Path) -> dict:
-    if file.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(file)
-    return torch.load(file, map_location="cpu", weights_only=True)
-
-
 # Names
 
 
@@ -75,10 +39,61 @@ def inner_name(name: str) -> str:
     return re.sub(r"^(module\.|network\.)+", "", name.replace("_orig_mod.", ""))
 
 
+def _way(own: str, saved: str) -> tuple[tuple[str, ...], ...]:
+    """Return what is around each of two names that are the same within."""
+    mine, theirs = (name.replace("_orig_mod.", "").split(".") for name in (own, saved))
+    while mine and theirs and mine[-1] == theirs[-1]:
+        del mine[-1], theirs[-1]
+    return tuple(mine), tuple(theirs)
+
+
+def _unwrapped(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the saved name for each own name that is the same without what wraps a network.
+
+    A network may have a part of its own that is called `network` or `module`. So what is around most of the names is
+    what wraps it, and of what is around as many, the same name counts.
+
+    Raises:
+        ValueError: different weights fit one name, or one fits several.
+    """
+    inner: dict[str, list[str]] = {}
+    for name in saved:
+        inner.setdefault(inner_name(name), []).append(name)
+    found = {name: inner[inner_name(name)] for name in own if inner_name(name) in inner}
+    # Two weights fit only if both have the right shape.
+    found = {
+        name: [source for source in sources if saved[source].shape == own[name].shape] or sources
+        for name, sources in found.items()
+    }
+    votes = Counter(_way(name, source) for name, sources in found.items() for source in sources)
+
+    def rank(name: str, source: str) -> tuple[int, bool]:
+        return votes[_way(name, source)], name == source
+
+    best = {name: max(rank(name, source) for source in sources) for name, sources in found.items()}
+    pairs: dict[str, str] = {}
+    takers: dict[str, str] = {}
+    for name in sorted(found, key=best.__getitem__, reverse=True):
+        first, *others = [source for source in found[name] if rank(name, source) == best[name]]
+        for other in others:
+            if not _same(saved[first], saved[other]):
+                raise ValueError(f"{first} and {other} may both be {name}: rename one of them")
+        taker = takers.setdefault(first, name)
+        if taker == name or own[taker].data_ptr() == own[name].data_ptr():
+            pairs[name] = first
+        elif best[taker] == best[name]:
+            raise ValueError(f"{first} may be {taker} or {name}: rename it")
+    return pairs
+
+
 def plain_name(name: str) -> str:
     """Return the name that a weight has without peft either. peft itself saves adapters without `default`."""
     name = re.sub(r"^(base_model\.model\.)+", "", inner_name(name))
     return re.sub(r"\.(base_layer|original_module|modules_to_save\.\w+|default)(?=\.|$)", "", name)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 class _ByPlainName(dict[str, list[str]]):
@@ -99,7 +114,7 @@ class _ByPlainName(dict[str, list[str]]):
         """
         first, *others = self[plain]
         for other in others:
-            if not torch.equal(self._saved[first], self._saved[other]):
+            if not _same(self._saved[first], self._saved[other]):
                 raise ValueError(f"{first} and {other} may both be {plain}: rename one of them")
         return first
 
@@ -122,11 +137,13 @@ def matched(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str,
     Raises:
         ValueError: several weights would fit.
     """
-    inner, plain = {inner_name(name): name for name in saved}, _ByPlainName(saved)
-    pairs = {name: inner[inner_name(name)] for name in own if inner_name(name) in inner}
-    pairs |= {name: name for name in own if name in saved}
+    plain, pairs = _ByPlainName(saved), _unwrapped(saved, own)
     others = {name: plain.only(plain_name(name)) for name in own if name not in pairs and plain_name(name) in plain}
-    pairs |= {name: source for name, source in others.items() if REPLACED not in name or TRAINED not in source}
+    pairs |= {
+        name: source
+        for name, source in others.items()
+        if (REPLACED not in name or TRAINED not in source) and inner_name(name) != inner_name(source)
+    }
     if pairs:
         return pairs
     mine, ways = {name: plain_name(name) for name in own}, {}
@@ -156,12 +173,12 @@ def take_weights(network: nn.Module, path: str) -> str:
 
     Args:
         network: keeps its dtype and device.
-        path: one of our checkpoints, a plain state dict, or a `.safetensors` file; a folder that `save_pretrained`
-            wrote; or a pattern such as `runs/name/*/checkpoints/best.ckpt`, of which the last by name is taken, which
-            is the newest run.
+        path: one of our checkpoints, a state dict (alone, or beside other things: see `USUAL`), or a `.safetensors`
+            file; a folder that `save_pretrained` wrote; or a pattern such as `runs/name/*/checkpoints/best.ckpt`, of
+            which the last by name is taken, which is the newest run.
 
     Raises:
-        ValueError: there is no such file, nothing in it fits, or names are ambiguous.
+        ValueError: there is no such file, nothing in it fits, names are ambiguous, or a weight is not finite.
     """
     found = sorted(glob(path))
     if not found:
@@ -172,7 +189,10 @@ def take_weights(network: nn.Module, path: str) -> str:
         return not name.endswith("num_batches_tracked")
 
     own = {name: value for name, value in network.state_dict().items() if counts(name)}
-    saved = {name: value for name, value in _read(path).items() if counts(name)}
+    try:
+        saved = {name: value for name, value in read_weights(path).items() if counts(name)}
+    except ValueError as error:
+        raise ValueError(f"model.init_from {path} {error}") from error
     try:
         pairs = matched(saved, own)
     except ValueError as error:
@@ -185,6 +205,13 @@ def take_weights(network: nn.Module, path: str) -> str:
     differences = weight_differences(renamed | rest, own)
     if not fitting:
         raise ValueError(f"model.init_from {path} holds nothing that fits model.network: {differences}")
+    for name in fitting:
+        # A mask of a network's own may have infinite values, so it may get them.
+        if not bool(saved[pairs[name]].to(own[name]).isfinite().all()) and bool(own[name].isfinite().all()):
+            raise ValueError(
+                f"model.init_from {path} has NaN or infinite values in {pairs[name]}: write a file from before "
+                "training broke down"
+            )
     for name in fitting:
         own[name].copy_(saved[pairs[name]])
     more = f"; what does not fit: {differences}" if differences else ""

@@ -65,7 +65,7 @@ def test_what_cannot_be_taken_is_one_line() -> None:
         ("none.pt", "none.pt does not exist"),
         ("other.pt", "other.pt holds nothing that fits model.network: it lacks 0.weight, 0.bias and 6 more"),
         ("list.pt", "list.pt holds nothing that fits"),
-        ("pickle.pt", "pickle.pt cannot be read: Weights only load failed"),
+        ("pickle.pt", "pickle.pt cannot be read: it holds a whole module: save module.state_dict()"),
         ("broken.pt", "broken.pt cannot be read"),
     ):
         with pytest.raises(ValueError, match=re.escape(words)) as error:
@@ -214,6 +214,48 @@ def test_names_that_mean_two_weights_are_refused() -> None:
     saved = {"network._orig_mod.head.base_layer.bias": torch.zeros(3), "head.base_layer.bias": torch.ones(3)}
     with pytest.raises(ValueError, match=r"head\.base_layer\.bias may both be head\.bias: rename one"):
         matched(saved, own)
+
+
+def under(start: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {start + name: value for name, value in weights.items()}
+
+
+@pytest.mark.parametrize(
+    "starts", [("network.", "module."), ("_orig_mod.", "network."), ("module.", "module.network.")]
+)
+def test_two_weights_for_one_name_are_refused(starts: tuple[str, str]) -> None:
+    first, second = (network(seed=seed).state_dict() for seed in (1, 2))
+    torch.save(under(starts[0], first) | under(starts[1], second), "two.pt")
+    words = f"model.init_from two.pt: {starts[0]}0.weight and {starts[1]}0.weight may both be 0.weight: rename one"
+    with pytest.raises(ValueError, match=re.escape(words)):
+        take_weights(network(), "two.pt")
+    torch.save(under(starts[0], first) | under(starts[1], first), "same.pt")  # it does not matter which is taken
+    assert take_weights(network(), "same.pt").startswith("weights from same.pt: 8 of 8")
+    torch.save(under(starts[0], first) | second, "exact.pt")
+    net = network()
+    take_weights(net, "exact.pt")
+    assert torch.equal(net[0].weight, second["0.weight"])
+
+
+class Wrapping(nn.Module):
+    """Its own parts have the names of wrappers."""
+
+    def __init__(self, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        super().__init__()
+        self.network, self.module, self.weight = nn.Linear(4, 4), nn.Linear(4, 4), nn.Parameter(torch.randn(4, 4))
+
+
+@pytest.mark.parametrize("form", ["as they are", "a task", "DDP", "a task in DDP", "compiled", "a compiled task"])
+def test_parts_that_are_named_as_wrappers_get_their_own_weights(form: str) -> None:
+    wrapped = renamed(Wrapping(1), *FORMS[form])
+    plain = Wrapping(1).state_dict()
+    for saved, own in ((wrapped, plain), (plain, wrapped)):
+        pairs = matched(saved, own)
+        assert len(pairs) == 5
+        assert all(torch.equal(saved[source], own[name]) for name, source in pairs.items())
+    with pytest.raises(ValueError, match=r"weight may be network\.weight or module\.weight: rename it"):
+        matched({"weight": torch.zeros(4, 4)}, {n: v for n, v in plain.items() if n != "weight"})
 
 
 def test_what_peft_has_replaced_stays() -> None:
