@@ -3,7 +3,7 @@
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from batchwise.batching.loader import MicroBatch
 from batchwise.data.augmentation import Augmentation
 from batchwise.data.module import DataModule
 from batchwise.models import place
+from batchwise.models.compiled import parts_watched
 from batchwise.models.kept import home_of, kept_buffers, kept_modes
 from batchwise.models.norm import batchnorms
 from batchwise.tasks.cut_metrics import depends_on
@@ -46,7 +47,8 @@ def rehearse(task: "Task", data: DataModule) -> None:
             that train together would wait for.
     """
     try:
-        with _as_it_was(task, data):
+        name, compiles = f"{type(task).__name__}.losses", getattr(data.trainer, "compile", False)
+        with _as_it_was(task, data), parts_watched(task.network, name) if compiles else nullcontext():
             _rehearse(task, data)
     except (AttributeError, TypeError, KeyError):
         return

@@ -14,7 +14,7 @@ from batchwise.batching.gradients import Number, weighted_sum
 from batchwise.batching.loader import Batch, MicroBatch
 from batchwise.data.module import DataModule
 from batchwise.models.call import call, lay_out
-from batchwise.models.compiled import compile_network
+from batchwise.models.compiled import compile_network, do_not_compile
 from batchwise.models.dropout import convert_dropout
 from batchwise.models.frozen import fill_in
 from batchwise.models.norm import convert_batchnorm
@@ -216,6 +216,8 @@ class Task(pl.LightningModule, ABC):
             shard(self.network, self.device_mesh)
         if getattr(trainer, "compile", False):
             compile_network(self.network, trainer.strategy.root_device)
+        else:
+            do_not_compile(self.network)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load. Buffers with statistics of the data, such as a mean, take the shape that was saved."""

@@ -21,6 +21,7 @@ from batchwise.batching.device import has_float64
 from batchwise.batching.loader import MicroBatch
 from batchwise.batching.structure import shape
 from batchwise.data.module import DataModule
+from batchwise.models.compiled import do_not_compile
 from batchwise.models.flops import count_flops
 from batchwise.models.kept import home_of, kept_buffers, kept_modes
 from batchwise.models.norm import batchnorms, has_batchnorm
@@ -37,6 +38,7 @@ def try_task(task: "Task", data: DataModule, split: str) -> None:
         ValueError: the network cannot take the data, the data does not fit the task, or a callback does not work.
     """
     data.check(task.network)
+    do_not_compile(task.network)  # an earlier trainer may have; this one does so after the trial
     precision: Any = data.trainer.precision_plugin if data.trainer is not None else Precision()
     precision.convert_module(task)
     if data.plan is not None or not task._tuning.save_frozen:
