@@ -49,13 +49,15 @@ class Recorder(Callback):
             pl_module.prepare(pl_module.data, SPLITS[stage][0])
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Task) -> None:
-        """Refuse an optimizer that cannot take the exact gradient."""
+        """Refuse an optimizer that cannot take the exact gradient, and a scheduler of another length than before."""
         if pl_module.device_mesh is not None and not pl_module._tuning.save_frozen:
             raise Mistake("model.save_frozen is false, but sharded checkpoints hold all parameters: leave it out")
         self._learnt = _learning(pl_module)
         pl_module._step.wrapped(pl_module)
         for optimizer in trainer.optimizers:
             refuse(optimizer)
+        if self._saved is not None:
+            pl_module._rates.check_lengths(pl_module, self._saved)
         if isinstance(trainer.strategy.model, DistributedDataParallel):
             # DDP would copy the running statistics of the first device before each forward pass. This takes time, and
             # would overwrite exact statistics.
@@ -148,6 +150,8 @@ class Recorder(Callback):
             pl_module._step.finite.skipped_in_a_row = state["skipped_in_a_row"]
             pl_module._rates.taken = set(state["rates_taken"])
             self._saved = checkpoint
+            if trainer.strategy.restore_checkpoint_after_setup:  # the schedulers have been made already
+                pl_module._rates.check_lengths(pl_module, checkpoint)
 
 
 def _learning(module: Task) -> dict[str, bool]:

@@ -1,5 +1,6 @@
 """Classify each example: cross-entropy, accuracy, macro F1."""
 
+import math
 import warnings
 from typing import Any, ClassVar, Literal
 
@@ -42,8 +43,13 @@ class Classification(Task):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.label_smoothing = label_smoothing
-        if isinstance(class_weights, list) and not (sum(class_weights) > 0 and min(class_weights) >= 0):
-            raise ValueError(f"model.class_weights is {class_weights}: write a number of at least 0 for each class")
+        if isinstance(class_weights, list) and not (
+            any(class_weights) and all(0 <= weight < math.inf for weight in class_weights)
+        ):
+            raise ValueError(
+                f"model.class_weights is {class_weights}: write a number of at least 0 for each class, finite and not "
+                "all of them 0"
+            )
         self.class_weights = class_weights
         # Balanced weights go into the checkpoint, because an evaluation may not have the training examples.
         self.register_buffer("weights", None, persistent=class_weights == "balanced")

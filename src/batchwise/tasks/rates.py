@@ -1,13 +1,17 @@
 """The learning rate of each step. It is a function of the step number, unless the user sets it."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch.optim import Optimizer
 
+from batchwise.batching.schedule import Adaptive
 from batchwise.data.learnt import plain
+from batchwise.errors import Mistake
+from batchwise.optim.lengths import changed_length
 from batchwise.optim.scaling import Scaling
 from batchwise.optim.schedule import Schedule
 from batchwise.tasks.players import Players
@@ -82,6 +86,7 @@ class Rates:
         The settings come from the configuration and not from the checkpoint, because --force allows new ones.
         """
         trainer, optimizer, plan = task.trainer, self._optimizer, task.data.plan
+        changes = task.data.batch_size_schedule
         assert plan is not None
         # A captured step reads the rate in single precision. So that it need not matter which steps are captured:
         self._single = bool(getattr(trainer, "capture", None))
@@ -94,6 +99,13 @@ class Rates:
             self._optimizer = None
             if self.schedule != Schedule():
                 self._say(task, "configure_optimizers gives a scheduler, so model.schedule does nothing")
+            if self.scaling.reference is not None and (plan.changes or isinstance(changes, Adaptive)):
+                self._say(
+                    task,
+                    "configure_optimizers gives a scheduler, so the rate and all else that follows the batch stay at "
+                    f"what they are for {plan.batch_size}, though data.batch_size_schedule changes it: write "
+                    "model.schedule, or let the scheduler set them",
+                )
             return
         for number, (group, settings) in enumerate(zip(optimizer.param_groups, self._settings, strict=False)):
             if number not in self.taken:
@@ -101,6 +113,20 @@ class Rates:
         before = max(0, trainer.global_step - 1)  # callbacks may read the rate of the last step
         self._follow(task, plan.size_at(before))
         self._apply(optimizer, plan, before)
+
+    def check_lengths(self, task: "Task", checkpoint: Mapping[str, Any]) -> None:
+        """Compare new schedulers of the user's with those of a checkpoint, before they take its states.
+
+        Raises:
+            Mistake: one was made for another length of the training.
+        """
+        for config, state in zip(task.trainer.lr_scheduler_configs, checkpoint.get("lr_schedulers", ()), strict=False):
+            if change := changed_length(config.scheduler, state):
+                raise Mistake(
+                    f"ckpt_path {task.trainer.ckpt_path} is of a training with {change}, but a resume keeps the old "
+                    "one, and the rate would go wrong: write the old length (trainer.max_epochs, max_steps), "
+                    "model.schedule in place of the scheduler, or model.init_from in place of ckpt_path"
+                )
 
     def set(self, task: "Task", step: int) -> None:
         """Set the rates of a step."""

@@ -65,6 +65,9 @@ def test_wrong_weights_are_one_line() -> None:
     for weights, words in (
         ("[1, 2]", "model.class_weights has 2 numbers: write 10, one for each class"),
         ("[0, -1]", "model.class_weights is [0.0, -1.0]: write a number of at least 0 for each class"),
+        ("[0, 0, 0]", "is [0.0, 0.0, 0.0]: write a number of at least 0 for each class, finite and not all of them 0"),
+        ("[1, .inf, 1]", "is [1.0, inf, 1.0]: write a number of at least 0 for each class, finite and not all of them"),
+        ("[1, .nan, 1]", "is [1.0, nan, 1.0]: write a number of at least 0 for each class, finite and not all of them"),
     ):
         result = run_here("fit", *DIGITS, *CSV, "--model.class_weights", weights)
         assert result.code == 2

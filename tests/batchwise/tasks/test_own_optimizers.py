@@ -1,5 +1,6 @@
 """Optimizers and schedules of a user's own, given as Lightning documents it; and what callbacks do to rates."""
 
+import re
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,25 @@ import small
 import torch
 from lightning.pytorch.callbacks import Callback, LambdaCallback, LearningRateMonitor
 from torch import nn
-from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
+from torch.optim.lr_scheduler import (
+    ChainedScheduler,
+    CosineAnnealingLR,
+    CosineAnnealingWarmRestarts,
+    CyclicLR,
+    LambdaLR,
+    LinearLR,
+    MultiStepLR,
+    OneCycleLR,
+    PolynomialLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+    StepLR,
+)
 
+from batchwise.batching.schedule import Adaptive, Milestones
 from batchwise.callbacks.checkpoint import Last
+from batchwise.callbacks.noise_scale import NoiseScale
+from batchwise.errors import Mistake
 from batchwise.optim.schedule import Schedule
 
 STEPS = 28  # four epochs
@@ -129,6 +146,71 @@ def test_theirs_wins_and_a_line_says_so(capsys: pytest.CaptureFixture) -> None:
     assert "configure_optimizers gives a scheduler, so model.schedule does nothing" in capsys.readouterr().out
     small.fit(Own(flat(), "SGD", "StepLR by epoch", schedule=cosine), max_epochs=1, callbacks=[watch])
     assert "configure_optimizers gives the optimizer, so model.schedule" in capsys.readouterr().out
+
+
+class Constant(small.Classify):
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        return {"optimizer": optimizer, "lr_scheduler": LambdaLR(optimizer, lambda _: 1.0)}
+
+
+@pytest.mark.parametrize(
+    "grows", [Milestones([20], examples=[30]), Adaptive(60), None], ids=lambda one: type(one).__name__
+)
+def test_what_no_longer_follows_a_growing_batch_is_said(grows: Any, capsys: pytest.CaptureFixture) -> None:
+    data: dict[str, Any] = {"batch_size_schedule": grows} if grows else {}
+    settings: dict[str, Any] = {"callbacks": [NoiseScale()]} if isinstance(grows, Adaptive) else {}
+    task = Constant(small.network(), optimizer=small.adamw, reference_batch_size=5)
+    small.fit(task, small.Points(micro_batch_size=5, **data), max_epochs=1, **settings)
+    out = capsys.readouterr().out
+    line = "follows the batch stay at what they are for 10, though data.batch_size_schedule changes it: write model.sch"
+    assert out.count(line) == (grows is not None)
+
+
+class Long(small.Classify):
+    """A schedule over the whole training, and then whatever length that has."""
+
+    def __init__(self, scheduler: Any) -> None:
+        super().__init__(flat())
+        self.scheduler = scheduler
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+        scheduler = self.scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def warm(optimizer: Any, steps: int) -> SequentialLR:
+    return SequentialLR(optimizer, [LinearLR(optimizer, total_iters=3), CosineAnnealingLR(optimizer, steps - 3)], [3])
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "words"),
+    [
+        (CosineAnnealingLR, "CosineAnnealingLR.T_max 14, and is now made with 28"),
+        (lambda o, steps: PolynomialLR(o, steps), "PolynomialLR.total_iters 14, and is now made with 28"),
+        (lambda o, steps: OneCycleLR(o, 0.1, steps), "OneCycleLR.total_steps 14, and is now made with 28"),
+        (lambda o, steps: MultiStepLR(o, [steps // 2]), "MultiStepLR.milestones [7], and is now made with [14]"),
+        (warm, "SequentialLR[1].T_max 11, and is now made with 25"),
+        (lambda o, steps: ChainedScheduler([CosineAnnealingLR(o, steps)]), "ChainedScheduler[0].T_max 14, and is now"),
+        (lambda o, steps: LambdaLR(o, lambda step: 1 - step / steps), None),
+        (lambda o, _: SequentialLR(o, [LinearLR(o, total_iters=3), StepLR(o, 4)], [3]), None),
+        (lambda o, _: CosineAnnealingWarmRestarts(o, 5, 2), None),
+        (lambda o, _: CyclicLR(o, 0.01, 0.1, 4), None),
+    ],
+)
+def test_a_resume_of_another_length_is_refused_where_the_schedule_has_one(scheduler: Any, words: str | None) -> None:
+    settings: dict[str, Any] = {"enable_checkpointing": True, "ckpt_path": None}
+    small.fit(Long(scheduler), max_epochs=2, callbacks=[Last()], **settings)
+    settings["ckpt_path"] = str(Path("checkpoints/last.ckpt").absolute())
+    small.fit(Long(scheduler), max_epochs=2, callbacks=[Last()], **settings)  # the same length
+    if words is None:
+        _, trainer = small.fit(Long(scheduler), max_epochs=4, callbacks=[Last()], **settings)
+        assert trainer.global_step == STEPS
+        return
+    with pytest.raises(Mistake, match=re.escape(f"last.ckpt is of a training with {words}")) as error:
+        small.fit(Long(scheduler), max_epochs=4, callbacks=[Last()], **settings)
+    assert len(str(error.value).splitlines()) == 1
 
 
 class Cut(Callback):
