@@ -26,6 +26,8 @@ class Mistakes(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: Task) -> None:
         """Draw with characters: this works over ssh, too."""
         data: DataModule = pl_module.data  # a task knows its data module
+        if data.split("val") is None:
+            return  # there is no validation
         batch = data.examples("val", 1000)  # the first 1,000, on the CPU, as `load` gives them
         with kept_modes(pl_module):
             pl_module.eval()  # without dropout

@@ -59,11 +59,15 @@ class Order:
             shards: number of examples in each file of the data set, int64 [shards]. `BlockShuffled` needs it.
 
         Raises:
-            ValueError: a number is below one, the labels are not one integer per example, or the order needs labels,
-                lengths, sources or shards that are not given.
+            ValueError: a number is below one, the labels are no tensor of one integer per example, or the order needs
+                labels, lengths, sources or shards that are not given.
         """
         if examples < 1 or batch_size < 1:
             raise ValueError(f"an order needs at least 1 example and batch_size 1, not {examples} and {batch_size}")
+        for name, given in (("labels", labels), ("lengths", lengths), ("shards", shards)):
+            if given is not None and not isinstance(given, Tensor):
+                kind = type(given).__name__
+                raise ValueError(f"{name} are of type {kind}: give a tensor of integers, torch.as_tensor({name})")
         if labels is not None and (labels.shape != (examples,) or labels.is_floating_point()):
             raise ValueError(f"give labels as integers [{examples}], not {labels.dtype} {list(labels.shape)}")
         self.examples, self.batch_size, self.seed = examples, batch_size, seed

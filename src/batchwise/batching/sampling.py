@@ -128,8 +128,12 @@ class Weighted(Order):
     """
 
     def __init__(self, weights: list[float]) -> None:
-        if not (all(0 <= weight < math.inf for weight in weights) and sum(weights) > 0):
-            raise ValueError("weights must be finite, not negative, and not all zero")
+        wrong = [weight for weight in weights if not 0 <= weight < math.inf]
+        if wrong or not sum(weights):
+            raise ValueError(
+                f"data.order.init_args.weights has {(wrong or weights)[:8]}: they must be finite, not negative, and "
+                "not all zero, so write numbers from 0, and one above 0"
+            )
         self.weights = weights
 
     def indices(self, epoch: int, start: int, stop: int) -> Tensor:

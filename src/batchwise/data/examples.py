@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from copy import copy
 from functools import cached_property
+from inspect import signature
 from typing import Any, final
 
 import lightning.pytorch as pl
@@ -109,17 +110,25 @@ class Examples(Reserved, pl.LightningDataModule, ABC):
             if fetch is not None and name != "train" and len(fetch) < devices:
                 raise ValueError(f"the {name} split has {len(fetch)} examples: use at most {len(fetch)} devices")
             if fetch is None and (name != "val" or stage != "fit"):
-                raise ValueError(f"{type(self).__name__}.load('{name}') gave nothing: this command needs that split")
+                own = name == "predict" and "predict_path" in signature(type(self)).parameters
+                raise ValueError(
+                    f"{type(self).__name__}.load('{self.__source(name)}') gave nothing: this command needs that split"
+                    + ", or data.predict_path with what is to be predicted" * own
+                )
 
     @final
     def split(self, name: str) -> Fetch | None:
         """Return the examples of a split, loaded once."""
         if name not in self.__loaded:
-            source = self.load("test" if name == "predict" and not self.has_predict_split else name)
+            source = self.load(self.__source(name))
             collate = None if type(self).collate is Examples.collate else OnWorkers(self, "collate")
             workers = self.num_workers, self.max_unreadable
             self.__loaded[name] = None if source is None else make_fetch(source, *workers, collate)
         return self.__loaded[name]
+
+    def __source(self, name: str) -> str:
+        """Return the name by which `load` knows a split."""
+        return "test" if name == "predict" and not self.has_predict_split else name
 
     @final
     def _forget(self) -> None:

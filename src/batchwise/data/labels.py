@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 
 def sorted_labels(labels: Iterable[str]) -> list[str]:
@@ -47,6 +49,40 @@ def label_numbers(labels: Sequence[str], known: Sequence[str], where: object) ->
             f"{where} has the labels {shown(unknown)}, which training has not seen: it knows {shown(list(known))}"
         )
     return np.fromiter((numbers[label] for label in labels), np.int64, len(labels))
+
+
+def class_numbers(labels: Tensor | np.ndarray | Sequence[Any]) -> Tensor:
+    """Return the number of each label among the different ones in rising order, int64 [N].
+
+    Args:
+        labels: one for each example, numbers or texts [N].
+
+    Raises:
+        ValueError: there is not one label for each example, or they cannot be put in order.
+    """
+    if isinstance(labels, Tensor):
+        labels = labels.detach().cpu()
+        labels = labels.double().numpy() if labels.is_floating_point() else labels.numpy()
+    remedy = "write one number or text for each example, such as labels.argmax(1) of one-hot rows"
+    try:
+        values = np.asanyarray(labels)
+    except ValueError:
+        raise ValueError(f"the labels to split by are rows of unequal length: {remedy}") from None
+    if values.ndim != 1 or not len(values):
+        raise ValueError(f"the labels to split by are of shape {list(values.shape)}: {remedy}")
+    try:
+        # What is not a number, or no time, is unequal to itself.
+        unequal = [value is None or value != value for value in values] if values.dtype == object else values != values
+        missing = np.ma.getmaskarray(values) | np.asarray(unequal, bool)
+        numbers = np.unique(np.asarray(values)[~missing], return_inverse=True)[1]
+    except TypeError:
+        raise ValueError(f"the labels to split by are of several types: {remedy}") from None
+    if missing.any():
+        raise ValueError(
+            f"{missing.sum():,} of {len(values):,} labels to split by are missing: leave these examples out, or give "
+            "them a class of their own"
+        )
+    return torch.from_numpy(numbers)
 
 
 def shown(value: Any) -> str:
