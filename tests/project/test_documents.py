@@ -26,6 +26,7 @@ from PIL import Image
 import batchwise
 from batchwise.choosing import search, speed
 from batchwise.run.main import main
+from batchwise.sources.digits import read_digits
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -40,13 +41,21 @@ FILES = {
     "vae": "class VAE", "ink": "class Ink(", "find": "class Find", "distil": "class Distil",
     "forecast": "class Forecast", "lines": "class Trigrams", "both": "class Heads", "mixed": "class Turned",
     "bert": "def bert(", "lora": "def adapted(", "interval": "class Interval",
-    "curriculum": "class EasyFirst", "writers": "class Writers",
+    "curriculum": "class EasyFirst", "writers": "class Writers", "folds": "class Folds",
 }  # fmt: skip
 """Modules of a user's that the pages show whole, with words by which to find them."""
 SHORT = {
     "text.yaml": ("--trainer.limit_train_batches", 4, "--trainer.limit_val_batches", 2, "--model.sample_length", 20)
 }
 """What makes a run as short as a test has to be."""
+
+LOOP = re.compile(r"^for (\w+) in ([^;\n]+); do\n  (.*)\ndone$", re.MULTILINE)
+
+
+def unrolled(loop: re.Match[str]) -> str:
+    """Return what a loop of the shell runs first and last. Its body is one line."""
+    name, values, body = loop.groups()
+    return "\n".join(body.replace(f"${name}", values.split()[end]) for end in (0, -1))
 
 
 def blocks(language: str, text: str) -> list[str]:
@@ -55,8 +64,8 @@ def blocks(language: str, text: str) -> list[str]:
 
 
 def commands(language: str, text: str) -> list[str]:
-    """Return the commands in blocks of a language: those of the package, and those that make data."""
-    lines = [line for block in blocks(language, text) for line in block.splitlines()]
+    """Return the commands in blocks of a language, also in loops: those of the package, and those that make data."""
+    lines = [line for block in blocks(language, text) for line in LOOP.sub(unrolled, block).splitlines()]
     return [line for line in lines if line.startswith(("python -m ", "python scripts/make_"))]
 
 
@@ -220,6 +229,24 @@ def test_orders(run: Callable) -> None:
     (test,) = [block for block in blocks("python", DOCS["order.md"]) if "def test_" in block]
     Path("test_order.py").write_text(test)
     assert pytest.main(["-q", "-p", "no:cacheprovider", "--noconftest", "-c", "/dev/null", "test_order.py"]) == 0
+
+
+@pytest.mark.usefixtures("own_files")
+def test_folds(project: str) -> None:
+    """Those of docs/data.md: each example is validated on in one fold, and no group is in two."""
+    made = importlib.import_module(f"{project}.folds").Folds
+    number = {tuple(image): number for number, image in enumerate((read_digits()[0].flatten(1) / 16).tolist())}
+    held: list[int] = []
+    for fold in range(5):
+        train, val = (
+            [number[tuple(image)] for image in made(fold).load(split)[0].flatten(1).tolist()]
+            for split in ("train", "val")
+        )
+        assert sorted(train + val) == list(range(1797))
+        assert {image // 10 for image in train} & {image // 10 for image in val} == set()
+        held += val
+    assert sorted(held) == list(range(1797))
+    assert made(0).load("test") is None
 
 
 @pytest.mark.usefixtures("own_files")

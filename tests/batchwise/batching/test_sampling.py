@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -29,6 +30,14 @@ def name(order: Order) -> str:
 def test_labels_are_asked_for(order):
     with pytest.raises(ValueError, match=f"{name(order)} looks at classes: give labels"):
         order.prepare(10, 2, 0)
+
+
+@pytest.mark.parametrize("given", [[0, 1] * 5, np.arange(10) % 2], ids=["list", "array"])
+def test_what_is_no_tensor_is_refused(given):
+    line = rf"are of type {type(given).__name__}: give a tensor of integers, torch.as_tensor\("
+    for arguments in ({"labels": given}, {"lengths": given}, {"shards": given}):
+        with pytest.raises(ValueError, match=f"^{next(iter(arguments))} {line}"):
+            Balanced().prepare(10, 2, 0, **arguments)
 
 
 @given(
@@ -142,6 +151,10 @@ def test_weighted_refuses_what_does_not_fit():
     for weights in ([], [0.0, 0.0], [1.0, -1.0], [1.0, float("nan")], [float("inf")]):
         with pytest.raises(ValueError, match="finite, not negative, and not all zero"):
             Weighted(weights)
+    with pytest.raises(ValueError, match=r"^data.order.init_args.weights has \[0, 0\]: .*write numbers from 0"):
+        Weighted([0, 0])
+    with pytest.raises(ValueError, match=r"^data.order.init_args.weights has \[-1.0\]: "):
+        Weighted([1.0, -1.0])
     with pytest.raises(ValueError, match=r"^3 weights: give 6, one per example$"):
         Weighted([1.0] * 3).prepare(6, 2, 0)
     with pytest.raises(ValueError, match="3 weights: give 6, one per example, or 2, one per class"):

@@ -135,6 +135,16 @@ def test_fractions_are_stratified_and_keyed() -> None:
         index(val_fraction=0.5, test_fraction=0.5)
 
 
+def test_without_a_test_split_predict_says_what_it_needs() -> None:
+    file("x,y\n" + "".join(f"{number},{'ab'[number % 2]}\n" for number in range(40)), "rows.csv")
+    data = Table("rows.csv", "y", batch_size=2, test_fraction=0)
+    line = r"Table.load\('test'\) gave nothing: this command needs that split"
+    with pytest.raises(ValueError, match=f"^{line}, or data.predict_path with what is to be predicted$"):
+        data.setup("predict")
+    with pytest.raises(ValueError, match=f"^{line}$"):
+        data.setup("test")
+
+
 NAMES = "n,label\n" + "".join(f"name {number},{'ab'[number % 2]}\n" for number in range(100))
 WRONG = {
     "no file": ({"path": "nosuch.csv"}, "nosuch.csv cannot be read: .*nosuch.csv"),
