@@ -131,7 +131,7 @@ class Weighted(Order):
         wrong = [weight for weight in weights if not 0 <= weight < math.inf]
         if wrong or not sum(weights):
             raise ValueError(
-                f"data.order.init_args.weights has {(wrong or weights)[:8]}: they must be finite, not negative, and "
+                f"data.order.weights has {(wrong or weights)[:8]}: they must be finite, not negative, and "
                 "not all zero, so write numbers from 0, and one above 0"
             )
         self.weights = weights

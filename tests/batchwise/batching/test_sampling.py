@@ -151,9 +151,9 @@ def test_weighted_refuses_what_does_not_fit():
     for weights in ([], [0.0, 0.0], [1.0, -1.0], [1.0, float("nan")], [float("inf")]):
         with pytest.raises(ValueError, match="finite, not negative, and not all zero"):
             Weighted(weights)
-    with pytest.raises(ValueError, match=r"^data.order.init_args.weights has \[0, 0\]: .*write numbers from 0"):
+    with pytest.raises(ValueError, match=r"^data.order.weights has \[0, 0\]: .*write numbers from 0"):
         Weighted([0, 0])
-    with pytest.raises(ValueError, match=r"^data.order.init_args.weights has \[-1.0\]: "):
+    with pytest.raises(ValueError, match=r"^data.order.weights has \[-1.0\]: "):
         Weighted([1.0, -1.0])
     with pytest.raises(ValueError, match=r"^3 weights: give 6, one per example$"):
         Weighted([1.0] * 3).prepare(6, 2, 0)
