@@ -334,6 +334,63 @@ def test_stopping_by_epochs(uninterrupted: tuple[tuple, Result]) -> None:
     assert best(third) == best(whole)
 
 
+class Crash(pl.Callback):
+    """Ends the training within a step, as a crash does."""
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == 9:
+            raise InterruptedError
+
+
+class Shrink(pl.Callback):
+    """Changes weights before each step."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        with torch.no_grad():
+            pl_module.network[0].weight.mul_(0.9)
+
+
+def crashed(task: Callable[[], Any], every: int | None, *callbacks: Callable[[], pl.Callback]) -> tuple[Any, ...]:
+    """Train 14 steps at once, and with a crash; return both tasks, and the rows of both logs."""
+    tasks, logs = [], []
+    for stops in (False, True):
+        logger = small.Memory()
+        for ckpt_path in (None, "part/checkpoints/last.ckpt") if stops else (None,):
+            settings: dict[str, Any] = {"logger": logger, "log_every_n_steps": 1, "enable_checkpointing": True}
+            settings |= {"default_root_dir": "part" if stops else "whole", "max_epochs": 2}
+            own = [Last(every), *(make() for make in callbacks), *([Crash()] if stops and not ckpt_path else [])]
+            with contextlib.suppress(InterruptedError):
+                made, _ = small.fit(task(), ckpt_path=ckpt_path, callbacks=own, **settings)
+        tasks.append(made)
+        logs.append(logger)
+    return *tasks, *logs
+
+
+@pytest.mark.parametrize("every", [None, 2])
+def test_what_a_callback_changes_before_a_step_is_changed_once(every: int | None) -> None:
+    whole, parts, *_ = crashed(lambda: small.Classify(small.network(), optimizer=small.adamw), every, Shrink)
+    assert small.furthest(whole, parts) == 0
+
+
+class Logging(small.Classify):
+    def losses(self, batch: Any) -> torch.Tensor:
+        losses = super().losses(batch)
+        self.log("each", losses, on_step=True, on_epoch=True)
+        return losses
+
+
+@pytest.mark.parametrize("every", [None, 2])
+@pytest.mark.parametrize("listener", [None, Shrink])
+def test_values_of_steps_are_logged_after_a_resume(every: int | None, listener: Any) -> None:
+    def task() -> Logging:
+        return Logging(small.network(), optimizer=small.adamw)
+
+    _, _, whole, parts = crashed(task, every, *([listener] if listener else []))
+    for name in ("each_step", "each_epoch", "train/loss"):
+        assert parts.found(name) == whole.found(name), name
+    assert list(whole.found("each_step")) == list(range(1, 15))
+
+
 def test_resuming_in_double_precision() -> None:
     double = ("--trainer.precision", "64-true")
     whole = run_here(*FIT, *double, "--trainer.max_steps", 9)
