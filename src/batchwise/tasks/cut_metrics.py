@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 from torchmetrics.wrappers import Running
@@ -22,12 +22,12 @@ def depends_on(metric: Metric, values: tuple[Any, ...]) -> str | None:
         values: those of one update, each of which has one element per example: tensors [N, ...] or lists.
     """
     sizes = {len(value) if isinstance(value, list) or getattr(value, "ndim", 0) else 0 for value in values}
-    if len(sizes) != 1 or max(sizes) < 2 or any(True for _ in metric.parameters()):
+    if len(sizes) != 1 or max(sizes) < 4 or any(True for _ in metric.parameters()):
         return None  # a network within the metric takes long
     if any(isinstance(part, Running) for part in _parts(metric)):
         return "micro-batches"  # of which it counts some of the last
     # Of parts of one size, means of means are right by chance.
-    cut = max(1, sizes.pop() // 3)
+    cut = max(2, sizes.pop() // 3)
     first, second = tuple(value[:cut] for value in values), tuple(value[cut:] for value in values)
     try:
         whole = _fed(metric, values).compute()
@@ -38,15 +38,21 @@ def depends_on(metric: Metric, values: tuple[Any, ...]) -> str | None:
     return "micro-batches" if not _same(whole, cut_value) else None if _same(whole, merged) else "devices"
 
 
-def _parts(metric: Metric) -> list[Metric]:
+def _parts(metric: nn.Module) -> list[Metric]:
     return [part for part in metric.modules() if isinstance(part, Metric)]
 
 
-def _fed(metric: Metric, *parts: tuple[Any, ...]) -> Metric:
-    new = deepcopy(metric)
+def alone(metrics: Any) -> Any:
+    """Return a copy of a metric, or of a collection of them, in whose values other processes take no part."""
+    new = deepcopy(metrics)
     new.reset()
     for part in _parts(new):
-        part.distributed_available_fn = lambda: False  # other processes do not take part
+        part.distributed_available_fn = lambda: False
+    return new
+
+
+def _fed(metric: Metric, *parts: tuple[Any, ...]) -> Metric:
+    new = alone(metric)
     for values in parts:
         new.update(*values)
     return new

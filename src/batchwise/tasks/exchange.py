@@ -34,10 +34,14 @@ def lists_of(metric: Metric) -> list[str]:
     ]
 
 
+def _has_lists(metric: Metric) -> bool:
+    return any(isinstance(default, list) for default in metric._defaults.values())
+
+
 @contextmanager
 def lists_whole(metrics: nn.Module) -> Iterator[None]:
     """Exchange such lists whole. Element by element, processes that hold unequal numbers would wait for ever."""
-    parts = [part for part in metrics.modules() if isinstance(part, Metric) and lists_of(part)]
+    parts = [part for part in metrics.modules() if isinstance(part, Metric) and _has_lists(part)]
     for part in parts:
         part._sync_dist = partial(sync_whole, part, part._sync_dist, gather_objects)
     try:
@@ -50,8 +54,12 @@ def lists_whole(metrics: nn.Module) -> Iterator[None]:
 def sync_whole(metric: Metric, sync: Callable[..., None], gather: Gather, *args: Any, **kwargs: Any) -> None:
     """Do what a metric's `_sync_dist` does, and exchange its lists as they are."""
     mine = {name: getattr(metric, name) for name in lists_of(metric)}
-    for name in mine:
-        setattr(metric, name, [])
+    for name, default in metric._defaults.items():
+        state = getattr(metric, name)
+        if name in mine:
+            setattr(metric, name, [])
+        elif isinstance(default, list) and state:  # torchmetrics leaves a single number as it is, of another shape
+            setattr(metric, name, [dim_zero_cat(state)])
     sync(*args, **kwargs)
     of_all = [move_data_to_device(one, metric.device) for one in gather(mine)]
     for name in mine:

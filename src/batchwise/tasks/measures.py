@@ -1,8 +1,10 @@
 """Losses and metrics of a training, summed over all micro-batches and devices."""
 
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import groupby
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,6 +48,8 @@ class Measures:
         self.metrics: MetricCollection | None = None
         self.step_metrics: MetricCollection | None = None
         """The same metrics, over one training batch."""
+        self.found: list[str] | None = None
+        """Names of the single numbers that the metrics gave before training; None: they were not seen."""
         self._mean: str | None = None
         """The name of a metric that is a mean."""
         self._held: list[tuple[Tensor, ...]] = []
@@ -83,7 +87,7 @@ class Measures:
             if metrics._enable_compute_groups is True:
                 # torchmetrics would join metrics whose states are equal after the first update, perhaps by chance.
                 metrics = MetricCollection(dict(metrics.items()), compute_groups=False)  # type: ignore[arg-type]
-            self.metrics = metrics
+            self.metrics, self.found = metrics, None
             self._mean = next((str(name) for name, one in metrics.items() if isinstance(one, MeanMetric)), None)
             feeds = True in self.fed or not self.rehearsed
             single = {name: metric.clone() for name, metric in metrics.items() if feeds and not is_table(metric)}  # type: ignore[misc]
@@ -99,8 +103,8 @@ class Measures:
 
     def names(self) -> list[str]:
         """Return the names of the terms, and of the metrics that are single numbers."""
-        single = [name for name, metric in (self.metrics or {}).items() if not is_table(metric)]  # type: ignore[union-attr]
-        return [*(self.terms.names or []), *single]
+        made = [name for name, metric in (self.metrics or {}).items() if not is_table(metric)]  # type: ignore[union-attr]
+        return [*(self.terms.names or []), *(made if self.found is None else self.found)]
 
     # Training
 
@@ -193,6 +197,8 @@ class Measures:
 
     def end_epoch(self) -> dict[str, float]:
         """Return the exact means of the epoch, by their names in the log, and begin another."""
+        if not self.epoch.count and not self.terms.names:
+            warnings.warn("no target of this epoch had a weight above 0: there was nothing to learn", stacklevel=2)
         means, self.epoch = {"train/loss": self.epoch.mean()}, Sums()
         if self.terms.names:
             means = self.terms.end_epoch()
@@ -249,7 +255,16 @@ def computed(metrics: MetricCollection, examples: int) -> dict[str, Tensor]:
             for name, metric in metrics.items():
                 with suppress(ValueError):
                     values[name] = metric.compute()  # type: ignore[operator]
-    return {name: value for name, value in values.items() if isinstance(value, Tensor)}  # a curve is several
+    return numbers(values)
+
+
+def numbers(values: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the values that are tensors or numbers, as tensors. A curve is several of them."""
+    return {
+        name: value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+        for name, value in values.items()
+        if isinstance(value, Tensor | Real)
+    }
 
 
 def stand_in(metrics: MetricCollection, values: tuple[Tensor, ...]) -> None:

@@ -21,8 +21,6 @@ from batchwise.models import place
 from batchwise.models.compiled import parts_watched
 from batchwise.models.kept import home_of, kept_buffers, kept_modes
 from batchwise.models.norm import batchnorms
-from batchwise.tasks.cut_metrics import depends_on
-from batchwise.tasks.measures import MetricError
 from batchwise.tasks.memory import is_out_of_memory
 from batchwise.tasks.passes import seed_generator
 from batchwise.tasks.terms import Parts
@@ -30,7 +28,7 @@ from batchwise.tasks.terms import Parts
 if TYPE_CHECKING:
     from batchwise.tasks.task import Task
 
-EXAMPLES = 6
+EXAMPLES, MOST = 6, 16
 KEY = 1
 """Stands for (seed, step) in the numbers that keyed layers draw."""
 
@@ -48,7 +46,7 @@ def rehearse(task: "Task", data: DataModule) -> None:
     """
     try:
         name, compiles = f"{type(task).__name__}.losses", getattr(data.trainer, "compile", False)
-        with _as_it_was(task, data), parts_watched(task.network, name) if compiles else nullcontext():
+        with as_it_was(task, data), parts_watched(task.network, name) if compiles else nullcontext():
             _rehearse(task, data)
     except (AttributeError, TypeError, KeyError):
         return
@@ -66,7 +64,9 @@ def _rehearse(task: "Task", data: DataModule) -> None:
     assert train is not None
     count = min(max(EXAMPLES, 2 * plan.unit), len(train))
     half = min(max(1, count // 2 // plan.unit) * plan.unit, count)
-    index = torch.cat([torch.arange(half), torch.arange(len(train) - count + half, len(train))])
+    front, back = torch.arange(half), torch.arange(len(train) - count + half, len(train))
+    one, another = _of_each_class(data, MOST - count if plan.unit == 1 else 0)
+    index, half = torch.cat([front, one, another, back]), half + len(one)
     batch, is_cut = data.examples("train", index), plan.accumulation * plan.devices > 1
     for player in task._players():
         whole, moved = _losses(task, data, [batch], player, 0)
@@ -75,68 +75,41 @@ def _rehearse(task: "Task", data: DataModule) -> None:
             _warn_of_randomness(task)
         elif not task._couples and is_cut:
             parts, moved_in_parts = _losses(task, data, _halves(data, batch, index, half), player, 0, half)
-            if apart := [term for term, losses in whole.items() if not _close(losses, parts[term])]:
+            apart = [term for term, losses in whole.items() if not _close(losses, parts[term])]
+            others = [name for name, value in moved.items() if not _close(value, moved_in_parts[name])]
+            if others:
+                line = (
+                    f"the buffer {others[0]} is updated in each forward pass, so it depends on how the batch is "
+                    "executed (micro-batches, devices): update it in a hook such as on_train_batch_end, or run each "
+                    "batch whole on one device (data.micro_batch_size null)"
+                )
+                if apart:
+                    raise ValueError(line.replace("so it depends", "so it, and with it the losses, depends"))
+                warnings.warn(line, stacklevel=2)
+            elif apart:
                 which = f"losses['{apart[0]}']" if apart[0] else "losses"
                 raise ValueError(
                     f"{type(task).__name__}.{which} gives an example another loss when other examples are in its "
-                    "micro-batch, so the result depends on how the batch is executed: mask the padding, write a task "
-                    "of batchwise.tasks.contrastive, or run each batch whole on one device (data.micro_batch_size null)"
+                    "micro-batch, so the result depends on how the batch is executed: mask the padding, return weights "
+                    "in place of dividing by their sum, write a task of batchwise.tasks.contrastive, or run each batch "
+                    "whole on one device (data.micro_batch_size null)"
                 )
-            if others := [name for name, value in moved.items() if not _close(value, moved_in_parts[name])]:
-                warnings.warn(
-                    f"the buffer {others[0]} is updated in each forward pass, so it depends on how the batch is "
-                    "executed (micro-batches, devices): update it in a hook such as on_train_batch_end, or run each "
-                    "batch whole on one device (data.micro_batch_size null)",
-                    stacklevel=2,
-                )
-        _check_gradients(task, data, batch, player)
+        _check_gradients(task, data, data.examples("train", torch.cat([front, back])), player)
 
 
-def try_metrics(task: "Task", data: DataModule, split: str) -> None:
-    """Feed the metrics with a few examples as an evaluation does, whole and in parts, and change nothing.
+def _of_each_class(data: DataModule, most: int) -> tuple[Tensor, Tensor]:
+    """Return an example of each of the rarest classes, and another one of each, int64 [n] each, at most so many in all.
 
-    Raises:
-        ValueError: they cannot take what `losses` gives them; or one is another over several devices, which there are.
+    A loss that is divided by the number of some class, such as the positives, shows it where both halves have some.
     """
-    metrics = task._measures.metrics
-    if metrics is None or task._couples or task._players() != [()]:
-        return
-    given: list[tuple[Any, ...]] = []
-    update = metrics.update
-    metrics.update = lambda *values: (given.append(values), update(*values))  # type: ignore[method-assign]
-    try:
-        with _as_it_was(task, data), torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            task.eval()
-            place.current = None
-            task.losses(on_device(task, data, data.examples(split, EXAMPLES), training=False))
-            found = {name: depends_on(metric, given[0]) for name, metric in metrics.items() if given}  # type: ignore[arg-type]
-    except MetricError:
-        raise
-    except Exception:  # a hook that has not run yet may have to come first; what else is wrong, the evaluation says
-        return
-    finally:
-        del metrics.update
-        metrics.reset()
-    if False not in task._measures.fed:
-        warnings.warn(
-            f"{type(task).__name__} has metrics, but losses did not feed them in evaluation: call self.measure(...) "
-            "with what they take",
-            stacklevel=2,
-        )
-    for name, cut in found.items():
-        if cut == "devices" and data.trainer is not None and data.trainer.world_size > 1:
-            raise MetricError(
-                f"the metric '{name}' gives another value when its examples are on several devices: give each "
-                "add_state of it a dist_reduce_fx, such as 'sum' or 'cat', or write trainer.devices 1"
-            )
-        if cut == "micro-batches":
-            warnings.warn(
-                f"the metric '{name}' gives another value when its examples come in several updates, so it depends on "
-                "data.eval_batch_size, data.micro_batch_size and devices: let it add up sums over examples, give it "
-                "probabilities and no logits, or choose another metric",
-                stacklevel=2,
-            )
+    labels = data.labels()
+    if labels is None:
+        return torch.arange(0), torch.arange(0)
+    classes, counts = labels.unique(return_counts=True)
+    rarest = classes[counts.argsort(stable=True)[: max(0, most // 2)]]
+    places = [(labels == one).nonzero().squeeze(1)[[0, -1]] for one in rarest]
+    first, second = torch.stack(places, 1) if places else torch.zeros(2, 0, dtype=torch.int64)
+    return first, second
 
 
 def _halves(data: DataModule, batch: MicroBatch, index: Tensor, half: int) -> list[MicroBatch]:
@@ -151,7 +124,7 @@ def _halves(data: DataModule, batch: MicroBatch, index: Tensor, half: int) -> li
 
 
 @contextmanager
-def _as_it_was(task: "Task", data: DataModule) -> Iterator[None]:
+def as_it_was(task: "Task", data: DataModule) -> Iterator[None]:
     """Restore modes, buffers, metrics and the generator afterwards. Batch norm looks at no other example."""
     trainer, task._trainer, task._own_data = task._trainer, data.trainer, data
     # It is to be seen whether `losses` feeds metrics, but none are fed.
@@ -260,6 +233,11 @@ def _check_gradients(task: "Task", data: DataModule, batch: MicroBatch, player: 
     name = f"{type(task).__name__}.losses"
     learning = {name: parameter for name, parameter in task.named_parameters() if parameter.requires_grad}
     parts = _call(task, _on_device(task, data, batch), player)
+    if any(weights is not None and bool((weights < 0).any()) for _, weights in parts.values()):
+        raise ValueError(
+            f"{name} gives weights below 0, but the sum of losses is divided by the sum of weights: write weights from "
+            "0, and turn the sign of the losses"
+        )
     if any(weights is not None and weights.requires_grad for _, weights in parts.values()):
         raise ValueError(
             f"{name} gives weights that have a gradient, but the sum of weights, by which the sum of losses is "

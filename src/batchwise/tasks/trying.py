@@ -25,7 +25,8 @@ from batchwise.models.compiled import do_not_compile
 from batchwise.models.flops import count_flops
 from batchwise.models.kept import home_of, kept_buffers, kept_modes
 from batchwise.models.norm import batchnorms, has_batchnorm
-from batchwise.tasks.rehearsal import on_device, rehearse, try_metrics
+from batchwise.tasks.metric_trial import try_metrics
+from batchwise.tasks.rehearsal import on_device, rehearse
 
 if TYPE_CHECKING:
     from batchwise.tasks.task import Task

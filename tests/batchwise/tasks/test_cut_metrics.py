@@ -75,6 +75,21 @@ class Apart(Metric):
         return torch.stack(list(values)).median()
 
 
+class Sums(Metric):
+    """The largest sum of an update: a list of single numbers to be concatenated. It depends on the micro-batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("sums", [], dist_reduce_fx="cat")
+
+    def update(self, values: Tensor, *_: Tensor) -> None:
+        self.sums.append(values.detach().sum())  # type: ignore[union-attr,operator]
+
+    def compute(self) -> Tensor:
+        sums: Any = self.sums
+        return sum(sums) if isinstance(sums, list) else sums.sum()  # type: ignore[return-value]
+
+
 class Halved(Apart):
     """A list whose reduction is wrong: it keeps the half."""
 
@@ -160,7 +175,7 @@ class Ranking(Task):
         return nn.functional.binary_cross_entropy_with_logits(scores, relevant.to(scores), reduction="none")
 
     def make_metrics(self, outputs: Tensor) -> MetricCollection:
-        return MetricCollection({"map": RetrievalMAP(), "apart": Apart()})
+        return MetricCollection({"map": RetrievalMAP(), "apart": Apart(), "sums": Sums()})
 
 
 class Unmerged(Ranking):
@@ -210,7 +225,7 @@ def test_devices_may_hold_unequal_numbers_of_elements(config: Callable[[str], tu
     assert one.code == 0, one.err
     several = run_process("fit", *config("Ranking"), *CSV, *TWO, "--name", "several")
     assert several.code == 0, several.err
-    for column in ("train/map", "train/apart", "val/map", "val/apart"):
+    for column in ("train/map", "train/apart", "train/sums", "val/map", "val/apart", "val/sums"):
         mine, theirs = several.rows(column), one.rows(column)
         assert len(theirs) >= 2
         assert mine == pytest.approx(theirs, abs=1e-12), column

@@ -14,9 +14,9 @@ from sklearn.metrics import f1_score
 from small import Memory, Points, adamw, fit, trainer
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassROC
+from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassConfusionMatrix, MulticlassROC
 from torchmetrics.regression import MeanSquaredError, PearsonCorrCoef, R2Score
-from torchmetrics.wrappers import ClasswiseWrapper
+from torchmetrics.wrappers import ClasswiseWrapper, MinMaxMetric
 
 from batchwise import DataModule, MicroBatch, Task
 from batchwise.tasks import measures
@@ -437,9 +437,57 @@ def test_one_metric_or_a_dict_of_them_will_do() -> None:
 def test_a_curve_is_not_logged() -> None:
     metrics = lambda: MetricCollection({"roc": MulticlassROC(3), "acc": MulticlassAccuracy(3)})  # noqa: E731
     memory = Memory()
-    _, made = fit(with_metrics(metrics), logger=memory, log_every_n_steps=1, max_epochs=1)
+    with pytest.warns(UserWarning, match="the metric 'roc' gives a tuple, and the log has single numbers: it is left"):
+        _, made = fit(with_metrics(metrics), logger=memory, log_every_n_steps=1, max_epochs=1)
     assert {"val/acc", "val/loss"} <= set(made.callback_metrics)
     assert not any("roc" in name for _, row in memory.rows for name in row)
+
+
+class Half(Metric):
+    """Gives a number of Python, and has a metric within, which `reset` does not reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = MeanMetric()
+
+    def update(self, logits: Tensor, targets: Tensor) -> None:
+        self.inner.update((logits.argmax(1) == targets).double())
+
+    def compute(self) -> Any:
+        return float(self.inner.compute()) / 2
+
+
+def test_the_trial_leaves_the_metrics_as_they_were_and_numbers_of_python_are_logged() -> None:
+    task = with_metrics(lambda: MetricCollection({"halved": Half(), "acc": MulticlassAccuracy(3, average="micro")}))
+    (found,) = trainer().validate(task, datamodule=Points(), verbose=False)
+    assert found["val/halved"] == pytest.approx(found["val/acc"] / 2, abs=1e-6)
+    assert found["val/halved"] > 0
+
+
+def test_several_values_are_named_and_what_wrappers_give_may_be_monitored(tmp_path: Path) -> None:
+    def make() -> MetricCollection:
+        several: dict[str, Any] = {"each": MulticlassAccuracy(3, average=None), "range": MinMaxMetric(MeanMetric())}
+        return MetricCollection(several | {"confusion": MulticlassConfusionMatrix(3)})
+
+    def feed(task: Any, logits: Tensor, losses: Tensor, batch: MicroBatch) -> None:
+        task.measure(logits, batch.targets)
+
+    class Mean(MinMaxMetric):
+        def update(self, logits: Tensor, targets: Tensor) -> None:  # type: ignore[override]
+            super().update(logits.double().mean(1))
+
+    def metrics() -> MetricCollection:
+        return MetricCollection(dict(make().items()) | {"range": Mean(MeanMetric())})
+
+    best = ModelCheckpoint(dirpath=tmp_path, monitor="val/max")
+    with pytest.warns(UserWarning, match=r"the metric 'each' gives the shape \[3\], and the log has single") as warned:
+        _, made = fit(with_metrics(metrics, feed), max_epochs=1, callbacks=[best], enable_checkpointing=True)
+    assert not any("confusion" in str(one.message) for one in warned)
+    assert best.best_model_path
+    assert "val/max" in made.callback_metrics
+    names = made.lightning_module.metric_names()  # type: ignore[union-attr]
+    assert {"val/max", "val/min", "val/raw"} <= set(names)
+    assert not {"val/each", "val/range", "val/confusion"} & set(names)
 
 
 def test_metrics_that_nobody_feeds_are_named() -> None:

@@ -49,10 +49,10 @@ def noisy(task: Task, batch: MicroBatch) -> Tensor:
 
 FAULTS = {
     "coupled": (coupled, network, "another loss when other examples are in its micro-batch"),
-    "a mean": (lambda task, batch: each(task, batch).mean(), network, r"the shape \[\] for 6 examples"),
-    "a mean of one": (lambda task, batch: each(task, batch).mean()[None], network, r"the shape \[1\] for 6 examples"),
-    "nothing": (lambda task, batch: None, network, "a NoneType for 6 examples"),
-    "classes first": (lambda task, batch: task(batch.inputs).T, network, r"the shape \[3, 6\] for 6 examples"),
+    "a mean": (lambda task, batch: each(task, batch).mean(), network, r"the shape \[\] for 12 examples"),
+    "a mean of one": (lambda task, batch: each(task, batch).mean()[None], network, r"the shape \[1\] for 12 examples"),
+    "nothing": (lambda task, batch: None, network, "a NoneType for 12 examples"),
+    "classes first": (lambda task, batch: task(batch.inputs).T, network, r"the shape \[3, 12\] for 12 examples"),
     "wrong targets": (
         lambda task, batch: F.cross_entropy(task(batch.inputs), batch.targets + 7, reduction="none"),
         network,
@@ -272,7 +272,8 @@ def test_it_costs_five_passes_of_a_few_examples() -> None:
         return each(task, batch)
 
     fit(made(counting), Points(micro_batch_size=5), max_steps=1)
-    assert sum(seen) == 30  # whole, whole again, in parts, with a gradient, in evaluation
+    # With two more of each class: whole, whole again, in parts. Without: with a gradient, in evaluation.
+    assert sum(seen) == 3 * 12 + 2 * 6
 
 
 class Attention(nn.Module):
@@ -369,5 +370,42 @@ def test_a_loss_that_reads_a_running_mean_draws_no_random_numbers(size: int | No
         warnings.filterwarnings("error", "losses, or the network, draws")
         fit(made(each, lambda: Running(True)), Points(), max_steps=1)
     if size:
-        with pytest.raises(ValueError, match="another loss when other examples are in its micro-batch"):
+        line = "the buffer network.mean is updated in each forward pass, so it, and with it the losses, depends on how"
+        with pytest.raises(ValueError, match=line):
             fit(made(each, lambda: Running(True)), Points(micro_batch_size=size), max_steps=1)
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0])
+def test_weights_that_cannot_be_are_named(weight: float) -> None:
+    def losses(task: Task, batch: MicroBatch) -> Any:
+        return each(task, batch), torch.full_like(batch.inputs[:, 0], weight)
+
+    if weight < 0:
+        with pytest.raises(ValueError, match="weights below 0, but the sum of losses is divided by the sum of weights"):
+            fit(made(losses), max_steps=1)
+    else:
+        with pytest.warns(UserWarning, match="no target of this epoch had a weight above 0"):
+            fit(made(losses), max_epochs=1)
+
+
+class Rare(Points):
+    """With a class that neither end of the examples has."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.y = torch.zeros(len(self.x), dtype=torch.int64)
+        self.y[[20, 30, 33, 50]] = 2
+
+
+@pytest.mark.parametrize("weighs", [False, True])
+def test_a_loss_divided_by_the_number_of_a_rare_class_is_refused(weighs: bool) -> None:
+    def losses(task: Task, batch: MicroBatch) -> Any:
+        each = nn.functional.cross_entropy(task(batch.inputs), batch.targets, reduction="none")
+        positive = (batch.targets == 2).double()
+        return (each, positive) if weighs else each * positive / positive.sum().clamp(min=1) + 0.1 * each
+
+    if weighs:
+        fit(made(losses), Rare(micro_batch_size=4), max_steps=1)
+        return
+    with pytest.raises(ValueError, match="return weights in place of dividing by their sum"):
+        fit(made(losses), Rare(micro_batch_size=4), max_steps=1)
