@@ -1,7 +1,9 @@
 """What the examples of a split are, in a few numbers, so that a resume on other examples is noticed."""
 
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import chain
+from math import isfinite
 from typing import Any
 from zlib import crc32
 
@@ -52,10 +54,19 @@ def others(split: str, old: dict[str, Any] | None, new: dict[str, Any] | None) -
 
 def _summary(leaf: Any) -> int | list[float]:
     if isinstance(leaf, Tensor) and leaf.is_floating_point():
-        values = leaf.detach().cpu().double().nan_to_num(0.0, 0.0, 0.0).flatten()
-        weights = torch.arange(1, len(values) + 1, dtype=torch.float64).mul_(0.618034).frac_().add_(1)  # of each place
-        return [float(values @ weights), float(values.abs().sum()), float(leaf.itemsize)]
+        values = leaf.detach().cpu().double().flatten()
+        size = float(values.norm(1))
+        if not isfinite(size):
+            values = values.nan_to_num(0.0, 0.0, 0.0)
+            size = float(values.norm(1))
+        return [float(values @ _weights(len(values))), size, float(leaf.itemsize)]
     return crc32(b"".join(_bytes(leaf)))
+
+
+@lru_cache(2)
+def _weights(count: int) -> Tensor:
+    """Return a number from 1 to 2 for each place, so that values which change places change the sum."""
+    return torch.arange(1, count + 1, dtype=torch.float64).mul_(0.618034).frac_().add_(1)
 
 
 def _bytes(leaf: Any) -> Iterator[bytes]:
