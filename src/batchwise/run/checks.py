@@ -130,7 +130,8 @@ def _check_checkpoint(
     path: Path, trainer: Trainer, model: Task, data: DataModule, config: dict | None, stage: str
 ) -> int:
     checkpoint = read_checkpoint(path)
-    if "global_step" not in checkpoint or "epoch" not in checkpoint:
+    needed = ("global_step", "epoch", "optimizer_states") if stage == "fit" else ("global_step",)
+    if not all(key in checkpoint for key in needed):
         raise ValueError(f"ckpt_path {path} has weights, and no training to go on with: write model.init_from {path}")
     saved = dict(checkpoint["state_dict"])
     try:
@@ -160,9 +161,9 @@ def _check_checkpoint(
 
 def _check_groups(path: Path, checkpoint: dict, model: Task) -> None:
     """Raise ValueError if the optimizer has other parameters than its state in the checkpoint."""
-    old = [len(group["params"]) for state in checkpoint["optimizer_states"] for group in state["param_groups"]]
-    new = [group["parameters"] for group in model._rates.settings.get("groups", {}).values()]
-    if new and old != new:
+    noted = checkpoint.get("settings", {}).get("model", {}), model._rates.settings
+    old, new = ([group["parameters"] for group in one.get("groups", {}).values()] for one in noted)
+    if old and new and old != new:  # those from before training, because callbacks may add others
         raise ValueError(
             f"ckpt_path {path} has an optimizer with groups of {old} parameters, and this one has {new}: leave "
             "model.freeze, lr_factors and decay_matrices_only as they were, or begin a training from these weights: "

@@ -132,7 +132,8 @@ def test_a_checkpoint_takes_the_place_of_initial_weights(capsys: pytest.CaptureF
 def test_weights_alone_are_no_training() -> None:
     made = trainer()
     made.fit(new(), small.Points())
-    for content in ({"state_dict": made.lightning_module.state_dict()}, {"state_dict": None}):  # type: ignore[union-attr]
+    weights = {"state_dict": made.lightning_module.state_dict()}  # type: ignore[union-attr]
+    for content in (weights, {"state_dict": None}, weights | {"epoch": 3, "global_step": 21}):
         torch.save(content, "weights.ckpt")
         with pytest.raises(Exception, match=r"model\.init_from weights\.ckpt|not a checkpoint of this project"):
             trainer(max_epochs=4).fit(new(), small.Points(), ckpt_path="weights.ckpt")
