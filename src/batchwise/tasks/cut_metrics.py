@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import torch
@@ -86,8 +87,10 @@ def _same(one: Any, other: Any) -> bool:
         return isinstance(other, dict) and all(_same(value, other.get(name)) for name, value in one.items())
     if isinstance(one, list | tuple):
         return isinstance(other, list | tuple) and len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, Real) and isinstance(other, Real):
+        one, other = torch.tensor(float(one)), torch.tensor(float(other))
     if not isinstance(one, Tensor):
-        return True
+        return type(one) is type(other)
     if not isinstance(other, Tensor) or one.shape != other.shape:
         return False
     return torch.allclose(one.double(), other.double(), rtol=1e-3, atol=1e-5, equal_nan=True)

@@ -11,6 +11,7 @@ from torchmetrics import Metric
 from batchwise.batching.device import widest
 from batchwise.batching.loader import Batch, MicroBatch
 from batchwise.models import place
+from batchwise.tasks.exchange import gather_objects
 from batchwise.tasks.hooks import before_step, row_is_due, values_are_due
 
 Amount = list[Any]
@@ -177,9 +178,7 @@ class Results(_ResultCollection):
         mine = [(entry.arguments(), entry.sums()) for entry in self.values() if entry.is_sum()]
         for entry in self.values():
             entry.reduced = {}
-        of_all: list[Any] = [None] * self.world_size
-        torch.distributed.all_gather_object(of_all, mine)
-        for arguments, sums in (sent for device in of_all for sent in device):
+        for arguments, sums in (sent for device in gather_objects(mine) for sent in device):
             entry = self._entry(_Metadata(*arguments))
             for on_step, amount in sums.items():
                 entry.reduced[on_step] = entry.combine(entry.reduced.get(on_step), amount)

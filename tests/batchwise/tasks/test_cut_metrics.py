@@ -43,6 +43,13 @@ class Mean(Metric):
         return self.total / self.count  # type: ignore[operator]
 
 
+class Number(Mean):
+    """Gives a number of Python."""
+
+    def compute(self) -> Any:
+        return float(super().compute())
+
+
 class Plain(Mean):
     """The same with attributes, which devices do not exchange."""
 
@@ -105,6 +112,7 @@ OTHER_TEXTS = ["a b d", "d e", "f h", "a b", "c c", "q r s"]
 
 SOUND: dict[str, tuple[Callable[[], Metric], tuple[Any, ...]]] = {
     "sums": (Mean, (VALUES,)),
+    "a number of Python": (Number, (VALUES,)),
     "concatenated": (CatMetric, (VALUES,)),
     "a list": (Apart, (VALUES,)),
     "accuracy": (lambda: MulticlassAccuracy(3), (LOGITS, CLASSES)),
@@ -130,6 +138,7 @@ UNSOUND: dict[str, tuple[Callable[[], Metric], tuple[Any, ...], str]] = {
     "attributes": (Plain, (VALUES,), "devices"),
     "half a list": (Halved, (VALUES,), "devices"),
     "a mean of means": (lambda: Mean(each=True), (VALUES,), "micro-batches"),
+    "a mean of means, as a number of Python": (lambda: Number(each=True), (VALUES,), "micro-batches"),
     "a mean of means, composed": (lambda: Mean(each=True) * 2, (VALUES,), "micro-batches"),
     "the last updates": (lambda: RunningMean(window=100), (VALUES,), "micro-batches"),
     "those of a metric": (lambda: Running(MeanSquaredError(), 9), (VALUES, OTHERS), "micro-batches"),
