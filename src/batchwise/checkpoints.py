@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,19 @@ def unreadable(path: Path) -> str | None:
     return None
 
 
+def damage(path: Path) -> str | None:
+    """Return which part of a readable checkpoint differs from what was written; None: none does.
+
+    It reads the whole file, to compare checksums. PyTorch does not, so it would load weights with a few wrong bytes.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            part = archive.testzip()
+    except (OSError, zipfile.BadZipFile) as error:
+        return str(error)
+    return part and f"the checksum of {part} in it is wrong"
+
+
 def why_unreadable(path: Path, error: Exception) -> str:
     """Return in a few words why PyTorch could not read a file. It must not advise to run the code in it."""
     if path.is_file() and path.suffix not in (".safetensors", ".json"):
@@ -79,7 +93,7 @@ def why_unreadable(path: Path, error: Exception) -> str:
 def read_checkpoint(path: Path) -> dict:
     """Read a checkpoint without copying its tensors into memory.
 
-    A checkpoint is an archive whose table of contents is written last, so a file that opens is whole.
+    A checkpoint is an archive whose table of contents is written last, so a file that opens was written to its end.
 
     Raises:
         ValueError: it is not a checkpoint of this project, or it names code to run. PyTorch raises other errors if the

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loops.fit_loop import _FitLoop
 
 from batchwise.batching.loader import Batch
-from batchwise.checkpoints import read_checkpoint, unreadable
+from batchwise.checkpoints import damage, read_checkpoint, unreadable
 from batchwise.errors import TrainingStopped
 from batchwise.ranges import PositiveInt
 from batchwise.tasks.task import Task
@@ -104,11 +104,11 @@ class Last(Checkpoint):
         self._stop_listening()
 
     def save(self, trainer: pl.Trainer) -> None:
-        """Write `last.ckpt`. The old one becomes `previous.ckpt`, if it can be read."""
+        """Write `last.ckpt`. The old one becomes `previous.ckpt`, if it is whole."""
         last = _path(trainer)
         if trainer.is_global_zero and last.exists():
-            if self._rotate is None:  # an unreadable file of an earlier process must not replace a readable one
-                self._rotate = unreadable(last) is None
+            if self._rotate is None:  # a bad file of an earlier process must not replace a good one
+                self._rotate = unreadable(last) is None and damage(last) is None
             if self._rotate:
                 spare = last.with_name(".previous.part")
                 spare.unlink(missing_ok=True)

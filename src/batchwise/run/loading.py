@@ -11,7 +11,7 @@ from torch import Tensor
 
 from batchwise.batching.fetch import Fetch, make_fetch
 from batchwise.batching.loader import read
-from batchwise.checkpoints import read_checkpoint, state_of, unreadable
+from batchwise.checkpoints import damage, read_checkpoint, state_of, unreadable
 from batchwise.data.module import DataModule
 from batchwise.models.frozen import CHECKSUM
 from batchwise.run.exporting import SUFFIXES, Format, export, predictions
@@ -84,7 +84,7 @@ def load(
     file = Path(path).expanduser()
     if not file.is_file():
         raise ValueError(f"{path} does not exist: write a checkpoint, such as runs/NAME/TIME/checkpoints/best.ckpt")
-    if reason := unreadable(file):
+    if reason := unreadable(file) or damage(file):
         raise ValueError(f"{path} cannot be read: {reason}")
     checkpoint = read_checkpoint(file)
     if task is None or data is None:

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
 
 from batchwise.callbacks.ema import EMA
-from batchwise.checkpoints import read_checkpoint, state_of, unreadable
+from batchwise.checkpoints import damage, read_checkpoint, state_of, unreadable
 from batchwise.data.contents import others
 from batchwise.data.module import DataModule
 from batchwise.models.frozen import CHECKSUM
@@ -53,11 +53,15 @@ def choose_checkpoint(which: str | None, root: Path, name: str, command: str) ->
         return None
     if which not in ("last", "best"):
         path = Path(which)
+        if path.is_dir():
+            raise ValueError(f"ckpt_path {which} is a folder: write last, best or a file")
         if not path.is_file():
             raise ValueError(f"ckpt_path {which} does not exist: write last, best or a file")
         problem = unreadable(path)
         if problem:
             raise ValueError(f"ckpt_path {which} cannot be read: {problem}")
+        if problem := damage(path):
+            raise ValueError(f"ckpt_path {which} is damaged: {problem}: write last, best or another file")
         return path
     found = _newest(root / name, which)
     if found is None:
@@ -84,7 +88,7 @@ def _newest(runs: Path, which: str) -> Path | None:
             continue
         spares = [folder / "previous.ckpt", folder / "best.ckpt"] if which == "last" else []
         for path in (wanted, *spares):
-            problem = unreadable(path)
+            problem = unreadable(path) or damage(path)
             if problem is None:
                 return path
             if path.exists():

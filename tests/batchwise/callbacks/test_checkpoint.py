@@ -17,6 +17,7 @@ import small
 import torch
 from helpers import CSV, DIGITS, TWO, Result, Started, furthest, run_here
 
+import batchwise
 from batchwise.callbacks.checkpoint import SIGNALS, Last
 from batchwise.checkpoints import DurableIO
 from batchwise.errors import TrainingStopped
@@ -113,6 +114,14 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1000])
 
 
+def invert(path: Path) -> None:
+    """Invert 64 bytes in the middle."""
+    content = bytearray(path.read_bytes())
+    half = slice(len(content) // 2, len(content) // 2 + 64)
+    content[half] = bytes(byte ^ 255 for byte in content[half])
+    path.write_bytes(content)
+
+
 @pytest.mark.parametrize(("lost", "taken"), [(["last"], "previous"), (["last", "previous"], "best")], ids=str)
 def test_what_cannot_be_read_is_passed_over(lost: list[str], taken: str) -> None:
     first = run_here(*FIT, "--trainer.max_epochs", 2)
@@ -150,6 +159,27 @@ def test_an_unreadable_last_does_not_take_the_place_of_a_readable_previous(monke
     assert "cannot write the checkpoint" in errors(result)[0]
     on = run_here(*FIT, *RESUME, "--trainer.max_epochs", 2)
     assert "resuming after step 20 " in on.out
+
+
+def test_a_damaged_checkpoint_is_not_loaded() -> None:
+    """PyTorch loads it, with wrong weights."""
+    first = run_here(*FIT, "--trainer.max_epochs", 2)
+    last = first.folder / "checkpoints" / "last.ckpt"
+    invert(last)
+    assert torch.load(last, weights_only=True)["global_step"] == 40
+    for command in ("fit", "test"):
+        named = run_here(command, *FIT[1:], "--ckpt_path", last)
+        assert named.code == 2
+        (line,) = errors(named)
+        assert line.startswith(f"error: ckpt_path {last} is damaged: the checksum of ")
+        assert line.endswith(": write last, best or another file")
+    with pytest.raises(ValueError, match="the checksum of"):
+        batchwise.load(last)
+    result = run_here(*FIT, *RESUME, "--trainer.max_epochs", 2)
+    assert result.code == 0, result.err
+    assert "last.ckpt cannot be read (the checksum of archive/data" in result.out
+    assert "resuming after step 20 from" in result.out
+    assert first.checkpoint("previous")["global_step"] == 20  # the damaged one has not taken its place
 
 
 def test_a_run_without_a_readable_checkpoint_is_passed_over() -> None:

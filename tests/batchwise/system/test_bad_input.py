@@ -200,6 +200,7 @@ def other_checkpoints(trained: Result) -> dict[str, tuple[list[object], list[str
     return {
         "truncated": (["--ckpt_path", "truncated.ckpt"], ["truncated.ckpt", "cannot be read"]),
         "empty": (["--ckpt_path", "empty.ckpt"], ["empty.ckpt", "cannot be read"]),
+        "a folder": (["--ckpt_path", "/tmp"], ["ckpt_path /tmp is a folder", "write last, best or a file"]),
         "foreign": (["--ckpt_path", "foreign.ckpt"], ["foreign.ckpt", "not a checkpoint of this project"]),
         "a pickled network": (["--ckpt_path", "pickle.ckpt"], ["pickle.ckpt", "cannot be read"]),
         "another model": (
@@ -225,7 +226,7 @@ def other_checkpoints(trained: Result) -> dict[str, tuple[list[object], list[str
 
 
 NAMES = (
-    "truncated empty foreign|a pickled network|another model|another rate|another batch size|fewer epochs|"
+    "truncated empty foreign|a folder|a pickled network|another model|another rate|another batch size|fewer epochs|"
     "another clipping|another seed|another order"
 )
 
