@@ -104,7 +104,9 @@ class Last(Checkpoint):
         self._stop_listening()
 
     def save(self, trainer: pl.Trainer) -> None:
-        """Write `last.ckpt`. The old one becomes `previous.ckpt`, if it is whole."""
+        """Write `last.ckpt`. The old one becomes `previous.ckpt`, if it is whole. A trial writes none."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         last = _path(trainer)
         if trainer.is_global_zero and last.exists():
             if self._rotate is None:  # a bad file of an earlier process must not replace a good one

@@ -107,6 +107,10 @@ class Predictions(Callback):
             first, *others = (self._part(rank) for rank in range(trainer.world_size))
             if others:
                 self.kind.join(first, others)
+            if trainer.fast_dev_run:  # type: ignore[attr-defined]
+                first.unlink(missing_ok=True)
+                print(f"trainer.fast_dev_run: a trial, which does not write {self.target.name}")
+                return
             first.replace(self.target)
             print(f"predictions: {self.target}")
 

@@ -143,6 +143,8 @@ def _check_checkpoint(
         raise ValueError(f"ckpt_path {path} is of another model: {differences}")
     if stage == "fit":
         epochs, most = checkpoint["epoch"], trainer.max_epochs
+        if most is not None and 0 <= most < epochs and trainer.fast_dev_run:  # type: ignore[attr-defined]
+            raise ValueError("trainer.fast_dev_run is a new training of a few steps: leave ckpt_path out")
         if most is not None and 0 <= most < epochs:
             raise ValueError(f"trainer.max_epochs is {most}, but {path} has trained for {epochs} epochs: write more")
         if config is not None:

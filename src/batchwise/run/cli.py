@@ -40,7 +40,7 @@ class CLI(LightningCLI):
 
     def __init__(self, arguments: list[str]) -> None:
         self.verb = next((argument for argument in arguments if not argument.startswith("-")), None)
-        self.arguments, self.folder = arguments, Path()
+        self.arguments, self.folder, self.trial = arguments, Path(), False
         self.checkpoint: Path | None = None
         super().__init__(
             Task,
@@ -103,7 +103,10 @@ class CLI(LightningCLI):
             settings.ckpt_path = None if self.checkpoint is None else str(self.checkpoint)
             if "weights_only" in settings and settings.weights_only is None:
                 settings.weights_only = True
-        self.folder = folders.choose_folder(root, settings.name, self.checkpoint, restart)
+        self.trial = command in SPLITS and bool(settings.trainer.fast_dev_run)
+        self.folder = folders.choose_folder(root, settings.name, self.checkpoint, restart, self.trial)
+        if command == "fit":
+            folders.hold(self.folder)
         self.plain_config = redact(yaml.safe_load(self.parser.dump(self.config, skip_none=False)))[command]
         if resumable:
             self.plain_config["ckpt_path"] = None  # the configuration of a run does not say how often it was resumed
@@ -197,6 +200,10 @@ class CLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Print the results, the run's folder and the next commands."""
+        if self.trial:
+            if self.trainer.is_global_zero:
+                print("trainer.fast_dev_run: a trial, of which nothing is kept")
+            return
         report.training(self.trainer, self.folder)
         report.next_commands(self.trainer, self.folder, self.arguments)
         report.look(self.trainer)

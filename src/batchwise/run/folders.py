@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -10,10 +11,12 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from batchwise.data.module import LIMIT_FILE
 from batchwise.host import write_whole
+from batchwise.run.lock import alone
 
 FOLDER = "BATCHWISE_RUN_FOLDER"
 """The environment variable that tells the processes of a training the folder that the first of them made."""
 PATIENCE = 120.0  # seconds in which the first process must have made it
+_until_the_end = contextlib.ExitStack()
 
 
 def check_name(name: str, root: Path) -> None:
@@ -22,7 +25,7 @@ def check_name(name: str, root: Path) -> None:
         raise ValueError(f"name is {name!r}: write the name of a folder that is to lie in {root}")
 
 
-def choose_folder(root: Path, name: str, checkpoint: Path | None, restart: bool) -> Path:
+def choose_folder(root: Path, name: str, checkpoint: Path | None, restart: bool, trial: bool = False) -> Path:
     """Return the folder of this run, and tell the other processes of this training.
 
     It is the folder that another process of this training has made, or else the folder of the checkpoint, or else a
@@ -34,6 +37,7 @@ def choose_folder(root: Path, name: str, checkpoint: Path | None, restart: bool)
         checkpoint: the file that this run starts from.
         restart: go on with the newest run. If it ran out of memory before its first checkpoint, its folder is taken,
             because it holds the limit of the micro-batch.
+        trial: make a new one, and remove it at the end.
 
     Raises:
         ValueError: the folder cannot be written, or the first process has made none.
@@ -43,16 +47,29 @@ def choose_folder(root: Path, name: str, checkpoint: Path | None, restart: bool)
     theirs = wait_for_folder(root / name)
     if theirs is not None:
         return theirs
-    if checkpoint and checkpoint.parent.name == "checkpoints":
+    if trial:
+        folder = None
+    elif checkpoint and checkpoint.parent.name == "checkpoints":
         folder = checkpoint.parent.parent
     else:
         folder = _out_of_memory(root / name) if restart and not checkpoint else None
     if folder is None:
         folder = _new_folder(root, name)
+        if trial:
+            _until_the_end.callback(shutil.rmtree, folder, ignore_errors=True)
     else:
         _check_writable(folder)
     _share(folder)
     return folder
+
+
+def hold(folder: Path) -> None:
+    """Let no other training write into the folder, until this one has ended.
+
+    Raises:
+        ValueError: another one does.
+    """
+    _until_the_end.enter_context(alone(folder))
 
 
 def run_id(folder: Path) -> str:
@@ -72,6 +89,7 @@ def place_loggers(loggers: list | Namespace | bool | None, folder: Path) -> None
 
 def remove_if_empty(folder: Path) -> None:
     """Remove the folder of a run that did not begin."""
+    _until_the_end.close()
     with contextlib.suppress(OSError):  # raised by a folder that holds something
         (folder / "checkpoints").rmdir()
         folder.rmdir()
@@ -121,6 +139,7 @@ def all_have_met() -> None:
 
 def forget() -> None:
     """Forget the folder that the processes share, because the training is over."""
+    _until_the_end.close()
     all_have_met()
     os.environ.pop(FOLDER, None)
 

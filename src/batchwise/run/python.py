@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from batchwise import trainer
 from batchwise.callbacks.phases import Phases
 from batchwise.data.module import DataModule
-from batchwise.errors import Mistake
+from batchwise.errors import Mistake, mistakes
 from batchwise.run import checks, folders, report, resume
 from batchwise.run.record import RunRecord
 from batchwise.run.usual import add_progress_bar, leave_out_unfounded_warnings, usual_callbacks
@@ -139,6 +139,9 @@ class Trainer(trainer.Trainer):
         try:
             if self._saves or self._wanted_logger is not False:
                 self._make_folder(checkpoint, restart=which == "last")
+                if verb == "fit" and self._saves and self.folder is not None:
+                    with mistakes():
+                        folders.hold(self.folder)
             if isinstance(model, Task):
                 resume.leave_out_initial_weights(model, checkpoint)
             yield checkpoint

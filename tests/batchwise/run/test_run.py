@@ -1,5 +1,6 @@
 """One folder for all processes of a training, whoever starts them."""
 
+import errno
 import os
 import signal
 import socket
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from helpers import CSV, DIGITS, Result, Started, furthest, run_here
+
+from batchwise.run.lock import alone
 
 FIT = (
     *("fit", *DIGITS, *CSV, "--trainer.precision", "64-true", "--data.batch_size", 100),
@@ -69,3 +72,61 @@ def test_a_task_whose_first_task_makes_no_folder_says_so(monkeypatch: pytest.Mon
         ValueError, match=r"process 0 has made no folder in .*write a trainer.default_root_dir that all"
     ):
         runs.wait_for_folder(Path("runs/digits"))
+
+
+def test_a_trial_keeps_nothing() -> None:
+    first = run_here("fit", *DIGITS, *CSV, "--trainer.max_steps", 3)
+    predicted = run_here("predict", *DIGITS, *CSV, "--ckpt_path", "last")
+    assert predicted.code == 0, predicted.err
+    before = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
+    assert first.folder / "predictions.csv" in {path.absolute() for path in before}
+    trial = run_here("fit", *DIGITS, "--trainer.fast_dev_run", "true")
+    assert trial.code == 0, trial.err
+    assert "trainer.fast_dev_run: a trial, of which nothing is kept" in trial.out
+    assert "go on:" not in trial.out
+    assert "run folder:" not in trial.out
+    for file in ("predictions.csv", first.folder / "predictions.csv"):
+        more = ("--ckpt_path", "last", "--trainer.fast_dev_run", 1, "--predictions", file)
+        assert run_here("predict", *DIGITS, *CSV, *more).code == 0
+    assert {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()} == before
+    assert len(list(Path("runs/digits").iterdir())) == 1
+    assert run_here("fit", *DIGITS, *CSV, "--trainer.max_steps", 4, "--ckpt_path", "last").code == 0
+
+
+def test_a_run_is_trained_by_one_at_a_time() -> None:
+    """After `kill -9` the lock is free at once, though the workers that read the data live on for a while."""
+    fit = ("fit", *DIGITS, *CSV, "--data.num_workers", 1)
+    first = run_here(*fit, "--trainer.max_steps", 3)
+    process = Started(*fit, "--ckpt_path", "last", "--trainer.max_epochs", 100_000)
+    try:
+        deadline = time.monotonic() + 60
+        while "epoch 2 " not in process.out:
+            trains = process.process.poll() is None and time.monotonic() < deadline
+            assert trains, process.out + process.err
+            time.sleep(0.05)
+        config = (first.folder / "config.yaml").stat().st_mtime_ns
+        second = run_here(*fit, "--ckpt_path", "last", "--trainer.max_epochs", 3)
+        assert second.code == 2, second.out + second.err
+        (line,) = second.err.splitlines()
+        assert f"{first.folder.name}, where process {process.process.pid} on " in line
+        assert "leave ckpt_path out to begin a new run" in line
+        assert (first.folder / "config.yaml").stat().st_mtime_ns == config
+        assert run_here("test", *DIGITS, *CSV, "--ckpt_path", "last").code == 0
+        os.kill(process.process.pid, signal.SIGKILL)
+        process.process.wait(10)
+        third = run_here(*fit, "--ckpt_path", "last", "--trainer.max_epochs", 100, "--trainer.max_steps", 30)
+        assert third.code == 0, third.err
+        assert third.folder == first.folder
+        assert not list(third.folder.glob("checkpoints/.lock"))
+    finally:
+        process.kill()
+
+
+def test_where_there_are_no_locks_nothing_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", unsupported)
+    Path("run/checkpoints").mkdir(parents=True)
+    with alone(Path("run")), alone(Path("run")):
+        pass
