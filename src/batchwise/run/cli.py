@@ -252,7 +252,8 @@ def run(arguments: list[str]) -> int:
                 raise
             if not inherited and folders.FOLDER in os.environ:
                 folders.remove_if_empty(Path(os.environ[folders.FOLDER]))
-        code = report.failure(error)
+        folder = os.environ.get(folders.FOLDER)
+        code = report.failure(error, Path(folder) if folder else None)
         if code is None:
             raise
         return code

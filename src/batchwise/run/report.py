@@ -1,8 +1,10 @@
 """The texts of the command line: the plan before training, the results after it, and one line for a failure."""
 
+import errno
 import os
 import re
 import sys
+import traceback
 from pathlib import Path
 from shlex import quote
 
@@ -18,6 +20,8 @@ from batchwise.run.redact import hide
 from batchwise.run.wandb import WandbLogger
 from batchwise.tasks.task import Task
 from batchwise.trainer import Trainer
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def plan(model: Task, data: DataModule, done: int, checkpoint: Path | None) -> None:
@@ -119,10 +123,32 @@ def look(trainer: Trainer) -> None:
             print(f"upload it:  wandb sync {quote(place)}/{name}")
 
 
-def failure(error: Exception) -> int | None:
+def unwritten(error: OSError, folder: Path) -> str | None:
+    """Return one line about a file of the run that could not be written; None: the error is about something else.
+
+    Args:
+        error: names the file, or else its traceback may pass through a logger.
+        folder: of the run.
+    """
+    file = Path(error.filename) if isinstance(error.filename, str) else None
+    if error.errno not in FULL and (file is None or folder.absolute() not in file.absolute().parents):
+        return None
+    frames = traceback.walk_tb(error.__traceback__)
+    log = any("loggers" in Path(frame.f_code.co_filename).parts for frame, _ in frames)
+    what = file or f"{'the log' if log else 'a file'} of {folder}"
+    last = folder / "checkpoints" / "last.ckpt"
+    remedy = f"the same command with --ckpt_path last goes on from {last}" if last.exists() else "no checkpoint is left"
+    return f"cannot write {what} ({error.strerror}): training has stopped; {remedy}"
+
+
+def failure(error: Exception, folder: Path | None = None) -> int | None:
     """Print one line about an error that the user can mend, and return the exit code; None: the error is a bug.
 
     If all processes have failed in the same way, only the first of them prints the line.
+
+    Args:
+        error: that has ended the command.
+        folder: of the run; None: there is none.
     """
     code = 1
     if isinstance(error, Mistake):
@@ -135,6 +161,8 @@ def failure(error: Exception) -> int | None:
         detail = re.sub(r"^\[/.*?\] ", "", str(error).splitlines()[0]).partition(". This ")[0]
         reason = f"another process has died, or its machine cannot be reached ({detail})"
         error = TrainingStopped(f"{reason}: the same command with --ckpt_path last goes on")
+    elif isinstance(error, OSError) and folder is not None and (line := unwritten(error, folder)):
+        error = TrainingStopped(line)
     elif not isinstance(error, DataError):
         return None
     print(f"error: {hide(explain(str(error)))}", file=sys.stderr)

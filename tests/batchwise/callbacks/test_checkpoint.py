@@ -5,6 +5,7 @@ import csv
 import os
 import re
 import resource
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -32,6 +33,15 @@ RESUME = ("--ckpt_path", "last")
 
 def errors(result: Result) -> list[str]:
     return [line for line in result.err.splitlines() if not line.startswith(("note:", "warning:"))]
+
+
+def wait_for_epochs(process: Started) -> None:
+    """Wait until two are trained."""
+    deadline = time.monotonic() + 60
+    while not re.search(r"^epoch 2 ", process.out, re.MULTILINE):
+        trains = process.process.poll() is None and time.monotonic() < deadline
+        assert trains, process.out + process.err
+        time.sleep(0.01)
 
 
 # Writing
@@ -105,6 +115,32 @@ def test_a_full_disk() -> None:
     on = run_here(*FIT, *RESUME, "--trainer.max_epochs", 2)
     assert on.code == 0, on.err
     assert on.checkpoint()["global_step"] == 40
+
+
+@pytest.mark.parametrize("what", ["the log is deleted", "the run is deleted", "no room for the log"])
+def test_a_log_that_cannot_be_written_is_one_line(what: str) -> None:
+    process = Started(*FIT, "--trainer.log_every_n_steps", 1, "--trainer.max_epochs", 100_000)
+    if what == "no room for the log":
+        resource.prlimit(process.process.pid, resource.RLIMIT_FSIZE, (60_000, 60_000))
+    else:
+        wait_for_epochs(process)
+        (folder,) = Path("runs/digits").iterdir()
+        shutil.rmtree(folder / "log" if "log" in what else folder, ignore_errors=True)
+    result = process.end(timeout=60)
+    assert result.code == 1, result.err
+    (line,) = errors(result)
+    full = r"the log of runs/digits/[^/]* \(File too large\)"
+    deleted = r"\S*/log/version_0/metrics.csv \(No such file or directory\)"
+    assert re.match(f"error: cannot write {full if 'room' in what else deleted}: training has stopped; ", line)
+    if "run" not in what:
+        (last,) = Path("runs/digits").glob("*/checkpoints/last.ckpt")
+        assert line.endswith(f"the same command with --ckpt_path last goes on from {last}")
+        on = run_here(*FIT, *RESUME, "--trainer.max_epochs", 100_000, "--trainer.max_steps", step_of(last))
+        assert on.code == 0, on.err
+
+
+def step_of(path: Path) -> int:
+    return torch.load(path, weights_only=True)["global_step"] + 1
 
 
 # Reading
@@ -198,12 +234,8 @@ def test_a_run_without_a_readable_checkpoint_is_passed_over() -> None:
 
 def signalled(process: Started, number: int, whom: Callable[[], int]) -> Result:
     """Wait until it trains, send the signal, wait for its end."""
-    deadline = time.monotonic() + 60
     try:
-        while not re.search(r"^epoch 2 ", process.out, re.MULTILINE):
-            trains = process.process.poll() is None and time.monotonic() < deadline
-            assert trains, process.out + process.err
-            time.sleep(0.01)
+        wait_for_epochs(process)
         time.sleep(0.05)  # into an epoch
         os.kill(whom(), number)
         return process.end(timeout=30)
