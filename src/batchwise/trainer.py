@@ -1,5 +1,6 @@
 """Lightning's Trainer, with the loop and the defaults that an exact global batch needs."""
 
+import re
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -40,8 +41,11 @@ LEAST = {
     "gradient_clip_val": 0,
     "min_epochs": 0,
     "min_steps": 0,
+    "fast_dev_run": 0,
 }
-"""The smallest values of arguments that Lightning does not check."""
+"""The smallest values of arguments that Lightning does not check, or refuses without a remedy."""
+EVALUATED = {"validate": "val", "test": "test", "predict": "predict"}
+"""The split that each evaluation takes."""
 
 
 def check_arguments(given: dict[str, Any]) -> None:
@@ -57,11 +61,27 @@ def check_arguments(given: dict[str, Any]) -> None:
         value = given.get(name)
         if value is not None and value < least:
             raise ValueError(f"trainer.{name} is {value}: write at least {least}")
-    if given.get("val_check_interval") in (0, 0.0):
+    every = given.get("val_check_interval")
+    if _is_odd(every) or every in (0, 0.0):
         raise ValueError(
-            "trainer.val_check_interval is 0: write a number of steps, or a share of the epoch; "
+            f"trainer.val_check_interval is {every:g}: write a number of steps, or a share of the epoch up to 1.0; "
             "trainer.limit_val_batches 0 is no validation"
         )
+    for split in ("train", "val", "test", "predict"):
+        limit = given.get(f"limit_{split}_batches")
+        if _is_odd(limit):
+            raise ValueError(
+                f"trainer.limit_{split}_batches is {limit:g}: write a number of batches, or a share from 0.0 to 1.0"
+            )
+    devices = given.get("devices")
+    words = isinstance(devices, str) and not re.fullmatch(r"auto|\s*-?\d[\d\s,]*", devices)
+    if words or devices in (0, "0", []):
+        raise ValueError(f"trainer.devices is {devices}: write a number of at least 1, a list such as [0, 1], or auto")
+
+
+def _is_odd(limit: Any) -> bool:
+    """Return whether a limit is neither a whole number nor a share."""
+    return isinstance(limit, int | float) and (limit < 0 or (limit > 1 and limit % 1 != 0))
 
 
 def listed(value: Any) -> list:
@@ -177,6 +197,13 @@ class Trainer(pl.Trainer):
         data = getattr(self, "datamodule", None)
         if isinstance(data, DataModule):
             data.recall(ckpt_path and data_state(Path(ckpt_path), data))
+        command = self.state.fn.value if self.state.fn else ""
+        split = EVALUATED.get(command)
+        if split and getattr(self, f"limit_{split}_batches") == 0:
+            raise Mistake(
+                f"trainer.limit_{split}_batches is 0, so there is nothing to {command}: write at "
+                "least 1, or a share above 0"
+            )
         try:
             return super()._run(model, ckpt_path=ckpt_path, weights_only=weights_only)
         except RuntimeError as error:

@@ -38,6 +38,7 @@ class Predictions(Callback):
         self.name, self.kind = file, kinds[Path(file).suffix]
         if self.kind is ParquetFile:
             optional("pyarrow", "table")
+        self.file: Any = None
 
     def path(self, trainer: pl.Trainer) -> Path:
         """Return the path of the file."""
@@ -95,7 +96,7 @@ class Predictions(Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Task, exception: BaseException) -> None:
         """Leave no part behind."""
-        if trainer.predicting and (part := self._part(trainer.global_rank)).exists():
+        if self.file is not None and (part := self._part(trainer.global_rank)).exists():
             self.file.close()
             part.unlink()
 

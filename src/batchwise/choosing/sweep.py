@@ -145,6 +145,8 @@ def sweep(
         raise ValueError("sweep trains on one device: write trainer.devices 1")
     if data.split("val") is None:
         raise ValueError("sweep looks for a target in validation, but the data has no val split: give it one")
+    if trainer.limit_val_batches == 0:
+        raise ValueError("sweep looks for a target in validation, but trainer.limit_val_batches is 0: write at least 1")
     plan, steps = data.plan, data.total_steps()
     assert plan is not None
     assert data.seed is not None

@@ -237,7 +237,7 @@ class DataModule(Learning):
             size = max(1, self.micro_batch_tokens // max(1, int(lengths.max())))
         size = size or max(EVAL_BATCH, self.plan.largest_micro_batch if self.plan else 0)
         limit = self.trainer and getattr(self.trainer, f"limit_{name}_batches")
-        return eval_loader(self.feed(name), size, self.eval_batch_size, self.replicas, limit)
+        return eval_loader(name, self.feed(name), size, self.eval_batch_size, self.replicas, limit)
 
     # The position in training is the number of optimizer steps done, and nothing else
 

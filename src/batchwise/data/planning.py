@@ -6,6 +6,7 @@ from itertools import count
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from batchwise.batching.fetch import Fetch
@@ -76,9 +77,20 @@ def make_plan(
         plan = SequencePlan.of(plan, lengths, order, batch_tokens=batch_tokens, micro_batch_tokens=micro_batch_tokens)
     if limit == 0:
         raise ValueError("trainer.limit_train_batches is 0: write at least 1, or a share above 0")
-    plan = replace(plan, limit=max(1, int(plan.steps_per_epoch * limit)) if isinstance(limit, float) else limit)
+    if isinstance(limit, float):
+        limit = _share(plan.steps_per_epoch, limit, "trainer.limit_train_batches", "step of an epoch")
+    plan = replace(plan, limit=limit)
     total = math.inf if max_epochs in (None, -1) else max_epochs * plan.examples_per_epoch
     return replace(plan, changes=schedule.changes(total))
+
+
+def _share(whole: int, share: float, key: str, what: str) -> int:
+    """Return a share of a whole number, and at least 1."""
+    if share and int(whole * share) == 0:
+        rank_zero_warn(
+            f"{key} is {share:g}, which is less than one {what} of {whole:,}: it is taken as 1", stacklevel=2
+        )
+    return max(1, int(whole * share))
 
 
 def noise_meter(trainer: pl.Trainer | None) -> NoiseMeter | None:
@@ -127,12 +139,13 @@ class LimitedEvalLoader(Limited, EvalLoader):
 
 
 def eval_loader(
-    fetch: Fetch, most: int, batch_size: int | None, replicas: tuple[int, int], limit: int | float | None
+    name: str, fetch: Fetch, most: int, batch_size: int | None, replicas: tuple[int, int], limit: int | float | None
 ) -> EvalLoader:
     """Return the loader of this device's share of an evaluation.
 
     Args:
-        fetch: the split.
+        name: of the split.
+        fetch: its examples.
         most: examples on one device at once.
         batch_size: the same where the user has set it. Else a batch of `limit` is one of `EVAL_BATCH`, because which
             examples are evaluated must not depend on devices and micro-batches.
@@ -141,7 +154,7 @@ def eval_loader(
     """
     examples, (devices, rank) = len(fetch), replicas
     if isinstance(limit, float):
-        examples = max(1, int(examples * limit))
+        examples = _share(examples, limit, f"trainer.limit_{name}_batches", "example")
     elif limit:
         examples = min(examples, limit * (batch_size or min(most, EVAL_BATCH)))
     loader = LimitedEvalLoader(fetch, most, rank, devices, examples)

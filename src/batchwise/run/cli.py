@@ -143,9 +143,11 @@ class CLI(LightningCLI):
             raise Mistake(f"trainer: {str(error).splitlines()[0]}") from error
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, and check the seed, which is set at once."""
+        """Parse, and check what is used at once, or by no other command."""
         super().parse_arguments(parser, args)
         seed = self.settings.get("seed_everything")
+        if self.verb != "predict" and any(one.partition("=")[0] == "--predictions" for one in self.arguments):
+            raise Mistake(f"--predictions is what predict writes, and {self.verb} writes none: leave it out")
         if type(seed) is int and not 0 <= seed < 2**32:
             raise Mistake(f"seed_everything is {seed}: write a whole number from 0 to {2**32 - 1:,}")
 

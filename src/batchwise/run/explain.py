@@ -100,10 +100,18 @@ def _value(problem: str) -> str | None:
     return found and next(filter(None, found.groups()), None)
 
 
+def _not_given(keys: list[str]) -> str:
+    """Return what to write for required keys. Those of a command have its name before them, such as `sweep.target`."""
+    keys = [key if key.startswith(("model.", "data.")) else key.rpartition(".")[2] for key in keys]
+    flags = [f"--{key}" for key in keys if key.partition(".")[0] not in ("model", "data")]
+    files = ["--config FILE"] if len(flags) < len(keys) else []
+    return f"{' and '.join(keys)} {'are' if keys[1:] else 'is'} not set: write {' and '.join(files + flags)}"
+
+
 def _not_of_a_key(line: str, known: Collection[str], outer: str) -> str:
     missing = re.search(r"arguments are required: (.*)", line)
     if missing:
-        return f"{outer}{missing[1]} is not set: write it" if outer else f"{line}; write --config FILE"
+        return f"{outer}{missing[1]} is not set: write it" if outer else _not_given(missing[1].split(", "))
     unknown = re.search(r"[Uu]nrecognized arguments?: --([\w.]+)", line) or re.search(
         r"(?:not accept|Option) (?:option )?'([\w.]+)'", line
     )

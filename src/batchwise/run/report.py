@@ -8,7 +8,7 @@ import traceback
 from pathlib import Path
 from shlex import quote
 
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.utilities import rank_zero_only
 
 from batchwise.batching.fetch import DataError
@@ -46,6 +46,9 @@ def plan(model: Task, data: DataModule, done: int, checkpoint: Path | None) -> N
         print(summary)
     if done:
         print(f"resuming after step {done:,} from {checkpoint}")
+    if total == 0:
+        key = "max_epochs" if data.trainer and data.trainer.max_epochs == 0 else "max_steps"
+        print(f"trainer.{key} is 0: nothing is trained")
     if done and done >= total:
         print(f"already trained for {done:,} of {total:,} steps: write a larger trainer.max_epochs to go on")
 
@@ -61,6 +64,8 @@ def training(trainer: Trainer, folder: Path) -> None:
     """Print the best metric and the run's folder."""
     if not trainer.is_global_zero:
         return
+    if trainer.global_step == 0 and any(isinstance(callback, Timer) for callback in trainer.callbacks):
+        print("no step was trained within trainer.max_time: write more")
     for callback in trainer.callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path:
             score = callback.best_model_score  # None: the processes that trained have ended

@@ -66,7 +66,9 @@ class Adversarial(Task):
         players = {}
         for name, make in self._make_optimizers.items():
             parameters = self.network.get_submodule(name).named_parameters(prefix=f"network.{name}")
-            players[name] = made(make, self._tuning.groups(parameters, self._decay_matrices_only))
+            players[name] = made(
+                make, self._tuning.groups(parameters, self._decay_matrices_only), f"model.optimizer.{name}"
+            )
         return Players(players)
 
     def _players(self) -> list[tuple[str, ...]]:

@@ -1,5 +1,6 @@
 """Adjustments of an optimizer: when it is made, and when a checkpoint is loaded."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,20 +13,22 @@ from batchwise.errors import Mistake
 LBFGS_REFUSED = "model.optimizer LBFGS evaluates the loss several times per step: write another optimizer"
 
 
-def made(make: Callable[[list], Optimizer], groups: list) -> Optimizer:
+def made(make: Callable[[list], Optimizer], groups: list, key: str = "model.optimizer") -> Optimizer:
     """Return an optimizer, with the rate of each group times its factor, and with fused kernels if there are any.
 
     Args:
         make: the class of the optimizer, with its arguments.
         groups: of parameters.
+        key: of the optimizer.
 
     Raises:
-        Mistake: the optimizer evaluates the loss several times per step, or takes sparse gradients.
+        Mistake: the optimizer refuses an argument, evaluates the loss several times per step, or takes sparse
+            gradients.
     """
     try:
         optimizer = make(groups)
     except ValueError as error:
-        raise (Mistake(LBFGS_REFUSED) if "LBFGS" in str(error) else error) from None
+        raise Mistake(LBFGS_REFUSED if "LBFGS" in str(error) else _refused(key, str(error))) from None
     refuse(optimizer)
     for group in optimizer.param_groups:
         group["lr"] *= group.pop("lr_factor", 1.0)
@@ -34,6 +37,14 @@ def made(make: Callable[[list], Optimizer], groups: list) -> Optimizer:
         if free and not group["foreach"] and not group["differentiable"]:
             group["fused"] = all(_has_fused(parameter) for parameter in group["params"])
     return optimizer
+
+
+def _refused(key: str, message: str) -> str:
+    """Return one line about an argument that an optimizer refuses. PyTorch writes `Invalid epsilon value: -1.0`."""
+    found = re.match(r"Invalid (learning rate|beta|epsilon|eta|\w+)", message)
+    name = found and {"learning rate": "lr", "beta": "betas", "epsilon": "eps", "eta": "etas"}.get(found[1], found[1])
+    remedy = "values of at least 0 and below 1" if name == "betas" else "at least 0"
+    return f"{key}.{name}: {message}: write {remedy}" if found else f"{key}: {message}"
 
 
 def refuse(optimizer: Any) -> None:

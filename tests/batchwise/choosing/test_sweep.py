@@ -177,11 +177,27 @@ def test_picture(tmp_path: Path) -> None:
             ("--trainer.max_epochs", -1, "--model.schedule.shape", "constant", "--model.schedule.warmup", 0),
             "max_epochs",
         ),
+        (("--trainer.limit_val_batches", 0), "trainer.limit_val_batches is 0: write at least 1"),
         (("--trainer.devices", 2), "sweep trains on one device"),
     ],
 )
 def test_bad_input(arguments: tuple[object, ...], line: str) -> None:
     result = run_here(*SMALL, *TARGET, "--batch_sizes", "16", *arguments)
+    assert result.code == 2
+    assert line in result.err
+    assert len(result.err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ((*DIGITS, "--target", "val/accuracy>=0.9"), "batch_sizes is not set: write --batch_sizes"),
+        (DIGITS, "batch_sizes and target are not set: write --batch_sizes and --target"),
+        ((), "batch_sizes and target and data and model are not set: write --config FILE and --batch_sizes"),
+    ],
+)
+def test_what_is_missing_is_named_as_it_is_written(arguments: tuple[object, ...], line: str) -> None:
+    result = run_here("sweep", *arguments)
     assert result.code == 2
     assert line in result.err
     assert len(result.err.strip().splitlines()) == 1

@@ -169,7 +169,7 @@ def test_a_limit_of_an_evaluation_takes_the_same_examples_on_any_devices(limit: 
     for devices in (1, 2, 3, 7):
         seen = []
         for rank in range(devices):
-            loader = eval_loader(fetch, size or 256, size, (devices, rank), limit)
+            loader = eval_loader("val", fetch, size or 256, size, (devices, rank), limit)
             batches = [batch.inputs.tolist() for batch in loader]
             lightning = _parse_num_batches(RunningStage.VALIDATING, len(loader), 1.0 if limit is None else limit)
             assert lightning >= len(batches)  # else Lightning would leave some out

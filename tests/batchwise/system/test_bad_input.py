@@ -114,6 +114,18 @@ COMMAND_LINE = {
     "a key that no class has": (["--model.nothing", "3"], ["model.nothing", "**kwargs"]),
     "wrong feature size": (["--model.network.in_features", "63"], ["[1, 8, 8]", "63"]),
     "rate negative": (["--model.optimizer.lr", "-1"], ["learning rate", "-1"]),
+    "rate negative, with its key": (["--model.optimizer.lr", "-1"], ["model.optimizer.lr: ", "write at least 0"]),
+    "beta": (["--model.optimizer.betas", "[1.5, 0.9]"], ["model.optimizer.betas: ", "1.5", "at least 0 and below 1"]),
+    "eps": (["--model.optimizer.eps", "-2"], ["model.optimizer.eps: ", "-2", "write at least 0"]),
+    "decay": (["--model.optimizer.weight_decay", "-2"], ["model.optimizer.weight_decay: ", "-2", "write at least 0"]),
+    "devices a word": (["--trainer.devices", "two"], ["trainer.devices is two: write a number of at least 1"]),
+    "devices none": (["--trainer.devices", "0"], ["trainer.devices is 0: write a number of at least 1"]),
+    "interval negative": (["--trainer.val_check_interval", "-1"], ["trainer.val_check_interval is -1: write a number"]),
+    "interval odd": (["--trainer.val_check_interval", "1.5"], ["trainer.val_check_interval is 1.5: write a number"]),
+    "limit negative": (["--trainer.limit_test_batches", "-1"], ["trainer.limit_test_batches is -1: write a number"]),
+    "limit odd": (["--trainer.limit_train_batches", "1.5"], ["trainer.limit_train_batches is 1.5: write a number"]),
+    "trial negative": (["--trainer.fast_dev_run", "-1"], ["trainer.fast_dev_run is -1: write at least 0"]),
+    "predictions of a training": (["--predictions", "x.csv"], ["--predictions is what predict writes, and fit writes"]),
     "schedule without an end": (
         ["--trainer.max_epochs", "-1"],
         ["model.schedule", "cosine", "trainer.max_epochs or trainer.max_steps"],
@@ -247,6 +259,36 @@ def test_force_goes_on_with_the_new_values() -> None:
     )
     assert result.code == 0, result.err
     assert result.folder == first.folder
+
+
+@pytest.mark.parametrize("limit", [0, 0.0])
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_nothing_to_evaluate(trained: Result, command: str, limit: float) -> None:
+    split = {"validate": "val"}.get(command, command)
+    limits = (f"--trainer.limit_{split}_batches", limit)
+    result = run_here(command, *DIGITS, *limits, "--ckpt_path", trained.folder / "checkpoints" / "last.ckpt")
+    fails(result, f"trainer.limit_{split}_batches is 0, so there is nothing to {command}: write at least 1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("--trainer.max_steps", 0), "trainer.max_steps is 0: nothing is trained"),
+        (("--trainer.max_epochs", 0), "trainer.max_epochs is 0: nothing is trained"),
+        (("--trainer.max_time", "00:00:00:00"), "no step was trained within trainer.max_time: write more"),
+    ],
+)
+def test_where_nothing_is_trained_a_line_says_so(arguments: tuple[object, ...], line: str) -> None:
+    result = run_here(*FIT, *arguments)
+    assert result.code == 0, result.err
+    assert line in result.out.splitlines()
+
+
+def test_a_share_of_less_than_one_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match="limit_train_batches is 0.001, which is less than one step of an epoch of 20"):
+        run_here(*FIT, *("--trainer.max_epochs", 1), "--trainer.limit_train_batches", 0.001)
+    with pytest.warns(UserWarning, match="limit_test_batches is 0.0001, which is less than one example of 269"):
+        run_here("test", *FIT[1:], "--trainer.limit_test_batches", 0.0001, "--ckpt_path", "last")
 
 
 def test_a_checkpoint_is_needed_to_measure() -> None:
