@@ -25,6 +25,7 @@ from batchwise.data.module import DataModule
 from batchwise.errors import Mistake
 from batchwise.loop import EpochLoop
 from batchwise.ranges import PositiveInt
+from batchwise.tasks.configured import UNREADABLE, refuse_unknown_keys, wrong_optimizers
 from batchwise.tasks.logs import Connector, Results
 
 REFUSED = {
@@ -204,15 +205,13 @@ class Trainer(pl.Trainer):
                 f"trainer.limit_{split}_batches is 0, so there is nothing to {command}: write at "
                 "least 1, or a share above 0"
             )
+        refuse_unknown_keys()
         try:
             return super()._run(model, ckpt_path=ckpt_path, weights_only=weights_only)
-        except RuntimeError as error:
-            if "multiple optimizers" not in str(error):
-                raise
-            raise Mistake(
-                "configure_optimizers gives several optimizers: write a batchwise.tasks.adversarial.Adversarial, whose "
-                "optimizer is one for each part of the network"
-            ) from None
+        except UNREADABLE as error:
+            if line := wrong_optimizers(error):
+                raise Mistake(line) from None
+            raise
 
     def save_checkpoint(self, *arguments: Any, **keywords: Any) -> None:
         """Save, and time it. Lightning has a hook for the beginning of a save, but none for the end."""

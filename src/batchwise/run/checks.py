@@ -86,8 +86,15 @@ def _check_monitors(trainer: Trainer, model: Task, data: DataModule) -> None:
 
 
 def check_schedulers(trainer: Trainer, model: Task) -> None:
-    """Raise Mistake if a schedule of the user's needs a value that is not measured. The optimizers have been made."""
+    """Raise Mistake if a schedule of the user's has no turn, or needs a value that is not measured.
+
+    The optimizers have been made.
+    """
     for config in trainer.lr_scheduler_configs:
+        if not isinstance(config.frequency, int) or config.frequency < 1:
+            raise Mistake(
+                f"configure_optimizers: frequency is {config.frequency!r}: write a whole number of at least 1"
+            )
         if config.reduce_on_plateau and config.strict:
             name, every = type(config.scheduler).__name__, trainer.check_val_every_n_epoch or 1
             with mistakes():

@@ -314,6 +314,69 @@ def test_a_monitor_needs_a_direction() -> None:
         usual_callbacks(task, [], True, Path("runs"))
 
 
+def with_scheduler(optimizer: torch.optim.Optimizer, **settings: Any) -> dict[str, Any]:
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, **settings}}
+
+
+def of_another(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    other = torch.optim.SGD(optimizer.param_groups[0]["params"], 0.1)
+    return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.StepLR(other, 1)}
+
+
+def plateau(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)}
+
+
+REMEDY = r": return an optimizer, or \{'optimizer': ..., 'lr_scheduler': \{'scheduler': ..., 'interval': 'step'\}\}$"
+CONFIGURED: dict[str, tuple[Any, str]] = {
+    "no monitor": (plateau, "^configure_optimizers: `configure_optimizers` must include a monitor"),
+    "interval": (lambda one: with_scheduler(one, interval="steps"), '"step" or "epoch" but is "steps"$'),
+    "frequency of 0": (lambda one: with_scheduler(one, frequency=0), "frequency is 0: write a whole number of at leas"),
+    "frequency a word": (lambda one: with_scheduler(one, frequency="x"), "frequency is 'x': write a whole number of"),
+    "misspelt": (lambda one: with_scheduler(one, intervall="step"), "unsupported keys .* {'intervall'}" + REMEDY),
+    "misspelt outside": (
+        lambda one: {"optimizer": one, "scheduler": None},
+        "unsupported keys .* {'scheduler'}" + REMEDY,
+    ),
+    "a pair": (lambda one: (one, torch.optim.lr_scheduler.StepLR(one, 1)), "^configure_optimizers: Unknown configurat"),
+    "of another": (of_another, "^configure_optimizers: Some schedulers are attached with an optimizer that wasn't ret"),
+    "no optimizer": (
+        lambda one: {"monitor": "x"},
+        r"what it returns cannot be read \(KeyError: 'optimizer'\)" + REMEDY,
+    ),
+    "no scheduler": (
+        lambda one: {"optimizer": one, "lr_scheduler": 3},
+        r"cannot be read \(AttributeError" + ".*" + REMEDY,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGURED)
+def test_what_configure_optimizers_returns_is_one_line(case: str) -> None:
+    make, line = CONFIGURED[case]
+
+    def configure_optimizers(task: Any) -> Any:
+        return make(small.adamw(task.parameters()))
+
+    own = type("Own", (small.Classify,), {"configure_optimizers": configure_optimizers})
+    made = batchwise.Trainer(max_epochs=2, accelerator="cpu", logger=False, precision="64-true")
+    with pytest.raises(Mistake, match=line) as mistake:
+        made.fit(own(small.network(), optimizer=small.adamw), small.Points())
+    assert "\n" not in str(mistake.value)
+    assert made.global_step == 0
+
+
+def test_a_bug_in_configure_optimizers_keeps_its_traceback() -> None:
+    def configure_optimizers(_: Any) -> Any:
+        return {}["nothing"]
+
+    own = type("Own", (small.Classify,), {"configure_optimizers": configure_optimizers})
+    made = batchwise.Trainer(max_epochs=2, accelerator="cpu", logger=False, precision="64-true")
+    with pytest.raises(KeyError, match="nothing"):
+        made.fit(own(small.network(), optimizer=small.adamw), small.Points())
+
+
 @pytest.mark.parametrize("monitor", ["val/f1", "val/loss"])
 def test_a_schedule_that_waits_for_what_nobody_measures_is_one_line(monitor: str) -> None:
     def plateau(task: Any) -> dict[str, Any]:
