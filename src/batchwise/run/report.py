@@ -21,7 +21,10 @@ from batchwise.run.wandb import WandbLogger
 from batchwise.tasks.task import Task
 from batchwise.trainer import Trainer
 
+UNUSED = ("parameters that were not used in producing the loss", "Expected to have finished reduction")
+"""What Lightning and PyTorch say where DDP waits for a gradient that does not come."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""Errors of a disk on which nothing more can be written."""
 
 
 def plan(model: Task, data: DataModule, done: int, checkpoint: Path | None) -> None:
@@ -166,6 +169,13 @@ def failure(error: Exception, folder: Path | None = None) -> int | None:
         detail = re.sub(r"^\[/.*?\] ", "", str(error).splitlines()[0]).partition(". This ")[0]
         reason = f"another process has died, or its machine cannot be reached ({detail})"
         error = TrainingStopped(f"{reason}: the same command with --ckpt_path last goes on")
+    elif isinstance(error, RuntimeError) and any(words in str(error) for words in UNUSED):
+        error = TrainingStopped(
+            "a parameter that had a gradient has none any more, and the processes wait for it: write trainer.strategy "
+            "ddp_find_unused_parameters_true",
+        )
+        if rank_zero_only.rank != 0:  # it is so in all of them
+            return code
     elif isinstance(error, OSError) and folder is not None and (line := unwritten(error, folder)):
         error = TrainingStopped(line)
     elif not isinstance(error, DataError):

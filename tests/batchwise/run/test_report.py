@@ -1,11 +1,20 @@
 """The commands that a training prints at its end work as they are pasted, however it was configured."""
 
+import os
 import shlex
 from pathlib import Path
 
 import pytest
 import yaml
-from helpers import CSV, DIGITS, run_here
+from helpers import CSV, DIGITS, TWO, run_here, run_process
+
+FREEZES = """
+from lightning.pytorch.callbacks import Callback
+
+class Freeze(Callback):
+    def on_train_epoch_start(self, trainer, pl_module):
+        next(pl_module.network.parameters()).requires_grad_(trainer.current_epoch != 1)
+"""
 
 DIGITS_FILE, LOG = DIGITS[1], (*CSV[:2], "--config", "short.yaml")
 WAYS: dict[str, tuple[object, ...]] = {
@@ -35,3 +44,16 @@ def test_what_is_printed_can_be_pasted(way: str) -> None:
         result = run_here(*words[3:])
         assert result.code == 0, f"{line}\n{result.err}"
         assert "test/accuracy" in result.out or "resuming after step" in result.out
+
+
+def test_a_parameter_that_is_frozen_in_training_on_two_devices() -> None:
+    Path("freezes.py").write_text(FREEZES)
+    fit = ("fit", *DIGITS, *CSV, "--trainer.max_epochs", 3, "--trainer.callbacks", "freezes.Freeze", *TWO)
+    path = f"{Path.cwd()}:{os.environ.get('PYTHONPATH', '')}"
+    result = run_process(*fit, PYTHONPATH=path)
+    assert result.code == 1
+    (line,) = [line for line in result.err.splitlines() if line and not line.startswith(("note:", "warning:"))]
+    assert line.startswith("error: a parameter that had a gradient has none any more")
+    assert line.endswith("write trainer.strategy ddp_find_unused_parameters_true")
+    whole = run_process(*fit, "--trainer.strategy", "ddp_find_unused_parameters_true", PYTHONPATH=path)
+    assert whole.code == 0, whole.err
