@@ -22,8 +22,10 @@ def checked(given: Any, examples: int, name: str) -> tuple[Tensor, Tensor | None
         name: of what has returned it.
 
     Raises:
-        ValueError: it is not one loss per target.
+        ValueError: it is not one loss per target, with one weight for each or none.
     """
+    if isinstance(given, tuple) and len(given) != 2:
+        raise Mistake(f"{name} gave {len(given)} values: return the losses, or the losses and their weights")
     losses, weights = given if isinstance(given, tuple) else (given, None)
     if not isinstance(losses, Tensor) or losses.ndim == 0 or losses.shape[0] != examples:
         what = described(losses if isinstance(losses, Tensor) else given)
@@ -31,6 +33,8 @@ def checked(given: Any, examples: int, name: str) -> tuple[Tensor, Tensor | None
             f"{name} gave {what} for {examples} examples: return one loss per target (reduction='none'), with the "
             "examples in the first dimension"
         )
+    if not isinstance(weights, Tensor | None):
+        raise Mistake(f"{name} gave {described(weights)} as weights: return a tensor with one weight per loss, or None")
     return losses, weights
 
 

@@ -320,6 +320,13 @@ FAULTS: dict[str, tuple[Callable, dict[str, Any], str]] = {
     "no name": (lambda t, b: {1: each(t, b)}, {}, r"dict of \[1\]: its keys are the names"),
     "empty": (lambda t, b: {}, {}, r"a dict of \[\]"),
     "a mean": (lambda t, b: {"kind": each(t, b).mean()}, {}, r"losses\['kind'\] gave the shape \[\] for 6 examples"),
+    "a weight for all": (lambda t, b: (each(t, b), 1.0), {}, r"^Own\.losses gave a float as weights: return a tensor"),
+    "a weight of a term": (
+        lambda t, b: {"kind": (each(t, b), 2)},
+        {},
+        r"losses\['kind'\] gave a int as weights: return",
+    ),
+    "three values": (lambda t, b: (each(t, b), None, 3), {}, r"^Own\.losses gave 3 values: return the losses, or the"),
     "a metric": (lambda t, b: {"accuracy": each(t, b)}, {}, "accuracy is the name of a term of the loss and of a"),
     "other terms": (sometimes, {}, "gives the terms kind, late now, and gave the terms kind before"),
     "other weights": (sometimes_weighted, {}, "has weights, or several targets per example, only in some batches"),
