@@ -87,6 +87,8 @@ def why_unreadable(path: Path, error: Exception) -> str:
             return "it is no file that torch.save has written"
     if "weights_only" in str(error):
         return OBJECTS
+    if "mmap can only be used" in str(error):
+        return "it is a pickle, and not an archive, as torch.save writes it"
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 

@@ -208,6 +208,13 @@ class Trainer(pl.Trainer):
         refuse_unknown_keys()
         try:
             return super()._run(model, ckpt_path=ckpt_path, weights_only=weights_only)
+        except ValueError as error:
+            if "loaded state dict" not in str(error):
+                raise
+            raise Mistake(
+                f"ckpt_path {ckpt_path} has an optimizer of other parameters: leave model.freeze, lr_factors and "
+                "decay_matrices_only as they were, or begin a training from these weights: model.init_from"
+            ) from None
         except UNREADABLE as error:
             if line := wrong_optimizers(error):
                 raise Mistake(line) from None

@@ -75,8 +75,12 @@ class Recorder(Callback):
             rehearse(pl_module, pl_module.data)
         pl_module._rates.start(pl_module)
         states = saved.get("optimizer_states") or [None] * len(trainer.optimizers)
+        kept = saved.get("state_dict", {})
+        weights: dict[Any, Any] = {
+            parameter: kept[name] for name, parameter in pl_module.named_parameters() if name in kept
+        }
         for optimizer, state in zip(trainer.optimizers, states, strict=False):
-            take_states(optimizer, state if pl_module.device_mesh is None else None)
+            take_states(optimizer, state if pl_module.device_mesh is None else None, weights)
             start_momenta(optimizer)
         logs = saved.get(KEY, {}).get("logs", [])
         trainer.fit_loop.epoch_loop._results.restore(logs, trainer.is_global_zero)

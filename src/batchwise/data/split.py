@@ -64,6 +64,9 @@ def split_examples(
         if fraction and abs(len(found[split]) - count) > count / 5 and free > count:
             both = torch.cat([found["train"], found[split]])
             found[split], found["train"] = _draw(both, classes, count, generator)
+    if not len(found["train"]):  # shares that are rounded up have taken all
+        largest = max(("val", "test"), key=lambda split: len(found[split]))
+        found["train"], found[largest] = found[largest][:1], found[largest][1:]
     if most_per_class is not None:
         found["train"] = torch.cat([index[:most_per_class] for index in _by_class(found["train"], classes)])
     return {split: index.sort().values for split, index in found.items()}

@@ -21,18 +21,20 @@ def changed_length(scheduler: LRScheduler, saved: Mapping[str, Any]) -> str | No
         scheduler: has loaded no state.
         saved: the state of a scheduler, from a checkpoint.
     """
-    own = dict(_lengths(scheduler.state_dict(), type(scheduler).__name__))
-    for name, old in _lengths(saved, type(scheduler).__name__):
+    kind = type(scheduler)
+    types = int | float | list | Mapping if kind.__module__.startswith("torch.") else int | float
+    own = dict(_lengths(scheduler.state_dict(), kind.__name__, types))
+    for name, old in _lengths(saved, kind.__name__, types):
         if name in own and own[name] != old:
             return f"{name} {_shown(old)}, and is now made with {_shown(own[name])}"
     return None
 
 
-def _lengths(state: Mapping[str, Any], name: str) -> Iterator[tuple[str, Any]]:
-    """Yield the lengths in a state by their names, also those of schedulers within."""
-    yield from ((f"{name}.{key.strip('_')}", state[key]) for key in LENGTHS if key in state)
+def _lengths(state: Mapping[str, Any], name: str, types: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the lengths in a state by their names, also those of schedulers within. Lists of others may be used up."""
+    yield from ((f"{name}.{key.strip('_')}", state[key]) for key in LENGTHS if isinstance(state.get(key), types))
     for number, inner in enumerate(state.get("_schedulers") or ()):
-        yield from _lengths(inner, f"{name}[{number}]")
+        yield from _lengths(inner, f"{name}[{number}]", types)
 
 
 def _shown(value: Any) -> Any:

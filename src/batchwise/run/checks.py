@@ -1,5 +1,6 @@
 """Checks before training, so that a mistake costs seconds and one line."""
 
+import math
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -81,8 +82,9 @@ def _check_interval(trainer: Trainer, data: DataModule) -> None:
 def _check_monitors(trainer: Trainer, model: Task, data: DataModule) -> None:
     for callback in trainer.callbacks:
         usual = isinstance(callback, ModelCheckpoint) and callback.filename == "best"
-        if _validates(trainer, data) or not usual:  # which keeps nothing then
-            _check_monitor(trainer, model, data, type(callback).__name__, getattr(callback, "monitor", None))
+        strict = getattr(callback, "strict", True) is not False
+        if _validates(trainer, data) or (strict and not usual):  # which keeps nothing then
+            _check_monitor(trainer, model, data, callback, getattr(callback, "monitor", None))
 
 
 def check_schedulers(trainer: Trainer, model: Task) -> None:
@@ -96,33 +98,43 @@ def check_schedulers(trainer: Trainer, model: Task) -> None:
                 f"configure_optimizers: frequency is {config.frequency!r}: write a whole number of at least 1"
             )
         if config.reduce_on_plateau and config.strict:
-            name, every = type(config.scheduler).__name__, trainer.check_val_every_n_epoch or 1
             with mistakes():
-                _check_monitor(trainer, model, model.data, name, config.monitor)
-                if (config.monitor or "").startswith("val/") and (
-                    config.interval == "step" or config.frequency % every
-                ):
-                    raise ValueError(
-                        f"{name} looks for '{config.monitor}' each {config.frequency} {config.interval}(s), but "
-                        f"validation runs each {every} epoch(s): write interval: epoch, frequency: {every}"
-                    )
+                _check_monitor(trainer, model, model.data, config.scheduler, config.monitor)
+                _check_turn(trainer, model.data, config)
+
+
+def _check_turn(trainer: Trainer, data: DataModule, config: Any) -> None:
+    """Raise ValueError if a schedule looks for a value of the validation before there has been one."""
+    share, epochs = getattr(trainer, "val_check_interval", None), trainer.check_val_every_n_epoch or 1
+    if data.plan is None or not (config.monitor or "").startswith("val/") or not isinstance(share, int | float):
+        return
+    steps = data.plan.steps_per_epoch
+    measured = (epochs - 1) * steps + (share if isinstance(share, int) else max(1, int(steps * share)))
+    each = steps if config.interval == "epoch" else 1
+    if config.frequency * each < measured:
+        raise ValueError(
+            f"{type(config.scheduler).__name__} looks for '{config.monitor}' after step {config.frequency * each}, but "
+            f"it is first measured after step {measured}: write frequency: {math.ceil(measured / each)}, for interval: "
+            f"{config.interval}"
+        )
 
 
 def _validates(trainer: Trainer, data: DataModule) -> bool:
     return data.split("val") is not None and trainer.limit_val_batches != 0
 
 
-def _check_monitor(trainer: Trainer, model: Task, data: DataModule, name: str, monitor: str | None) -> None:
-    validates = _validates(trainer, data)
-    known = [name for name in model.metric_names() if validates or not name.startswith("val/")]
-    if not monitor or monitor in known:
+def _check_monitor(trainer: Trainer, model: Task, data: DataModule, thing: Any, monitor: str | None) -> None:
+    own = ["epoch", "step"] if isinstance(thing, ModelCheckpoint) else []  # which Lightning counts
+    if not monitor or monitor in own:
         return
-    if monitor.startswith("val/") and not validates:
+    measured, name = model.metric_names(), type(thing).__name__
+    known = measured if _validates(trainer, data) else [one for one in measured if not one.startswith("val/")]
+    if monitor in measured and monitor not in known:
         raise ValueError(
             f"{name} monitors '{monitor}', but nothing is validated: write one of {', '.join(known)}, or give it a "
             "validation split (trainer.limit_val_batches above 0)"
         )
-    if not any(map(_logs, [model, *trainer.callbacks])):
+    if monitor not in known and not any(map(_logs, [model, *trainer.callbacks])):
         raise ValueError(f"{name} monitors '{monitor}', which is not measured: write one of {', '.join(known)}")
 
 
@@ -130,7 +142,7 @@ def _logs(thing: Any) -> bool:
     """Return whether a user's task or callback logs values in its hooks, whose names are not known before training."""
     own = [kind for kind in type(thing).__mro__ if kind.__module__.split(".")[0] not in ("batchwise", "lightning")]
     methods = [one for kind in own for one in vars(kind).values() if isinstance(one, FunctionType)]
-    return any({"log", "log_dict"} & set(method.__code__.co_names) for method in methods)
+    return any({"log", "log_dict", "record"} & set(method.__code__.co_names) for method in methods)
 
 
 def _check_checkpoint(
@@ -164,17 +176,4 @@ def _check_checkpoint(
                     f"ckpt_path {path} is of a training that differs ({'; '.join(changes)}): write the old values, or "
                     f"{'--force true' if config else 'fit(..., force=True)'} to go on with the new"
                 )
-        _check_groups(path, checkpoint, model)
     return checkpoint["global_step"]
-
-
-def _check_groups(path: Path, checkpoint: dict, model: Task) -> None:
-    """Raise ValueError if the optimizer has other parameters than its state in the checkpoint."""
-    noted = checkpoint.get("settings", {}).get("model", {}), model._rates.settings
-    old, new = ([group["parameters"] for group in one.get("groups", {}).values()] for one in noted)
-    if old and new and old != new:  # those from before training, because callbacks may add others
-        raise ValueError(
-            f"ckpt_path {path} has an optimizer with groups of {old} parameters, and this one has {new}: leave "
-            "model.freeze, lr_factors and decay_matrices_only as they were, or begin a training from these weights: "
-            f"model.init_from {path}"
-        )

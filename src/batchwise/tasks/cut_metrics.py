@@ -6,6 +6,7 @@ from functools import partial
 from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
@@ -23,9 +24,9 @@ def depends_on(metric: Metric, values: tuple[Any, ...]) -> str | None:
         values: those of one update, each of which has one element per example: tensors [N, ...] or lists.
     """
     sizes = {len(value) if isinstance(value, list) or getattr(value, "ndim", 0) else 0 for value in values}
-    if len(sizes) != 1 or max(sizes) < 4 or any(True for _ in metric.parameters()):
-        return None  # a network within the metric takes long
-    if any(isinstance(part, Running) for part in _parts(metric)):
+    if len(sizes) != 1 or max(sizes) < 4 or not _is_light(metric):
+        return None
+    if any(isinstance(part, Running) for part in parts_of(metric)):
         return "micro-batches"  # of which it counts some of the last
     # Of parts of one size, means of means are right by chance.
     cut = max(2, sizes.pop() // 3)
@@ -39,15 +40,24 @@ def depends_on(metric: Metric, values: tuple[Any, ...]) -> str | None:
     return "micro-batches" if not _same(whole, cut_value) else None if _same(whole, merged) else "devices"
 
 
-def _parts(metric: nn.Module) -> list[Metric]:
+def parts_of(metric: nn.Module) -> list[Metric]:
+    """Return a metric and those within it."""
     return [part for part in metric.modules() if isinstance(part, Metric)]
+
+
+def _is_light(metric: Metric) -> bool:
+    """Return whether copies take no time: there is no network and no reference data in it."""
+    held = [value for part in metric.modules() for value in (*vars(part).values(), *part.buffers(recurse=False))]
+    many = any(len(value) > 10_000 for value in held if isinstance(value, list | tuple | dict | set))
+    wide = any(value.nbytes > 2**20 for value in held if isinstance(value, Tensor | np.ndarray))
+    return not many and not wide and not any(True for _ in metric.parameters())
 
 
 def alone(metrics: Any) -> Any:
     """Return a copy of a metric, or of a collection of them, in whose values other processes take no part."""
     new = deepcopy(metrics)
     new.reset()
-    for part in _parts(new):
+    for part in parts_of(new):
         part.distributed_available_fn = lambda: False
     return new
 
@@ -61,7 +71,7 @@ def _fed(metric: Metric, *parts: tuple[Any, ...]) -> Metric:
 
 def _over_two(mine: Metric, theirs: Metric) -> Any:
     """Return the value over two processes, as the first computes it."""
-    for one, other in zip(_parts(mine), _parts(theirs), strict=True):
+    for one, other in zip(parts_of(mine), parts_of(theirs), strict=True):
         one.dist_sync_fn, one.distributed_available_fn = _gather(other), lambda: True
         if lists := {name: getattr(other, name) for name in lists_of(other)}:
             one._sync_dist = partial(sync_whole, one, one._sync_dist, lambda own, lists=lists: [own, lists])

@@ -1,7 +1,7 @@
 """Adjustments of an optimizer: when it is made, and when a checkpoint is loaded."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -74,16 +74,21 @@ def start_momenta(optimizer: Optimizer) -> None:
                         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
-def take_states(optimizer: Optimizer, saved: dict[str, Any] | None) -> None:
+def take_states(
+    optimizer: Optimizer, saved: dict[str, Any] | None, weights: Mapping[Tensor, Tensor] | None = None
+) -> None:
     """Correct the states that PyTorch has loaded from a checkpoint into an optimizer.
 
     A state gets the memory format of its parameter, because fused kernels need that. It gets back the type that was
-    saved: PyTorch converts it to the type of the parameter, but some optimizers use another type on purpose.
+    saved, if that was not the type of the parameter: PyTorch converts all to the type of the parameter, but some
+    optimizers use another one on purpose.
 
     Args:
         optimizer: has loaded a checkpoint.
         saved: its state in the checkpoint; None: leave the types.
+        weights: in the checkpoint, of each parameter; None: not known.
     """
+    weights = weights or {}
     types: dict[int, dict[str, Any]] = {}
     if saved:
         numbers = [number for group in saved["param_groups"] for number in group["params"]]
@@ -94,7 +99,8 @@ def take_states(optimizer: Optimizer, saved: dict[str, Any] | None) -> None:
             if not isinstance(value, Tensor):
                 continue
             before = types.get(id(parameter), {}).get(name)
-            if isinstance(before, Tensor) and before.dtype != value.dtype and before.shape == value.shape:
+            own = parameter not in weights or weights[parameter].dtype != getattr(before, "dtype", None)
+            if own and isinstance(before, Tensor) and before.dtype != value.dtype and before.shape == value.shape:
                 value = state[name] = before.to(value.device)
             if value.shape == parameter.shape:
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

@@ -157,8 +157,8 @@ class Measures:
                 f"self.measure gives one number, and the metric '{self._mean}' would count each micro-batch alike: "
                 "give one value per example [N]"
             )
-        # One number per example is summed in double precision, so that the sum does not depend on the micro-batches.
-        given = [value.to(widest(value.device)) if _is_column(value) else value for value in values]
+        # Sums are in double precision, so that they do not depend on the micro-batches.
+        given = [value.to(widest(value.device)) if _is_narrow(value) else value for value in values]
         try:
             metrics.update(*given)
         except (ValueError, RuntimeError, TypeError, IndexError) as error:
@@ -210,9 +210,9 @@ class Measures:
     def start_evaluation(self, task: "Task") -> None:
         """Begin an evaluation."""
         self.evaluation, self.terms.running = Sums(), None
-        self.to(task.device)
         if self.metrics is not None:
-            self.metrics.reset()
+            self.metrics.reset()  # before they are moved: a list of texts cannot be
+        self.to(task.device)
 
     def end_evaluation(self, task: "Task", stage: str) -> dict[str, Tensor]:
         """Return the mean loss and the metrics over all devices, by their names in the log."""
@@ -286,8 +286,9 @@ def stand_in(metrics: MetricCollection, values: tuple[Tensor, ...]) -> None:
                     setattr(part, name, default.to(state).expand_as(state).clone())
 
 
-def _is_column(value: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.ndim == 1 and value.is_floating_point()
+def _is_narrow(value: Tensor) -> bool:
+    """Return whether each example has a few numbers. An image, or logits of a vocabulary, would take long."""
+    return isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 0 and value.shape[1:].numel() <= 64
 
 
 def is_table(metric: Metric) -> bool:

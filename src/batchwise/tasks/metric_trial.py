@@ -9,7 +9,7 @@ from torchmetrics import Metric
 
 from batchwise.data.module import DataModule
 from batchwise.models import place
-from batchwise.tasks.cut_metrics import alone, depends_on
+from batchwise.tasks.cut_metrics import alone, depends_on, parts_of
 from batchwise.tasks.losses import described
 from batchwise.tasks.measures import MetricError, is_table, numbers
 from batchwise.tasks.rehearsal import EXAMPLES, as_it_was, on_device
@@ -40,7 +40,7 @@ def try_metrics(task: "Task", data: DataModule, split: str) -> None:
             task.eval()
             place.current = None
             task.losses(on_device(task, data, data.examples(split, EXAMPLES), training=False))
-            if given:
+            if given and all(part.sync_on_compute for part in parts_of(trial)):  # else they exchange by themselves
                 with suppress(Exception):  # so few examples are no data for it, such as for R2
                     values = trial.compute()
                 cuts = {str(name): depends_on(metric, given[0]) for name, metric in metrics.items()}  # type: ignore[arg-type]
@@ -57,8 +57,9 @@ def try_metrics(task: "Task", data: DataModule, split: str) -> None:
             stacklevel=2,
         )
     if values is not None:
-        measures.found = [name for name, value in numbers(values).items() if value.numel() == 1]
-        _name_what_is_left_out(values, dict(metrics.items()))  # type: ignore[arg-type]
+        single = [name for name, value in numbers(values).items() if value.numel() == 1]
+        measures.found = single + [name for name, value in values.items() if value is None]  # of more examples, perhaps
+        _name_what_is_left_out(values, measures.found, dict(metrics.items()))  # type: ignore[arg-type]
     several = data.trainer is not None and data.trainer.world_size > 1
     for name, cut in cuts.items():
         if cut == "devices" and several:
@@ -76,11 +77,9 @@ def try_metrics(task: "Task", data: DataModule, split: str) -> None:
             )
 
 
-def _name_what_is_left_out(values: dict[str, Any], metrics: dict[str, Metric]) -> None:
-    single = numbers(values)
+def _name_what_is_left_out(values: dict[str, Any], found: list[str], metrics: dict[str, Metric]) -> None:
     for name, value in values.items():
-        is_logged = name in single and single[name].numel() == 1
-        if not is_logged and not (name in metrics and is_table(metrics[name])):
+        if name not in found and not (name in metrics and is_table(metrics[name])):
             warnings.warn(
                 f"the metric '{name}' gives {described(value)}, and the log has single numbers: it is left out. "
                 "torchmetrics.wrappers.ClasswiseWrapper gives each class a number",

@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import Tensor
 from torch.optim import Optimizer
 
 from batchwise.batching.schedule import Adaptive
@@ -67,8 +68,10 @@ class Rates:
         """Note the settings of an optimizer, for a checkpoint of this training."""
         groups = {}
         for number, group in enumerate(optimizer.param_groups):
-            kept = {key: value for key, value in group.items() if isinstance(value, _PLAIN) and key not in _EXECUTION}
-            groups[str(number)] = kept | {"parameters": len(group["params"])}
+            values = {key: value.item() if _is_number(value) else value for key, value in group.items()}
+            groups[str(number)] = {
+                key: value for key, value in values.items() if isinstance(value, _PLAIN) and key not in _EXECUTION
+            }
         settings = {"optimizer": type(optimizer).__name__, "groups": groups}
         self.settings = plain(settings | {"schedule": asdict(self.schedule), "scaling": asdict(self.scaling)}, "model")
 
@@ -192,3 +195,7 @@ class Rates:
     def _say(self, task: "Task", line: str) -> None:
         if task.trainer.is_global_zero:
             print(line, flush=True)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.numel() == 1

@@ -67,6 +67,10 @@ def test_rounding_is_none() -> None:
     noise = 1 + 1e-7 * torch.randn(300, 5, generator=generator, dtype=torch.float64)
     for other in (X.double() * noise, X.double(), X.bfloat16(), X.half(), X.numpy()):
         assert differs((X, Y), (other, Y)) == []
+    wide = X.double().where(X < 1, -1.797e308).where(X > -1, torch.inf)
+    assert differs((wide,), (wide.clone(),)) == []
+    for kind in (torch.complex64, torch.complex32):
+        assert differs((X.to(kind),), (X.to(kind),)) == []
     assert differs((X,), (torch.cat([X, X[:1]]),)) == ["the train split: 300 -> 301 examples"]
 
 
@@ -80,10 +84,43 @@ def test_some_of_many_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     contents_of(fetch)
     assert sum(read) >= 300
     read.clear()
-    monkeypatch.setattr(contents, "_BUDGET", 100 * 28)  # bytes, of which an example has 28
+    monkeypatch.setattr(contents, "_BUDGET", 100 * 48)  # bytes, of which an example has 48, as doubles
     few = contents_of(fetch)
-    assert sum(read) <= 101
+    assert sum(read) == 2 * 64 + 100
     assert list(others("train", few, contents_of(make_fetch((X * 1.01, Y)))))
+
+
+class Odd:
+    """Whose text has its address."""
+
+
+def test_values_that_may_be_written_otherwise_are_not_compared() -> None:
+    def made() -> list[Any]:
+        return [{"odd": Odd(), "set": frozenset("abc"), "text": text} for text in TEXTS]
+
+    assert differs((made(),), (made(),)) == []
+    other = made()
+    other[5]["text"] = "another"
+    assert differs((made(),), (other,))
+
+
+def test_a_file_may_be_mapped_or_read() -> None:
+    np.save("x.npy", X.numpy())
+    for mode in ("r", None):
+        for other in ("r", None):
+            assert differs((np.load("x.npy", mmap_mode=mode),), (np.load("x.npy", mmap_mode=other),)) == []
+    turned = (X.flip(0).numpy(),)
+    assert differs((np.load("x.npy", mmap_mode="r"),), turned)
+
+
+def test_many_values_of_python_are_not_all_looked_at() -> None:
+    def read(leaves: list[Any]) -> int:
+        made = contents_of(make_fetch((leaves,)))
+        assert made is not None
+        return max(made["samples"])
+
+    assert read(["text"] * 20_000) == 2**14
+    assert 64 < read(["a" * 2**17] * 1000) < 600
 
 
 def test_windows_count_by_what_they_show(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import small
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import BackboneFinetuning, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 import batchwise
@@ -111,7 +111,8 @@ def test_other_settings_are_not_gone_on_with(case: str) -> None:
 def test_other_groups_of_parameters_are_one_line(change: dict[str, Any], force: bool) -> None:
     trainer().fit(new(), small.Points())
     other = small.Classify(small.network(), optimizer=small.adamw, **change)
-    words = "groups of .* parameters, and this one has .*model.init_from" if force else "is of a training that differs"
+    how = "is of a training that differs" if not force and "freeze" not in change else "has an optimizer of other param"
+    words = f"{how}.*(model.init_from|force)"
     with pytest.raises(Mistake, match=words):
         trainer(max_epochs=4).fit(other, small.Points(), ckpt_path="last", force=force)
 
@@ -172,14 +173,74 @@ def test_what_monitors_a_validation_needs_one(data: Any) -> None:
 
 
 def test_a_plateau_is_looked_for_when_there_is_a_validation() -> None:
-    line = r"but validation runs each \d epoch\(s\): write interval: epoch, frequency: "
-    for settings, how in (({"check_val_every_n_epoch": 2}, {}), ({}, {"interval": "step"})):
-        with pytest.raises(Mistake, match=line):
+    early = (
+        ({"check_val_every_n_epoch": 2}, {}, "write frequency: 2, for interval: epoch"),
+        ({}, {"interval": "step"}, "write frequency: 7, for interval: step"),
+        ({"check_val_every_n_epoch": None, "val_check_interval": 10}, {}, "write frequency: 2, for interval: epoch"),
+    )
+    for settings, how, remedy in early:
+        with pytest.raises(Mistake, match=f"looks for 'val/loss' after step \\d, but it is first measured.*{remedy}"):
             trainer(**settings).fit(Plateau(monitor="val/loss", **how), small.Points())
-    for how in ({"monitor": "val/loss", "frequency": 2}, {"monitor": "train/loss_epoch"}):
-        made = trainer(check_val_every_n_epoch=2, max_epochs=4)
+    for settings, how in (
+        ({"check_val_every_n_epoch": 2}, {"monitor": "val/loss", "frequency": 2}),
+        ({"check_val_every_n_epoch": 2}, {"monitor": "val/loss", "frequency": 3}),
+        ({"check_val_every_n_epoch": 2}, {"monitor": "train/loss_epoch"}),
+        ({"val_check_interval": 7}, {"monitor": "val/loss", "interval": "step", "frequency": 7}),
+        ({"val_check_interval": 0.5}, {"monitor": "val/loss", "interval": "step", "frequency": 3}),
+        (
+            {"check_val_every_n_epoch": None, "val_check_interval": 5},
+            {"monitor": "val/loss", "interval": "step", "frequency": 5},
+        ),
+    ):
+        made = trainer(max_epochs=4, **settings)
         made.fit(Plateau(**how), small.Points())
         assert made.current_epoch == 4
+
+
+def test_what_monitors_no_validation_needs_none() -> None:
+    class Own(small.Classify):
+        def on_train_epoch_end(self) -> None:
+            self.log("val/own", float(self.current_epoch))
+
+    task = Own(small.network(), optimizer=small.adamw)
+    monitors = [
+        EarlyStopping("val/loss", strict=False),
+        ModelCheckpoint(monitor="step", mode="max"),
+        EarlyStopping("val/own", mode="max", check_on_train_epoch_end=True),
+    ]
+    made = trainer(callbacks=monitors, limit_val_batches=0)
+    made.fit(task, small.Points())
+    assert made.current_epoch == 3
+
+
+@pytest.mark.parametrize("same", [False, True])
+@pytest.mark.parametrize("unfreeze", [1, 4])
+def test_a_training_that_thaws_is_gone_on_with(same: bool, unfreeze: int) -> None:
+    class Thawing(small.Classify):
+        @property
+        def backbone(self) -> Any:
+            return self.network[0]
+
+    task = Thawing(small.network(), optimizer=small.adamw)
+    trainer(max_epochs=2, callbacks=[BackboneFinetuning(unfreeze)]).fit(task, small.Points())
+    if not same:
+        task = Thawing(small.network(), optimizer=small.adamw)
+    made = trainer(max_epochs=3, callbacks=[BackboneFinetuning(unfreeze)])
+    made.fit(task, small.Points(), ckpt_path="last")
+    assert made.current_epoch == 3
+
+
+@pytest.mark.parametrize("precisions", [("64-true", "32-true"), ("32-true", "64-true"), ("32-true", "bf16-true")])
+def test_another_precision_goes_on(precisions: tuple[str, str]) -> None:
+    def task() -> Task:
+        return small.Classify(torch.nn.Sequential(torch.nn.Linear(5, 3)), optimizer=small.adamw)
+
+    trainer(precision=precisions[0]).fit(task(), small.Points())
+    made, other = trainer(precision=precisions[1], max_epochs=4), task()
+    made.fit(other, small.Points(), ckpt_path="last")
+    assert made.current_epoch == 4
+    types = {state["exp_avg"].dtype for state in made.optimizers[0].state.values()}
+    assert types == {next(other.parameters()).dtype}
 
 
 def test_each_trainer_has_a_folder_of_its_own() -> None:

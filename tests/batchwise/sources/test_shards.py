@@ -534,7 +534,22 @@ def test_write_train_and_refuse_other_data(tmp_path: Path) -> None:
     assert run_here("shards", "digits").out.startswith("train: 6 shards")
     resumed = run_here("fit", "--config", "configs/shards.yaml", *folder, "--ckpt_path", "last")
     assert resumed.code == 2
-    assert "the checkpoint was trained on other data: it has learnt shards" in resumed.err
+    assert "is of a training that differs (data.examples: " in resumed.err
+    data = pa.table(
+        {
+            name: column.combine_chunks().take(pa.array(range(len(more))[::-1]))
+            for name, column in zip(more.column_names, more.columns, strict=True)
+        }
+    )
+    for name, content in (("train-9.arrow", None), ("train-00000.arrow", data)):
+        Path("digits", name).unlink()
+        if content is not None:
+            with pa.OSFile(f"digits/{name}", "wb") as file, pa.ipc.new_file(file, more.schema) as writer:
+                writer.write_table(content.cast(more.schema))
+    assert run_here("shards", "digits").out.startswith("train: 5 shards")
+    turned = run_here("fit", "--config", "configs/shards.yaml", *folder, "--ckpt_path", "last")
+    assert turned.code == 2
+    assert "the checkpoint was trained on other data: it has learnt shards" in turned.err
 
 
 def test_the_command_for_an_index() -> None:

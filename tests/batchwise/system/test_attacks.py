@@ -71,12 +71,12 @@ def traversing_tar() -> None:
 
 ATTACKS = {
     bomb: "cannot be read: it holds code, or objects other than tensors and plain types",
-    bare_pickle: "cannot be read: mmap can only be used with files saved with",
-    pickle_in_the_old_format: "cannot be read: mmap can only be used with files saved with",
+    bare_pickle: "cannot be read: it is a pickle, and not an archive, as torch.save writes it",
+    pickle_in_the_old_format: "cannot be read: it is a pickle, and not an archive, as torch.save writes it",
     instantiator: "cannot be read: it names code to run: os.system",
     script: "cannot be read: it holds code",
     traversing_archive: "cannot be read: ",
-    traversing_tar: "cannot be read: mmap can only be used with files saved with",
+    traversing_tar: "cannot be read: it is no file that torch.save has written",
 }
 
 

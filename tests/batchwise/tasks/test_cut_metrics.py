@@ -50,6 +50,14 @@ class Number(Mean):
         return float(super().compute())
 
 
+class WithData(Mean):
+    """A mean of means, which is not looked at because it takes long to copy."""
+
+    def __init__(self, held: Any) -> None:
+        super().__init__(each=True)
+        self.held = held
+
+
 class Plain(Mean):
     """The same with attributes, which devices do not exchange."""
 
@@ -128,6 +136,9 @@ SOUND: dict[str, tuple[Callable[[], Metric], tuple[Any, ...]]] = {
     "words": (WordErrorRate, (TEXTS, OTHER_TEXTS)),
     "edits": (EditDistance, (TEXTS, OTHER_TEXTS)),
     "several references": (BLEUScore, (TEXTS, [[text] for text in OTHER_TEXTS])),
+    "with a network": (lambda: WithData(nn.Linear(2, 2)), (VALUES,)),
+    "with reference data": (lambda: WithData(torch.zeros(2**19)), (VALUES,)),
+    "with a list of them": (lambda: WithData([0] * 20_000), (VALUES,)),
     "one number": (MeanMetric, (VALUES.mean(),)),
     "no data for it": (lambda: MeanSquaredError(num_outputs=2), (VALUES, OTHERS)),
 }
@@ -198,6 +209,30 @@ class Unmerged(Ranking):
         return MetricCollection({"first": First(None)})
 
 
+class Own(Mean):
+    """Exchanges its sums itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sync_on_compute = False
+
+    def update(self, values: Tensor, *_: Tensor) -> None:
+        super().update(values.double())
+
+    def compute(self) -> Tensor:
+        both = torch.stack([self.total, self.count])  # type: ignore[list-item]
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(both)
+        return both[0] / both[1]
+
+
+class Exchanging(Ranking):
+    """With a metric that exchanges its sums itself."""
+
+    def make_metrics(self, outputs: Tensor) -> MetricCollection:
+        return MetricCollection({"own": Own()})
+
+
 class Line(nn.Sequential):
     def __init__(self) -> None:
         super().__init__(nn.Linear(5, 1))
@@ -246,6 +281,13 @@ def test_a_metric_that_is_wrong_over_several_devices_is_refused(config: Callable
     assert several.code == 2
     assert "the metric 'first' gives another value when its examples are on several devices: give each" in several.err
     assert "Traceback" not in several.err
+
+
+def test_a_metric_that_exchanges_its_states_itself_is_left_alone(config: Callable[[str], tuple[str, str]]) -> None:
+    one = run_here("fit", *config("Exchanging"), *CSV, "--name", "one")
+    several = run_process("fit", *config("Exchanging"), *CSV, *TWO, "--name", "several")
+    assert (one.code, several.code) == (0, 0), several.err
+    assert several.rows("val/own") == pytest.approx(one.rows("val/own"), abs=1e-6)
 
 
 def test_a_metric_that_depends_on_the_updates_is_named() -> None:

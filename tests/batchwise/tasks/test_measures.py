@@ -490,6 +490,39 @@ def test_several_values_are_named_and_what_wrappers_give_may_be_monitored(tmp_pa
     assert not {"val/each", "val/range", "val/confusion"} & set(names)
 
 
+class Late(Metric):
+    """Gives nothing for a few examples, and keeps texts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("texts", [], dist_reduce_fx=None)
+
+    def update(self, logits: Tensor, targets: Tensor) -> None:
+        self.texts += [str(number) for number in targets.tolist()]  # type: ignore[operator]
+
+    def compute(self) -> Any:
+        texts: Any = self.texts
+        return torch.tensor(len(texts)) if len(texts) > 10 else None
+
+
+def test_a_metric_that_needs_more_examples_may_be_monitored(tmp_path: Path) -> None:
+    best = ModelCheckpoint(dirpath=tmp_path, monitor="val/late", mode="max")
+    task = with_metrics(lambda: MetricCollection({"late": Late()}))
+    _, made = fit(task, max_epochs=2, callbacks=[best], enable_checkpointing=True)
+    assert made.callback_metrics["val/late"] == 64
+    assert best.best_model_path
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_few_numbers_per_example_are_summed_in_double_precision(size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    targets = 290 + torch.randn(64, 2, generator=generator)
+    outputs = targets + torch.randn(64, 2, generator=generator)
+    found = evaluated(Regression(Scaled()), Given(outputs, targets, eval_batch_size=size))
+    error, spread = outputs.double() - targets.double(), (targets.double() - targets.double().mean(0)).square().sum(0)
+    assert found["r2"] == pytest.approx(float((1 - error.square().sum(0) / spread).mean()), abs=1e-9)
+
+
 def test_metrics_that_nobody_feeds_are_named() -> None:
     with pytest.warns(
         UserWarning, match=r"has metrics, but losses did not feed them in evaluation: call self\.measure"

@@ -319,7 +319,7 @@ FAULTS: dict[str, tuple[Callable, dict[str, Any], str]] = {
     ),
     "no name": (lambda t, b: {1: each(t, b)}, {}, r"dict of \[1\]: its keys are the names"),
     "empty": (lambda t, b: {}, {}, r"a dict of \[\]"),
-    "a mean": (lambda t, b: {"kind": each(t, b).mean()}, {}, r"losses\['kind'\] gave the shape \[\] for 6 examples"),
+    "a mean": (lambda t, b: {"kind": each(t, b).mean()}, {}, r"losses\['kind'\] gave the shape \[\] for 12 examples"),
     "a weight for all": (lambda t, b: (each(t, b), 1.0), {}, r"^Own\.losses gave a float as weights: return a tensor"),
     "a weight of a term": (
         lambda t, b: {"kind": (each(t, b), 2)},
@@ -351,9 +351,9 @@ def test_faults_are_named_in_one_line(fault: str) -> None:
 
 
 COUNTS: dict[str, tuple[Callable, str]] = {
-    "another number": (lambda t, b: {"kind": 2}, "counts gives 12 for the term kind in a few examples.* sum to 6"),
+    "another number": (lambda t, b: {"kind": 2}, "counts gives 24 for the term kind in a few examples.* sum to 12"),
     "another term": (lambda t, b: {"kin": 1}, "counts gives the terms kin, but losses gives the terms kind"),
-    "another length": (lambda t, b: {"kind": torch.ones(2)}, r"counts\['kind'\] has the shape \[2\] for 6 examples"),
+    "another length": (lambda t, b: {"kind": torch.ones(2)}, r"counts\['kind'\] has the shape \[2\] for 12 examples"),
 }
 
 
