@@ -91,9 +91,12 @@ def outputs_of(task: "Task", data: DataModule, batch: MicroBatch, precision: Any
     except (RuntimeError, TypeError, IndexError) as error:  # IndexError: of an embedding, such as for the padding -1
         if isinstance(error, TypeError) and "argument" not in str(error):  # a fault within the network
             raise
+        said = str(error).splitlines()[0]
+        if "index out of range in self" in said:
+            said = "an embedding got a number that it does not have; the padding of sequences is -1"
         raise ValueError(
             f"model.network {type(task.network).__name__} cannot take the data, whose inputs are "
-            f"{shape(batch.inputs)} per example: {str(error).splitlines()[0]}"
+            f"{shape(batch.inputs)} per example: {said}"
         ) from error
     finally:
         task._own_data = None

@@ -388,6 +388,19 @@ def test_weights_that_cannot_be_are_named(weight: float) -> None:
             fit(made(losses), max_epochs=1)
 
 
+def test_an_embedding_that_gets_the_padding_is_told_so() -> None:
+    class Sequences(Points):
+        def load(self, split: str) -> Any:
+            lengths = torch.arange(64) % 4 + 1
+            return Ragged(torch.arange(int(lengths.sum())) % 5, torch.cat([torch.zeros(1), lengths.cumsum(0)]), self.y)
+
+    task = made(each, lambda: nn.Sequential(nn.Embedding(5, 3), nn.Flatten(), nn.LazyLinear(3)))
+    with pytest.raises(
+        ValueError, match="an embedding got a number that it does not have; the padding of sequences is -1"
+    ):
+        fit(task, Sequences(), max_steps=1)
+
+
 class Rare(Points):
     """With a class that neither end of the examples has."""
 
