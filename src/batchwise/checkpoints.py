@@ -66,7 +66,7 @@ def unreadable(path: Path) -> str | None:
 
 
 def damage(path: Path) -> str | None:
-    """Return which part of a readable checkpoint differs from what was written; None: none does.
+    """Return the part of a readable checkpoint that is not as it was written; None: all of it is.
 
     It reads the whole file, to compare checksums. PyTorch does not, so it would load weights with a few wrong bytes.
     """

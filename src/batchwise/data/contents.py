@@ -22,7 +22,7 @@ _PARTS = 64
 _BUDGET = 2**26  # bytes, which take a tenth of a second
 _MOST_VALUES = 2**14  # examples, where they are values of Python
 _KNOWN = (str, bytes, Real, Complex, date, time, PurePath, np.generic, type(None))
-"""Types of which equal values are written alike, in any process."""
+"""Types whose equal values have the same `repr` in every process."""
 
 
 def contents_of(fetch: Fetch) -> dict[str, Any] | None:
@@ -49,7 +49,7 @@ def contents_of(fetch: Fetch) -> dict[str, Any] | None:
 
 
 def others(split: str, old: dict[str, Any] | None, new: dict[str, Any] | None) -> Iterator[str]:
-    """Yield how the examples of a split differ from what they were; nothing, if one of both is not known."""
+    """Yield what has changed in the examples of a split. Without both summaries, yield nothing."""
     if old is None or new is None:
         return
     if old["examples"] != new["examples"]:

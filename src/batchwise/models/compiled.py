@@ -14,7 +14,7 @@ from torch import nn
 
 
 class _Compiled:
-    """The compiled call of a network. A class of its own tells it from what a user has compiled."""
+    """The compiled call of a network. Its class shows that the engine has compiled it, and not the user."""
 
     def __init__(self, call: Callable) -> None:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -42,7 +42,7 @@ def compile_network(network: nn.Module, device: torch.device) -> bool:
 
 
 def do_not_compile(network: nn.Module) -> None:
-    """Take back what `compile_network` has done to a network in an earlier training."""
+    """Undo what `compile_network` did to a network, perhaps for an earlier training."""
     if isinstance(network._compiled_call_impl, _Compiled):
         network._compiled_call_impl = None
 
