@@ -122,6 +122,14 @@ class Started:
     def err(self) -> str:
         return self._text[1].decode(errors="replace")
 
+    def until(self, words: str, seconds: float = 60) -> None:
+        """Wait until it has written these words to stdout."""
+        deadline = time.monotonic() + seconds
+        while words not in self.out:
+            trains = self.process.poll() is None and time.monotonic() < deadline
+            assert trains, self.out + self.err
+            time.sleep(0.01)
+
     def kill(self) -> None:
         """Kill it and the processes that it started."""
         with contextlib.suppress(ProcessLookupError):

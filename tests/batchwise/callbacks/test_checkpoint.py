@@ -540,11 +540,7 @@ def test_a_second_interrupt_stops_at_once(tmp_path: Path) -> None:
     path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
     process = Started(*FIT, "--trainer.callbacks+", "slow.Slow", "--trainer.max_epochs", 100, PYTHONPATH=path)
     try:
-        deadline = time.monotonic() + 60
-        while "asleep" not in process.out:
-            trains = process.process.poll() is None and time.monotonic() < deadline
-            assert trains, process.out + process.err
-            time.sleep(0.01)
+        process.until("asleep")
         for _ in range(2):
             os.kill(process.process.pid, signal.SIGINT)
             time.sleep(0.5)
