@@ -122,12 +122,13 @@ class Recorder(Callback):
         the order of the model.
         """
         pl_module._step.finite.settle(pl_module)
+        pl_module._rates.look(pl_module)
         pl_module._tuning.thin(pl_module, checkpoint["state_dict"])
         learning = _learning(pl_module)
         checkpoint[KEY] = {
             "sums": pl_module._measures.state(row_is_due(trainer, trainer.global_step)),
             "skipped_in_a_row": pl_module._step.finite.skipped_in_a_row,
-            "rates_taken": sorted(pl_module._rates.taken),
+            "settings_taken": sorted(map(list, pl_module._rates.taken)),
             # Of parameters that callbacks have thawed or frozen. After a resume they may not do so again.
             "learning": {name: now for name, now in learning.items() if now != self._learnt.get(name, now)},
         }
@@ -152,7 +153,7 @@ class Recorder(Callback):
         if state and trainer.state.fn == "fit":
             pl_module._measures.restore(state["sums"])
             pl_module._step.finite.skipped_in_a_row = state["skipped_in_a_row"]
-            pl_module._rates.taken = set(state["rates_taken"])
+            pl_module._rates.taken = {(number, key) for number, key in state["settings_taken"]}
             self._saved = checkpoint
             if trainer.strategy.restore_checkpoint_after_setup:  # the schedulers have been made already
                 pl_module._rates.check_lengths(pl_module, checkpoint)

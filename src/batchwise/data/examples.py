@@ -110,10 +110,13 @@ class Examples(Reserved, pl.LightningDataModule, ABC):
             if fetch is not None and name != "train" and len(fetch) < devices:
                 raise ValueError(f"the {name} split has {len(fetch)} examples: use at most {len(fetch)} devices")
             if fetch is None and (name != "val" or stage != "fit"):
-                own = name == "predict" and "predict_path" in signature(type(self)).parameters
+                source = self.__source(name)
+                keys = {key for each in type(self).__mro__ for key in signature(each.__init__).parameters}
                 raise ValueError(
-                    f"{type(self).__name__}.load('{self.__source(name)}') gave nothing: this command needs that split"
-                    + ", or data.predict_path with what is to be predicted" * own
+                    f"{type(self).__name__}.load('{source}') gave nothing: this command needs that split"
+                    + f" (write data.{source}_fraction above 0)" * (f"{source}_fraction" in keys)
+                    + ", or data.predict_path with what is to be predicted"
+                    * (name == "predict" and "predict_path" in keys)
                 )
 
     @final

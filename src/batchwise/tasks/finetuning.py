@@ -1,6 +1,7 @@
 """Fine-tuning: the initial weights, the frozen parameters, and learning rates for parts of the network."""
 
 from collections.abc import Iterable
+from math import inf
 from os.path import expanduser
 from typing import Any
 
@@ -36,8 +37,10 @@ class FineTuning:
         save_frozen: bool,
     ) -> None:
         check_patterns("model.lr_factors", lr_factors, network)
-        if not all(factor > 0 for factor in lr_factors.values()):
-            raise ValueError(f"model.lr_factors is {lr_factors}: write factors above 0 (model.freeze keeps weights)")
+        if not all(0 < factor < inf for factor in lr_factors.values()):
+            raise ValueError(
+                f"model.lr_factors is {lr_factors}: write finite factors above 0 (model.freeze keeps weights)"
+            )
         self.init_from = init_from and expanduser(init_from)
         """None once the weights are loaded, and if they come from a checkpoint."""
         self.lr_factors, self.save_frozen = lr_factors, save_frozen

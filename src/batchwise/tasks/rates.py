@@ -32,7 +32,7 @@ class Rates:
     """Sets the rate from the batch size and the schedule, and the other settings that follow the batch.
 
     What the user sets has priority: an optimizer or scheduler from an overridden `configure_optimizers`, and groups,
-    rates and schedulers from callbacks. One line then says so.
+    settings and schedulers from callbacks. One line then says so.
 
     Args:
         schedule: the learning rate over the training.
@@ -43,13 +43,13 @@ class Rates:
         self.schedule, self.scaling = schedule, scaling
         self.base: list[float] = []
         """The rate of each group at the current batch size, without the schedule."""
-        self.taken: set[int] = set()
-        """Numbers of the groups whose rate a callback sets."""
+        self.taken: set[tuple[int, str]] = set()
+        """What callbacks set: the numbers of groups, and the settings."""
         self.settings: dict[str, Any] = {}
         """Settings of the optimizer, in plain types, as far as the engine makes it. They decide the result."""
         self._optimizer: Optimizer | None = None
         self._settings: list[dict[str, Any]] = []
-        self._set: list[float] = []
+        self._set: list[dict[str, Any]] = []
         self._follows: int | None = None
         self._total = math.inf
         self._single = False
@@ -81,6 +81,7 @@ class Rates:
         self._settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         if task.data.plan is not None:
             self._follow(task, task.data.plan.batch_size)
+        self._note_set(optimizer)
         self._total = self.examples_in_all(task.data)
 
     def start(self, task: "Task") -> None:
@@ -110,9 +111,10 @@ class Rates:
                     "model.schedule, or let the scheduler set them",
                 )
             return
+        if not trainer.ckpt_path:  # else the groups have what the checkpoint says
+            self.look(task)
         for number, (group, settings) in enumerate(zip(optimizer.param_groups, self._settings, strict=False)):
-            if number not in self.taken:
-                group.update(settings)
+            group.update({key: value for key, value in settings.items() if (number, key) not in self.taken})
         before = max(0, trainer.global_step - 1)  # callbacks may read the rate of the last step
         self._follow(task, plan.size_at(before))
         self._apply(optimizer, plan, before)
@@ -136,18 +138,29 @@ class Rates:
         optimizer, plan = self._optimizer, task.data.plan
         if optimizer is None or plan is None:
             return
-        groups = optimizer.param_groups[: len(self._settings)]  # callbacks may have added others
-        if task.trainer.lr_scheduler_configs and len(self.taken) < len(groups):
-            self.taken = set(range(len(groups)))
-            self._say(task, f"step {step:,}: a callback gives a scheduler, which sets the learning rate from here")
-        for number, (group, before) in enumerate(zip(groups, self._set, strict=False)):
-            if group["lr"] != before and number not in self.taken:
-                self.taken.add(number)
-                self._say(task, f"step {step:,}: a callback sets the learning rate of group {number}: it keeps it")
+        self.look(task)
         if plan.changes and plan.size_at(step) != self._follows:
             self._say(task, f"step {step:,}: batch_size {plan.size_at(step)} from here")
             self._follow(task, plan.size_at(step))
         self._apply(optimizer, plan, step)
+
+    def look(self, task: "Task") -> None:
+        """Note which settings callbacks have changed since the rates of a step were set last."""
+        optimizer, step = self._optimizer, task.trainer.global_step
+        if optimizer is None:
+            return
+        if task.trainer.lr_scheduler_configs:
+            rates = {(number, "lr") for number in range(len(self._settings))}
+            if not rates <= self.taken:
+                self.taken |= rates
+                self._say(task, f"step {step:,}: a callback gives a scheduler, which sets the learning rate from here")
+        # Groups that callbacks have added come last.
+        for number, (group, before) in enumerate(zip(optimizer.param_groups, self._set, strict=False)):
+            for key, value in before.items():
+                if group[key] != value and (number, key) not in self.taken:
+                    self.taken.add((number, key))
+                    name = "the learning rate" if key == "lr" else key
+                    self._say(task, f"step {step:,}: a callback sets {name} of group {number}: it keeps it")
 
     def _apply(self, optimizer: Optimizer, plan: "BatchPlan", step: int) -> None:
         """Set the rates for a step: base rate times schedule, except where a callback sets the rate."""
@@ -156,9 +169,15 @@ class Rates:
             factor = self.schedule.factor(plan.examples_at(step), plan.examples_at(step + 1), self._total)
         groups = optimizer.param_groups[: len(self._settings)]
         for number, (group, rate) in enumerate(zip(groups, self.base, strict=True)):
-            if number not in self.taken:
+            if (number, "lr") not in self.taken:
                 group["lr"] = float(np.float32(rate * factor)) if self._single else rate * factor
-        self._set = [group["lr"] for group in groups]
+        self._note_set(optimizer)
+
+    def _note_set(self, optimizer: Optimizer) -> None:
+        self._set = [
+            {key: group[key] for key in settings if key not in _EXECUTION and isinstance(group[key], _PLAIN)}
+            for group, settings in zip(optimizer.param_groups, self._settings, strict=False)
+        ]
 
     def _follow(self, task: "Task", batch_size: int) -> None:
         """Set the rate and all other settings that follow the batch to their values at a batch size."""
@@ -171,8 +190,8 @@ class Rates:
         each = optimizer.players.values() if isinstance(optimizer, Players) else [optimizer]
         lines = [line for one in each for line in self.scaling.apply(one, batch_size)]
         for number, (group, settings) in enumerate(zip(optimizer.param_groups, before, strict=True)):
-            if number in self.taken or number >= len(groups):  # a callback sets it
-                group.update(settings)
+            theirs = number >= len(groups)  # a callback has added it
+            group.update({key: value for key, value in settings.items() if theirs or (number, key) in self.taken})
         for line in lines if batch_size != self._follows else []:
             self._say(task, line)
         task._step.captured.stale = True

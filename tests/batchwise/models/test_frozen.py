@@ -51,7 +51,8 @@ def test_mistakes_name_what_is_near() -> None:
             {"lr_factors": {"haed.1": 0.1}},
             "model.lr_factors haed.1 matches no parameter of the network: write such as head.1",
         ),
-        ({"lr_factors": {"head": 0}}, "write factors above 0"),
+        ({"lr_factors": {"head": 0}}, "write finite factors above 0"),
+        ({"lr_factors": {"head": float("inf")}}, "write finite factors above 0"),
     ):
         with pytest.raises(ValueError, match=re.escape(words)):
             Classification(network, **arguments)

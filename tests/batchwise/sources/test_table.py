@@ -138,7 +138,7 @@ def test_fractions_are_stratified_and_keyed() -> None:
 def test_without_a_test_split_predict_says_what_it_needs() -> None:
     file("x,y\n" + "".join(f"{number},{'ab'[number % 2]}\n" for number in range(40)), "rows.csv")
     data = Table("rows.csv", "y", batch_size=2, test_fraction=0)
-    line = r"Table.load\('test'\) gave nothing: this command needs that split"
+    line = r"Table.load\('test'\) gave nothing: this command needs that split \(write data.test_fraction above 0\)"
     with pytest.raises(ValueError, match=f"^{line}, or data.predict_path with what is to be predicted$"):
         data.setup("predict")
     with pytest.raises(ValueError, match=f"^{line}$"):

@@ -242,6 +242,43 @@ def test_a_rate_that_a_callback_sets_stays(capsys: pytest.CaptureFixture) -> Non
     assert small.furthest(again, whole) < 1e-13
 
 
+class Decay(Callback):
+    """Sets other settings: one before training, two in its middle."""
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        trainer.optimizers[0].param_groups[0]["eps"] = 1e-4
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == 5:
+            trainer.optimizers[0].param_groups[0].update(weight_decay=3.0, betas=(0.5, 0.7))
+
+
+def test_other_settings_that_a_callback_sets_stay(capsys: pytest.CaptureFixture) -> None:
+    """Also through a change of the batch size, which they would follow, and a resume."""
+
+    def run(*callbacks: Any, **more: Any) -> tuple[Any, Any]:
+        growth = {"batch_size": 10, "batch_size_schedule": Milestones([20], examples=[80])}
+        task = small.Classify(small.network(), optimizer=small.adamw, reference_batch_size=10)
+        trainer = small.trainer(max_epochs=2, callbacks=[Decay(), *callbacks], enable_checkpointing=True)
+        trainer.fit(task, datamodule=small.Points(**growth), **more)
+        return task, trainer.optimizers[0].param_groups[0]
+
+    whole, group = run()
+    assert (group["weight_decay"], group["betas"], group["eps"]) == (3.0, (0.5, 0.7), 1e-4)
+    assert group["lr"] == pytest.approx(0.05 * 2**0.5)  # nobody has set it
+    said = capsys.readouterr().out
+    for line in (
+        "step 0: a callback sets eps",
+        "step 5: a callback sets betas",
+        "step 5: a callback sets weight_decay",
+    ):
+        assert said.count(line) == 1
+    run(Last(), Stop(5))  # saved before the next step has seen the change
+    again, group = run(Last(), ckpt_path=str(Path("checkpoints/last.ckpt").absolute()))
+    assert (group["weight_decay"], group["betas"], group["eps"]) == (3.0, (0.5, 0.7), 1e-4)
+    assert small.furthest(again, whole) < 1e-13
+
+
 class Stop(Callback):
     """Asks for an end after a step."""
 
