@@ -67,6 +67,7 @@ def test_public_names() -> None:
         _ = batchwise.nothing
 
 
+@pytest.mark.slow
 def test_public_names_come_when_they_are_asked_for() -> None:
     code = "import sys, batchwise; assert 'torch' not in sys.modules; batchwise.Order; assert 'torch' in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -177,6 +177,7 @@ CHANGE = {"StochasticWeightAveraging", "WeightAveraging", "EMAWeightAveraging", 
 
 
 @pytest.mark.parametrize("name", CALLBACKS)
+@pytest.mark.slow
 def test_callbacks_that_work(name: str, plain: Callable[[int], nn.Module]) -> None:
     task = Backbone(small.network(), optimizer=small.adamw) if name == "BackboneFinetuning" else None
     callback = CALLBACKS[name]()

@@ -208,6 +208,7 @@ def test_stochastic_weight_averaging() -> None:
 
 @pytest.mark.parametrize("callback", [swa, lambda: EMAWeightAveraging(decay=0.9)])
 @pytest.mark.parametrize("step", [5, 7, 23])  # resumed in its first epoch, Lightning's SWA goes on with a wrong rate
+@pytest.mark.slow
 def test_averaging_is_gone_on_with(callback: Callable[[], Callback], step: int) -> None:
     whole, again = gone_on_with(lambda: usual(schedule=Schedule("linear")), lambda: [callback()], step, max_epochs=5)
     assert small.furthest(whole, again) == 0
@@ -229,6 +230,7 @@ class FreezeLater(Callback):
     "callback", [lambda: BackboneFinetuning(1, lambda _: 2.0, backbone_initial_lr=0.01), FreezeLater]
 )
 @pytest.mark.parametrize("step", [3, 7, 9, 15])
+@pytest.mark.slow
 def test_what_a_callback_has_thawed_or_frozen_is_so_after_a_resume(callback: Any, step: int) -> None:
     whole, again = gone_on_with(
         lambda: WithBackbone(small.network(), optimizer=small.adamw), lambda: [callback()], step
@@ -551,6 +553,7 @@ TWICE: dict[str, tuple[Callable[[], Any], Callable[[], list[Callback]]]] = {
 
 
 @pytest.mark.parametrize("name", TWICE)
+@pytest.mark.slow
 def test_two_processes(name: str) -> None:
     make, callbacks = TWICE[name]
     one, _ = small.fit(make(), small.Points(micro_batch_size=1), callbacks=callbacks())

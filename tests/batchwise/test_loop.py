@@ -41,6 +41,7 @@ def ways(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize("way", ["listener", "version", "profiler"])
+@pytest.mark.slow
 def test_both_ways_are_equal_bit_for_bit(way: str, ways: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     found = {}
     for name in ("short", way):
@@ -117,6 +118,7 @@ def whole(**settings: Any) -> tuple[small.Task, Any]:
 
 
 @pytest.mark.parametrize("val_check_interval", [1.0, 3])
+@pytest.mark.slow
 def test_stops_of_a_callback(val_check_interval: float) -> None:
     """Within epochs, at the end of one, and twice in the same."""
     settings = SETTINGS | {"val_check_interval": val_check_interval}

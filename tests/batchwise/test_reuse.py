@@ -121,6 +121,7 @@ WAYS: dict[str, Callable[[], Ready]] = {
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.slow
 def test_a_training_is_that_of_new_objects(way: str) -> None:
     task, data, settings = WAYS[way]()
     _, trainer = small.fit(task, data)

@@ -49,6 +49,12 @@ SHORT = {
 }
 """What makes a run as short as a test has to be."""
 
+SLOW = ("ddp.yaml", "text.yaml", "README.md: Choosing the batch")
+WEEKLY = (
+    "fsdp.yaml", "tasks.md: LoRA", "tasks.md: Hugging Face", "multi-device.md: More devices, more machines",
+    "data.md: Cross-validation and groups", "lightning.md: One file, without this project",
+)  # fmt: skip
+
 LOOP = re.compile(r"^for (\w+) in ([^;\n]+); do\n  (.*)\ndone$", re.MULTILINE)
 
 
@@ -76,6 +82,12 @@ SECTIONS = {
     if commands("bash", section)
 }
 RUN = " ".join(command for section in SECTIONS.values() for command in section)
+
+
+def marked(name: str) -> Any:
+    """Return a case with its mark. Of commands, only those of README run with the other quick tests."""
+    slow = name in SLOW or (name in SECTIONS and not name.startswith("README.md"))
+    return pytest.param(name, marks=[pytest.mark.weekly] if name in WEEKLY else [pytest.mark.slow] if slow else [])
 
 
 def code_of(marker: str) -> str:
@@ -116,7 +128,7 @@ def run_script(name: str) -> None:
 
 
 @pytest.mark.usefixtures("own_files")
-@pytest.mark.parametrize("section", SECTIONS)
+@pytest.mark.parametrize("section", map(marked, SECTIONS))
 def test_commands(section: str, run: Callable, project: str, first_run: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the order of the section, in one folder, after README's first command: later ones use the runs of earlier."""
     monkeypatch.setattr(search, "SHORTEST", 20)  # shorter branches say less, but take the same way
@@ -135,6 +147,7 @@ def test_commands(section: str, run: Callable, project: str, first_run: tuple, m
 
 @pytest.mark.usefixtures("own_files")
 @pytest.mark.parametrize("page", PAGES)
+@pytest.mark.slow
 def test_what_is_not_run_is_at_least_understood(page: str, run: Callable) -> None:
     """Commands that take long or need more than one machine, flags, and pieces of YAML."""
     Path("tuned.yaml").write_text("data: {init_args: {batch_size: 256}}")
@@ -216,6 +229,7 @@ def test_readme_task_learns(run: Callable, project: str, precision: str) -> None
 
 
 @pytest.mark.usefixtures("own_files")
+@pytest.mark.slow
 def test_orders(run: Callable) -> None:
     """Those of docs/order.md train, the line of the plan is the one on the page, and the page's test passes."""
     printed = ""
@@ -256,6 +270,7 @@ def test_script_of_the_page_about_tasks() -> None:
     assert names["task"].trainer.global_step == 2 * 20
 
 
+@pytest.mark.slow
 def test_scripts_of_the_page_about_lightning(first_run: tuple, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(first_run[0] / "runs", "runs", symlinks=True)
     for script in blocks("python", DOCS["lightning.md"]):
@@ -269,6 +284,7 @@ def test_scripts_of_the_page_about_lightning(first_run: tuple, capsys: pytest.Ca
     assert shown.rstrip().endswith("])")  # a tensor of digits
 
 
+@pytest.mark.slow
 def test_the_schema_for_editors(project: str) -> None:
     """The command of docs/configuration.md. Each configuration names the schema, and is right by it."""
     assert main(project, ["schema", "schema.json"]) == 0
@@ -281,9 +297,10 @@ def test_the_schema_for_editors(project: str) -> None:
     assert all(f'"{project}.{module}.' in written for module in ("data", "model", "task", "callbacks"))
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
-def test_configuration(path: Path, run: Callable) -> None:
+@pytest.mark.parametrize("name", [marked(path.name) for path in CONFIGS])
+def test_configuration(name: str, run: Callable) -> None:
     """What is printed is complete: it gives the same again. And it trains, here or in `test_commands`."""
+    path = ROOT / "configs" / name
     printed = run("fit", "--config", path, "--print_config")
     assert printed.code == 0, printed.err
     Path("complete.yaml").write_text(printed.out)
@@ -295,14 +312,15 @@ def test_configuration(path: Path, run: Callable) -> None:
         assert "epoch 1  average loss " in result.out
 
 
-@pytest.mark.parametrize("path", [path for path in OVERLAYS if path.name not in RUN], ids=lambda path: path.name)
-def test_overlay(path: Path, run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", [marked(path.name) for path in OVERLAYS if path.name not in RUN])
+def test_overlay(name: str, run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(Path.cwd()))  # no W&B login of whoever runs the tests
-    processes = path.name in PROCESSES
+    path = ROOT / "configs" / "overlays" / name
+    processes = name in PROCESSES
     short = ("--trainer.max_epochs", 1, *(("--trainer.limit_train_batches", 4) if processes else ()))
     result = run("fit", "--config", "configs/digits.yaml", "--config", path, *short, process=processes)
-    if path.name == "fp16.yaml" and not torch.cuda.is_available():
+    if name == "fp16.yaml" and not torch.cuda.is_available():
         assert result.code == 2
         assert "gpu" in result.err
         return

@@ -61,6 +61,7 @@ SHARES = st.one_of(
 
 @given(shares=SHARES, batch_size=st.integers(1, 70), extra=st.integers(0, 69))
 @settings(max_examples=40, deadline=None)
+@pytest.mark.slow
 def test_each_source_is_less_than_one_example_off_after_any_batch(shares, batch_size, extra):
     exact = [Fraction(str(share)) for share in shares]
     exact = [share / sum(exact) for share in exact]

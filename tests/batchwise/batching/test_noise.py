@@ -145,6 +145,7 @@ def test_no_bias_with_unequal_parts(parts: list[int]) -> None:
         ([[16] * 4], 2, 3, False),
     ],
 )
+@pytest.mark.weekly
 def test_the_interval_covers_the_truth_as_often_as_it_says(
     sizes: list[list[int]], scale: float, dimensions: int, heavy: bool
 ) -> None:
@@ -188,6 +189,7 @@ def test_without_noise_the_scale_is_zero() -> None:
 
 
 @pytest.mark.parametrize("micro_batch_size", [8, 32, 50, 64])
+@pytest.mark.weekly
 def test_the_truth_is_found(micro_batch_size: int) -> None:
     result = run_here(*linear(micro_batch_size=micro_batch_size))
     assert result.code == 0, result.err
@@ -232,6 +234,7 @@ FIT = ("fit", *DIGITS, *CSV, "--trainer.max_epochs", 3, "--data.batch_size", 60,
 
 
 @pytest.mark.parametrize("more", [(), BF16, ("--trainer.gradient_clip_val", 0.1)])
+@pytest.mark.slow
 def test_training_is_the_same_to_the_bit(more: tuple[object, ...]) -> None:
     seen = run_here(*FIT, *more, *callback(every_n_steps=1))
     plain = run_here(*FIT, *more, "--name", "plain")
@@ -244,6 +247,7 @@ def test_training_is_the_same_to_the_bit(more: tuple[object, ...]) -> None:
     assert 1 < low < scale < high < 10_000
 
 
+@pytest.mark.slow
 def test_clipping_and_precision_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first sample is taken at the same weights; half precision rounds."""
     run = (*FIT, *callback(every_n_steps=1), "--trainer.max_steps", 1, "--name")
@@ -265,6 +269,7 @@ def test_clipping_and_precision_change_nothing(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("stop", [27, 41, 50])
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_exactly(stop: int) -> None:
     run = linear(micro_batch_size=64, every=2)
     whole = run_here(*run, "--trainer.max_epochs", 2, "--name", "whole")
@@ -278,6 +283,7 @@ def test_a_resumed_run_goes_on_exactly(stop: int) -> None:
 
 
 @pytest.mark.parametrize("most", [10, 0])
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_is_no_sample(most: int) -> None:
     result = run_here(*linear(micro_batch_size=64, poison=700), "--model.max_skipped_steps", most)
     assert result.code == 0, result.err

@@ -107,6 +107,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * (1 if sys.
 """
 
 
+@pytest.mark.slow
 def test_a_billion_examples_take_little_memory():
     run = subprocess.run([sys.executable, "-c", MEASURE], check=True, capture_output=True, text=True)
     assert int(run.stdout) < 5e7

@@ -30,6 +30,7 @@ def test_each_position_is_computed_by_itself():
 
 
 @pytest.mark.parametrize("size", [1009, 1024, 1025])
+@pytest.mark.weekly
 def test_positions_and_pairs_are_uniform_over_many_permutations(size):
     drawn = torch.stack([Permutation(mix(5, key), size)(torch.arange(size)) for key in range(4000)])
     for position in (0, size // 2, size - 1):
@@ -62,6 +63,7 @@ def at_least(count: int, mean: float) -> float:
 
 
 @pytest.mark.parametrize("size", SIZES)
+@pytest.mark.weekly
 def test_neighbours_of_a_large_permutation_are_independent(size):
     permutation = Permutation(mix(1, size), size)
     drawn = permutation(torch.arange(size))

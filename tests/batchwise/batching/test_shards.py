@@ -65,6 +65,7 @@ def test_places_in_a_window_are_equally_likely() -> None:
 
 
 @pytest.mark.parametrize(("window", "alike"), [(1, 1.0), (4, 1.0), (10, 1.0), (40, 1.0), (4, 0.3), (4, 0.0)])
+@pytest.mark.slow
 def test_worth_is_the_measured_variance_of_a_batch(window: int, alike: float) -> None:
     files, each, batch_size = 40, 50, 25
     generator = torch.Generator().manual_seed(0)

@@ -94,6 +94,7 @@ def test_a_file_in_the_place_of_the_folder() -> None:
         DurableIO().save_checkpoint({}, Path("checkpoints/last.ckpt"))
 
 
+@pytest.mark.slow
 def test_a_full_disk() -> None:
     """A limit on the size of a file stands for it."""
     first = run_here(*FIT, "--trainer.max_epochs", 1)
@@ -118,6 +119,7 @@ def test_a_full_disk() -> None:
 
 
 @pytest.mark.parametrize("what", ["the log is deleted", "the run is deleted", "no room for the log"])
+@pytest.mark.slow
 def test_a_log_that_cannot_be_written_is_one_line(what: str) -> None:
     process = Started(*FIT, "--trainer.log_every_n_steps", 1, "--trainer.max_epochs", 100_000)
     if what == "no room for the log":
@@ -159,6 +161,7 @@ def invert(path: Path) -> None:
 
 
 @pytest.mark.parametrize(("lost", "taken"), [(["last"], "previous"), (["last", "previous"], "best")], ids=str)
+@pytest.mark.slow
 def test_what_cannot_be_read_is_passed_over(lost: list[str], taken: str) -> None:
     first = run_here(*FIT, "--trainer.max_epochs", 2)
     steps = {name: first.checkpoint(name)["global_step"] for name in ("last", "previous", "best")}
@@ -182,6 +185,7 @@ def test_what_cannot_be_read_is_passed_over(lost: list[str], taken: str) -> None
     assert furthest(result, whole) == 0
 
 
+@pytest.mark.slow
 def test_an_unreadable_last_does_not_take_the_place_of_a_readable_previous(monkeypatch: pytest.MonkeyPatch) -> None:
     """Should the next write fail too, nothing would be left."""
     first = run_here(*FIT, "--trainer.max_epochs", 2)
@@ -197,6 +201,7 @@ def test_an_unreadable_last_does_not_take_the_place_of_a_readable_previous(monke
     assert "resuming after step 20 " in on.out
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_not_loaded() -> None:
     """PyTorch loads it, with wrong weights."""
     first = run_here(*FIT, "--trainer.max_epochs", 2)
@@ -218,6 +223,7 @@ def test_a_damaged_checkpoint_is_not_loaded() -> None:
     assert first.checkpoint("previous")["global_step"] == 20  # the damaged one has not taken its place
 
 
+@pytest.mark.slow
 def test_a_run_without_a_readable_checkpoint_is_passed_over() -> None:
     first = run_here(*FIT, "--trainer.max_steps", 3)
     second = run_here(*FIT, "--trainer.max_steps", 5)
@@ -261,6 +267,7 @@ def child(pid: int) -> int:
     ],
     ids=["SIGTERM", "SIGUSR1", "Ctrl-C", "SIGTERM to the second of two processes"],
 )
+@pytest.mark.slow
 def test_a_signal_saves_and_stops(number: int, devices: int) -> None:
     double = ("--trainer.precision", "64-true")
     arguments = (*FIT, *double, "--trainer.max_epochs", 100000, *(TWO if devices == 2 else ()))
@@ -346,6 +353,7 @@ MORE_STOPS = [pytest.param(stops, marks=pytest.mark.weekly) for stops in ((7,), 
 
 
 @pytest.mark.parametrize("stops", [(19,), (20,), (5, 10, 33), *MORE_STOPS], ids=str)
+@pytest.mark.slow
 def test_stopping_changes_nothing(uninterrupted: tuple[tuple, Result], stops: tuple[int, ...]) -> None:
     settings, whole = uninterrupted
     parts = []
@@ -453,6 +461,7 @@ def test_values_of_steps_are_logged_after_a_resume(every: int | None, listener: 
     assert list(whole.found("each_step")) == list(range(1, 15))
 
 
+@pytest.mark.slow
 def test_resuming_in_double_precision() -> None:
     double = ("--trainer.precision", "64-true")
     whole = run_here(*FIT, *double, "--trainer.max_steps", 9)
@@ -463,6 +472,7 @@ def test_resuming_in_double_precision() -> None:
 
 
 @pytest.mark.parametrize("limits", [(20,), (20, 40)], ids=str)
+@pytest.mark.slow
 def test_steps_added_to_whole_epochs_are_trained(limits: tuple[int, ...]) -> None:
     """Where both limits are given, Lightning takes a finished epoch for an unfinished one."""
     for limit in limits:
@@ -472,6 +482,7 @@ def test_steps_added_to_whole_epochs_are_trained(limits: tuple[int, ...]) -> Non
     assert list(epochs(on)) == list(range(limits[-1] // 20 + 1, 4))
 
 
+@pytest.mark.slow
 def test_the_best_so_far_is_known_after_a_stop_where_it_was_measured() -> None:
     """The only validation is at step 10, where the first part ends."""
     half = ("--trainer.val_check_interval", 0.5)
@@ -496,6 +507,7 @@ def test_resuming_within_an_epoch_says_nothing_that_is_not_so() -> None:
 
 
 @pytest.mark.parametrize("every", [1, 6])
+@pytest.mark.slow
 def test_saving_every_so_many_steps(every: int) -> None:
     last = f"{{class_path: batchwise.callbacks.checkpoint.Last, init_args: {{every_n_steps: {every}}}}}"
     result = run_here(*FIT, "--trainer.callbacks", f"[{last}]", "--trainer.max_steps", 14)
@@ -531,6 +543,7 @@ def test_the_first_interrupt_of_each_training_saves() -> None:
             small.fit(callbacks=[last, Interrupts()], enable_checkpointing=True)
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_stops_at_once(tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(
         "import time\nfrom lightning.pytorch.callbacks import Callback\n"

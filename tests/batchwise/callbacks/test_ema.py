@@ -82,6 +82,7 @@ def test_mistakes_are_said() -> None:
         trainer.fit(Classification(Tied()), datamodule=Digits(batch_size=300))
 
 
+@pytest.mark.slow
 def test_test_of_best_measures_the_average() -> None:
     """The command that README gives, with and without the callback in the configuration."""
     average = "{class_path: batchwise.callbacks.ema.EMA, init_args: {half_life_examples: 2000}}"

@@ -30,6 +30,7 @@ def test_a_terminal_shows_steps_loss_and_examples_per_second(monkeypatch: pytest
 
 @pytest.mark.parametrize("kind", ["TQDMProgressBar", "RichProgressBar"])
 @pytest.mark.parametrize("stream", [Terminal, io.StringIO])
+@pytest.mark.slow
 def test_a_bar_of_lightning_takes_the_place_of_ours(kind: str, stream: type[io.StringIO]) -> None:
     arguments = ("fit", *DIGITS, *CSV, "--trainer.max_epochs", 1, f"--trainer.callbacks+={kind}")
     with contextlib.redirect_stdout(stream()) as terminal:

@@ -118,6 +118,7 @@ WRONG = {
 @pytest.mark.usefixtures("planted")
 @pytest.mark.filterwarnings("ignore:the inputs of the first 32")
 @pytest.mark.parametrize("kind", WRONG)
+@pytest.mark.slow
 def test_what_is_wrong_is_said(kind: str) -> None:
     result = inspect_planted(kind)
     lines = found(result)
@@ -135,6 +136,7 @@ def test_blank_images_and_a_network_that_cannot_take_them() -> None:
 
 
 @pytest.mark.usefixtures("planted")
+@pytest.mark.slow
 def test_batches_unlike_the_data_are_found() -> None:
     assert found(inspect_planted("sorted")) == ["nothing wrong"]  # as they are shuffled
     (line,) = found(inspect_planted("sorted", "--data.order", "batchwise.batching.order.Sequential"))
@@ -145,6 +147,7 @@ def test_batches_unlike_the_data_are_found() -> None:
 
 
 @pytest.mark.usefixtures("planted")
+@pytest.mark.slow
 def test_repeats_within_a_batch() -> None:
     assert "1 of 1 batches repeat inputs within the batch, such as batch 0, in 1 examples" in found(
         inspect_planted("copy", batch_size=400)

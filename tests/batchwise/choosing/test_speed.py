@@ -102,6 +102,7 @@ def test_out_of_memory_is_the_slowest(monkeypatch: pytest.MonkeyPatch) -> None:
 SHORT = ("fit", *DIGITS, *CSV, "--trainer.max_epochs", 1, "--trainer.limit_train_batches", 3)
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_chose_and_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     common = (*SHORT, *CONVNET, "--trainer.precision", "64-true")
     plain = run_here(*common)
@@ -123,6 +124,7 @@ def test_a_run_says_what_it_chose_and_computes_the_same(monkeypatch: pytest.Monk
     assert more.folder == fast.folder
 
 
+@pytest.mark.slow
 def test_keys_of_the_trainer_change_speed_alone() -> None:
     common = (*SHORT, *CONVNET, "--trainer.precision", "64-true")
     plain = run_here(*common)
@@ -131,6 +133,7 @@ def test_keys_of_the_trainer_change_speed_alone() -> None:
     assert torch.get_num_threads() == 2
 
 
+@pytest.mark.slow
 def test_a_compiled_network_computes_the_same() -> None:
     """Also where layers draw what depends on the step, which is baked into no program."""
     common = (*SHORT, "--trainer.precision", "64-true")
@@ -163,6 +166,7 @@ def test_bad_input(arguments, line) -> None:
     assert len(result.err.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_what_is_set_after_a_choice_goes_before_it() -> None:
     common = (*SHORT, "--name", "set", "--speed", "auto")
     first = run_here(*common)
@@ -195,6 +199,7 @@ def test_several_processes_started_at_once_cannot_measure(monkeypatch: pytest.Mo
     assert "several processes were started at once" in result.err
 
 
+@pytest.mark.slow
 def test_a_resume_in_another_memory_format_is_exact() -> None:
     """Fused kernels walk over memory, so the optimizer's state must have the format of the parameters."""
     constant = ("--model.schedule.shape", "constant", "--model.schedule.warmup", 0)

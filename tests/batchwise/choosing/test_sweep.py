@@ -92,6 +92,7 @@ def test_the_watch_stands_still_in_validation_and_validation_comes_at_even_share
     assert (race.reached, race.steps, race.seconds) == (True, 19, 38.0)
 
 
+@pytest.mark.slow
 def test_a_sweep_from_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """One size cannot reach the target in so few steps; what is known is not run again."""
     common = (*SMALL, *TARGET, "--batch_sizes", "64,1259", "--seeds", 2, "--rates", "1,2")
@@ -181,6 +182,7 @@ def test_picture(tmp_path: Path) -> None:
         (("--trainer.devices", 2), "sweep trains on one device"),
     ],
 )
+@pytest.mark.slow
 def test_bad_input(arguments: tuple[object, ...], line: str) -> None:
     result = run_here(*SMALL, *TARGET, "--batch_sizes", "16", *arguments)
     assert result.code == 2

@@ -469,6 +469,7 @@ class Small(Classification):
 """
 
 
+@pytest.mark.weekly
 def test_digits_from_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "watched.py").write_text(WATCHED)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -517,6 +518,7 @@ def test_two_devices_agree_and_nothing_is_changed(tmp_path: Path) -> None:
     assert result.out.count("<- the knee") == 1  # one process says it for all
 
 
+@pytest.mark.slow
 def test_an_interrupt_shows_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt

@@ -340,6 +340,7 @@ AUGMENT = "[{class_path: batchwise.data.%s, init_args: {%s}}]"
         ("mixing.MixUp", "num_classes: 7", "MixUp.num_classes is 7, but model.network has 10 outputs"),
     ],
 )
+@pytest.mark.slow
 def test_mistakes_are_one_line_before_training(name: str, settings: str, words: str) -> None:
     result = run_here("fit", *DIGITS, *CSV, "--data.augment", AUGMENT % (name, settings))
     assert result.code == 2

@@ -196,6 +196,7 @@ def test_micro_batches_and_precision_change_no_contents() -> None:
         assert summary(**settings) == whole
 
 
+@pytest.mark.slow
 def test_a_table_that_changes_is_refused_until_forced() -> None:
     rows = [(number, number % 7, "ab"[number % 2]) for number in range(60)]
 

@@ -146,6 +146,7 @@ def test_the_order_of_labels(labels: tuple[str, ...]) -> None:
     assert sorted_labels(reversed(labels)) == ORDERS[labels]
 
 
+@pytest.mark.slow
 def test_the_order_does_not_depend_on_the_interpreter() -> None:
     code = "from batchwise.data.labels import sorted_labels; print(sorted_labels(['1', '01', '001', '2', '02', '10']))"
     src = str(Path(__file__).parents[3] / "src")
@@ -217,6 +218,7 @@ def refused(*arguments: object) -> str:
     return next(line for line in result.err.splitlines() if line.startswith("error:"))
 
 
+@pytest.mark.slow
 def test_a_folder_that_has_changed_since() -> None:
     pictures("photos", {"cat": 40, "dog": 180})
     pictures("new", {"": 60}, 5)
@@ -248,6 +250,7 @@ def test_a_folder_that_has_changed_since() -> None:
     assert len(set(texts.values())) == 1
 
 
+@pytest.mark.slow
 def test_a_test_folder_may_lack_a_class_and_the_training_images() -> None:
     pictures("photos/train", {"cat": 40, "dog": 180})
     pictures("photos/test", {"dog": 180})
@@ -257,6 +260,7 @@ def test_a_test_folder_may_lack_a_class_and_the_training_images() -> None:
     assert "test/accuracy 1.0000" in result.out
 
 
+@pytest.mark.slow
 def test_a_table_that_is_gone() -> None:
     generator = np.random.default_rng(0)
     people = [[i, 20 + i % 50, "abc"[i % 3], ("no", "yes")[int(generator.random() < 0.5)]] for i in range(60)]
@@ -283,6 +287,7 @@ def test_a_table_that_is_gone() -> None:
     assert Path("before.csv").read_bytes() == Path("after.csv").read_bytes()
 
 
+@pytest.mark.weekly
 def test_predictions_replace_no_other_file() -> None:
     pictures("photos", {"cat": 40, "dog": 180})
     images = [[f"photos/{label}/{number}.png", label] for label in ("cat", "dog") for number in range(12)]

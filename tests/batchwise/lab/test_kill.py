@@ -13,6 +13,7 @@ WEEKLY = pytest.mark.weekly
 @pytest.mark.parametrize(
     ("number", "shards"), [(1, False), pytest.param(2, False, marks=WEEKLY), pytest.param(2, True, marks=WEEKLY)]
 )
+@pytest.mark.slow
 def test_kills_lose_nothing(number: int, shards: bool, tmp_path: Path) -> None:
     """Three kills of a chain of runs; weekly, three more of another chain beside it, and with shards in one cache."""
     choice = random.Random(4)

@@ -42,6 +42,7 @@ def saved(path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("ema", [False, True], ids=["", "ema"])
+@pytest.mark.slow
 def test_a_resume_is_the_same_without_the_frozen_parameters(ema: bool, tmp_path: Path) -> None:
     def extra() -> list[Any]:
         return [Last(), *([EMA(half_life_examples=20)] if ema else [])]
@@ -140,6 +141,7 @@ def test_the_checksum_is_that_of_all_bits() -> None:
     assert checksum([]).tolist() == [0, 0, 0]
 
 
+@pytest.mark.slow
 def test_adapters_of_peft(tmp_path: Path) -> None:
     pytest.importorskip("peft")
     lora, data = examples.load("lora"), examples.load("bert").Lines
@@ -161,6 +163,7 @@ def test_adapters_of_peft(tmp_path: Path) -> None:
     assert furthest(again, whole) == 0
 
 
+@pytest.mark.slow
 def test_on_the_command_line() -> None:
     small = (*DIGITS, *CSV, "--model.network.hidden_features", "[64]", "--model.schedule", "{shape: constant}")
     first = run_here("fit", *small, "--trainer.max_steps", 3, "--name", "first")

@@ -53,6 +53,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
     return found
 
 
+@pytest.mark.slow
 def test_a_later_trainer_that_does_not_compile_does_not(graphs: list[torch.fx.GraphModule]) -> None:
     task, _ = small.fit(max_epochs=1, compile=True)
     assert graphs

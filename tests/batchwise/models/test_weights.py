@@ -73,6 +73,7 @@ def test_what_cannot_be_taken_is_one_line() -> None:
         assert len(str(error.value).splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_from_one_run_into_another_and_its_resume_without_the_file() -> None:
     small = (*DIGITS, *CSV, "--model.network.hidden_features", "[8]", "--model.schedule", "{shape: constant}")
     first = run_here("fit", *small, "--trainer.max_steps", 3, "--name", "first")

@@ -19,6 +19,7 @@ OPTIMIZERS = {
     "optimizer",
     [pytest.param(made, id=name, marks=[pytest.mark.weekly] * (name != "lars")) for name, made in OPTIMIZERS.items()],
 )
+@pytest.mark.slow
 def test_digits_are_learned_at_a_large_batch_and_a_resume_is_exact(optimizer: str) -> None:
     common = ("fit", *DIGITS, *CSV, "--model.optimizer", optimizer, "--data.batch_size", 256)
     common = (*common, "--model.schedule", "{shape: constant, warmup_examples: 2000}")

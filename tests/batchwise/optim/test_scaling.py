@@ -102,6 +102,7 @@ def test_each_can_be_turned_off(keeps: str) -> None:
     assert all("arXiv" in source for source in sources)
 
 
+@pytest.mark.slow
 def test_a_run_says_and_uses_the_rate() -> None:
     common = ("fit", *DIGITS, *CSV, "--trainer.max_epochs", 1, "--model.schedule.shape", "constant")
     common = (*common, "--model.schedule.warmup", 0)
@@ -146,6 +147,7 @@ def test_a_run_says_and_uses_the_rate() -> None:
         ),
     ],
 )
+@pytest.mark.slow
 def test_bad_input(arguments, line) -> None:
     result = run_here("fit", *DIGITS, *arguments)
     assert result.code == 2

@@ -23,6 +23,8 @@ from batchwise.batching.ragged import Ragged
 from batchwise.run.exporting import NOTES
 from batchwise.run.loading import Trained
 
+pytestmark = pytest.mark.slow
+
 CLASSIFY = ("--model", "batchwise.tasks.classification.Classification", "--model.network", "batchwise.models.mlp.MLP")
 SHORT = ("--data.batch_size", 8, "--trainer.max_epochs", 1, "--trainer.accelerator", "cpu", *CSV)
 TRANSFORMER = ("--model.network", "batchwise.models.transformer.Transformer", "--model.network.depth", 1)

@@ -42,6 +42,7 @@ def test_without_a_key() -> None:
     goes_offline("API key")
 
 
+@pytest.mark.slow
 def test_with_a_key_and_a_server_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:  # takes connections and never answers
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
@@ -106,6 +107,7 @@ def test_the_project_may_be_named() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "trainer: {logger: {class_path: batchwise.run.wandb.WandbLogger}}"])
+@pytest.mark.slow
 def test_the_default_logger(text: str) -> None:
     """It is the default, and also what a configuration without `init_args` names."""
     Path("logger.yaml").write_text(text or "name: digits")
@@ -224,6 +226,7 @@ def check(folder: Path, uninterrupted: dict[str, list]) -> int:
         pytest.param("0.05", True, id="written"),
     ],
 )
+@pytest.mark.slow
 def test_a_killed_and_resumed_run_has_every_row(seconds: str, written: bool, uninterrupted: dict[str, list]) -> None:
     """Rows that W&B had not written when it was killed are in the checkpoint; those that it had stand twice."""
     killed = Started(*FIT, OMP_NUM_THREADS="1", WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL=seconds)
@@ -242,6 +245,7 @@ def test_a_killed_and_resumed_run_has_every_row(seconds: str, written: bool, uni
     assert f"upload it:  wandb sync {folder}/wandb/*run-*-digits-{folder.name}" in resumed.out
 
 
+@pytest.mark.slow
 def test_after_a_run_that_ended_no_step_stands_twice(uninterrupted: dict[str, list]) -> None:
     """Even where training goes on from a checkpoint before its end."""
     first = run_here(*FIT, "--trainer.max_steps", 51)
@@ -254,6 +258,7 @@ def test_after_a_run_that_ended_no_step_stands_twice(uninterrupted: dict[str, li
     assert check(first.folder, uninterrupted) == 0
 
 
+@pytest.mark.slow
 def test_after_an_error_no_step_stands_twice(uninterrupted: dict[str, list]) -> None:
     Path("failing.py").write_text(FAILING)
     with pytest.MonkeyPatch.context() as patch:

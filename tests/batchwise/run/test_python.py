@@ -89,6 +89,7 @@ OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", OTHERS)
+@pytest.mark.slow
 def test_other_settings_are_not_gone_on_with(case: str) -> None:
     model, settings, message = OTHERS[case]
 
@@ -108,6 +109,7 @@ def test_other_settings_are_not_gone_on_with(case: str) -> None:
 
 @pytest.mark.parametrize("change", [{"freeze": ["0"]}, {"lr_factors": {"0": 0.1}}, {"decay_matrices_only": True}])
 @pytest.mark.parametrize("force", [False, True])
+@pytest.mark.slow
 def test_other_groups_of_parameters_are_one_line(change: dict[str, Any], force: bool) -> None:
     trainer().fit(new(), small.Points())
     other = small.Classify(small.network(), optimizer=small.adamw, **change)

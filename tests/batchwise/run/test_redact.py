@@ -29,6 +29,7 @@ def test_names_of_other_things(key: str) -> None:
     assert redact.redact({key: "x"}) == {key: "x"}
 
 
+@pytest.mark.slow
 def test_no_secret_is_left_behind(tmp_path: Path) -> None:
     (tmp_path / "remote.py").write_text(LOADER)
     settings = ("--data", "remote.Remote", "--data.batch_size", 64, "--data.options", '{"api_key": "sk-0123456789"}')

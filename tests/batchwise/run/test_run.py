@@ -33,6 +33,7 @@ def under_slurm(step: int, *arguments: object, **environment: str) -> list[Start
     return [Started(*FIT, *settings, *arguments, **(job | rank | environment)) for rank in ranks]
 
 
+@pytest.mark.slow
 def test_slurm_stops_requeues_and_goes_on_in_one_folder(tmp_path: Path) -> None:
     scontrol = tmp_path / "bin" / "scontrol"
     scontrol.parent.mkdir()
@@ -74,6 +75,7 @@ def test_a_task_whose_first_task_makes_no_folder_says_so(monkeypatch: pytest.Mon
         runs.wait_for_folder(Path("runs/digits"))
 
 
+@pytest.mark.slow
 def test_a_trial_keeps_nothing() -> None:
     first = run_here("fit", *DIGITS, *CSV, "--trainer.max_steps", 3)
     predicted = run_here("predict", *DIGITS, *CSV, "--ckpt_path", "last")
@@ -93,6 +95,7 @@ def test_a_trial_keeps_nothing() -> None:
     assert run_here("fit", *DIGITS, *CSV, "--trainer.max_steps", 4, "--ckpt_path", "last").code == 0
 
 
+@pytest.mark.slow
 def test_a_run_is_trained_by_one_at_a_time() -> None:
     """After `kill -9` the lock is free at once, though the workers that read the data live on for a while."""
     fit = ("fit", *DIGITS, *CSV, "--data.num_workers", 1)

@@ -14,6 +14,8 @@ from helpers import DIGITS
 
 from batchwise.run.main import main
 
+pytestmark = pytest.mark.slow
+
 OVERLAYS = {
     "arguments of a class that another file names": {
         "data": {"batch_size": 256},

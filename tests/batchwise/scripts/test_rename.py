@@ -33,6 +33,7 @@ def test_there_and_back(copy: Any) -> None:
     assert copy.contents() == before
 
 
+@pytest.mark.slow
 def test_bad_names_are_refused(copy: Any) -> None:
     other = f"other_{copy.package}"
     (copy.root / "configs").mkdir(exist_ok=True)

@@ -152,6 +152,7 @@ def test_a_project_goes_on_with_the_next_version(template: Any, mine: Any) -> No
 
 
 @pytest.mark.parametrize("tagged", [True, False])
+@pytest.mark.slow
 def test_changes_of_the_engine_are_kept_as_a_patch(template: Any, mine: Any, tagged: bool) -> None:
     if not tagged:
         template.git("tag", "--delete", f"v{OLD}")  # the project's own history knows the old version
@@ -194,6 +195,7 @@ def patch_of(mine: Any, name: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_what_was_left_out_stays_out(template: Any, mine: Any) -> None:
     mine.git("rm", "-r", "--quiet", "tests/batchwise", "scripts/lab", "docs")
     mine.commit("less")
@@ -214,6 +216,7 @@ def test_what_was_left_out_stays_out(template: Any, mine: Any) -> None:
     assert mine.git("diff", "HEAD~2") == ""
 
 
+@pytest.mark.slow
 def test_refusals(template: Any, mine: Any) -> None:
     empty = Path("empty").absolute()
     (empty / "src").mkdir(parents=True)

@@ -366,6 +366,7 @@ def broken(data: Shards, error: type[Exception] = DataError) -> str:
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize("ending", [".arrow", ".parquet", ".tar"])
+@pytest.mark.slow
 def test_a_shard_that_is_missing_cut_short_or_another(ending: str, num_workers: int) -> None:
     target = "cls" if ending == ".tar" else "label"
     path = make(Path("data"), ending) / f"train-020{ending}"
@@ -427,6 +428,7 @@ def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "could not be read for 0 s (connection refused): --ckpt_path last goes on" in broken(data)
 
 
+@pytest.mark.slow
 def test_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     make(Path("data"), ".parquet")
     usage = os.statvfs("/") and shard_cache.shutil.disk_usage("/")
@@ -508,6 +510,7 @@ def test_files_that_need_no_copy_need_no_cache() -> None:
     assert set(files().values()) == {0}
 
 
+@pytest.mark.slow
 def test_write_train_and_refuse_other_data(tmp_path: Path) -> None:
     settings = ("--data.inputs", "inputs", "--data.target", "targets")
     folder = ("--data.path", "digits", *settings, "--trainer.max_epochs", 1)

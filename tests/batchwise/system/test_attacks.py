@@ -91,6 +91,7 @@ def refused(result: Result, *words: str) -> None:
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.__name__)
 @pytest.mark.parametrize("verb", ["fit", "test"])
+@pytest.mark.slow
 def test_checkpoint(trained: Result, attack: Callable[[], None], verb: str) -> None:
     Path("good.ckpt").write_bytes((trained.folder / "checkpoints" / "last.ckpt").read_bytes())
     attack()
@@ -141,6 +142,7 @@ def test_a_configuration_does_not_name_what_runs_code(
 
 
 @pytest.mark.parametrize("name", ["../elsewhere", "a/../../b", "/tmp/elsewhere", ""])
+@pytest.mark.slow
 def test_a_run_stays_in_its_folder(name: str) -> None:
     Path("evil.yaml").write_text(f"name: '{name}'")
     refused(run_here(*FIT, "--config", "evil.yaml"), f"name is '{name}': write the name of a folder")

@@ -175,6 +175,7 @@ DATA = {
 
 @pytest.mark.usefixtures("own_data")
 @pytest.mark.parametrize(("arguments", "words"), DATA.values(), ids=DATA.keys())
+@pytest.mark.slow
 def test_data(arguments: tuple[str, str], words: list[str]) -> None:
     fails(run_here(*FIT, *arguments), *words)
 
@@ -244,6 +245,7 @@ NAMES = (
 
 
 @pytest.mark.parametrize("name", NAMES.replace("truncated empty ", "truncated|empty|").split("|"))
+@pytest.mark.slow
 def test_checkpoint(trained: Result, name: str) -> None:
     before = (trained.folder / "checkpoints" / "last.ckpt").read_bytes()
     arguments, words = other_checkpoints(trained)[name]
@@ -263,6 +265,7 @@ def test_force_goes_on_with_the_new_values() -> None:
 
 @pytest.mark.parametrize("limit", [0, 0.0])
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])
+@pytest.mark.slow
 def test_nothing_to_evaluate(trained: Result, command: str, limit: float) -> None:
     split = {"validate": "val"}.get(command, command)
     limits = (f"--trainer.limit_{split}_batches", limit)
@@ -310,5 +313,6 @@ def test_changing_the_class_forgets_the_settings_of_the_old(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("fresh", [True, False], ids=["a new interpreter", "forked"])
+@pytest.mark.slow
 def test_as_a_process(fresh: bool) -> None:
     fails(run_process(*FIT, "--data.batch_size", "0", fresh=fresh), "data.batch_size is 0")

@@ -17,6 +17,7 @@ RUN = (
 )
 
 
+@pytest.mark.slow
 def test_a_schedule_is_resumed_after_its_switch_on_two_processes() -> None:
     """1,259 examples; from half of three epochs on (1,889 examples) 256 at once: the switch is within the second."""
     whole = run_here(*RUN, "--name", "whole")

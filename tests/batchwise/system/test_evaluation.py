@@ -11,6 +11,8 @@ import pytest
 import yaml
 from helpers import Result, run_here, run_process
 
+pytestmark = pytest.mark.slow
+
 MODULE = """
 import json
 import os

@@ -26,6 +26,7 @@ def warned(name: str, **settings: int) -> tuple[dict, list[str]]:
 
 
 @pytest.mark.parametrize("name", MAKE)
+@pytest.mark.slow
 def test_the_check_before_training_finds_nothing(name):
     assert warned(name, micro=4)[1] == []
 

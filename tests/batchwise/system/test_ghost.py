@@ -70,6 +70,7 @@ def whole_batch(tmp_path_factory: pytest.TempPathFactory) -> Result:
     ],
     ids=["5 micro-batches", "2 processes", "3 processes x 2 micro-batches"],
 )
+@pytest.mark.slow
 def test_weights_running_statistics_and_losses(whole_batch: Result, execution: tuple, micro_batches: int) -> None:
     result = fit(*execution)
     assert re.search(rf"accumulate_grad_batches  {micro_batches}$", result.out, re.MULTILINE)
@@ -87,6 +88,7 @@ def test_weights_running_statistics_and_losses(whole_batch: Result, execution: t
     assert all((value - value.round()).abs().max() > 1e-3 for value in statistics)  # they have moved
 
 
+@pytest.mark.slow
 def test_what_is_compared_depends_on_epoch_dropout_and_ghosts(whole_batch: Result) -> None:
     """Otherwise the agreement above would say nothing."""
     losses = whole_batch.rows("train/loss")
@@ -98,6 +100,7 @@ def test_what_is_compared_depends_on_epoch_dropout_and_ghosts(whole_batch: Resul
         assert abs(result.rows("train/loss")[1] - losses[1]) > 1e-6, change
 
 
+@pytest.mark.slow
 def test_ordinary_batch_norm_is_warned_of_and_the_remedy_works() -> None:
     fit = ("fit", *DIGITS, *CSV, "--model.network.norm", "batch", "--trainer.max_steps", 3)
     fit = (*fit, "--trainer.precision", "64-true", "--data.micro_batch_size")

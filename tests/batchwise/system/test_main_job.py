@@ -54,6 +54,7 @@ def test_the_end_says_how_to_go_on(trained: Result) -> None:
     assert yaml.safe_load(result.out)["trainer"]["default_root_dir"] == str(root(trained))
 
 
+@pytest.mark.slow
 def test_the_log_can_be_looked_at_without_an_account(trained: Result) -> None:
     (command,) = [line.split(": ")[1] for line in trained.out.splitlines() if line.startswith("look at it:")]
     program, verb, folder = command.split()
@@ -207,6 +208,7 @@ ORDERS = {
 
 
 @pytest.mark.parametrize(("name", "settings"), ORDERS.items(), ids=ORDERS.keys())
+@pytest.mark.slow
 def test_every_order_trains(name: str, settings: str) -> None:
     order = f"{{class_path: batchwise.batching.{name}{settings}}}"
     result = run_here("fit", *DIGITS, *CSV, "--data.order", order, "--trainer.max_epochs", 2)

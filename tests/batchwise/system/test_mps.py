@@ -27,6 +27,7 @@ def there(function, *arguments, **settings):
 
 
 @pytest.mark.parametrize("name", standin.EXAMPLES)
+@pytest.mark.slow
 def test_every_example_trains_as_on_the_host(name):
     settings = {"micro": 7, "precision": "32-true", "limit_train_batches": 2}
     host = train(name, **settings)
@@ -40,6 +41,7 @@ def test_every_example_trains_as_on_the_host(name):
 
 
 @pytest.mark.parametrize("precision", [(), BF16], ids=["", "bf16-mixed"])
+@pytest.mark.slow
 def test_the_command_line_takes_the_device(precision):
     result, waits = there(run_here, *FIT, *precision)
     assert result.code == 0, result.err
@@ -49,6 +51,7 @@ def test_the_command_line_takes_the_device(precision):
     assert all(value.device.type == "cpu" for value in result.checkpoint()["state_dict"].values())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_the_host_goes_on_and_is_evaluated_there():
     last = run_here("fit", *SHORT).folder / "checkpoints" / "last.ckpt"
     auto = ("--trainer.accelerator", "auto")
@@ -61,6 +64,7 @@ def test_a_checkpoint_of_the_host_goes_on_and_is_evaluated_there():
 
 
 @pytest.mark.parametrize("asked", [("--speed", "auto"), ("--data.micro_batch_size", "auto")])
+@pytest.mark.slow
 def test_speed_is_measured_on_the_device(asked, monkeypatch):
     monkeypatch.setattr(speed, "_TURN", 0.01)  # seconds
     devices, run = set(), speed.Stopwatch._run
@@ -128,6 +132,7 @@ def test_all_kinds_of_values_are_logged():
 
 
 @pytest.mark.parametrize("micro", [None, 3])
+@pytest.mark.slow
 def test_a_step_waits_once_for_the_device(micro):
     """To learn whether its loss and its gradient are finite."""
 

@@ -65,6 +65,7 @@ def fit(*arguments: object) -> Result:
     return result
 
 
+@pytest.mark.slow
 def test_every_execution_gives_the_same_weights_and_losses() -> None:
     whole = fit("--name", "whole")
     figures = dict(re.findall(r"^ +(\w+)  ([\d,]+)$", whole.out, re.MULTILINE))
@@ -86,6 +87,7 @@ def test_every_execution_gives_the_same_weights_and_losses() -> None:
             assert max(abs(ours[step] - theirs[step]) for step in theirs) < 1e-12, column
 
 
+@pytest.mark.slow
 def test_a_micro_batch_in_which_no_token_counts_changes_nothing() -> None:
     """Batches in examples; 90 of them in as many micro-batches, some of a single token or of an example left out."""
     whole = fit("--data.batch_tokens", "null", "--data.batch_size", 90, "--name", "whole")
@@ -96,6 +98,7 @@ def test_a_micro_batch_in_which_no_token_counts_changes_nothing() -> None:
     assert furthest(whole, single) < 1e-12
 
 
+@pytest.mark.slow
 def test_what_cannot_be_is_said_before_training() -> None:
     for arguments, message in (
         (("--data.batch_tokens", 100), r"data.batch_tokens is 100, but example \d+ has \d+ tokens: write at least"),

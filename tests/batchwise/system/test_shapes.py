@@ -27,6 +27,7 @@ def run(command: str, data: str, *arguments: object) -> Result:
 @pytest.mark.parametrize(
     "data", [name if name in ("Dicts", "Lists") else pytest.param(name, marks=pytest.mark.weekly) for name in SHAPES]
 )
+@pytest.mark.slow
 def test_training_and_predictions(data: str) -> None:
     result = run("fit", data, "--speed", "auto")
     assert "chosen: micro-batches of" in result.out
@@ -42,6 +43,7 @@ def test_training_and_predictions(data: str) -> None:
 
 
 @pytest.mark.parametrize("data", SHAPES)
+@pytest.mark.slow
 def test_inspect(data: str) -> None:
     result = run("inspect", data, "--seconds", 1)
     assert "96 of 96 val examples are in train too, such as 0, which is 0 there" in result.out
@@ -54,6 +56,7 @@ def test_inspect(data: str) -> None:
     assert kinds.get(data, "") in result.out
 
 
+@pytest.mark.weekly
 def test_tune(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "_TURN", 0.01)  # seconds
     monkeypatch.setattr(search, "ROUNDS", 1)

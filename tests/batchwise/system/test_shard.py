@@ -28,6 +28,7 @@ def run(*arguments: object, **environment: str) -> Result:
     return result
 
 
+@pytest.mark.slow
 def test_fsdp_is_one_process_and_checkpoints_serve_both() -> None:
     whole = run_here(*FIT, "--trainer.max_epochs", 3)
     first = run_here(*FIT, "--trainer.max_epochs", 1, "--name", "parts")

@@ -70,6 +70,7 @@ def at_hand(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
     return result
 
 
+@pytest.mark.weekly
 def test_a_server_that_fails_and_is_away_for_a_while(shards: Path, at_hand: Result) -> None:
     """Two processes, micro-batches, and a cache that holds half of the shards."""
     sizes = [shard.size for shard in read_index(Store(str(shards))).shards]
@@ -89,6 +90,7 @@ def test_a_server_that_fails_and_is_away_for_a_while(shards: Path, at_hand: Resu
     assert 0 < sum(kept) <= sum(sizes) / 2
 
 
+@pytest.mark.slow
 def test_killed_while_it_writes_the_cache(shards: Path, at_hand: Result) -> None:
     with serving(str(shards)) as port:
         path = ("--data.path", f"http://127.0.0.1:{port}", "--ckpt_path", "last")
@@ -106,6 +108,7 @@ def test_killed_while_it_writes_the_cache(shards: Path, at_hand: Result) -> None
     assert {path.suffix for path in Path(".cache/shards").iterdir()} == {".lock", ".arrow"}
 
 
+@pytest.mark.slow
 def test_an_index_that_cannot_be_written(shards: Path) -> None:
     with serving(str(shards)) as port:
         result = run_here("shards", f"http://127.0.0.1:{port}")
@@ -114,6 +117,7 @@ def test_an_index_that_cannot_be_written(shards: Path) -> None:
     assert result.err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_server_that_is_not_there() -> None:
     with serving(".") as port:
         pass

@@ -108,6 +108,7 @@ def three(whole: Result, spy: Path) -> Result:
 
 
 @pytest.mark.parametrize("execution", ["two", "three"])
+@pytest.mark.slow
 def test_the_execution_changes_nothing(whole: Result, execution: str, request: pytest.FixtureRequest) -> None:
     result = request.getfixturevalue(execution)
     assert f"accumulate_grad_batches  {3 if execution == 'three' else 1}\n" in result.out
@@ -136,6 +137,7 @@ def reference_average(steps: list[Step], name: str) -> Tensor:
 
 
 @pytest.mark.parametrize("execution", ["whole", "two"])
+@pytest.mark.slow
 def test_the_average_is_that_of_a_reference(steps: list[Step], execution: str, request: pytest.FixtureRequest) -> None:
     checkpoint = request.getfixturevalue(execution).checkpoint()
     assert 0 < 1 + STEPS - len(steps) <= 2  # one step of each epoch was skipped
@@ -161,6 +163,7 @@ def test_what_is_frozen_is_bit_unchanged(steps: list[Step]) -> None:
         assert not torch.equal(state["network.head.1.weight"], initial["network.head.1.weight"])
 
 
+@pytest.mark.slow
 def test_resumed_it_is_bit_equal(whole: Result, spy: Path) -> None:
     fit(5, "--name", "resumed")
     result = fit(STEPS, "--name", "resumed", "--ckpt_path", "last")
@@ -171,6 +174,7 @@ def test_resumed_it_is_bit_equal(whole: Result, spy: Path) -> None:
         assert all(torch.equal(ours[part][name], theirs[part][name]) for name in theirs[part])
 
 
+@pytest.mark.slow
 def test_validation_best_and_resume(spy: Path) -> None:
     """Validation at step 1 uses the average; `best` has it, and `last` has the weights from which training goes on."""
     module = sys.modules["spy"]

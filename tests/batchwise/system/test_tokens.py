@@ -48,6 +48,7 @@ def fit(home: Path, *arguments: object) -> Result:
     return result
 
 
+@pytest.mark.slow
 def test_every_execution_gives_the_same_weights_and_figures(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(home))
     sys.modules.pop("holes_data", None)

@@ -65,6 +65,7 @@ def waits(task, data, **settings):
 
 
 @pytest.mark.parametrize("name", standin.EXAMPLES)
+@pytest.mark.slow
 def test_an_example_waits_for_no_more_than_is_named(name, as_on_a_gpu):
     assert waits(*examples.make(name, MICRO)) == {WAITS.get(name, 0)}
 
@@ -76,6 +77,7 @@ def digits(**settings):
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
+@pytest.mark.slow
 def test_augmentations_wait_for_nothing(name, as_on_a_gpu):
     assert waits(*digits(augment=AUGMENTATIONS[name])) == {0}
 

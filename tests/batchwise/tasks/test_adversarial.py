@@ -84,6 +84,7 @@ model:
     )
 
 
+@pytest.mark.slow
 def test_a_gan_is_exact_however_it_is_run(gan: tuple[object, ...]) -> None:
     run = (*gan, "--trainer.max_epochs", 3)
     whole = run_here(*run, "--name", "whole")
@@ -108,6 +109,7 @@ def test_tune_has_no_loss_to_go_by(gan: tuple[object, ...]) -> None:
     assert "with several optimizers no loss says how far training is" in result.err
 
 
+@pytest.mark.slow
 def test_a_gan_resumes_on_another_topology(gan: tuple[object, ...]) -> None:
     run = (*gan, "--model.schedule.shape", "constant")
     whole = run_here(*run, "--trainer.max_epochs", 3, "--name", "whole")

@@ -61,6 +61,7 @@ def test_an_evaluation_has_the_weights_of_the_checkpoint() -> None:
     assert f"val/loss {fit.rows('val/loss')[20]:.4f}" in measured.out
 
 
+@pytest.mark.slow
 def test_wrong_weights_are_one_line() -> None:
     for weights, words in (
         ("[1, 2]", "model.class_weights has 2 numbers: write 10, one for each class"),

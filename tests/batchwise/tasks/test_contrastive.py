@@ -186,6 +186,7 @@ WAYS: dict[str, tuple[int | None, tuple[Any, ...]]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.slow
 def test_weights_and_losses_are_those_of_whole_batches_in_plain_pytorch(name: str, way: str) -> None:
     make, reference = LOSSES[name]
     size, check = WAYS[way]
@@ -240,6 +241,7 @@ class ByName(Contrastive):
 
 
 @pytest.mark.parametrize("size", [None, 7, 2])
+@pytest.mark.slow
 def test_inputs_and_targets_may_be_nested(size: int | None) -> None:
     class Plain(Contrastive):
         def embed(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
@@ -333,6 +335,7 @@ def test_a_part_that_stands_in_is_at_no_place_of_the_whole() -> None:
 
 @pytest.mark.parametrize("eval_batch_size", [None, 1, 5, 64])
 @pytest.mark.parametrize("group_size", [10, 64, None])
+@pytest.mark.slow
 def test_groups_do_not_depend_on_the_size_of_evaluation_batches(
     eval_batch_size: int | None, group_size: int | None
 ) -> None:
@@ -626,6 +629,7 @@ def test_views_of_what_is_no_image_or_of_mixtures_are_refused() -> None:
 # On the command line
 
 
+@pytest.mark.weekly
 def test_tune_and_the_noise_scale_say_that_there_is_none(
     command: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:

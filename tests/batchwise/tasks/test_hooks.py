@@ -170,6 +170,7 @@ def test_these_are_all_hooks() -> None:
 
 
 @pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.slow
 def test_an_override_without_super_changes_nothing(hook: str, untouched: tuple[Task, Seen]) -> None:
     task, reference = untouched
     seen = Seen()

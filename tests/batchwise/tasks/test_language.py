@@ -66,6 +66,7 @@ def corpus() -> None:
 
 
 @pytest.mark.usefixtures("corpus")
+@pytest.mark.slow
 def test_it_learns_and_writes_and_predicts() -> None:
     logger = "{class_path: batchwise.run.wandb.WandbLogger, init_args: {offline: true}}"
     run = (
@@ -96,6 +97,7 @@ def test_it_learns_and_writes_and_predicts() -> None:
     assert all(0 < float(row.split(",")[1]) < 2 and int(row.split(",")[2]) <= 64 for row in rows)
 
 
+@pytest.mark.slow
 def test_sequences_are_classified_by_the_same_task_as_pictures() -> None:
     draw = np.random.default_rng(0)
     with Path("rows.jsonl").open("w") as file:

@@ -87,6 +87,7 @@ def check(found: Any, data: Points, flags: str, name: str = "sum", tolerance: fl
 @pytest.mark.parametrize("micro_batch_size", [None, 3])
 @pytest.mark.parametrize("flags", FLAGS)
 @pytest.mark.parametrize("place", ["losses", "task", "callback"])
+@pytest.mark.slow
 def test_values_in_the_log(place: str, flags: str, micro_batch_size: int | None) -> None:
     task, data, memory = Logging(place, FLAGS[flags]), Points(micro_batch_size=micro_batch_size), Memory()
     settings: dict[str, Any] = {"log_every_n_steps": EVERY, "limit_val_batches": 0, "max_epochs": 2}
@@ -326,6 +327,7 @@ def in_tensorboard(run: Result, name: str) -> dict[int, float]:
     ("devices", "micro_batch_size"),
     [(1, None), (1, 3), *(pytest.param(2, size, marks=pytest.mark.weekly) for size in (None, 2))],
 )
+@pytest.mark.slow
 def test_every_logger_on_any_devices(
     everywhere: tuple[object, ...], devices: int, micro_batch_size: int | None
 ) -> None:

@@ -296,6 +296,7 @@ model:
 
 
 @pytest.mark.parametrize("more", [TWO, pytest.param((*TWO[:3], 3, *TWO[4:]), marks=pytest.mark.weekly)])
+@pytest.mark.slow
 def test_rows_of_batches_smaller_than_the_devices(more: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     here = Path(__file__).parent
     monkeypatch.syspath_prepend(str(here))

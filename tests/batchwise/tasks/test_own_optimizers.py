@@ -113,6 +113,7 @@ def reference(optimizer: str, scheduler: str, data: small.Points) -> tuple[nn.Mo
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.slow
 def test_the_documented_override(optimizer: str, scheduler: str) -> None:
     watch, data = Watch(), small.Points(micro_batch_size=4)
     task, _ = small.fit(Own(flat(), optimizer, scheduler), data, max_epochs=4, callbacks=[watch])
@@ -199,6 +200,7 @@ def warm(optimizer: Any, steps: int) -> SequentialLR:
         (lambda o, _: CyclicLR(o, 0.01, 0.1, 4), None),
     ],
 )
+@pytest.mark.slow
 def test_a_resume_of_another_length_is_refused_where_the_schedule_has_one(scheduler: Any, words: str | None) -> None:
     settings: dict[str, Any] = {"enable_checkpointing": True, "ckpt_path": None}
     small.fit(Long(scheduler), max_epochs=2, callbacks=[Last()], **settings)

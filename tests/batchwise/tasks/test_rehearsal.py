@@ -180,6 +180,7 @@ class Coupled(shapes.Both):
 
 
 @pytest.mark.parametrize("data", SHAPES)
+@pytest.mark.slow
 def test_data_of_any_shape_is_rehearsed_and_logged(data: type[DataModule]) -> None:
     ways = []
     with warnings.catch_warnings():

@@ -100,6 +100,7 @@ def errors(result: Result) -> list[str]:
 
 
 @pytest.mark.parametrize(("where", "kind"), [("forward", "device"), ("backward", "device"), ("backward", "host")])
+@pytest.mark.slow
 def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(where: str, kind: str) -> None:
     result = run_here(*FIT, *fragile(most=30, where=where, kind=kind))
     assert result.code == 0, result.err
@@ -134,6 +135,7 @@ def test_the_limit_is_kept_over_a_resume() -> None:
 
 
 @pytest.mark.parametrize("batch_size", [96, 99, 100, 101])
+@pytest.mark.slow
 def test_out_of_memory_keeps_ghost_batches_whole(batch_size: int) -> None:
     """A batch of 99 is eleven ghost batches of 8 and one of 11."""
     run = (*FIT, "--data.batch_size", batch_size, "--model.ghost_batch_size", 8, "--trainer.max_epochs", 1)
@@ -184,6 +186,7 @@ def stop_out_of_memory(batch_size: int, *arguments: object) -> tuple[Result, Pat
     return result, limit.absolute().parents[0]
 
 
+@pytest.mark.slow
 def test_out_of_memory_on_two_processes_at_the_first_step() -> None:
     """There is no checkpoint yet."""
     steps = ("--trainer.max_steps", 4)
@@ -196,6 +199,7 @@ def test_out_of_memory_on_two_processes_at_the_first_step() -> None:
     assert re.search(r" micro_batch_size  25$", on.out, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_out_of_memory_on_one_of_two_processes_after_a_resume() -> None:
     """Of a batch of 101 the second process has 51."""
     run = (*FIT, *CONSTANT, "--data.batch_size", 101)
@@ -404,6 +408,7 @@ def test_an_epoch_without_a_finite_step_is_not_an_error() -> None:
     assert "epoch 1  average loss nan" in result.out
 
 
+@pytest.mark.slow
 def test_two_processes_skip_the_same_step() -> None:
     """The spoilt example is in the share of one of them."""
     run = (*FIT, "--data", "own_network.Spoilt", "--data.batch_size", 100)

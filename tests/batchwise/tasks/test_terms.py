@@ -151,6 +151,7 @@ WAYS: dict[str, tuple[type[Task], int | None, tuple[Any, ...]]] = {
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.slow
 def test_training_is_that_of_whole_batches_in_plain_pytorch(way: str) -> None:
     make, size, check = WAYS[way]
     data, memory = Partial(micro_batch_size=size), Memory()
@@ -213,6 +214,7 @@ def test_one_loss_per_example_needs_no_first_pass() -> None:
 
 
 @pytest.mark.parametrize("make", [Two, Counting, Whole, Classify])
+@pytest.mark.slow
 def test_terms_that_are_not_known_before_training(make: Any) -> None:
     """As where the losses before training run out of memory."""
 
@@ -431,6 +433,7 @@ def test_the_speed_of_terms_can_be_measured() -> None:
     assert 0 < seconds < 1
 
 
+@pytest.mark.slow
 def test_two_devices_are_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here = Path(__file__).parent
     monkeypatch.syspath_prepend(str(here))
