@@ -78,6 +78,8 @@ def read(path: Path, text_column: str, label_column: str | None, delimiter: str 
                         raise ValueError(f"{place} has no {column!r}, but {', '.join(map(repr, row))}: write "
                                          "data.text_column and data.label_column as they are there")  # fmt: skip
                 label = None if label_column is None else str(row[label_column])
+                if label is not None and not label.strip():
+                    raise ValueError(f"{place} has an empty {label_column!r}: fill it in, or leave the row out")
                 if row[text_column] or label is not None:
                     yield Document(str(row[text_column]), label)
         elif label_column is not None:

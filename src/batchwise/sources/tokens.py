@@ -13,7 +13,7 @@ import numpy as np
 
 from batchwise.batching.packing import best_fit
 from batchwise.batching.ragged import PADDING
-from batchwise.data.labels import sorted_labels
+from batchwise.data.labels import check_alike, sorted_labels
 from batchwise.sources.documents import Document, key_of, read, split_keys
 from batchwise.sources.vocabulary import Vocabulary, make_vocabulary
 
@@ -43,21 +43,35 @@ class Tokens:
     split_seed: int
 
     def folder(self, root: Path) -> Path:
-        """Return the folder with the arrays, in `root`. It is written if there is none."""
+        """Return the folder with the arrays, in `root`. It is written if there is none.
+
+        Raises:
+            ValueError: it cannot be written, or the documents cannot be read.
+        """
         names = [name for names in self.files.values() for name in names] + [self.vocabulary]
         stats = [os.stat(name) for name in names if os.path.isfile(name)]
         content = [FORMAT, asdict(self), [(stat.st_size, stat.st_mtime_ns) for stat in stats]]
         folder = root / f"text-{blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()}"
         if not folder.exists():
-            root.mkdir(parents=True, exist_ok=True)
-            with TemporaryDirectory(prefix=".text-", dir=root, ignore_cleanup_errors=True) as part:
-                self._write(Path(part))
-                try:
-                    os.rename(part, folder)
-                except OSError:  # another process was faster, with the same content
-                    if not folder.exists():
-                        raise
+            try:
+                self._make(root, folder)
+            except OSError as error:
+                if error.filename in names:  # a text or the tokenizer, and not the cache
+                    raise
+                raise ValueError(
+                    f"data.cache {root} cannot be written ({error.strerror}): make room, or write another folder"
+                ) from error
         return folder
+
+    def _make(self, root: Path, folder: Path) -> None:
+        root.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".text-", dir=root, ignore_cleanup_errors=True) as part:
+            self._write(Path(part))
+            try:
+                os.rename(part, folder)
+            except OSError:  # another process was faster, with the same content
+                if not folder.exists():
+                    raise
 
     def documents(self) -> Iterator[tuple[str, Document]]:
         """Yield each document with its split."""
@@ -110,6 +124,7 @@ class Tokens:
         for split, document in self.documents():
             characters |= set(document.text) if split == "train" else set()
             labels |= {document.label} if document.label is not None else set()
+        check_alike(labels, f"column '{self.label_column}'")
         return "".join(sorted(characters)), sorted_labels(labels)
 
     def sequences(self, document: Document, vocabulary: Vocabulary) -> tuple[np.ndarray, list[int]]:

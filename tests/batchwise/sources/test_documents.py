@@ -32,6 +32,7 @@ def test_rows() -> None:
     [
         ("a.csv", "body,label\nx,y\n", "a.csv, line 2, has no 'text', but 'body', 'label': write data.text_column"),
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}\n', "a.jsonl, line 2, has no 'label', but 'text'"),
+        ("a.csv", "text,label\nx,y\nz,\n", "a.csv, line 3, has an empty 'label': fill it in, or leave the row out"),
         ("a.jsonl", '{"text"\n', "a.jsonl, line 1, is no JSON"),
         ("a.txt", "x", "a.txt is plain text, which has no labels"),
         ("b.csv", b"text,label\nna\xefve,x\n", "b.csv is not UTF-8 (byte 13)"),

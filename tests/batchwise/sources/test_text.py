@@ -1,5 +1,6 @@
 """Text: every token is a target once, in each way of packing; the tokens on disk are whole, and found again."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -81,6 +82,9 @@ def test_labels() -> None:
     assert runs(found.inputs) == [[256, *b"good"], [256, *b"bad"], [256, *b"fine"], [256], [256, *b"longlon"]]
     assert data.labels() is not None
     assert len(batch(data, "val")) == 5
+    Path("a.csv").write_text("text,stars\ngood,Yes\nfine,yes\n")
+    with pytest.raises(ValueError, match="column 'stars' has the labels 'Yes' and 'yes', which look like one"):
+        Text("a.csv", label_column="stars", val_fraction=0, test_fraction=0).prepare_data()
 
 
 def test_characters_are_those_of_the_training_documents() -> None:
@@ -132,6 +136,19 @@ def test_a_write_that_fails_leaves_nothing() -> None:
     with pytest.raises(ValueError, match=r"bad.txt is not UTF-8 \(byte 0\)"):
         make().prepare_data()
     assert list(Path(".cache").iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("file").touch()
+    with pytest.raises(ValueError, match=r"data\.cache file cannot be written \(File exists\): make room, or write"):
+        make(cache="file").prepare_data()
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("batchwise.sources.tokens._Split.finish", full)
+    with pytest.raises(ValueError, match=r"data\.cache \.cache cannot be written \(No space left on device\)"):
+        make().prepare_data()
 
 
 @pytest.mark.parametrize(
