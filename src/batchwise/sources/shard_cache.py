@@ -27,6 +27,8 @@ ROOM = ".room"
 ROOM_LOCK = "room.lock"
 WORK = (".part", ".raw", ROOM)
 """Endings of temporary files: the shard as it is written, as it came, and a sparse file of the length of both."""
+CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+"""Errors of a folder that cannot be written."""
 SHORT_WAIT = 0.02
 """Seconds between two looks for room."""
 LONGEST_WAIT = 30.0
@@ -89,7 +91,7 @@ class Cache:
                 f"shard {shard.name} does not fit into data.cache {self.folder}: the disk is full; make room, write "
                 "another folder, or a smaller data.cache_gib"
             ) from error
-        if isinstance(error, PermissionError) and str(self.folder) in str(error):
+        if isinstance(error, OSError) and error.errno in CLOSED and str(self.folder) in str(error):
             raise DataError(f"data.cache {self.folder} cannot be written: write another folder") from error
         missing = isinstance(error, FileNotFoundError | PermissionError)
         if tries >= TRIES and isinstance(error, WrongShard):

@@ -1,6 +1,7 @@
 """Shards: their formats, their index, their cache, and what is wrong with them in one line."""
 
 import csv
+import errno
 import io
 import itertools
 import json
@@ -434,6 +435,17 @@ def test_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     usage = os.statvfs("/") and shard_cache.shutil.disk_usage("/")
     monkeypatch.setattr(shard_cache.shutil, "disk_usage", lambda folder: usage._replace(free=100))
     assert ": the disk is full; make room" in broken(shards("data"))
+
+
+def test_a_cache_that_is_read_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not waited for, as for a store that does not answer."""
+
+    def closed(self: shard_cache.Cache, need: int, room: Path) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(room))
+
+    make(Path("data"), ".parquet")
+    monkeypatch.setattr(shard_cache.Cache, "_reserve", closed)
+    assert "cannot be written: write another folder" in broken(shards("data", patience=0.01))
 
 
 def test_a_broken_image_is_named_and_can_be_left_out() -> None:
