@@ -175,7 +175,15 @@ def plain_table(table: "Table", name: str) -> "Table":
     Raises:
         DataError: a column is something else.
     """
-    columns = {each: _plain(table.column(each), f"column '{each}' of shard {name}") for each in table.column_names}
+    from pyarrow import ArrowException
+
+    columns = {}
+    for each in table.column_names:
+        where = f"column '{each}' of shard {name}"
+        try:
+            columns[each] = _plain(table.column(each), where)
+        except ArrowException as error:
+            raise DataError(f"{where} holds {table.column(each).type}, which is not read here: {error}") from error
     return type(table).from_pydict(columns)
 
 
@@ -216,6 +224,8 @@ def _plain(column: Any, where: str) -> Any:
     if types.is_struct(kind) and {"bytes", "path"} <= {field.name for field in kind}:  # an image of `datasets`
         return _plain(compute.struct_field(column, "bytes"), where)  # type: ignore[attr-defined]
     if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        if column.null_count:  # which a flat array would not have, so that later values would move up
+            raise DataError(f"{where} has arrays that are missing: write the shards without them")
         lengths = compute.min_max(compute.list_value_length(column)).as_py()  # type: ignore[attr-defined]
         if lengths["min"] != lengths["max"] or not lengths["min"]:
             raise DataError(
@@ -228,7 +238,8 @@ def _plain(column: Any, where: str) -> Any:
     if types.is_decimal(kind):
         return column.cast(pa.float64())
     if types.is_temporal(kind):  # days, as in other sources
-        return compute.divide(column.cast(pa.timestamp("us")).cast(pa.int64()).cast(pa.float64()), 86.4e9)  # type: ignore[attr-defined]
+        moments = column.cast(pa.timestamp("us"), safe=False).cast(pa.int64()).cast(pa.float64())
+        return compute.divide(moments, 86.4e9)  # type: ignore[attr-defined]
     if types.is_fixed_size_binary(kind):
         return column.cast(pa.large_binary())
     if not _is_plain(kind):

@@ -65,6 +65,8 @@ class Column:
     """The largest value in the training shards, if it has arrays of bytes, which may be images."""
     wrong: str = ""
     """The first shard with values that are missing or not finite, and how many rows; empty: there is none."""
+    uneven: str = ""
+    """The first shard whose arrays differ in length, from one another or from those before, and the lengths."""
 
 
 @dataclass
@@ -196,18 +198,22 @@ def _described(table: "Table", name: str) -> dict[str, Any]:
     column = table.column(name)
     kind, values = column.type, column
     found: dict[str, Any] = {"type": str(kind), "wrong": 0, "values": None, "largest": None}
+    missing, lengths = 0, []  # whole arrays that are missing, and the least and the most values of one, at each depth
     while types.is_list(values.type) or types.is_large_list(values.type) or types.is_fixed_size_list(values.type):
+        missing += values.null_count
+        lengths.append(list(compute.min_max(compute.list_value_length(values)).as_py().values()))  # type: ignore[attr-defined]
         values = compute.list_flatten(values)  # type: ignore[attr-defined]
+    found["lengths"] = [] if [None, None] in lengths else lengths
     wrong = compute.is_null(values, nan_is_null=True)  # type: ignore[attr-defined]
     if types.is_floating(values.type):
         infinite = compute.fill_null(compute.is_inf(values), False)  # type: ignore[attr-defined]
         wrong = compute.or_(wrong, infinite)  # type: ignore[attr-defined]
-    missing = 0 if values is column else column.null_count  # whole arrays
     found["wrong"] = missing + (compute.sum(wrong).as_py() or 0)  # type: ignore[attr-defined]
     if types.is_uint8(values.type) and values is not column:
         found["largest"] = compute.max(values).as_py()  # type: ignore[attr-defined]
-    if types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind) or types.is_dictionary(kind):
-        counts = compute.value_counts(column.cast(kind.value_type) if types.is_dictionary(kind) else column)  # type: ignore[attr-defined]
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    if types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind):
+        counts = compute.value_counts(column.cast(kind))  # type: ignore[attr-defined]
         if len(counts) <= MOST_VALUES:
             found["values"] = list(zip(counts.field(0).to_pylist(), counts.field(1).to_pylist(), strict=True))
     return found
@@ -215,18 +221,27 @@ def _described(table: "Table", name: str) -> dict[str, Any]:
 
 def _joined(entries: list[dict[str, Any]]) -> Index:
     index = Index([Shard(*entry["shard"]) for entry in entries])
-    for name, first in entries[0]["columns"].items():
-        column = Column(first["type"])
-        each = []
-        for entry in entries:
-            own, shard = entry["columns"].get(name), entry["shard"][0]
-            if own is None or own["type"] != column.type or len(entry["columns"]) != len(entries[0]["columns"]):
+    types = [{name: own["type"] for name, own in entry["columns"].items()} for entry in entries]
+    for entry, own in zip(entries, types, strict=True):
+        for name in {**types[0], **own}:
+            one, other = types[0].get(name, "none"), own.get(name, "none")
+            if one != other:
                 raise ValueError(
-                    f"shards {entries[0]['shard'][0]} and {shard} have other columns, such as '{name}' "
-                    f"({column.type} and {own['type'] if own else 'none'}): write them alike"
+                    f"shards {entries[0]['shard'][0]} and {entry['shard'][0]} have other columns, such as '{name}' "
+                    f"({one} and {other}): write them alike"
                 )
+    for name, kind in types[0].items():
+        column = Column(kind)
+        each, spans = [], list[list[int]]()
+        for entry in entries:
+            own, shard = entry["columns"][name], entry["shard"][0]
             if own["wrong"] and not column.wrong:
                 column.wrong = f"{shard} ({own['wrong']:,} values)"
+            if own["lengths"] and not column.uneven:
+                both = zip(spans or own["lengths"], own["lengths"], strict=True)
+                spans = [[min(one[0], other[0]), max(one[1], other[1])] for one, other in both]
+                uneven = next((f"{least} to {most}" for least, most in spans if least != most or not most), "")
+                column.uneven = uneven and f"first in shard {shard}, holds arrays of {uneven} values"
             each.append(None if own["values"] is None else dict(own["values"]))
         largest = [entry["columns"][name]["largest"] for entry in entries if entry["shard"][1] == "train"]
         column.largest = max((value for value in largest if value is not None), default=None)

@@ -80,6 +80,8 @@ class Shards(DataModule):
         **kwargs,
     ) -> None:
         super().__init__(order=BlockShuffled() if order is None else order, **kwargs)
+        if not inputs:
+            raise ValueError("data.inputs is empty: write a column, or a list of columns")
         self.inputs, self.target = [inputs] if isinstance(inputs, str) else inputs, target
         self.format = ImageFormat.of(size, channels, resize)
         self.cache, self.limit, self.patience = Path(expanduser(cache)).absolute(), int(cache_gib * 2**30), patience
@@ -121,6 +123,8 @@ class Shards(DataModule):
             return tuple(inputs)
         target = values[self.target]
         if isinstance(target, list):
+            if self.class_names is None:
+                raise ValueError(f"data.target '{self.target}' holds bytes, which are no labels: override `fields`")
             labels = [bytes(label).decode() for label in target]
             return *inputs, torch.from_numpy(label_numbers(labels, self.class_names or (), f"column '{self.target}'"))
         numbers = torch.from_numpy(target)
@@ -240,5 +244,9 @@ def _index(store: Store, columns: list[str], key: str) -> Index:
             raise ValueError(
                 f"column '{name}' of {key} {store.address} has values that are missing or not finite, first in shard "
                 f"{index.columns[name].wrong}: write the shards without them"
+            )
+        if index.columns[name].uneven:
+            raise ValueError(
+                f"column '{name}' of {key} {store.address}, {index.columns[name].uneven}: cut or pad them to one length"
             )
     return index

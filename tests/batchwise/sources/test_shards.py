@@ -11,6 +11,7 @@ import struct
 import tarfile
 import threading
 import warnings
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -471,6 +472,7 @@ def test_settings_that_do_not_fit() -> None:
     assert "data.order Shuffled needs 5 shards at once" in broken(
         shards("data", cache_gib=1e-6, order=Shuffled()), ValueError
     )
+    assert "data.inputs is empty" in broken_inputs([])
     assert "data.path nowhere has no shards.json: the command `shards nowhere` makes it" in broken(
         shards("nowhere"), ValueError
     )
@@ -480,6 +482,12 @@ def test_settings_that_do_not_fit() -> None:
     assert "is of version 9, and this reads 1" in broken(shards("data"), ValueError)
     Path("data/shards.json").write_text(text[:100])
     assert "is damaged" in broken(shards("data"), ValueError)
+
+
+def broken_inputs(inputs: list[str]) -> str:
+    with pytest.raises(ValueError, match=r"data\.inputs") as caught:
+        shards("data", inputs=inputs)
+    return str(caught.value)
 
 
 def broken_address(address: str) -> str:
@@ -499,6 +507,10 @@ def broken_address(address: str) -> str:
         ({"image": [1.0, 2.0], "label": [0, None]}, "column 'label' of data.path data has values that are missing"),
         ({"image": [[1.0, 2.0], None], "label": [0, 1]}, "first in shard 0.parquet (1 values)"),
         ({"image": [[1.0, 2.0], [3.0]], "label": [0, 1]}, "holds arrays of 1 to 2 values: cut or pad them"),
+        ({"image": [[], []], "label": [0, 1]}, "holds arrays of 0 to 0 values: cut or pad them"),
+        ({"image": [[[1.0], None], [[2.0], [3.0]]], "label": [0, 1]}, "first in shard 0.parquet (1 values)"),
+        ({"image": [timedelta(1)] * 2, "label": [0, 1]}, "holds duration[us], which is not read here"),
+        ({"image": [1.0, 2.0], "label": [b"a", b"b"]}, "data.target 'label' holds bytes, which are no labels"),
         ({"image": [{"a": 1}, {"a": 2}], "label": [0, 1]}, "column 'image' of shard 0.parquet holds struct"),
         ({"image": [1.0, 2.0], "label": ["Yes", "yes"]}, "labels 'Yes' and 'yes', which look like one"),
     ],
@@ -511,6 +523,43 @@ def test_bad_columns(table: dict, words: str) -> None:
     with pytest.raises((ValueError, DataError)) as caught:
         read(shards("data"))
     assert words in str(caught.value)
+
+
+def test_arrays_of_other_lengths_in_a_later_shard() -> None:
+    """They are refused before training, and not in the step that reaches them."""
+    Path("data").mkdir()
+    for number, image in enumerate(([1.0, 2.0], [3.0, 4.0], [5.0])):
+        pq.write_table(pa.table({"image": [image] * 20, "label": [0] * 20}), f"data/{number}.parquet")
+    make_index(Store("data"))
+    with pytest.raises(ValueError, match=r"first in shard 2\.parquet, holds arrays of 1 to 2 values"):
+        shards("data").setup("fit")
+    assert len(examples(shards("data", inputs="label", target=None))[0]) == 60  # nobody asks for the arrays
+
+
+def test_shards_with_other_columns() -> None:
+    Path("data").mkdir()
+    pq.write_table(pa.table({"image": [1.0], "label": [0]}), "data/0.parquet")
+    for other, words in (
+        ({"image": [1.0]}, r"'label' \(int64 and none\)"),
+        ({"image": [1.0], "label": [0], "more": [0]}, r"'more' \(none and int64\)"),
+        ({"image": [1.0], "label": [0.5]}, r"'label' \(int64 and double\)"),
+    ):
+        pq.write_table(pa.table(other), "data/1.parquet")
+        with pytest.raises(ValueError, match=rf"shards 0\.parquet and 1\.parquet have other columns, such as {words}"):
+            make_index(Store("data"))
+
+
+def test_categories_that_are_no_texts_and_times_of_nanoseconds() -> None:
+    Path("data").mkdir()
+    days = pa.array([date(1970, 1, 3), date(1970, 1, 2)]).dictionary_encode()
+    moments = pa.array([86_400_000_000_001, 0], pa.timestamp("ns"))
+    table = pa.table({"image": days, "label": moments})
+    with pa.OSFile("data/0.arrow", "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    make_index(Store("data"))
+    inputs, targets = examples(shards("data"))
+    assert inputs.tolist() == [[2], [1]]
+    assert targets.tolist() == [1, 0]
 
 
 # The command line
