@@ -18,6 +18,8 @@ from batchwise.sources.shard_files import as_column, save_table
 from batchwise.sources.shard_index import Index, make_index
 from batchwise.sources.store import Store
 
+PART = ".part"
+"""Ending of files that are not yet shards."""
 LOOKED_AT = 64
 """Examples from which the size of the others is guessed."""
 
@@ -28,7 +30,7 @@ def write_shards(data: DataModule, folder: Path, mib: float) -> Index:
     The examples of a split are shuffled, so that each file is a random part of it. They are as `load` gives them,
     before `transform`: columns `inputs` and `targets`, or `inputs.key` where they are nested. Where the method `stored`
     of the data module returns columns, as for a folder of images, it is these. Class numbers become names if there are
-    any.
+    any. A file is a shard only when all are complete, so that no index is ever made of a part of the data.
 
     Args:
         data: has been set up.
@@ -46,6 +48,8 @@ def write_shards(data: DataModule, folder: Path, mib: float) -> Index:
         fetch = data.split(split)
         if fetch is not None and len(fetch):
             _write_split(_columns_of(data, split, fetch), split, len(fetch), folder, mib * 2**20)
+    for unfinished in folder.glob(f"*{PART}"):
+        unfinished.replace(unfinished.with_suffix(".arrow"))
     return make_index(Store(str(folder)))
 
 
@@ -92,7 +96,5 @@ def _write_split(columns: Columns, split: str, count: int, folder: Path, size: f
     bar = Progress(*Progress.get_default_columns(), MofNCompleteColumn(), disable=not sys.stdout.isatty())
     with bar:
         for number, first in enumerate(bar.track(range(0, count, each), description=f"writing {split}")):
-            path = folder / f"{split}-{number:05}.arrow"
-            unfinished = path.with_suffix(".part")
-            save_table(table(columns(order.indices(0, first, min(first + each, count)))), unfinished)
-            unfinished.replace(path)
+            path = folder / f"{split}-{number:05}{PART}"
+            save_table(table(columns(order.indices(0, first, min(first + each, count)))), path)

@@ -27,8 +27,9 @@ from PIL import Image
 from batchwise.batching.fetch import DataError, Request
 from batchwise.batching.order import Shuffled
 from batchwise.batching.shards import BlockShuffled
-from batchwise.sources import shard_cache, shard_index, shard_reading
+from batchwise.sources import shard_cache, shard_index, shard_reading, shard_writing
 from batchwise.sources.digits import Digits
+from batchwise.sources.shard_files import save_table
 from batchwise.sources.shard_index import alike, make_index, read_index, split_of
 from batchwise.sources.shard_reading import Shelf
 from batchwise.sources.shard_writing import write_shards
@@ -631,6 +632,22 @@ def test_the_command_for_an_index() -> None:
     Path("bad").mkdir()
     Path("bad/0.parquet").write_bytes(b"no")
     assert "shard 0.parquet cannot be read" in refused(run_here("shards", "bad"))
+
+
+def test_writing_that_is_interrupted_leaves_no_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the index would be made of a part of the data, and nobody would see it."""
+
+    def full(table: pa.Table, path: Path) -> None:
+        if "00003" in path.name:
+            raise KeyboardInterrupt
+        save_table(table, path)
+
+    monkeypatch.setattr(shard_writing, "save_table", full)
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(Digits(batch_size=64), Path("made"), 0.005)
+    assert len(list(Path("made").iterdir())) == 3
+    with pytest.raises(ValueError, match="made has no shards"):
+        make_index(Store("made"))
 
 
 def test_what_is_written_is_what_load_gives(tmp_path: Path) -> None:
