@@ -109,10 +109,14 @@ def read_index(store: Store) -> Index:
 
 
 def split_of(name: str) -> str:
-    """Return the split of a shard by its folder or by the first word of its name; "train" if they say nothing."""
+    """Return the split of a shard by its folder or by the first word of its name; "train" if they say nothing.
+
+    Digits after a word do not count, as in val0001.tar.
+    """
     folder, _, file = name.rpartition("/")
     words = [*folder.split("/"), file.replace("_", "-").replace(".", "-").split("-")[0]]
-    return next((ALIASES[word.lower()] for word in words if word.lower() in ALIASES), "train")
+    plain = [word.lower().rstrip("0123456789") for word in words]
+    return next((ALIASES[word] for word in plain if word in ALIASES), "train")
 
 
 def make_index(store: Store) -> Index:

@@ -226,6 +226,7 @@ def test_shards_set_apart_for_validation() -> None:
 
 def test_splits_are_named_by_folder_or_file() -> None:
     names = {"train/0.tar": "train", "validation/a.tar": "val", "val-00.parquet": "val", "x/test_3.tar": "test"}
+    names |= {"val0001.tar": "val", "Test12/a.tar": "test", "0001.tar": "train", "valley-1.tar": "train"}
     assert {name: split_of(name) for name in names} == names
     assert split_of("0001.tar") == split_of("training-1.tar") == "train"
 
