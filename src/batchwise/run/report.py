@@ -176,6 +176,9 @@ def failure(error: Exception, folder: Path | None = None) -> int | None:
         )
         if rank_zero_only.rank != 0:  # it is so in all of them
             return code
+    elif isinstance(error, IndexError) and (label := re.fullmatch(r"Target (-?\d+) is out of bounds\.?", str(error))):
+        remedy = f"write num_classes {int(label[1]) + 1}" if int(label[1]) >= 0 else "number the classes from 0"
+        error = TrainingStopped(f"label {label[1]}, but the losses have other classes: {remedy}, or correct it")
     elif isinstance(error, OSError) and folder is not None and (line := unwritten(error, folder)):
         error = TrainingStopped(line)
     elif not isinstance(error, DataError):

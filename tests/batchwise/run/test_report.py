@@ -5,8 +5,12 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from helpers import CSV, DIGITS, TWO, run_here, run_process
+from torch.nn import functional as F
+
+from batchwise.run.report import failure
 
 FREEZES = """
 from lightning.pytorch.callbacks import Callback
@@ -59,3 +63,15 @@ def test_a_parameter_that_is_frozen_in_training_on_two_devices() -> None:
     assert line.endswith("write trainer.strategy ddp_find_unused_parameters_true")
     whole = run_process(*fit, "--trainer.strategy", "ddp_find_unused_parameters_true", PYTHONPATH=path)
     assert whole.code == 0, whole.err
+
+
+@pytest.mark.parametrize(("label", "remedy"), [(7, "write num_classes 8"), (-1, "number the classes from 0")])
+def test_a_label_that_is_no_class_and_is_read_in_training(
+    label: int, remedy: str, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(IndexError) as raised:
+        F.cross_entropy(torch.zeros(2, 3), torch.tensor([0, label]))
+    assert failure(raised.value) == 1
+    line = f"error: label {label}, but the losses have other classes: {remedy}, or correct it\n"
+    assert capsys.readouterr().err == line
+    assert failure(IndexError("list index out of range")) is None
