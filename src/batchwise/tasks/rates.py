@@ -160,7 +160,8 @@ class Rates:
                 if group[key] != value and (number, key) not in self.taken:
                     self.taken.add((number, key))
                     name = "the learning rate" if key == "lr" else key
-                    self._say(task, f"step {step:,}: a callback sets {name} of group {number}: it keeps it")
+                    if key in _FOLLOW:  # others may be what the optimizer has counted: they stay, too
+                        self._say(task, f"step {step:,}: a callback sets {name} of group {number}: it keeps it")
 
     def _apply(self, optimizer: Optimizer, plan: "BatchPlan", step: int) -> None:
         """Set the rates for a step: base rate times schedule, except where a callback sets the rate."""

@@ -281,6 +281,36 @@ def test_other_settings_that_a_callback_sets_stay(capsys: pytest.CaptureFixture)
     assert small.furthest(again, whole) < 1e-13
 
 
+class Counting(torch.optim.SGD):
+    """Keeps what it has counted in its groups, as Prodigy and ScheduleFree do. Its steps become smaller."""
+
+    def __init__(self, groups: Any) -> None:
+        super().__init__(groups, lr=0.1)
+        for group in self.param_groups:
+            group["count"] = 0
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["count"] += 1
+            for parameter in group["params"]:
+                parameter.data.sub_(parameter.grad, alpha=group["lr"] / group["count"])
+
+
+def test_what_an_optimizer_counts_in_its_groups_is_no_setting_of_a_callback(capsys: pytest.CaptureFixture) -> None:
+    def run(*callbacks: Any, **more: Any) -> Any:
+        task, _ = small.fit(
+            small.Classify(small.network(), optimizer=Counting),
+            max_epochs=2, callbacks=list(callbacks), enable_checkpointing=True, **more,
+        )  # fmt: skip
+        return task
+
+    whole = run()
+    run(Last(), Stop(5))
+    again = run(Last(), ckpt_path=str(Path("checkpoints/last.ckpt").absolute()))
+    assert small.furthest(again, whole) < 1e-13
+    assert "a callback sets" not in capsys.readouterr().out
+
+
 class Stop(Callback):
     """Asks for an end after a step."""
 
