@@ -22,14 +22,18 @@ def made(make: Callable[[list], Optimizer], groups: list, key: str = "model.opti
         key: of the optimizer.
 
     Raises:
-        Mistake: the optimizer refuses an argument, evaluates the loss several times per step, or takes sparse
-            gradients.
+        Mistake: the optimizer refuses an argument, evaluates the loss several times per step, takes sparse gradients,
+            or makes groups of its own, in which the factors are lost.
     """
     try:
         optimizer = make(groups)
     except ValueError as error:
         raise Mistake(LBFGS_REFUSED if "LBFGS" in str(error) else _refused(key, str(error))) from None
     refuse(optimizer)
+    factors = {group["lr_factor"] for group in groups} - {1.0}
+    if factors and not any("lr_factor" in group for group in optimizer.param_groups):
+        kind = type(optimizer).__name__
+        raise Mistake(f"model.lr_factors do nothing with {kind}, which groups parameters by itself: leave them out")
     for group in optimizer.param_groups:
         group["lr"] *= group.pop("lr_factor", 1.0)
         # One kernel for all parameters, unless the user chose something else.

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from batchwise.errors import Mistake
 from batchwise.models.mlp import MLP
 from batchwise.optim.groups import parameter_groups
+from batchwise.optim.muon import Muon
 from batchwise.tasks.classification import Classification
 
 
@@ -45,6 +47,15 @@ def test_the_factor_is_on_the_step(decay_matrices_only: bool) -> None:
         torch.testing.assert_close(
             before[name] - parameter, torch.full_like(parameter, 0.0625 if "layers.1" in name else 0.5)
         )
+
+
+def test_factors_that_an_optimizer_would_lose_are_refused() -> None:
+    """Muon makes groups of its own, and finds the first and the last layer by their order."""
+    line = "^model.lr_factors do nothing with Muon, which groups parameters by itself: leave them out$"
+    for factors in ({"layers.1": 0.1}, {"layers": 0.1}):
+        with pytest.raises(Mistake, match=line):
+            Classification(MLP(4, 3, [5]), optimizer=Muon, lr_factors=factors)._new_optimizer()
+    Classification(MLP(4, 3, [5]), optimizer=Muon, lr_factors={"layers": 1.0})._new_optimizer()
 
 
 def test_without_factors_the_groups_are_as_ever() -> None:
