@@ -97,9 +97,7 @@ class Branch(Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Task, batch: Batch, batch_idx: int) -> None:
         """Set the rate, before the first step."""
         if batch.step == 0:
-            rates = pl_module._rates
-            rates.times(self.factor)
-            self.rate = rates.base[0] if rates.base else None
+            self.rate = pl_module._rates.times(self.factor)
             self._start = perf_counter(), core_waits()
         now = perf_counter()
         if batch_idx:  # not the start of an epoch

@@ -21,7 +21,7 @@ from batchwise.choosing import short, trials
 from batchwise.choosing.figure import draw_sweep
 from batchwise.choosing.trials import Run
 from batchwise.data.module import DataModule
-from batchwise.errors import TrainingStopped
+from batchwise.errors import Mistake, TrainingStopped
 from batchwise.host import wait_for
 from batchwise.tasks.task import Task
 
@@ -77,9 +77,13 @@ class Race(Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Task, batch: Batch, batch_idx: int) -> None:
         """Set the rate, before the first step."""
         if batch.step == 0:
-            rates = pl_module._rates
-            rates.times(self.factor)
-            self.learning_rate = rates.base[0]
+            rate = pl_module._rates.times(self.factor)
+            if rate is None:
+                raise Mistake(
+                    "sweep tries learning rates, but configure_optimizers of the task sets them: write model.optimizer "
+                    "and model.schedule in its place"
+                )
+            self.learning_rate = rate
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Task, outputs: object, batch: Batch, batch_idx: int

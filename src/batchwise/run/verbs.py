@@ -181,6 +181,7 @@ def recipe(
         torch.manual_seed(seed)
         return instantiate(Namespace(model=copy.deepcopy(settings)))["model"]
 
-    arguments = plain["model"].get("init_args", plain["model"]).get("optimizer", {}).get("init_args", {})
+    optimizer = plain["model"].get("init_args", plain["model"]).get("optimizer")
+    arguments = optimizer.get("init_args", {}) if isinstance(optimizer, dict) else {}  # it may be another thing
     rates = {name: rate for name, rate in arguments.items() if name == "lr" or name.endswith("_lr")}
     return Recipe(make, digest, {name: rate for name, rate in rates.items() if isinstance(rate, float | int)})

@@ -58,11 +58,18 @@ class Rates:
         """Take the settings as those for a batch size, unless the user says which one they are for."""
         self.scaling = replace(self.scaling, reference=self.scaling.reference or batch_size)
 
-    def times(self, factor: float) -> None:
-        """Multiply the configured rates, those at other batch sizes too."""
+    def times(self, factor: float) -> float | None:
+        """Multiply the configured rates, those at other batch sizes too. Do it before the first step.
+
+        Returns:
+            The rate of the first group, at this batch size; None: `configure_optimizers` of the task sets the rates.
+        """
+        if self._optimizer is None:
+            return None
         for settings in self._settings:
             settings["lr"] *= factor
         self.base = [rate * factor for rate in self.base]
+        return self.base[0]
 
     def note(self, optimizer: Optimizer) -> None:
         """Note the settings of an optimizer, for a checkpoint of this training."""

@@ -5,15 +5,21 @@ import math
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import small
 import torch
 from helpers import CSV, DIGITS, run_here, wandb_records
+from jsonargparse import Namespace
 
 from batchwise.choosing import short, sweep, trials
+from batchwise.choosing.branches import Branch
 from batchwise.choosing.figure import draw_sweep
 from batchwise.choosing.sweep import Race, Target
 from batchwise.choosing.trials import Run, due, fit, results
+from batchwise.errors import Mistake
+from batchwise.run.verbs import recipe
 
 SMALL = ("sweep", *DIGITS, *CSV, "--trainer.max_epochs", 3, "--model.network.hidden_features", "[64]")
 TARGET = ("--target", "val/accuracy>=0.9")
@@ -138,6 +144,40 @@ def test_a_sweep_from_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     more = run_here(*common, "--model.network.hidden_features", "[32]", "--batch_sizes", "64", "--seeds", 1)
     assert more.code == 0, more.err
     assert trained[count] == (64, 0, 1)  # another training is not the same
+
+
+class Own(small.Classify):
+    """Makes the optimizer by itself."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Scheduled(small.Classify):
+    """Gives a scheduler to the engine's optimizer."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1)}
+
+
+@pytest.mark.parametrize("kind", [Own, Scheduled])
+def test_no_rate_is_said_to_be_tried_where_configure_optimizers_sets_it(kind: type[small.Classify]) -> None:
+    branch = Branch(10, 2.0, 0, 3)
+    short.train(small.trainer(), kind(small.network()), small.Points(), 3, [branch])
+    assert branch.points
+    assert branch.rate is None
+    race = Race(Target("val/loss", "<=", 0.1), 2.0, 0.05, 3)
+    with pytest.raises(Mistake, match="^sweep tries learning rates, but configure_optimizers of the task sets them: "):
+        short.train(small.trainer(), kind(small.network()), small.Points(), 3, [race])
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", None, {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}])
+def test_the_argument_optimizer_of_a_task_may_be_anything(optimizer: object) -> None:
+    data = small.Points()
+    config = {"model": {"init_args": {"optimizer": optimizer}}, "data": {}, "trainer": {}}
+    made = recipe(lambda _: {}, Namespace(), small.Classify(small.network()), data, config)
+    assert made.rates == ({"lr": 0.1} if isinstance(optimizer, dict) else {})
 
 
 def test_the_log_of_wandb() -> None:
