@@ -180,6 +180,20 @@ def test_the_argument_optimizer_of_a_task_may_be_anything(optimizer: object) -> 
     assert made.rates == ({"lr": 0.1} if isinstance(optimizer, dict) else {})
 
 
+def test_results_with_other_clipping_are_of_another_training() -> None:
+    task, data = small.Classify(small.network()), small.Points()
+    digests = {
+        recipe(lambda _: {}, Namespace(), task, data, {"model": {}, "data": {}, "trainer": clipping}).digest
+        for clipping in (
+            {},
+            {"gradient_clip_val": 1.0},
+            {"gradient_clip_val": 0.1},
+            {"gradient_clip_val": 1.0, "gradient_clip_algorithm": "value"},
+        )
+    }
+    assert len(digests) == 4
+
+
 def test_the_log_of_wandb() -> None:
     grid = ("--batch_sizes", 256, "--seeds", 1, "--rates", 1)
     result = run_here("sweep", *DIGITS, "--target", "val/accuracy>=0.97", *grid)
