@@ -28,6 +28,7 @@ class Finite:
     def __init__(self, most: int) -> None:
         self.most = most
         self.skipped_in_a_row = 0
+        self._step, self._before = -1, 0
         self.has_scaler = False
         """Whether gradients are scaled, and checked, by the trainer's precision plugin."""
         self.is_on_host = False
@@ -104,10 +105,11 @@ class Finite:
     # What was skipped
 
     def _note(self, task: "Task", made: Made, skipped: bool) -> None:
-        if not skipped:
-            self.skipped_in_a_row = 0
+        if made.step != self._step:  # else it is another turn on the same batch, by any player
+            self._step, self._before, self.skipped_in_a_row = made.step, self.skipped_in_a_row, 0
+        if not skipped or self.skipped_in_a_row:
             return
-        self.skipped_in_a_row += 1
+        self.skipped_in_a_row = self._before + 1
         data = task.data
         assert data.plan is not None
         examples = data.order.indices(made.epoch, *data.plan.bounds(made.step)).tolist()

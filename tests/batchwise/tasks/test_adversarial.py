@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from batchwise import MicroBatch
 from batchwise.batching.random import mix
+from batchwise.errors import TrainingStopped
 from batchwise.models import place
 from batchwise.tasks.adversarial import Adversarial
 
@@ -164,6 +165,34 @@ def test_turns_are_those_of_a_plain_loop(micro_batch_size: int | None) -> None:
             (F.softplus(outcome) if player == "second" else F.softplus(-outcome)).mean().backward()
             players[player].step()
     assert small.furthest(task.network, reference) < 1e-14
+
+
+class Broken(Game):
+    """The loss of one player is not finite, on all batches or on every second one."""
+
+    player, every = "first", 1
+
+    def losses(self, batch: MicroBatch, player: str = "") -> Tensor:
+        losses = super().losses(batch, player)
+        broken = player == self.player and self._own_data is None and self.trainer.global_step % self.every == 0
+        return losses * torch.nan if broken else losses
+
+
+@pytest.mark.parametrize("player", ["first", "second"])
+def test_batches_in_which_a_player_is_skipped_count_once_each(
+    player: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Whatever the other player does, and however many turns a player has."""
+    monkeypatch.setattr(Broken, "player", player)
+    settings: dict[str, Any] = {"optimizer": {"first": made(0.1), "second": made(0.1)}, "max_skipped_steps": 3}
+    settings["steps"] = {"first": 2, "second": 2}
+    with pytest.raises(TrainingStopped, match="not finite in 3 steps in a row, up to step 2:"):
+        small.fit(Broken(Pair(), **settings), max_epochs=1)
+    assert capsys.readouterr().out.count("skipped; its examples") == 3
+    monkeypatch.setattr(Broken, "every", 2)
+    task, _ = small.fit(Broken(Pair(), **settings), max_epochs=1)
+    assert capsys.readouterr().out.count("skipped; its examples") == 4
+    assert task._step.finite.skipped_in_a_row == 1
 
 
 def test_each_turn_draws_anew() -> None:
