@@ -8,6 +8,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from batchwise.batching.schedule import BatchSizes
 from batchwise.choosing.figure import draw
 from batchwise.choosing.findings import NEAR, Advice, Findings
 from batchwise.choosing.trials import Fit
@@ -171,6 +172,8 @@ def leave(
         sizes: dict[str, Any] = {"batch_size": best.batch_size, "micro_batch_size": micro_batch}
         if data.batch_tokens is not None:
             sizes["batch_tokens"] = None  # or it would contradict `batch_size`
+        if type(data.batch_size_schedule) is not BatchSizes:
+            print("data.batch_size_schedule stays as it is, and was not tried: compare its sizes with this batch_size")
         overlay |= {"trainer": {"accumulate_grad_batches": None}, "data": sizes}
     if findings.sets_rates():
         scaling, fitted = task._rates.scaling, findings.fitted()

@@ -17,8 +17,9 @@ import yaml
 from helpers import CSV, DIGITS, TWO, run_here, run_process
 
 from batchwise.batching.noise import Estimate
+from batchwise.batching.schedule import Milestones
 from batchwise.choosing import branches, fits, search, speed
-from batchwise.choosing.advice import sentences, why_none
+from batchwise.choosing.advice import leave, sentences, why_none
 from batchwise.choosing.branches import Branch, Branches, Course
 from batchwise.choosing.findings import Advice, Findings
 from batchwise.choosing.fits import Size, what_fits
@@ -378,6 +379,16 @@ def test_rates_that_the_task_sets_are_left_alone() -> None:
     assert best is not None
     assert best.factor == 1.0
     assert "as configure_optimizers of the task sets it" in sentences(findings, best)[0]
+
+
+def test_batch_sizes_that_stay_in_the_configuration_are_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    world, task = World(), small.Classify(small.network())
+    findings = world.findings(16, 64, 256)
+    for schedule, count in ((None, 0), (Milestones([128], examples=[1000]), 1)):
+        data = small.Points(batch_size_schedule=schedule) if schedule else small.Points()
+        leave(tmp_path, findings, world.configure(findings), task, data, {"lr": 0.1})
+        assert capsys.readouterr().out.count("data.batch_size_schedule stays as it is, and was not tried: ") == count
+        assert "batch_size_schedule" not in yaml.safe_load((tmp_path / "tuned.yaml").read_text())["data"]
 
 
 def test_what_never_trains_is_said() -> None:
