@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from batchwise.batching.loader import MicroBatch
+from batchwise.errors import Mistake
 from batchwise.tasks.making import made
 from batchwise.tasks.players import Players
 from batchwise.tasks.task import Losses, Task
@@ -75,5 +76,10 @@ class Adversarial(Task):
         return [(name,) for name in self._steps]
 
     def _turns(self) -> list[tuple[str | None, Optimizer]]:
-        players: Any = self.trainer.optimizers[0]
+        players = self.trainer.optimizers[0]
+        if not isinstance(players, Players):
+            raise Mistake(
+                f"configure_optimizers of {type(self).__name__} gives {type(players).__name__}, which no player steps: "
+                "write model.optimizer, and change at most what super().configure_optimizers() gives"
+            )
         return [(name, each) for name, each in players.players.items() for _ in range(self._steps[name])]

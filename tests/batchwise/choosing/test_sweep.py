@@ -168,7 +168,7 @@ def test_no_rate_is_said_to_be_tried_where_configure_optimizers_sets_it(kind: ty
     assert branch.points
     assert branch.rate is None
     race = Race(Target("val/loss", "<=", 0.1), 2.0, 0.05, 3)
-    with pytest.raises(Mistake, match="^sweep tries learning rates, but configure_optimizers of the task sets them: "):
+    with pytest.raises(Mistake, match=r"^sweep tries learning rates, but configure_optimizers of the task"):
         short.train(small.trainer(), kind(small.network()), small.Points(), 3, [race])
 
 

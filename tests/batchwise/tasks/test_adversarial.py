@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from batchwise import MicroBatch
 from batchwise.batching.random import mix
-from batchwise.errors import TrainingStopped
+from batchwise.errors import Mistake, TrainingStopped
 from batchwise.models import place
 from batchwise.tasks.adversarial import Adversarial
 
@@ -220,6 +220,16 @@ def test_each_turn_draws_anew() -> None:
 def test_players_that_do_not_fit_are_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Game(Pair(), **settings)
+
+
+class Single(Game):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_an_optimizer_that_is_none_of_the_players_is_refused() -> None:
+    with pytest.raises(Mistake, match=r"^configure_optimizers of Single gives SGD, which no player steps: write model"):
+        small.fit(Single(Pair(), optimizer={"first": made(0.1), "second": made(0.1)}))
 
 
 def test_players_that_share_a_parameter_are_refused() -> None:
