@@ -4,6 +4,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
@@ -168,8 +169,8 @@ class Step:
             task._measures.terms.add(task, finite)
         self.move_running_statistics(task, finite)
         trainer: Any = task.trainer
-        if self.own_step and player is None:
-            wrapped = task.optimizers()
+        if self.own_step:
+            wrapped = LightningOptimizer._to_lightning_optimizer(optimizer, trainer.strategy)
             task.optimizer_step(trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_idx, wrapped, sums.per_target)  # type: ignore[arg-type]
         elif not self.plain_step:
             trainer.strategy.optimizer_step(optimizer, sums.per_target)

@@ -167,6 +167,26 @@ def test_turns_are_those_of_a_plain_loop(micro_batch_size: int | None) -> None:
     assert small.furthest(task.network, reference) < 1e-14
 
 
+class Stepping(Game):
+    """Overrides `optimizer_step`, and does what Lightning does."""
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:  # type: ignore[override]
+        self.steps = [
+            *getattr(self, "steps", []),
+            next(n for n, one in self.trainer.optimizers[0].players.items() if one is optimizer.optimizer),
+        ]  # type: ignore[attr-defined]
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+
+
+def test_an_overridden_optimizer_step_is_called_in_each_turn() -> None:
+    """With the optimizer of the player, and with clipping."""
+    settings: dict[str, Any] = {"optimizer": {"first": made(0.1), "second": made(0.1)}, "steps": {"second": 2}}
+    whole, _ = small.fit(Game(Pair(), **settings), max_epochs=1, gradient_clip_val=0.1)
+    task, _ = small.fit(Stepping(Pair(), **settings), max_epochs=1, gradient_clip_val=0.1)
+    assert task.steps == ["first", "second", "second"] * 7
+    assert small.furthest(task, whole) == 0
+
+
 class Broken(Game):
     """The loss of one player is not finite, on all batches or on every second one."""
 
