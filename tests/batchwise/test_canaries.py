@@ -140,7 +140,7 @@ def test_private_names_of_torchmetrics() -> None:
 
 
 def test_wandb_counts_its_steps() -> None:
-    with wandb.init(mode="offline") as run:
+    with wandb.init(mode="offline", dir=".") as run:
         assert (run.starting_step, run._local_step) == (0, 0)
         run.log({"x": 1})
         assert run._local_step == 1

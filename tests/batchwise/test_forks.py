@@ -67,6 +67,7 @@ def test_a_forked_process_finds_what_a_new_interpreter_finds(tmp_path: Path) -> 
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_an_uncaught_exception_is_seen() -> None:
     result = run_process("fit", *DIGITS, "--name", "../x", BATCHWISE_TRACEBACK="1")
     assert result.code == 1

@@ -239,6 +239,7 @@ def test_what_a_callback_has_thawed_or_frozen_is_so_after_a_resume(callback: Any
 
 
 @pytest.mark.parametrize("when", [{"every_n_train_steps": 4}, {"every_n_train_steps": 7}, {"monitor": "val/loss"}])
+@pytest.mark.slow
 def test_training_goes_on_from_each_file_of_model_checkpoint(when: dict[str, Any]) -> None:
     whole, _ = small.fit(callbacks=[ModelCheckpoint("kept", save_top_k=-1, **when)], **SAVING)
     files = sorted(Path("kept").glob("*.ckpt"))

@@ -328,6 +328,7 @@ def test_overlay(name: str, run: Callable, monkeypatch: pytest.MonkeyPatch) -> N
     assert "epoch 1  average loss " in result.out
 
 
+@pytest.mark.slow
 def test_classic_prints_its_line(run: Callable) -> None:
     result = run("fit", "--config", "configs/classic.yaml", "--trainer.max_epochs", 3)
     lines = [line for line in result.out.splitlines() if line.startswith("epoch")]
@@ -351,6 +352,7 @@ def test_each_column_of_the_log_is_described(run: Callable) -> None:
     assert [name for name in columns if not any(re.fullmatch(pattern, name) for pattern in described)] == ["step"]
 
 
+@pytest.mark.slow
 def test_table_of_numbers(run: Callable) -> None:
     """What the comments of table.yaml say for a number in place of a class."""
     run_script("make_table.py")
@@ -363,6 +365,7 @@ def test_table_of_numbers(run: Callable) -> None:
     assert max(float(value) for value in re.findall(r"val/r2 (-?[\d.]+)", result.out)) > 0.35
 
 
+@pytest.mark.slow
 def test_sweep_of_wandb(run: Callable, project: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its agent runs the command once for each point of the grid; here one of them is run, without an account."""
     monkeypatch.delenv("WANDB_API_KEY", raising=False)

@@ -78,6 +78,7 @@ def test_each_source_is_less_than_one_example_off_after_any_batch(shares, batch_
         assert all(abs(count - seen * share) < 1 for count, share in zip(had, exact, strict=True))
 
 
+@pytest.mark.slow
 def test_the_error_stays_below_one_over_a_long_time():
     shares = {"a": 0.3333, "b": 0.6117, "c": 0.0549, "d": 0.0001}
     order = prepared(shares, ranges(a=7, b=1000, c=13, d=2), 37, 37 * 1000)
@@ -130,6 +131,7 @@ def test_a_source_is_left_out_by_a_zero():
 
 @given(start=st.integers(0, 40_000), length=st.integers(0, 200), epoch=st.integers(0, 5))
 @settings(max_examples=40, deadline=None)
+@pytest.mark.slow
 def test_a_slice_is_a_slice_of_the_whole(start, length, epoch):
     shares, sources = {"a": 0.31, "b": 0.69}, ranges(a=123, b=40_000)
     order = prepared(shares, sources, 33)

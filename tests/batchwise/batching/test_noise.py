@@ -293,6 +293,7 @@ def test_a_step_that_is_not_finite_is_no_sample(most: int) -> None:
     assert all(map(math.isfinite, itertools.chain(*found)))
 
 
+@pytest.mark.slow
 def test_a_pass_that_ran_out_of_memory_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     import own_linear
 

@@ -100,6 +100,7 @@ def test_all_permutations_of_a_small_set_are_equally_likely(size):
 
 
 @pytest.mark.parametrize("size", [5, 8, 13, 31, 64])
+@pytest.mark.slow
 def test_positions_and_successive_pairs_are_uniform(size):
     drawn = permutations(size, 10_000)
     for position in (0, size // 2, size - 1):

@@ -92,6 +92,7 @@ def test_stratified_gives_every_example_every_place():
     seed=st.integers(0, 2**40),
 )
 @settings(max_examples=100, deadline=None)
+@pytest.mark.slow
 def test_balanced_counts_differ_by_at_most_one(counts, batch_size, seed):
     labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     drawn = epoch_of(Balanced().prepare(len(labels), batch_size, seed, labels))
@@ -130,6 +131,7 @@ def test_places_in_a_batch_do_not_go_by_class(order):
     [([3.0, 0.0, 1.0, 0.0, 4.0, 0.0], [0.375, 0, 0.125, 0, 0.5, 0]), ([1.0, 2.0], [1 / 9, 1 / 9, 1 / 9] + [2 / 9] * 3)],
     ids=["per example", "per class"],
 )
+@pytest.mark.slow
 def test_weighted_draws_in_proportion(weights, probability):
     order = Weighted(weights).prepare(6, 4, 0, torch.tensor([0, 0, 0, 1, 1, 1]))
     drawn = torch.cat([epoch_of(order, epoch) for epoch in range(5000)])

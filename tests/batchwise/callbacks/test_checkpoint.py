@@ -451,6 +451,7 @@ class Logging(small.Classify):
 
 @pytest.mark.parametrize("every", [None, 2])
 @pytest.mark.parametrize("listener", [None, Shrink])
+@pytest.mark.slow
 def test_values_of_steps_are_logged_after_a_resume(every: int | None, listener: Any) -> None:
     def task() -> Logging:
         return Logging(small.network(), optimizer=small.adamw)
@@ -494,6 +495,7 @@ def test_the_best_so_far_is_known_after_a_stop_where_it_was_measured() -> None:
     assert best(split) == best(whole)
 
 
+@pytest.mark.slow
 def test_resuming_within_an_epoch_says_nothing_that_is_not_so() -> None:
     """Lightning warns that a loader without a state cannot be resumed; ours is a function of the step."""
     run_here(*FIT, "--trainer.max_steps", 7)

@@ -142,6 +142,7 @@ def test_the_peak_is_of_all_devices_in_the_precision_of_the_run(
     assert record.peak_flops(trainer) is None
 
 
+@pytest.mark.slow
 def test_the_summary_is_printed_and_logged_once() -> None:
     result = run_here("fit", *DIGITS, *CSV, "--trainer.max_epochs", 6)
     printed = summary(result.out)
@@ -158,6 +159,7 @@ def test_the_summary_is_printed_and_logged_once() -> None:
     assert printed["data_wait"] == f"{result.rows('summary/data_wait')[120]:.1%}" != "0.0%"
 
 
+@pytest.mark.slow
 def test_a_resumed_run_counts_from_its_resumption() -> None:
     run = ("fit", *DIGITS, *CSV, "--model.schedule", "{shape: constant, warmup_examples: 600}")
     run_here(*run, "--trainer.max_epochs", 2)
@@ -183,6 +185,7 @@ def test_a_stopped_run_has_its_summary(capsys: pytest.CaptureFixture[str]) -> No
     assert log.rows("summary/examples_per_second").keys() == {3}
 
 
+@pytest.mark.slow
 def test_accuracy_of_the_rows_own_batch_however_it_is_run() -> None:
     common = ("fit", *DIGITS, *CSV, "--trainer.max_epochs", 1, "--trainer.precision", "64-true")
     whole = run_here(*common).rows("train/accuracy")

@@ -51,6 +51,7 @@ def test_what_fits_and_is_fast_is_taken_and_computes_the_same(monkeypatch: pytes
     assert saved["data"]["init_args"]["micro_batch_size"] == taken  # so that it gives the same run
 
 
+@pytest.mark.slow
 def test_with_speed_auto_the_rest_is_chosen_too() -> None:
     result = run_here(*AUTO, "--speed", "auto")
     assert result.code == 0, result.err

@@ -84,6 +84,7 @@ def table(result: Result) -> str:
     return re.sub(r"\s+", " ", result.out.split("found: ")[0])
 
 
+@pytest.mark.slow
 def test_digits() -> None:
     """In one process, though two devices are configured: the batches are whole, and the plan is that of two."""
     result = run_here(*INSPECT, *DIGITS, *TWO, *CSV)
@@ -129,6 +130,7 @@ def test_what_is_wrong_is_said(kind: str) -> None:
 
 
 @pytest.mark.usefixtures("planted")
+@pytest.mark.slow
 def test_blank_images_and_a_network_that_cannot_take_them() -> None:
     lines = found(inspect_planted("blank", width=6))
     assert lines[0] == "1 of 400 train examples are one value throughout, such as example 3"
@@ -177,6 +179,7 @@ def test_fit_warns_of_constant_inputs() -> None:
     assert result.code == 0, result.err
 
 
+@pytest.mark.slow
 def test_wandb_has_the_picture() -> None:
     result = run_here("inspect", *DIGITS, "--seconds", 2)
     assert "upload it:  wandb sync " in result.out
@@ -186,6 +189,7 @@ def test_wandb_has_the_picture() -> None:
     assert "inspect/batch" in keys, result.out + result.err
 
 
+@pytest.mark.slow
 def test_a_terminal_of_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:

@@ -31,6 +31,7 @@ def test_a_sequence_is_the_same_whatever_stood_beside_it(dtype: torch.dtype) -> 
     assert len({padded, longer, other}) == 3
 
 
+@pytest.mark.slow
 def test_inspect_shows_text() -> None:
     texts = [f"{'so ' * (number % 7)}[number] {number}" for number in range(90)]
     Path("train.csv").write_text("text,label\n" + "".join(f"{text},{len(text) % 2}\n" for text in [*texts, texts[3]]))

@@ -194,6 +194,7 @@ def test_results_with_other_clipping_are_of_another_training() -> None:
     assert len(digests) == 4
 
 
+@pytest.mark.slow
 def test_the_log_of_wandb() -> None:
     grid = ("--batch_sizes", 256, "--seeds", 1, "--rates", 1)
     result = run_here("sweep", *DIGITS, "--target", "val/accuracy>=0.97", *grid)
@@ -213,6 +214,7 @@ def test_the_log_of_wandb() -> None:
     assert "sweep/picture" in logged
 
 
+@pytest.mark.slow
 def test_picture(tmp_path: Path) -> None:
     found = results([run(size, 1, 100 + 6400 // size) for size in (16, 64, 256)] + [run(1024, 1, None)])
     draw_sweep(tmp_path / "sweep.png", found, fit(found), "val/accuracy>=0.9")

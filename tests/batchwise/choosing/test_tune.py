@@ -297,6 +297,7 @@ class Falling(World):
     ("pays", "hold"),
     [({}, 6400), ({1600: 1.02}, 6400), ({1600: 2.0}, 1600), ({400: 4.0, 1600: 2.0}, 400), ({400: 0.2}, 6400)],
 )
+@pytest.mark.slow
 def test_the_shape_of_the_rate_with_the_fewest_steps(pays: dict[int, float], hold: int) -> None:
     """A gain under 5% does not count, and a rate that diverges is not taken."""
     world = Falling(pays, best=1.0)
@@ -381,6 +382,7 @@ def test_rates_that_the_task_sets_are_left_alone() -> None:
     assert "as configure_optimizers of the task sets it" in sentences(findings, best)[0]
 
 
+@pytest.mark.slow
 def test_batch_sizes_that_stay_in_the_configuration_are_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     world, task = World(), small.Classify(small.network())
     findings = world.findings(16, 64, 256)
@@ -543,6 +545,7 @@ def test_an_interrupt_shows_what_is_known(monkeypatch: pytest.MonkeyPatch) -> No
     assert not (result.folder / "tuned.yaml").exists()
 
 
+@pytest.mark.slow
 def test_an_interrupt_among_the_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     def first(*_: object) -> Iterator[Size]:
         yield Size(1, 0, 100.0)

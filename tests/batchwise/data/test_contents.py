@@ -56,6 +56,7 @@ CHANGES: dict[str, tuple[Any, Any, str]] = {
 
 
 @pytest.mark.parametrize("case", CHANGES)
+@pytest.mark.slow
 def test_changes_are_noticed(case: str) -> None:
     old, new, where = CHANGES[case]
     assert differs(old, old) == []
@@ -160,6 +161,7 @@ Other.__qualname__ = "Points"  # it stands for the same data module
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.slow
 def test_a_training_does_not_go_on_with_other_examples(split: str) -> None:
     def trainer(epochs: int) -> Trainer:
         return Trainer(

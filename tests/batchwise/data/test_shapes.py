@@ -107,6 +107,7 @@ FORMS = ["dict", "tuple", "named", "three"]
 @pytest.mark.parametrize(
     ("form", "mapped"), [*((form, mapped) for form in FORMS for mapped in (False, True)), ("ragged", False)]
 )
+@pytest.mark.slow
 def test_nested_inputs_and_targets_train_as_one_tensor_does(plain, form, mapped):
     data = Shaped(form, mapped, micro_batch_size=4)
     task, _ = fit(Nested(Split(), optimizer=adamw), data)
@@ -370,6 +371,7 @@ class Sum(Task):
         ("bf16-mixed", torch.float32),
     ],
 )
+@pytest.mark.slow
 def test_floats_come_in_the_precision_of_the_run(precision, expected, stored, made, monkeypatch):
     monkeypatch.setattr(Sum, "seen", set())
     monkeypatch.setattr(Numbers, "given", set())

@@ -68,6 +68,7 @@ def test_a_later_trainer_that_does_not_compile_does_not(graphs: list[torch.fx.Gr
     assert own.network._compiled_call_impl is not None  # the user has compiled it
 
 
+@pytest.mark.slow
 def test_many_networks_are_compiled_in_one_process(graphs: list[torch.fx.GraphModule]) -> None:
     """PyTorch gives up a function that it has compiled eight times."""
     for width in range(1, 13):

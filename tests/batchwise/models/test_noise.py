@@ -29,6 +29,7 @@ def trained(keyed: bool = True, **sizes: int) -> nn.Module:
     return fit(Classify(Noisy(keyed), optimizer=adamw), Points(**sizes))[0]
 
 
+@pytest.mark.slow
 def test_noise_does_not_depend_on_micro_batches():
     whole = trained()
     assert furthest(whole, trained(micro_batch_size=3)) < 1e-12
@@ -92,6 +93,7 @@ def test_outside_training_it_is_plain():
         assert torch.equal(drawn, theirs(values))
 
 
+@pytest.mark.slow
 def test_a_compiler_does_not_freeze_it(at):
     compiled = torch.compile(lambda x: x + noise.randn_like(x, "z"), backend="aot_eager", fullgraph=True)
     values = torch.zeros(4, 2, requires_grad=True)

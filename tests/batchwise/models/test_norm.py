@@ -169,6 +169,7 @@ def test_the_layer_and_the_plan_cut_a_batch_alike(examples, unit):
     batch_size=st.integers(1, 200),
 )
 @settings(deadline=None, max_examples=300)
+@pytest.mark.slow
 def test_any_execution_of_a_plan_normalises_alike(examples, unit, devices, units, batch_size):
     plan = BatchPlan(examples, batch_size, devices, unit * units, unit=unit)
     for step in {0, plan.steps_per_epoch - 1}:

@@ -40,6 +40,7 @@ def test_digits(trained: Result) -> None:
     assert not any(parameter.is_inference() for parameter in loaded.task.parameters())
 
 
+@pytest.mark.slow
 def test_images_whose_training_set_is_gone() -> None:
     for label, level in (("cat", 60), ("dog", 200)):
         Path("photos", label).mkdir(parents=True)
@@ -64,6 +65,7 @@ def test_images_whose_training_set_is_gone() -> None:
     assert loaded.data.class_names == ["cat", "dog"]
 
 
+@pytest.mark.slow
 def test_double_precision_and_what_is_left_out() -> None:
     run = run_here("fit", *DIGITS, *CSV, "--trainer.max_epochs", 1, "--trainer.precision", "64-true", "--name", "first")
     first = run.folder / "checkpoints" / "last.ckpt"

@@ -38,6 +38,7 @@ def goes_offline(*words: str) -> None:
     assert len(list(result.folder.glob("wandb/offline-run-*/*.wandb"))) == 1
 
 
+@pytest.mark.slow
 def test_without_a_key() -> None:
     goes_offline("API key")
 
@@ -273,6 +274,7 @@ def test_after_an_error_no_step_stands_twice(uninterrupted: dict[str, list]) -> 
     assert check(folder, uninterrupted) == 0
 
 
+@pytest.mark.slow
 def test_checkpoints_and_pictures_at_the_end() -> None:
     result = run_here("fit", *DIGITS, "--trainer.max_epochs", 2, "--trainer.logger.log_model", "true")
     assert result.code == 0, result.err
@@ -293,6 +295,7 @@ def test_checkpoints_and_pictures_at_the_end() -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a small disk is mounted, which takes root")
+@pytest.mark.slow
 def test_a_full_disk() -> None:
     Path("small").mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", "small"], capture_output=True).returncode:

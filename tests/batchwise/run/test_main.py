@@ -35,6 +35,7 @@ def test_loading_leaves_no_trace() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_what_stands_in_for_scipy_signal_gives_way_where_it_is_needed() -> None:
     done = subprocess.run([sys.executable, "-c", LATER], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

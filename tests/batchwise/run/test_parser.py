@@ -163,6 +163,7 @@ class Own(Digits):
 """
 
 
+@pytest.mark.slow
 def test_a_run_with_such_numbers_in_its_checkpoint_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_numbers.py").write_text(DATA)
     monkeypatch.syspath_prepend(str(tmp_path))

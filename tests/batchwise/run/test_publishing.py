@@ -83,6 +83,7 @@ def is_whole(files: dict[str, bytes]) -> None:
     assert yaml.safe_load(files["config.yaml"])["name"] == "digits"
 
 
+@pytest.mark.slow
 def test_a_folder(trained: Result) -> None:
     result = push(trained, "./published/digits")
     assert result.code == 0, result.err
@@ -93,6 +94,7 @@ def test_a_folder(trained: Result) -> None:
     assert "push ./published/digits exists: write a folder that does not" in again.err
 
 
+@pytest.mark.slow
 def test_the_hub(trained: Result, hub: type[Hub]) -> None:
     result = push(trained, "me/digits")
     assert result.code == 0, result.err
@@ -103,6 +105,7 @@ def test_the_hub(trained: Result, hub: type[Hub]) -> None:
     is_whole(hub.files)
 
 
+@pytest.mark.slow
 def test_a_wrong_token(trained: Result, hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     result = push(trained, "me/digits")

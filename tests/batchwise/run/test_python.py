@@ -56,6 +56,7 @@ def test_a_training_is_reported_and_kept(capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.parametrize("other", [False, True])
+@pytest.mark.slow
 def test_a_training_is_gone_on_with(other: bool, capsys: pytest.CaptureFixture[str]) -> None:
     reference = new()
     trainer(max_epochs=5, name="whole").fit(reference, small.Points())
@@ -174,6 +175,7 @@ def test_what_monitors_a_validation_needs_one(data: Any) -> None:
         trainer().validate(new(), datamodule=Unvalidated(), ckpt_path="last")
 
 
+@pytest.mark.slow
 def test_a_plateau_is_looked_for_when_there_is_a_validation() -> None:
     early = (
         ({"check_val_every_n_epoch": 2}, {}, "write frequency: 2, for interval: epoch"),
@@ -217,6 +219,7 @@ def test_what_monitors_no_validation_needs_none() -> None:
 
 @pytest.mark.parametrize("same", [False, True])
 @pytest.mark.parametrize("unfreeze", [1, 4])
+@pytest.mark.slow
 def test_a_training_that_thaws_is_gone_on_with(same: bool, unfreeze: int) -> None:
     class Thawing(small.Classify):
         @property
@@ -326,6 +329,7 @@ def test_ctrl_c_saves() -> None:
     assert small.furthest(task, reference) == 0
 
 
+@pytest.mark.slow
 def test_a_notebook_on_two_devices(capfd: pytest.CaptureFixture[str]) -> None:
     one, two = new(), new()
     trainer(name="one").fit(one, small.Points())

@@ -22,6 +22,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("key", WRONG)
+@pytest.mark.slow
 def test_flags(key: str) -> None:
     value, remedy = WRONG[key]
     result = run_here("fit", *DIGITS, f"--{key}={value}")

@@ -157,6 +157,7 @@ def test_what_is_wrong_is_said(settings: dict, words: str) -> None:
         Folder(**{"path": "zoo", "batch_size": 8} | settings).load("train")
 
 
+@pytest.mark.slow
 def test_from_the_command_line_to_a_row_per_image() -> None:
     zoo()
     network = "{class_path: batchwise.models.mlp.MLP, init_args: {in_features: 12, num_classes: 3}}"

@@ -272,6 +272,7 @@ def test_small_sets_have_all_splits(each: int, classes: int) -> None:
     assert [len(zero[name]) for name in ("train", "val", "test")] == [len(labels), 0, 0]
 
 
+@pytest.mark.slow
 def test_the_best_of_an_older_run_is_not_taken_in_silence() -> None:
     small = (*DIGITS, *CSV, "--name", "pair", "--trainer.max_epochs", 1, "--model.network.hidden_features", "[4]")
     first = run_here("fit", *small)

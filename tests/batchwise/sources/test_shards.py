@@ -123,6 +123,7 @@ def examples(data: Shards, split: str = "train") -> tuple[torch.Tensor, torch.Te
 
 
 @pytest.mark.parametrize("ending", FORMATS)
+@pytest.mark.slow
 def test_every_format_has_the_same_examples(ending: str) -> None:
     target = "json.label" if ending in (".tar", ".tgz") else "label"
     data = shards(make(Path("data"), ending), target=target)
@@ -321,6 +322,7 @@ def test_what_a_killed_process_left_is_removed() -> None:
     assert {name for name in files() if not name.endswith(".arrow")} == {f"{busy}2.part"}
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_made_anew() -> None:
     data = shards(make(Path("data"), ".parquet"))
     examples(data)

@@ -127,6 +127,7 @@ def test_configuration_that_would_run_code(text: str) -> None:
         pytest.param("numpy.load", "file: evil", marks=pytest.mark.weekly),
     ],
 )
+@pytest.mark.slow
 def test_a_configuration_does_not_name_what_runs_code(
     path: str, arguments: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

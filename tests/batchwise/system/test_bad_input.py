@@ -181,6 +181,7 @@ def test_data(arguments: tuple[str, str], words: list[str]) -> None:
 
 
 @pytest.mark.usefixtures("own_data")
+@pytest.mark.slow
 def test_odd_data_is_warned_of() -> None:
     with pytest.warns(UserWarning, match="all 40 training examples have the label 0"):
         result = run_here(*FIT, *own(classes=1), "--trainer.max_steps", 1)
@@ -253,6 +254,7 @@ def test_checkpoint(trained: Result, name: str) -> None:
     assert (trained.folder / "checkpoints" / "last.ckpt").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_force_goes_on_with_the_new_values() -> None:
     first = run_here(*FIT, "--trainer.max_steps", 4)
     result = run_here(
@@ -281,12 +283,14 @@ def test_nothing_to_evaluate(trained: Result, command: str, limit: float) -> Non
         (("--trainer.max_time", "00:00:00:00"), "no step was trained within trainer.max_time: write more"),
     ],
 )
+@pytest.mark.slow
 def test_where_nothing_is_trained_a_line_says_so(arguments: tuple[object, ...], line: str) -> None:
     result = run_here(*FIT, *arguments)
     assert result.code == 0, result.err
     assert line in result.out.splitlines()
 
 
+@pytest.mark.slow
 def test_a_share_of_less_than_one_is_warned_of() -> None:
     with pytest.warns(UserWarning, match="limit_train_batches is 0.001, which is less than one step of an epoch of 20"):
         run_here(*FIT, *("--trainer.max_epochs", 1), "--trainer.limit_train_batches", 0.001)
@@ -298,6 +302,7 @@ def test_a_checkpoint_is_needed_to_measure() -> None:
     fails(run_here("test", *DIGITS), "ckpt_path is not set", "best")
 
 
+@pytest.mark.slow
 def test_changing_the_class_forgets_the_settings_of_the_old(monkeypatch: pytest.MonkeyPatch) -> None:
     file("sgd.yaml", "model: {init_args: {optimizer: {class_path: torch.optim.SGD}}}")
     for arguments in (["--config", "sgd.yaml"], ["--model.optimizer", "torch.optim.SGD"]):

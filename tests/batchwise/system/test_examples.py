@@ -42,6 +42,7 @@ def test_what_is_not_keyed_is_seen_by_both(monkeypatch):
     assert logged > 1e-6
 
 
+@pytest.mark.slow
 def test_examples_train():
     untrained = examples.make("ink", micro=None)[0].state_dict()
     assert max(float((train("ink")["weights"][name] - value).abs().max()) for name, value in untrained.items()) > 1e-3

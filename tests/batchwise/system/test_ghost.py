@@ -119,6 +119,7 @@ def test_ordinary_batch_norm_is_warned_of_and_the_remedy_works() -> None:
     assert furthest(*remedied) < 1e-10
 
 
+@pytest.mark.slow
 def test_wrong_ghost_batch_sizes() -> None:
     for arguments, words in (
         (("--model.ghost_batch_size", 8), "the network has no batch norm"),
@@ -134,6 +135,7 @@ def test_wrong_ghost_batch_sizes() -> None:
         assert len(result.err.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_evaluation_of_ghost_norm_uses_the_running_statistics(whole_batch: Result) -> None:
     """What `validate` measures does not depend on the evaluation batch."""
     measured = [

@@ -35,6 +35,7 @@ def test_training_reaches_its_accuracy(trained: Result) -> None:
     assert f"best val/accuracy {state['best_model_score']:.4f}" in trained.out
 
 
+@pytest.mark.slow
 def test_test_of_the_best_checkpoint(trained: Result) -> None:
     result = run_here("test", *DIGITS, "--trainer.default_root_dir", root(trained), "--ckpt_path", "best")
     assert result.code == 0, result.err
@@ -96,6 +97,7 @@ def test_validate_measures_what_training_measured(trained: Result) -> None:
         assert line in last_epoch  # such as: val/accuracy 0.9888
 
 
+@pytest.mark.slow
 def test_predict_writes_one_row_per_example_in_order(trained: Result) -> None:
     result = run_here("predict", *DIGITS, "--trainer.default_root_dir", root(trained), "--ckpt_path", "best")
     assert result.code == 0, result.err
@@ -140,6 +142,7 @@ def test_last_without_a_run_starts_afresh() -> None:
     assert "training starts afresh" in result.out
 
 
+@pytest.mark.slow
 def test_two_runs_in_a_row_have_folders_of_their_own() -> None:
     runs = [run_here("fit", *DIGITS, "--trainer.max_steps", 3) for _ in range(2)]
     assert [run.code for run in runs] == [0, 0], [run.err for run in runs]
@@ -191,6 +194,7 @@ def test_checkpoints_hold_plain_types(trained: Result) -> None:
         assert all(isinstance(value, torch.Tensor) for value in checkpoint["state_dict"].values())
 
 
+@pytest.mark.slow
 def test_bf16_trains_on_a_cpu() -> None:
     result = run_here("fit", *DIGITS, *CSV, *BF16, "--trainer.max_epochs", 5)
     assert result.code == 0, result.err

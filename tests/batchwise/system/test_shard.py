@@ -43,6 +43,7 @@ def test_fsdp_is_one_process_and_checkpoints_serve_both() -> None:
     assert furthest(last, whole) < 1e-5
 
 
+@pytest.mark.slow
 def test_layers_are_not_cut() -> None:
     key = "--trainer.strategy.init_args"
     sizes = (f"{key}.data_parallel_size", 1, f"{key}.tensor_parallel_size", 2)

@@ -87,6 +87,7 @@ def test_clipping_waits_for_nothing(clip, as_on_a_gpu):
     assert waits(*digits(), gradient_clip_val=clip) == {0}
 
 
+@pytest.mark.slow
 def test_what_waits_is_seen(as_on_a_gpu, monkeypatch):
     """So that the tests above can fail."""
     monkeypatch.setattr(device, "GO_ON", ())

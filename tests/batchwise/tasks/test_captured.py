@@ -69,6 +69,7 @@ def test_training_stops_after_too_many_skipped_steps(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("reason", UNFIT)
+@pytest.mark.slow
 def test_what_cannot_be_captured_is_ordinary_and_said_once(
     reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -52,6 +52,7 @@ def test_balanced_gives_each_class_the_same_weight_in_all() -> None:
     torch.testing.assert_close(task.weights * counts, torch.full((10,), 125.9))
 
 
+@pytest.mark.slow
 def test_an_evaluation_has_the_weights_of_the_checkpoint() -> None:
     """It does not read the training examples."""
     arguments = (*DIGITS, *CSV, "--model.network.hidden_features", "[]", "--model.class_weights", "balanced")

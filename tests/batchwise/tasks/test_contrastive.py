@@ -390,6 +390,7 @@ def weight(index: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 4, 1])
+@pytest.mark.slow
 def test_an_example_without_weight_is_none(micro_batch_size: int | None) -> None:
     data = Holes(batch_size=SIZE, micro_batch_size=micro_batch_size)
     task = Contrastive(small.network(), SupCon(), optimizer=small.adamw)

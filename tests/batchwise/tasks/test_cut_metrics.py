@@ -276,6 +276,7 @@ def test_devices_may_hold_unequal_numbers_of_elements(config: Callable[[str], tu
         assert mine == pytest.approx(theirs, abs=1e-12), column
 
 
+@pytest.mark.slow
 def test_a_metric_that_is_wrong_over_several_devices_is_refused(config: Callable[[str], tuple[str, str]]) -> None:
     assert run_here("fit", *config("Unmerged"), *CSV, "--name", "one").code == 0
     several = run_process("fit", *config("Unmerged"), *CSV, *TWO, "--name", "several")

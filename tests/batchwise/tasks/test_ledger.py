@@ -25,6 +25,7 @@ def trained(optimizer: Any, folder: Path, **settings: Any) -> tuple[Any, Any, st
 
 @pytest.mark.parametrize("rows", [1000, 20])
 @pytest.mark.parametrize("optimizer", [adamw, sgd])
+@pytest.mark.slow
 def test_a_step_that_the_device_skips_is_that_which_the_host_skips(
     optimizer: Any, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -377,6 +377,7 @@ def test_fused_sgd_trains_where_a_parameter_has_no_gradient(momentum: dict[str, 
 
 
 @pytest.mark.parametrize("precision", ["64-true", "32-true", "bf16-true"])
+@pytest.mark.slow
 def test_nadam_resumes_exactly(precision: str) -> None:
     """It counts in a type of its own, which PyTorch rounds to that of the weights when it loads a state."""
     settings: dict[str, Any] = {"precision": precision, "enable_checkpointing": True, "max_epochs": 3}

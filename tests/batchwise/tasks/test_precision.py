@@ -139,6 +139,7 @@ def test_matmul_precision() -> None:
         torch.set_float32_matmul_precision(before)
 
 
+@pytest.mark.slow
 def test_training_is_as_good_as_in_float32() -> None:
     def accuracy(way: str) -> float:
         return trained(way, steps=78, lr=0.1)[1].callback_metrics["val/accuracy"].item()  # six epochs

@@ -122,6 +122,7 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(where: st
         assert max(abs(ours[step] - theirs[step]) for step in theirs) < 1e-12
 
 
+@pytest.mark.slow
 def test_the_limit_is_kept_over_a_resume() -> None:
     run = (*FIT, *fragile(most=30))
     first = run_here(*run, "--trainer.max_steps", 15)
@@ -149,6 +150,7 @@ def test_out_of_memory_keeps_ghost_batches_whole(batch_size: int) -> None:
 
 
 @pytest.mark.parametrize(("ghost", "most", "smallest"), [((), 0, 1), (("--model.ghost_batch_size", 16), 10, 20)])
+@pytest.mark.slow
 def test_what_cannot_be_cut_further_stops_with_one_line(ghost: tuple, most: int, smallest: int) -> None:
     result = run_here(*FIT, *fragile(most=most, norm=str(bool(ghost)).lower()), *ghost)
     assert result.code == 1
@@ -307,6 +309,7 @@ def skipped() -> list[tuple[int, list[int]]]:
 
 @pytest.mark.parametrize("micro_batch_size", [None, 3])
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, 77], ids=["nan", "inf", "gradient only"])
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_is_left_out(
     poison: float, micro_batch_size: int | None, capsys: pytest.CaptureFixture
 ) -> None:
