@@ -49,10 +49,11 @@ SHORT = {
 }
 """What makes a run as short as a test has to be."""
 
-SLOW = ("ddp.yaml", "text.yaml", "README.md: Choosing the batch")
+SLOW = ("README.md: Choosing the batch",)
 WEEKLY = (
     "fsdp.yaml", "tasks.md: LoRA", "tasks.md: Hugging Face", "multi-device.md: More devices, more machines",
     "data.md: Cross-validation and groups", "lightning.md: One file, without this project",
+    "contrastive.md: Digits of the same class are to be alike", "ddp.yaml", "text.yaml",
 )  # fmt: skip
 
 LOOP = re.compile(r"^for (\w+) in ([^;\n]+); do\n  (.*)\ndone$", re.MULTILINE)

@@ -13,7 +13,7 @@ from jupyter_client import AsyncKernelManager
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_quickstart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]))
     notebook = nbformat.read(ROOT / "docs" / "quickstart.ipynb", as_version=4)

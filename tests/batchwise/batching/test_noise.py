@@ -234,7 +234,7 @@ FIT = ("fit", *DIGITS, *CSV, "--trainer.max_epochs", 3, "--data.batch_size", 60,
 
 
 @pytest.mark.parametrize("more", [(), BF16, ("--trainer.gradient_clip_val", 0.1)])
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_training_is_the_same_to_the_bit(more: tuple[object, ...]) -> None:
     seen = run_here(*FIT, *more, *callback(every_n_steps=1))
     plain = run_here(*FIT, *more, "--name", "plain")

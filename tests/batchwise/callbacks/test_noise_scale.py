@@ -48,7 +48,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int | N
 
 
 @pytest.mark.parametrize("step", STEPS)
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_stopped_after_any_step(step: int, expected: dict[str, dict[int | None, float]]) -> None:
     assert {"noise_scale_low", "train/loss", "train/accuracy", "val/loss", "gradient_norm"} <= expected.keys()
     assert len(expected["noise_scale_low"]) > 3

@@ -22,7 +22,7 @@ def test_a_cell_is_as_dark_as_its_share_of_its_row() -> None:
     assert common[half] > 1.5 * common[0.0]  # twice 2 of 4
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_it_counts_every_validation_example_once(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
     monkeypatch.setattr(pictures, "draw_confusion", lambda counts: drawn.append(counts) or np.zeros((2, 2, 3), "uint8"))

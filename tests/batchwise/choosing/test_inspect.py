@@ -138,7 +138,7 @@ def test_blank_images_and_a_network_that_cannot_take_them() -> None:
 
 
 @pytest.mark.usefixtures("planted")
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_batches_unlike_the_data_are_found() -> None:
     assert found(inspect_planted("sorted")) == ["nothing wrong"]  # as they are shuffled
     (line,) = found(inspect_planted("sorted", "--data.order", "batchwise.batching.order.Sequential"))

@@ -124,7 +124,7 @@ def test_a_run_says_what_it_chose_and_computes_the_same(monkeypatch: pytest.Monk
     assert more.folder == fast.folder
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_keys_of_the_trainer_change_speed_alone() -> None:
     common = (*SHORT, *CONVNET, "--trainer.precision", "64-true")
     plain = run_here(*common)
@@ -199,7 +199,7 @@ def test_several_processes_started_at_once_cannot_measure(monkeypatch: pytest.Mo
     assert "several processes were started at once" in result.err
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_a_resume_in_another_memory_format_is_exact() -> None:
     """Fused kernels walk over memory, so the optimizer's state must have the format of the parameters."""
     constant = ("--model.schedule.shape", "constant", "--model.schedule.warmup", 0)

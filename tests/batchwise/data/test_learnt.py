@@ -146,7 +146,7 @@ def test_the_order_of_labels(labels: tuple[str, ...]) -> None:
     assert sorted_labels(reversed(labels)) == ORDERS[labels]
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_the_order_does_not_depend_on_the_interpreter() -> None:
     code = "from batchwise.data.labels import sorted_labels; print(sorted_labels(['1', '01', '001', '2', '02', '10']))"
     src = str(Path(__file__).parents[3] / "src")

@@ -259,7 +259,7 @@ data:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_on_the_command_line_and_two_processes() -> None:
     """The plan has a line for it, and two processes get the weights of one."""
     Path("mixed.yaml").write_text(MIXED)

@@ -163,7 +163,7 @@ def test_adapters_of_peft(tmp_path: Path) -> None:
     assert furthest(again, whole) == 0
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_on_the_command_line() -> None:
     small = (*DIGITS, *CSV, "--model.network.hidden_features", "[64]", "--model.schedule", "{shape: constant}")
     first = run_here("fit", *small, "--trainer.max_steps", 3, "--name", "first")

@@ -147,7 +147,7 @@ def test_one_value_per_channel_does_not_divide_by_zero():
 
 @given(examples=st.integers(1, 300), unit=st.integers(2, 40))
 @settings(deadline=None, max_examples=300)
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_the_layer_and_the_plan_cut_a_batch_alike(examples, unit):
     parts = BatchPlan(examples, examples, micro_batch_size=unit, unit=unit).parts(0, 0)
     layer = GhostBatchNorm(1, unit, eps=1e-12).double()

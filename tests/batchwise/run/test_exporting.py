@@ -121,6 +121,7 @@ def agrees(trained: Trained, run: Any, inputs: Any) -> None:
     "kind",
     [pytest.param(kind, marks=[pytest.mark.weekly] * (kind in ("folder", "labelled", "text"))) for kind in KINDS],
 )
+@pytest.mark.weekly
 def test_the_file_gives_what_the_task_gives(kind: str) -> None:
     make, new = KINDS[kind]
     settings = make()

@@ -33,7 +33,7 @@ WAYS: dict[str, tuple[object, ...]] = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_what_is_printed_can_be_pasted(way: str) -> None:
     Path("my digits.yaml").write_text(Path(DIGITS_FILE).read_text())
     Path("short.yaml").write_text(
@@ -51,7 +51,7 @@ def test_what_is_printed_can_be_pasted(way: str) -> None:
         assert "test/accuracy" in result.out or "resuming after step" in result.out
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_a_parameter_that_is_frozen_in_training_on_two_devices() -> None:
     Path("freezes.py").write_text(FREEZES)
     fit = ("fit", *DIGITS, *CSV, "--trainer.max_epochs", 3, "--trainer.callbacks", "freezes.Freeze", *TWO)

@@ -575,7 +575,7 @@ def test_files_that_need_no_copy_need_no_cache() -> None:
     assert set(files().values()) == {0}
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_write_train_and_refuse_other_data(tmp_path: Path) -> None:
     settings = ("--data.inputs", "inputs", "--data.target", "targets")
     folder = ("--data.path", "digits", *settings, "--trainer.max_epochs", 1)

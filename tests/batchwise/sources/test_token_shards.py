@@ -41,7 +41,7 @@ def test_blocks_are_those_of_the_text(packing: str, document_mask: bool) -> None
     assert "document" in data.decode(data.examples("train", 1).inputs[0])
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_training_writes_text() -> None:
     made("cut")
     files = ("--data.files", "text.txt", "--data.delimiter", "\n\n", "--data.sequence_length", 32)

@@ -87,7 +87,7 @@ def test_processes_micro_batches_and_resume() -> None:
         assert furthest(whole, result) < 1e-12
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_yaml_of_the_documents_and_inspect() -> None:
     """The lines of docs/data.md train, and `inspect` shows what they do."""
     blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.DOTALL)
@@ -102,7 +102,7 @@ def test_yaml_of_the_documents_and_inspect() -> None:
     assert (looked.folder / "inspect.png").stat().st_size > 20000
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_pairs_and_ghost_batches_of_an_odd_size() -> None:
     """Ghost batches of 5 and pairs: ten examples stay together; and a module of PyTorch draws in between."""
     augment = (

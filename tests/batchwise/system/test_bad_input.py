@@ -318,6 +318,6 @@ def test_changing_the_class_forgets_the_settings_of_the_old(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("fresh", [True, False], ids=["a new interpreter", "forked"])
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_as_a_process(fresh: bool) -> None:
     fails(run_process(*FIT, "--data.batch_size", "0", fresh=fresh), "data.batch_size is 0")

@@ -121,7 +121,7 @@ class Pretrained(Classification):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_the_callback_of_lightning_on_two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     """DDP does not know the parameters that were frozen when it wrapped the module."""
     Path("later.py").write_text(LATER)

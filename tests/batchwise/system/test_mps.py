@@ -51,7 +51,7 @@ def test_the_command_line_takes_the_device(precision):
     assert all(value.device.type == "cpu" for value in result.checkpoint()["state_dict"].values())
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_a_checkpoint_of_the_host_goes_on_and_is_evaluated_there():
     last = run_here("fit", *SHORT).folder / "checkpoints" / "last.ckpt"
     auto = ("--trainer.accelerator", "auto")

@@ -285,7 +285,7 @@ def test_a_metric_that_is_wrong_over_several_devices_is_refused(config: Callable
     assert "Traceback" not in several.err
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_a_metric_that_exchanges_its_states_itself_is_left_alone(config: Callable[[str], tuple[str, str]]) -> None:
     one = run_here("fit", *config("Exchanging"), *CSV, "--name", "one")
     several = run_process("fit", *config("Exchanging"), *CSV, *TWO, "--name", "several")

@@ -139,7 +139,7 @@ def predictions(result: Result, file: str) -> list[dict[str, float]]:
         return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(opened)]
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_it_learns_and_predicts_on_any_devices(lines: tuple[object, ...]) -> None:
     fitted = run_here("fit", *lines, "--trainer.max_epochs", 60)
     assert fitted.code == 0, fitted.err
