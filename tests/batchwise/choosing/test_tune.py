@@ -517,7 +517,7 @@ def test_two_devices_agree_and_nothing_is_changed(tmp_path: Path) -> None:
     """One of them runs out of memory."""
     (tmp_path / "watched.py").write_text(WATCHED)
     two = (*TWO, "--model", "watched.Small", "--model.network", MLP_16, "--data.eval_batch_size", 50)
-    result = run_process("tune", *DIGITS, *CSV, *two, OMP_NUM_THREADS="1", PYTHONPATH=str(tmp_path), timeout=100)
+    result = run_process("tune", *DIGITS, *CSV, *two, OMP_NUM_THREADS="1", PYTHONPATH=str(tmp_path), timeout=300)
     assert result.code == 0, result.err
     assert [Path(f"same-{rank}").read_text() for rank in (0, 1)] == ["True", "True"]
     tried = [list(dict.fromkeys(Path(f"sizes-{rank}").read_text().split())) for rank in (0, 1)]
