@@ -49,7 +49,6 @@ SHORT = {
 }
 """What makes a run as short as a test has to be."""
 
-SLOW = ("README.md: Choosing the batch",)
 WEEKLY = (
     "fsdp.yaml", "tasks.md: LoRA", "tasks.md: Hugging Face", "multi-device.md: More devices, more machines",
     "data.md: Cross-validation and groups", "lightning.md: One file, without this project",
@@ -87,7 +86,7 @@ RUN = " ".join(command for section in SECTIONS.values() for command in section)
 
 def marked(name: str) -> Any:
     """Return a case with its mark. Of commands, only those of README run with the other quick tests."""
-    slow = name in SLOW or (name in SECTIONS and not name.startswith("README.md"))
+    slow = name in SECTIONS and (not name.startswith("README.md") or name.endswith("Choosing the batch"))
     return pytest.param(name, marks=[pytest.mark.weekly] if name in WEEKLY else [pytest.mark.slow] if slow else [])
 
 

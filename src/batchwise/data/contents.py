@@ -49,7 +49,7 @@ def contents_of(fetch: Fetch) -> dict[str, Any] | None:
 
 
 def others(split: str, old: dict[str, Any] | None, new: dict[str, Any] | None) -> Iterator[str]:
-    """Yield what has changed in the examples of a split. Without both summaries, yield nothing."""
+    """Yield one line for each thing that has changed in a split. If a summary is missing, yield nothing."""
     if old is None or new is None:
         return
     if old["examples"] != new["examples"]:

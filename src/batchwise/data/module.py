@@ -247,7 +247,7 @@ class DataModule(Learning):
         return max(self.__restored_step, self.trainer.global_step if self.trainer else 0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position, the batch sizes, the fingerprint, a summary of the examples, and what was learnt."""
+        """Return what a resume needs, and what it compares."""
         return super().state_dict() | {
             "step": self.position(),
             "changes": [list(change) for change in self.plan.changes] if self.plan else [],

@@ -148,8 +148,8 @@ def eval_loader(
         fetch: its examples.
         most: examples on one device at once.
         batch_size: the same where the user has set it. Else a batch of `limit` is one of `EVAL_BATCH`, because which
-            examples are evaluated must not depend on devices and micro-batches. A smaller `most`, which limits the
-            tokens, is a batch itself: Lightning takes no more items than `limit`.
+            examples are evaluated must not depend on devices and micro-batches. If tokens are limited, `most` may be
+            smaller. Then it is the batch, because Lightning takes no more items than `limit`.
         replicas: number of devices, and of this one.
         limit: the trainer's limit: so many batches, or a share of the split; None: all.
     """

@@ -42,7 +42,7 @@ def compile_network(network: nn.Module, device: torch.device) -> bool:
 
 
 def do_not_compile(network: nn.Module) -> None:
-    """Undo what `compile_network` did to a network, perhaps for an earlier training."""
+    """Undo `compile_network`. It changes nothing else, such as what the user has compiled."""
     if isinstance(network._compiled_call_impl, _Compiled):
         network._compiled_call_impl = None
 

@@ -173,8 +173,8 @@ def recipe(
     plain = copy.deepcopy(config)
     size = plain["data"].get("init_args", {}).pop("batch_size", None)
     reference = model._rates.scaling.reference or (data.plan and data.plan.batch_size) or size
-    keys = ("accelerator", "precision", "channels_last", "compile", "threads")
-    keys += ("gradient_clip_val", "gradient_clip_algorithm")
+    clipping = ("gradient_clip_val", "gradient_clip_algorithm")
+    keys = ("accelerator", "precision", "channels_last", "compile", "threads", *clipping)
     parts = [plain["model"], reference, plain["data"], {key: plain["trainer"].get(key) for key in keys}]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
 

@@ -30,7 +30,7 @@ def write_shards(data: DataModule, folder: Path, mib: float) -> Index:
     The examples of a split are shuffled, so that each file is a random part of it. They are as `load` gives them,
     before `transform`: columns `inputs` and `targets`, or `inputs.key` where they are nested. Where the method `stored`
     of the data module returns columns, as for a folder of images, it is these. Class numbers become names if there are
-    any. A file is a shard only when all are complete, so that no index is ever made of a part of the data.
+    any. The files become shards once all are complete: else an index could be made of a part of the data.
 
     Args:
         data: has been set up.

@@ -123,10 +123,11 @@ class Shards(DataModule):
             return tuple(inputs)
         target = values[self.target]
         if isinstance(target, list):
-            if self.class_names is None:
+            names = self.class_names
+            if names is None:
                 raise ValueError(f"data.target '{self.target}' holds bytes, which are no labels: override `fields`")
             labels = [bytes(label).decode() for label in target]
-            return *inputs, torch.from_numpy(label_numbers(labels, self.class_names or (), f"column '{self.target}'"))
+            return *inputs, torch.from_numpy(label_numbers(labels, names, f"column '{self.target}'"))
         numbers = torch.from_numpy(target)
         return *inputs, numbers.float() if numbers.is_floating_point() else numbers.long()
 

@@ -28,7 +28,7 @@ class Finite:
     def __init__(self, most: int) -> None:
         self.most = most
         self.skipped_in_a_row = 0
-        self._step, self._before = -1, 0
+        self._step, self._before = -1, 0  # the newest step that was noted, and `skipped_in_a_row` before it
         self.has_scaler = False
         """Whether gradients are scaled, and checked, by the trainer's precision plugin."""
         self.is_on_host = False
