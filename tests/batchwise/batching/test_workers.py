@@ -4,25 +4,11 @@ import random
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Dataset, get_worker_info
+from squares import REQUESTS, Squares, asked, pair, read
+from torch.utils.data import get_worker_info
 
 from batchwise.batching.fetch import DataError, InMemory, Request
 from batchwise.batching.workers import Workers
-
-REQUESTS = [[3, 1], [0], [4, 4, 2], [1]]
-
-
-class Squares(Dataset):
-    """Example i is `make(i)`."""
-
-    def __init__(self, make, length: int = 5) -> None:
-        self.make, self.length = make, length
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, i: int):
-        return self.make(i)
 
 
 class AtOnce(Squares):
@@ -32,29 +18,6 @@ class AtOnce(Squares):
     def __getitems__(self, indices: list[int]):
         assert all(type(i) is int for i in indices)
         return [(*self.make(i), len(indices)) for i in indices]
-
-
-def pair(i: int) -> tuple[torch.Tensor, int]:
-    return torch.full((2, 3), float(i)), i * i
-
-
-def asked(*requests: list[int]) -> list[Request]:
-    """The micro-batches in requests of two."""
-    pairs = [requests[i : i + 2] for i in range(0, len(requests), 2)]
-    return [
-        Request(
-            torch.tensor([i for part in pair for i in part]),
-            [len(part) for part in pair],
-            [100 * number + place for place in range(len(pair))],
-        )
-        for number, pair in enumerate(pairs)
-    ]
-
-
-def read(fetch, requests=REQUESTS) -> list[tuple]:
-    read = list(fetch.stream(asked(*requests)))
-    assert all(weights is None for _, weights in read)
-    return [fields for fields, _ in read]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -69,10 +32,10 @@ def test_workers_read_a_data_set_in_order(num_workers):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_whole_micro_batch_is_asked_for_at_once(num_workers):
-    for request, (x, y, asked) in zip(REQUESTS, read(Workers(AtOnce(pair), num_workers)), strict=True):
+    for request, (x, y, together) in zip(REQUESTS, read(Workers(AtOnce(pair), num_workers)), strict=True):
         assert x[:, 0, 0].tolist() == request
         assert y.tolist() == [i * i for i in request]
-        assert asked.tolist() == [len(request)] * len(request)
+        assert together.tolist() == [len(request)] * len(request)
 
 
 def worker_of(i: int) -> tuple[int, int]:
