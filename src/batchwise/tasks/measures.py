@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from copy import deepcopy
 from itertools import groupby
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -80,17 +81,14 @@ class Measures:
                 metrics = MetricCollection(metrics)  # type: ignore[arg-type]
             if not isinstance(metrics, MetricCollection):
                 raise ValueError(f"make_metrics gave a {type(metrics).__name__}: return torchmetrics.MetricCollection")
-            if "loss" in metrics:
-                raise ValueError("make_metrics has a metric 'loss', which is the name of the mean loss: rename it")
-            if both := set(self.terms.names or ()) & {str(name) for name in metrics}:
-                raise ValueError(f"{both.pop()} is the name of a term of the loss and of a metric: rename one of them")
+            self.terms.refuse_names({str(name) for name in metrics})
             if metrics._enable_compute_groups is True:
                 # torchmetrics would join metrics whose states are equal after the first update, perhaps by chance.
                 metrics = MetricCollection(dict(metrics.items()), compute_groups=False)  # type: ignore[arg-type]
             self.metrics, self.found = metrics, None
             self._mean = next((str(name) for name, one in metrics.items() if isinstance(one, MeanMetric)), None)
             feeds = True in self.fed or not self.rehearsed
-            single = {name: metric.clone() for name, metric in metrics.items() if feeds and not is_table(metric)}  # type: ignore[misc]
+            single = {name: deepcopy(metric) for name, metric in metrics.items() if feeds and not is_table(metric)}  # type: ignore[misc]
             self.step_metrics = MetricCollection(single, compute_groups=False) if single else None  # type: ignore[arg-type]
             self.to(device)
 
@@ -161,7 +159,7 @@ class Measures:
         given = [value.to(widest(value.device)) if _is_narrow(value) else value for value in values]
         try:
             metrics.update(*given)
-        except (ValueError, RuntimeError, TypeError, IndexError) as error:
+        except (ValueError, RuntimeError, TypeError, LookupError, AttributeError) as error:
             if is_out_of_memory(error):
                 raise
             shapes = ", ".join(described(value) for value in values)

@@ -57,6 +57,7 @@ def try_metrics(task: "Task", data: DataModule, split: str) -> None:
             stacklevel=2,
         )
     if values is not None:
+        measures.terms.refuse_names(set(values))
         single = [name for name, value in numbers(values).items() if value.numel() == 1]
         measures.found = single + [name for name, value in values.items() if value is None]  # of more examples, perhaps
         _name_what_is_left_out(values, measures.found, dict(metrics.items()))  # type: ignore[arg-type]

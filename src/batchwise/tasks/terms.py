@@ -69,6 +69,13 @@ class Terms:
         self.epoch: Tensor | None = None
         """Sums since the epoch began, over all devices."""
 
+    def refuse_names(self, metrics: set[str]) -> None:
+        """Raise ValueError if one of the names of metrics, or of what they give, is that of a loss."""
+        if "loss" in metrics:
+            raise ValueError("make_metrics has a metric 'loss', which is the name of the mean loss: rename it")
+        if both := metrics & set(self.names or ()):
+            raise ValueError(f"{both.pop()} is the name of a term of the loss and of a metric: rename one of them")
+
     # What `losses` gives
 
     def parts(self, task: "Task", batch: MicroBatch, given: Any) -> Parts:

@@ -10,13 +10,14 @@ import pytest
 import torch
 from helpers import CSV, TWO, run_here, run_process
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from sklearn.metrics import f1_score
 from small import Memory, Points, adamw, fit, trainer
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassConfusionMatrix, MulticlassROC
 from torchmetrics.regression import MeanSquaredError, PearsonCorrCoef, R2Score
-from torchmetrics.wrappers import ClasswiseWrapper, MinMaxMetric
+from torchmetrics.wrappers import ClasswiseWrapper, MinMaxMetric, MultitaskWrapper
 
 from batchwise import DataModule, MicroBatch, Task
 from batchwise.tasks import measures
@@ -414,6 +415,16 @@ WRONG = {
         lambda task, logits, losses, batch: task.measure(losses.mean()),
         "gives one number, and the metric 'ce' would count each micro-batch alike",
     ),
+    "a dict": (
+        lambda: MulticlassAccuracy(3),
+        lambda task, logits, losses, batch: task.measure({"kind": logits}, {"kind": batch.targets}),
+        r"cannot take what self\.measure gives \(a dict, a dict\)",
+    ),
+    "a wrapper gives loss": (
+        lambda: MultitaskWrapper({"loss": MulticlassAccuracy(3)}),
+        lambda task, logits, losses, batch: task.measure({"loss": logits}, {"loss": batch.targets}),
+        "a metric 'loss', which is the name of the mean loss",
+    ),
     "no metrics": (lambda: 3, None, "make_metrics gave a int: return torchmetrics.MetricCollection"),
 }
 
@@ -489,6 +500,37 @@ def test_several_values_are_named_and_what_wrappers_give_may_be_monitored(tmp_pa
     names = made.lightning_module.metric_names()  # type: ignore[union-attr]
     assert {"val/max", "val/min", "val/raw"} <= set(names)
     assert not {"val/each", "val/range", "val/confusion"} & set(names)
+
+
+class Heads(Task):
+    """Two outputs, with a loss and a metric each."""
+
+    def losses(self, batch: MicroBatch) -> dict[str, Tensor]:
+        outputs = self(batch.inputs)
+        found, true = {"kind": outputs, "first": outputs[:, 0]}, {"kind": batch.targets, "first": batch.inputs[:, 0]}
+        self.measure(found, true)  # type: ignore[arg-type]
+        kind = nn.functional.cross_entropy(outputs, batch.targets, reduction="none")
+        return {"kind": kind, "first": (found["first"] - true["first"]).square()}
+
+    def make_metrics(self, outputs: Tensor) -> Any:
+        return MultitaskWrapper({"kind": MulticlassAccuracy(3), "first": MeanSquaredError()}, postfix="_metric")
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_each_output_has_a_metric_of_its_own(size: int, tmp_path: Path) -> None:
+    log = CSVLogger(tmp_path)
+    torch.manual_seed(1)
+    task, data = Heads(nn.Linear(5, 3).double(), optimizer=adamw), Points(micro_batch_size=size, eval_batch_size=size)
+    fit(task, data, max_epochs=1, logger=log, log_every_n_steps=1)
+    with (Path(log.log_dir) / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    names = {name.partition("/")[2] for name in rows[0] if name.startswith(("train/", "val/"))}
+    assert names >= {"kind", "first", "kind_metric", "first_metric"}
+    for split in ("train", "val"):  # the term of one is the mean square that the metric of the other measures
+        each = [row for row in rows if row[f"{split}/first"]]
+        assert each
+        for row in each:
+            assert float(row[f"{split}/first_metric"]) == pytest.approx(float(row[f"{split}/first"]), rel=1e-12)
 
 
 class Late(Metric):
