@@ -17,10 +17,12 @@ from batchwise.batching.gradients import weighted_sum
 from batchwise.batching.loader import MicroBatch
 from batchwise.data.augmentation import Augmentation
 from batchwise.data.module import DataModule
+from batchwise.errors import Mistake
 from batchwise.models import place
 from batchwise.models.compiled import parts_watched
 from batchwise.models.kept import home_of, kept_buffers, kept_modes
 from batchwise.models.norm import batchnorms
+from batchwise.tasks.measures import MetricError
 from batchwise.tasks.memory import is_out_of_memory
 from batchwise.tasks.passes import seed_generator
 from batchwise.tasks.terms import Parts
@@ -188,16 +190,21 @@ def dtype_of(network: nn.Module) -> torch.dtype:
 def _call(task: "Task", part: MicroBatch, player: tuple[str, ...]) -> Parts:
     place.current = place.Place(KEY, part.position, False, len(part))
     try:
-        return task._measures.terms.parts(task, part, task.losses(part, *player))
-    except (RuntimeError, IndexError) as error:
-        if is_out_of_memory(error):
+        given = task.losses(part, *player)
+    except (MetricError, Mistake):
+        raise
+    except (RuntimeError, IndexError, ValueError, TypeError) as error:
+        tuple_meant = "MicroBatch' object is not subscriptable" in str(error) or "iterable MicroBatch" in str(error)
+        if is_out_of_memory(error) or (isinstance(error, TypeError) and not tuple_meant):
             raise
+        remedy = ": write batch.inputs and batch.targets" * tuple_meant
         frames = [one for one in traceback.extract_tb(error.__traceback__) if "site-packages" not in one.filename]
         raise ValueError(
             f"{type(task).__name__}.losses fails on a few examples: "
-            f"{(str(error) or type(error).__name__).splitlines()[0]} "
+            f"{(str(error) or type(error).__name__).splitlines()[0]}{remedy} "
             f"({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
         ) from error
+    return task._measures.terms.parts(task, part, given)
 
 
 def _close(one: Tensor, other: Tensor, same: bool = False) -> bool:

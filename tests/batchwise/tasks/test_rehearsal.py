@@ -47,7 +47,20 @@ def noisy(task: Task, batch: MicroBatch) -> Tensor:
     return F.cross_entropy(task(batch.inputs + torch.randn_like(batch.inputs)), batch.targets, reduction="none")
 
 
+def unpacked(task: Task, batch: Any) -> Tensor:
+    inputs, targets = batch
+    return F.cross_entropy(task(inputs), targets, reduction="none")
+
+
+WRITE = r"write batch\.inputs and batch\.targets \(test_rehearsal\.py, line \d+\)$"
 FAULTS = {
+    "a tuple": (unpacked, network, r"Own\.losses fails on a few examples: cannot unpack .*" + WRITE),
+    "a dict": (lambda task, batch: batch["label"], network, "object is not subscriptable: " + WRITE),
+    "another shape": (
+        lambda task, batch: F.binary_cross_entropy(task(batch.inputs).sigmoid(), batch.targets.double()),
+        network,
+        r"Own\.losses fails on a few examples: Using a target size .*test_rehearsal\.py, line \d+\)$",
+    ),
     "coupled": (coupled, network, "another loss when other examples are in its micro-batch"),
     "a mean": (lambda task, batch: each(task, batch).mean(), network, r"the shape \[\] for 12 examples"),
     "a mean of one": (lambda task, batch: each(task, batch).mean()[None], network, r"the shape \[1\] for 12 examples"),
