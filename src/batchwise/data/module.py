@@ -205,6 +205,7 @@ class DataModule(Learning):
         """Seconds so far in which training waited for examples."""
         return self.__loader.waited if self.__loader else 0.0
 
+    @final
     def train_dataloader(self) -> TrainLoader:
         """Return the loader that yields one `Batch` per optimizer step."""
         plan, schedule = self.__plan, self.batch_size_schedule
@@ -216,14 +217,17 @@ class DataModule(Learning):
         self.__loader = loader
         return loader
 
+    @final
     def val_dataloader(self) -> EvalLoader | list:
         """Return this device's shard of the validation split."""
         return self.__eval_loader("val")
 
+    @final
     def test_dataloader(self) -> EvalLoader | list:
         """Return this device's shard of the test split."""
         return self.__eval_loader("test")
 
+    @final
     def predict_dataloader(self) -> EvalLoader | list:
         """Return this device's shard of the predict split."""
         return self.__eval_loader("predict")

@@ -2,6 +2,9 @@
 
 from inspect import isfunction
 
+LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader")
+"""Methods of Lightning's data modules that the engine keeps."""
+
 
 class Reserved:
     """A base class whose methods are not replaced by accident.
@@ -19,7 +22,8 @@ class Reserved:
         super().__init_subclass__(**kwargs)
         for name in vars(cls):
             if any(is_final(vars(base).get(name)) for base in cls.__mro__[1:]):
-                raise TypeError(f"{cls.__name__}.{name} replaces what its base class uses: choose another name")
+                remedy = "return the examples in load" if name in LOADERS else "choose another name"
+                raise TypeError(f"{cls.__name__}.{name} replaces what its base class uses: {remedy}")
 
     def __setattr__(self, name: str, value: object) -> None:
         """Set an attribute, but not in the place of a method.

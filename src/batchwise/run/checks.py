@@ -31,6 +31,8 @@ def load(trainer: Trainer, model: Task, data: DataModule, stage: str, checkpoint
     with mistakes():
         data.prepare_data()
         data.setup(stage)
+        if stage == "fit" and data.plan is None:
+            raise ValueError(f"{type(data).__name__}.setup made no plan: write super().setup(stage) at its end")
     return True
 
 

@@ -25,6 +25,8 @@ def made(make: Callable[[list], Optimizer], groups: list, key: str = "model.opti
         Mistake: the optimizer refuses an argument, evaluates the loss several times per step, takes sparse gradients,
             or makes groups of its own, in which the factors are lost.
     """
+    if isinstance(make, Optimizer) or not callable(make):
+        raise Mistake(f"{key} is a {type(make).__name__}: write a class or function, such as partial(AdamW, lr=0.001)")
     try:
         optimizer = make(groups)
     except ValueError as error:

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.trainer.connectors.data_connector import _parse_num_batches
 from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor
+from torch.utils.data import RandomSampler
 
 from batchwise.batching.fetch import make_fetch
 from batchwise.batching.loader import TrainLoader
@@ -98,8 +99,16 @@ def test_a_method_that_training_calls_is_not_overridden() -> None:
     for name, value in (("split", lambda self: 1), ("plan", None), ("examples", property(lambda self: 1))):
         with pytest.raises(TypeError, match=f"Mine.{name} replaces what its base class uses"):
             type("Mine", (Points,), {name: value})
+    with pytest.raises(TypeError, match=r"Mine\.val_dataloader replaces what .*: return the examples in load"):
+        type("Mine", (Points,), {"val_dataloader": lambda self: []})
     changed = type("Mine", (Points,), {"labels": lambda self: None, "transform": lambda self, batch, training: batch})
     fit(changed(batch_size=32))
+
+
+@pytest.mark.parametrize("order", [RandomSampler(range(3)), Sequential])
+def test_a_sampler_is_no_order(order: Any) -> None:
+    with pytest.raises(TypeError, match=r"^order is .*(RandomSampler|Sequential).*: write a batchwise\.Order, such as"):
+        Points(order=order)
 
 
 @pytest.mark.parametrize(

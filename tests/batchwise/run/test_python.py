@@ -373,6 +373,24 @@ def test_two_trainings_of_a_script_on_two_devices(launch: list[str]) -> None:
     assert list(Path("runs").glob("*/.*")) == []
 
 
+def test_a_setup_that_ends_with_that_of_the_engine() -> None:
+    class Own(small.Points):
+        ends = False
+
+        def setup(self, stage: str) -> None:
+            self.rows = super().load("train")
+            if self.ends:
+                super().setup(stage)
+
+        def load(self, split: str) -> Any:
+            return self.rows
+
+    with pytest.raises(Mistake, match=r"^Own.setup made no plan: write super\(\).setup\(stage\) at its end$"):
+        trainer(enable_checkpointing=False).fit(new(), Own())
+    Own.ends = True
+    trainer(enable_checkpointing=False).fit(new(), Own())
+
+
 def test_a_monitor_needs_a_direction() -> None:
     task = type("Own", (small.Classify,), {"monitor": ("val/loss", "lowest")})(small.network(), optimizer=small.adamw)
     with pytest.raises(

@@ -1,9 +1,13 @@
 """The optimizer that a task makes."""
 
+from typing import Any
+
 import pytest
 import torch
+from small import fit, network
 from torch import nn
 
+from batchwise.errors import Mistake
 from batchwise.tasks.classification import Classification
 
 
@@ -36,3 +40,18 @@ def test_what_was_asked_for_stays(key: str) -> None:
 def test_optimizers_that_know_no_fused_kernel_are_left_alone() -> None:
     task = Classification(nn.Linear(3, 2), optimizer=torch.optim.RMSprop)
     assert "fused" not in task._new_optimizer().param_groups[0]
+
+
+@pytest.mark.parametrize("kind", ["instance", "dict"])
+def test_an_optimizer_that_is_made_already_is_one_line(kind: str) -> None:
+    net = network()
+    wrong: Any = torch.optim.AdamW(net.parameters()) if kind == "instance" else {"class_path": "torch.optim.AdamW"}
+    task = Classification(net, optimizer=wrong)
+    with pytest.raises(Mistake, match=r"^model.optimizer is a (AdamW|dict): write a class or function, such as"):
+        fit(task)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", {"shape": "cosine"}])
+def test_a_schedule_is_made_before(schedule: Any) -> None:
+    with pytest.raises(TypeError, match=r"^schedule is .*cosine.*: write batchwise\.Schedule, such as"):
+        Classification(network(), schedule=schedule)
