@@ -20,6 +20,20 @@ KINDS = {
     "OpenUnitInterval": "a number above 0 and below 1",
 }
 """What to write for Python's types and for those of `jsonargparse.typing`."""
+USUAL = {
+    "batch_size": "data.batch_size",
+    "epochs": "trainer.max_epochs",
+    "gpus": "trainer.devices",
+    "learning_rate": "model.optimizer.lr",
+    "lr": "model.optimizer.lr",
+    "num_workers": "data.num_workers",
+    "optimizer": "model.optimizer",
+    "resume": "ckpt_path",
+    "resume_from_checkpoint": "ckpt_path",
+    "seed": "seed_everything",
+    "weight_decay": "model.optimizer.weight_decay",
+}
+"""Where a key is that others have elsewhere, by the last part of its name."""
 
 
 def explain(message: str, known: Collection[str] = (), lists: Collection[str] = (), outer: str = "") -> str:
@@ -117,9 +131,13 @@ def _not_of_a_key(line: str, known: Collection[str], outer: str) -> str:
     )
     if unknown is None:
         return line
+    key, last = outer + unknown[1], unknown[1].rpartition(".")[2]
+    line = line.replace(unknown[1], key, 1)
+    if last in USUAL and USUAL[last] != key:
+        return f"{line}; did you mean {USUAL[last]}?"
     meant = sorted((option for option in known if option.startswith(unknown[1])), key=len)[:1]
+    meant = meant or [option for option in known if option.endswith(f".{last}")][:1]
     meant = meant or difflib.get_close_matches(unknown[1], known, n=1)
-    line = line.replace(unknown[1], outer + unknown[1], 1)
-    if not meant and (outer + unknown[1]).startswith(("model.", "data.")):
+    if not meant and key.startswith(("model.", "data.")):
         line += "; a class takes the keys of its base class if its __init__ has **kwargs and passes them on"
     return line + (f"; did you mean {outer}{meant[0]}?" if meant else "")

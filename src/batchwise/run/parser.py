@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, NoReturn, get_origin
 
 import yaml
-from jsonargparse import Namespace, _typehints, set_parsing_settings
+from jsonargparse import Namespace, _typehints, set_loader, set_parsing_settings
+from jsonargparse._loaders_dumpers import get_loader_exceptions, yaml_load
 from jsonargparse._util import import_object
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -33,6 +34,15 @@ set_parsing_settings(
         *("numpy.load", "joblib", "dill", "cloudpickle", "pandas.read_pickle"),
     ]
 )
+
+
+def _load(text: str) -> Any:
+    """Return the value of a flag. YAML takes one that begins with `#` for a comment, and so for null."""
+    value = yaml_load(text)
+    return text if value is None and text.lstrip().startswith("#") else value
+
+
+set_loader("yaml", _load, get_loader_exceptions("yaml"))
 
 
 class Parser(LightningArgumentParser):

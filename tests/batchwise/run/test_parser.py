@@ -38,6 +38,7 @@ class Things:
         shares: list[OpenUnitInterval] | None = None,
         widths: list[PositiveInt] = [1],  # noqa: B006
         count: int = 1,
+        text: str | None = None,
         layer: Layer | None = None,
         layers: list[Layer] | None = None,
     ) -> None:
@@ -110,6 +111,31 @@ def test_out_of_range_in_a_file() -> None:
 def test_null_where_a_number_must_be() -> None:
     assert said("--data.size=null", subclass=False) == "data.size is null: write a whole number of at least 1"
     assert said("--data.size=null") == "data.size is not set: write it"
+
+
+@pytest.mark.parametrize("text", ["#", "## ", "\n# ", "a #b", "~b"])
+def test_a_text_is_no_comment(text: str) -> None:
+    """YAML takes `#` for the beginning of a comment, so that a delimiter of documents was null."""
+    parser = Parser()
+    parser.add_class_arguments(Things, "data")
+    assert parser.parse_args(["--data.size=1", f"--data.text={text}"]).data.text == text
+
+
+USUAL = {
+    "--lr=0.1": "unrecognized arguments: --lr=0.1; did you mean model.optimizer.lr?",
+    "--batch_size=3": "unrecognized arguments: --batch_size=3; did you mean data.batch_size?",
+    "--data.lr=0.1": "Option 'data.lr' is not accepted; did you mean model.optimizer.lr?",
+    "--data.layer={class_path: LAYER, init_args: {width: 1, seed: 2}}": (
+        "Option 'data.layer.seed' is not accepted; did you mean seed_everything?"
+    ),
+    "--model.data.share=1": "unrecognized arguments: --model.data.share=1; did you mean data.share?",
+}
+
+
+@pytest.mark.parametrize(("argument", "line"), USUAL.items(), ids=USUAL.keys())
+def test_keys_that_others_have_elsewhere_are_named(argument: str, line: str) -> None:
+    subclass = not argument.startswith("--model")
+    assert said(argument.replace("LAYER", f"{__name__}.Layer"), subclass=subclass) == line
 
 
 def test_the_ends_of_ranges_are_in_them() -> None:
