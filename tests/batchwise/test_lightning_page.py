@@ -15,7 +15,8 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
 
 PAGE = (Path(__file__).parents[2] / "docs" / "lightning.md").read_text()
-ROWS = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|$", PAGE, re.MULTILINE))
+TABLES = PAGE[PAGE.index("## Flags of the Trainer") : PAGE.index("## A project that you have")]
+ROWS = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|$", TABLES, re.MULTILINE))
 """What the page says of each flag and each callback."""
 STEPS = 21
 """Of the usual training: 3 epochs of 7 steps."""

@@ -27,6 +27,7 @@ import batchwise
 from batchwise.choosing import search, speed
 from batchwise.run.main import main
 from batchwise.sources.digits import read_digits
+from batchwise.tasks.classification import Classification
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -398,6 +399,22 @@ def test_a_class_that_learns() -> None:
     )
     assert first.mean(0).abs().max() < 1e-5
     assert torch.allclose(second, first - 1, atol=1e-5)
+
+
+def test_examples_that_are_dicts_with_their_labels() -> None:
+    """The class of docs/lightning.md, which is tried on a network that takes `input_ids` alone."""
+    names: dict[str, Any] = {"__name__": "example"}
+    exec(code_of("class Labelled"), names)
+
+    class Own(torch.nn.Embedding):
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return super().forward(input_ids).mean(1)
+
+    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "accelerator": "cpu"}
+    trainer = batchwise.Trainer(max_epochs=2, **quiet)
+    trainer.fit(Classification(Own(40, 2)), names["Labelled"](batch_size=16))
+    assert trainer.global_step == 6
+    assert 0 <= trainer.callback_metrics["val/accuracy"] <= 1
 
 
 def test_sounds_in_shards(project: str) -> None:
