@@ -56,6 +56,12 @@ EXACT: dict[type, type[Dropout]] = {nn.Dropout: Dropout} | dict.fromkeys(
 """The layers of PyTorch, and those that stand in for them."""
 
 
+def number_layers(module: nn.Module) -> None:
+    """Give each exact dropout layer a number, so that no two draw the same mask."""
+    for number, layer in enumerate(layer for layer in module.modules() if isinstance(layer, Dropout)):
+        layer.number = number
+
+
 def convert_dropout(network: nn.Module) -> int:
     """Replace PyTorch's dropout layers in a network by exact ones; return their number."""
     found: list[tuple[nn.Module, str, Any]] = [

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from batchwise.errors import Mistake
 from batchwise.models import place
 
 
@@ -104,6 +105,28 @@ def convert_batchnorm(network: nn.Module, ghost_batch_size: int) -> int:
                 setattr(parent, name, ghost)
                 count += 1
     return count
+
+
+def ghosts_of(module: nn.Module) -> list[GhostBatchNorm]:
+    """Return the ghost batch norms of a module."""
+    return [layer for layer in module.modules() if isinstance(layer, GhostBatchNorm)]
+
+
+def unit_of(task: nn.Module, network: nn.Module) -> int:
+    """Return the number of examples that must stay together.
+
+    Args:
+        task: has the network, and perhaps other parts. A teacher in evaluation mode keeps none together.
+        network: counts in any mode, because frozen parts may learn later.
+
+    Raises:
+        Mistake: ghost batches differ in size.
+    """
+    own = set(network.modules())
+    sizes = {layer.ghost_batch_size for layer in ghosts_of(task) if layer in own or layer.training}
+    if len(sizes) > 1:
+        raise Mistake(f"the network has ghost batches of {sorted(sizes)} examples: write one size")
+    return sizes.pop() if sizes else 1
 
 
 def has_batchnorm(network: nn.Module, frozen: Sequence[nn.Module] = ()) -> bool:

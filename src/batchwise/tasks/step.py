@@ -7,15 +7,15 @@ import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from batchwise.batching.gradients import Number, parameters, scale_gradients
 from batchwise.batching.loader import Batch
 from batchwise.batching.random import mix
 from batchwise.models import place
-from batchwise.models.dropout import Dropout
-from batchwise.models.norm import GhostBatchNorm
+from batchwise.models.dropout import number_layers
+from batchwise.models.norm import GhostBatchNorm, ghosts_of, unit_of
 from batchwise.tasks.captured import DEVICES, Captured, why_not
 from batchwise.tasks.finite import Finite
 from batchwise.tasks.hooks import STEP_HOOKS, call_hook, is_ours, listeners, listens, values_are_due
@@ -39,21 +39,15 @@ class Step:
     It is an object of its own, so that no attribute and no hook of a user's subclass can break its state.
 
     Args:
-        network: the network that is trained.
+        task: has the network that is trained, and perhaps other layers.
         max_skipped_steps: a step is skipped if its loss or gradient is not finite. After this many skipped steps in a
             row, training stops. 0: no check (on a GPU, it waits for the device, except for fused optimizers).
     """
 
-    def __init__(self, network: nn.Module, max_skipped_steps: int) -> None:
+    def __init__(self, task: "Task", max_skipped_steps: int) -> None:
+        self._task = task
         self.finite = Finite(max_skipped_steps)
-        self.ghosts = [layer for layer in network.modules() if isinstance(layer, GhostBatchNorm)]
-        sizes = {layer.ghost_batch_size for layer in self.ghosts}
-        if len(sizes) > 1:
-            raise ValueError(f"the network has ghost batches of {sorted(sizes)} examples: write one size")
-        self.unit = sizes.pop() if sizes else 1
-        """Number of examples that must stay together."""
-        for number, layer in enumerate(layer for layer in network.modules() if isinstance(layer, Dropout)):
-            layer.number = number
+        self.ghosts: list[GhostBatchNorm] = []
         self.stop_requested = False
         """If it is set on any device, all devices stop after the same step."""
         self.sums = Sums()
@@ -62,9 +56,13 @@ class Step:
         """The last batch."""
         self.captured = Captured()
         self._kept: dict[Any, Tensor] = {}
-        self._devices = 1
-        self._wrapped: set[int] = set()
+        self._devices, self._wrapped = 1, set[int]()
         self._results: Any = Results(None, True)
+
+    @property
+    def unit(self) -> int:
+        """Number of examples that must stay together."""
+        return unit_of(self._task, self._task.network)
 
     def wrapped(self, task: "Task") -> None:
         """Note which parameters need a gradient when the strategy wraps the module."""
@@ -74,6 +72,8 @@ class Step:
         """Find the hooks that somebody overrides; the step skips all others."""
         trainer = task.trainer
         self._results, self._devices = trainer.fit_loop.epoch_loop._results, trainer.world_size
+        self.ghosts = ghosts_of(task)
+        number_layers(task)
         self.is_heard = not all(map(is_ours, listeners(trainer, STEP_HOOKS)))
         self._hears_zero = bool(listeners(trainer, ["on_before_zero_grad"]))
         self.own_zero, self.own_step = listens(task, "optimizer_zero_grad"), listens(task, "optimizer_step")

@@ -101,7 +101,7 @@ class Task(pl.LightningModule, ABC):
         self._make_optimizer, self._decay_matrices_only = optimizer, decay_matrices_only
         self._tuning = FineTuning(network, init_from, freeze or [], lr_factors or {}, save_frozen)
         self._rates = Rates(schedule, Scaling(reference_batch_size, scaling, scaling_limit, scaling_keeps))
-        self._step = Step(network, max_skipped_steps)
+        self._step = Step(self, max_skipped_steps)
         self._measures = Measures(Terms(coefficients or {}, type(self).counts is not Task.counts))
         self._channels_last = False
         self._own_data: DataModule | None = None  # where there is no trainer: in a trial, and in a task that is loaded

@@ -3,8 +3,7 @@ import torch
 from torch import nn
 
 from batchwise.models import place
-from batchwise.models.dropout import Dropout
-from batchwise.tasks.classification import Classification
+from batchwise.models.dropout import Dropout, number_layers
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +74,7 @@ def test_wrong_probability(p):
         Dropout(p)
 
 
-def test_a_task_numbers_its_dropouts():
-    network = nn.Sequential(Dropout(0.5), Dropout(0.5), nn.Flatten())
-    Classification(network)
-    assert [layer.number for layer in network[:2]] == [0, 1]
+def test_layers_get_numbers():
+    network = nn.Sequential(Dropout(0.5), nn.Sequential(Dropout(0.5)), nn.Flatten())
+    number_layers(network)
+    assert [layer.number for layer in (network[0], network[1][0])] == [0, 1]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
+import small
 import torch
 import torch.nn.functional as F
 from helpers import CSV, DIGITS, TWO, Result, furthest, run_here, run_process
@@ -16,7 +17,7 @@ from torch import nn
 from batchwise.batching.loader import Batch, MicroBatch
 from batchwise.callbacks.checkpoint import Last
 from batchwise.data.module import DataModule
-from batchwise.errors import TrainingStopped
+from batchwise.errors import Mistake, TrainingStopped
 from batchwise.models.dropout import Dropout
 from batchwise.models.norm import GhostBatchNorm
 from batchwise.tasks.step import Step
@@ -426,3 +427,36 @@ def test_two_processes_skip_the_same_step() -> None:
     assert two.out.count("loss or gradient is not finite") == 2
     ours, theirs = two.rows("train/loss_epoch"), one.rows("train/loss_epoch")
     assert max(abs(ours[step] - theirs[step]) for step in theirs) < 1e-12
+
+
+class Headed(small.Classify):
+    """A part of the network is made by the task, with layers that are exact."""
+
+    def __init__(self, **settings) -> None:
+        super().__init__(nn.Sequential(nn.Linear(5, 8), Dropout(0.5)).double(), optimizer=small.adamw, **settings)
+        layers = [nn.Linear(8, 8, bias=False), GhostBatchNorm(8, 4), Dropout(0.5), nn.Linear(8, 3)]
+        self.head = nn.Sequential(*layers).double()
+
+    def forward(self, inputs):
+        return self.head(self.network(inputs))
+
+
+def test_layers_that_a_task_adds_to_its_network_are_exact() -> None:
+    def trained(**sizes: int) -> Task:
+        torch.manual_seed(1)
+        return small.fit(Headed(), small.Points(**sizes))[0]
+
+    whole, cut = trained(), trained(micro_batch_size=4)
+    assert small.furthest(whole, cut) < 1e-12
+    norm, layers = whole.head[1], [whole.network[1], whole.head[2]]  # pyright: ignore[reportIndexIssue]
+    assert norm.running_mean.abs().min() > 0
+    assert [layer.number for layer in layers] == [0, 1]
+
+
+def test_a_teacher_in_evaluation_mode_keeps_no_examples_together() -> None:
+    task = small.Classify(small.network())
+    task.teacher = nn.Sequential(GhostBatchNorm(5, 4), GhostBatchNorm(5, 8)).eval()
+    assert task._step.unit == 1
+    task.teacher.train()
+    with pytest.raises(Mistake, match=r"ghost batches of \[4, 8\] examples: write one size"):
+        _ = task._step.unit
