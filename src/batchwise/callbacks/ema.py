@@ -75,7 +75,7 @@ class EMA(Callback):
         names: dict[int, list[str]] = {}
         tensors: dict[int, Tensor] = {}
         for name, tensor in pl_module.state_dict(keep_vars=True).items():
-            if tensor.is_floating_point():
+            if tensor.is_floating_point() or tensor.is_complex():
                 names.setdefault(id(tensor), []).append(name)
                 tensors[id(tensor)] = tensor.detach()
         self._names, self._current = list(names.values()), list(tensors.values())

@@ -1,5 +1,6 @@
 """Steps whose loss or gradient is not finite."""
 
+import cmath
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,7 +67,7 @@ class Finite:
             for gradient in gradients:
                 total += gradient.sum().item()
             # A sum of large numbers may overflow.
-            return math.isfinite(total) or (
+            return cmath.isfinite(total) or (
                 math.isfinite(sums.loss) and all(bool(gradient.isfinite().all()) for gradient in gradients)
             )
         norms = torch._foreach_norm(gradients)  # pyright: ignore[reportPrivateImportUsage]

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import small
 import torch
 from helpers import CSV, DIGITS, run_here
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 
 from batchwise.callbacks.ema import EMA, RAW
@@ -99,3 +100,34 @@ def test_test_of_best_measures_the_average() -> None:
     losses = [float(re.findall(r"test/loss ([\d.]+)", result.out)[0]) for result in (measured[0], other)]
     assert abs(losses[0] - losses[1]) > 1e-3
     assert Path("raw.ckpt").exists()
+
+
+class Waves(nn.Module):
+    """Its weights are complex numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weights = nn.Parameter(torch.randn(5, 3, dtype=torch.complex128))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return (inputs.to(self.weights) @ self.weights).abs()
+
+
+def test_complex_weights_train_and_are_averaged() -> None:
+    def trained(**sizes: int) -> tuple[Tensor, Tensor]:
+        ema, last = EMA(20), []
+
+        class Look(Callback):
+            def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+                last.append(pl_module.network.weights.detach().clone())
+
+        data = small.Points(**sizes)
+        data.x[17] = torch.nan
+        task, _ = small.fit(small.Classify(Waves(), optimizer=small.adamw), data, callbacks=[ema, Look()])
+        return task.network.weights.detach(), last[0]  # pyright: ignore[reportReturnType]
+
+    (average, last), (cut, _) = trained(), trained(micro_batch_size=3)
+    assert last.isfinite().all()
+    assert (average - last).abs().max() > 1e-3
+    assert (average - cut).abs().max() < 1e-12
