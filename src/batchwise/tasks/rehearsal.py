@@ -255,7 +255,16 @@ def _check_gradients(task: "Task", data: DataModule, batch: MicroBatch, player: 
         return
     if not total.requires_grad:
         raise ValueError(f"{name} gives losses without a gradient: let them follow from the network, without detach()")
-    found = torch.autograd.grad(total, list(learning.values()), allow_unused=True)
+    try:
+        found = torch.autograd.grad(total, list(learning.values()), allow_unused=True)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        said = str(error).splitlines()[0]
+        raise ValueError(f"the backward pass of {name} fails on a few examples: {said}") from error
+    for parameter, gradient in zip(learning, found, strict=True):
+        if gradient is not None and gradient.layout != torch.strided:
+            raise ValueError(f"{parameter} has a sparse gradient, and here they are dense: write sparse=False")
     if bool(total.isfinite()) and any(gradient is not None and bool(gradient.isnan().any()) for gradient in found):
         warnings.warn(
             f"the gradient of a few examples is not a number, although their losses are: where {name} leaves a target "

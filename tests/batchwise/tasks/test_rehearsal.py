@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from small import Classify, Points, adamw, fit, furthest, network, trainer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from batchwise import DataModule, MicroBatch, Task
 from batchwise.batching.ragged import Ragged
@@ -436,3 +437,41 @@ def test_a_loss_divided_by_the_number_of_a_rare_class_is_refused(weighs: bool) -
         return
     with pytest.raises(ValueError, match="return weights in place of dividing by their sum"):
         fit(made(losses), Rare(micro_batch_size=4), max_steps=1)
+
+
+class Sparse(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(8, 3, sparse=True).double()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.table((inputs[:, 0] > 0).long())
+
+
+class Recomputed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 8).double(), nn.Linear(8, 3).double()
+
+    def forward(self, inputs: Tensor) -> Any:
+        return checkpoint(self.last, self.first(inputs), use_reentrant=True)
+
+
+class InPlace(Recomputed):
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.first(inputs).exp()
+        return self.last(hidden.mul_(2))
+
+
+@pytest.mark.parametrize(
+    ("net", "message"),
+    [
+        (Sparse, r"^network\.table\.weight has a sparse gradient, and here they are dense: write sparse=False$"),
+        (Recomputed, r"^the backward pass of Own\.losses fails on a few examples: .*you can either set use_reentrant=False"),
+        (InPlace, r"^the backward pass of Own\.losses fails on a few examples: .*modified by an inplace operation"),
+    ],
+)
+def test_a_backward_pass_that_cannot_be_is_named(net: type[nn.Module], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as raised:
+        fit(made(each, net), Points())
+    assert "\n" not in str(raised.value)
