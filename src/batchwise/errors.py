@@ -39,7 +39,7 @@ def mistakes() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, MisconfigurationException) as error:
-        raise Mistake(str(error)) from error
+        raise Mistake(" ".join(line.strip() for line in str(error).splitlines())) from error
 
 
 def optional(module: str, extra: str) -> Any:

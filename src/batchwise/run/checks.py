@@ -136,8 +136,15 @@ def _check_monitor(trainer: Trainer, model: Task, data: DataModule, thing: Any, 
             f"{name} monitors '{monitor}', but nothing is validated: write one of {', '.join(known)}, or give it a "
             "validation split (trainer.limit_val_batches above 0)"
         )
-    if monitor not in known and not any(map(_logs, [model, *trainer.callbacks])):
+    if monitor not in known and not any(map(_logs, [model, *trainer.callbacks])) and not _names_groups(model):
         raise ValueError(f"{name} monitors '{monitor}', which is not measured: write one of {', '.join(known)}")
+
+
+def _names_groups(model: Task) -> bool:
+    """Return whether a metric of the user's gives a dict: its names, such as those of groups, depend on the examples."""
+    found, metrics = model._measures.found, model._measures.metrics or {}
+    own = [name for name, metric in metrics.items() if not type(metric).__module__.startswith("torchmetrics.")]
+    return found is not None and any(name not in found for name in own)
 
 
 def _logs(thing: Any) -> bool:

@@ -88,7 +88,11 @@ class Measures:
             self.metrics, self.found = metrics, None
             self._mean = next((str(name) for name, one in metrics.items() if isinstance(one, MeanMetric)), None)
             feeds = True in self.fed or not self.rehearsed
-            single = {name: deepcopy(metric) for name, metric in metrics.items() if feeds and not is_table(metric)}  # type: ignore[misc]
+            try:
+                single = {name: deepcopy(metric) for name, metric in metrics.items() if feeds and not is_table(metric)}  # type: ignore[misc]
+            except (TypeError, RuntimeError) as error:
+                said = f"a metric of make_metrics cannot be copied for training ({str(error).splitlines()[0]})"
+                raise ValueError(f"{said}: let it hold only what copy.deepcopy takes") from None
             self.step_metrics = MetricCollection(single, compute_groups=False) if single else None  # type: ignore[arg-type]
             self.to(device)
 

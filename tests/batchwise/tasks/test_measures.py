@@ -2,6 +2,7 @@
 
 import csv
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassConfusionMatrix, MulticlassROC
 from torchmetrics.regression import MeanSquaredError, PearsonCorrCoef, R2Score
-from torchmetrics.wrappers import ClasswiseWrapper, MinMaxMetric, MultitaskWrapper
+from torchmetrics.wrappers import ClasswiseWrapper, MetricTracker, MinMaxMetric, MultitaskWrapper
 
+import batchwise
 from batchwise import DataModule, MicroBatch, Task
+from batchwise.errors import Mistake
 from batchwise.tasks import measures
 from batchwise.tasks.classification import Classification
 from batchwise.tasks.measures import computed, stand_in
@@ -634,3 +637,54 @@ def test_predict_asks_for_no_targets() -> None:
 
     task = Own(nn.Linear(5, 3).double(), optimizer=adamw)
     assert len(trainer().predict(task, datamodule=Alone()) or []) > 0
+
+
+class Groups(Metric):
+    """The accuracy of each class that there is: a dict, whose keys depend on the examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("sums", torch.zeros(2, 9), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, targets: Tensor) -> None:
+        right = (logits.argmax(1) == targets).to(self.sums)
+        self.sums.index_add_(1, 3 * targets, torch.stack([right, torch.ones_like(right)]))  # type: ignore[operator]
+
+    def compute(self) -> Any:
+        return {f"g{group}": right / count for group, (right, count) in enumerate(self.sums.T) if count}  # type: ignore[arg-type]
+
+
+def test_groups_that_the_first_examples_do_not_have_may_be_monitored() -> None:
+    class Sorted(Points):
+        def load(self, split: str) -> Any:
+            order = self.y.argsort()
+            return self.x[order], self.y[order]
+
+    task = with_metrics(lambda: {"each": Groups()})
+    best = ModelCheckpoint(dirpath="kept", monitor="val/g6", mode="max", filename="own")
+    settings: dict[str, Any] = {"accelerator": "cpu", "precision": "64-true", "logger": False}
+    made = batchwise.Trainer(**settings, enable_progress_bar=False, max_epochs=1, callbacks=[best])
+    made.fit(task, Sorted())
+    assert task._measures.found == ["g0"]
+    assert {"val/g0", "val/g3", "val/g6"} < set(made.callback_metrics)
+    assert best.best_model_path
+
+
+class Locked(MulticlassAccuracy):
+    def __init__(self) -> None:
+        super().__init__(3)
+        self.lock = threading.Lock()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: {"acc": Locked()}, "cannot be copied for training (cannot pickle '_thread.lock' object): let it hold"),
+        (lambda: {"acc": MetricTracker(MulticlassAccuracy(3))}, "Value MetricTracker( (0): MulticlassAccuracy() ) belon"),
+    ],
+)
+def test_what_is_no_metric_or_no_copy_is_one_line(make: Any, message: str) -> None:
+    made = batchwise.Trainer(accelerator="cpu", precision="64-true", logger=False, enable_progress_bar=False)
+    with pytest.raises(Mistake, match=re.escape(message)) as raised:
+        made.fit(with_metrics(make), Points())
+    assert "\n" not in str(raised.value)
