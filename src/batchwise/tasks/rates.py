@@ -51,7 +51,7 @@ class Rates:
         """Settings of the optimizer, in plain types, as far as the engine makes it. They decide the result."""
         self._optimizer: Optimizer | None = None
         self._settings: list[dict[str, Any]] = []
-        self._set: list[dict[str, Any]] = []
+        self._set: list[dict[str, Any]] = []  # as the engine has left them
         self._follows: int | None = None
         self._total = math.inf
         self._single = False
@@ -90,7 +90,6 @@ class Rates:
         self._settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         if task.data.plan is not None:
             self._follow(task, task.data.plan.batch_size)
-        self._note_set(optimizer)
         self._total = self.examples_in_all(task.data)
 
     def start(self, task: "Task") -> None:
@@ -180,14 +179,8 @@ class Rates:
         groups = optimizer.param_groups[: len(self._settings)]
         for number, (group, rate) in enumerate(zip(groups, self.base, strict=True)):
             if (number, "lr") not in self.taken:
-                group["lr"] = float(np.float32(rate * factor)) if self._single else rate * factor
-        self._note_set(optimizer)
-
-    def _note_set(self, optimizer: Optimizer) -> None:
-        self._set = [
-            {key: group[key] for key in settings if key not in _EXECUTION and isinstance(group[key], _PLAIN)}
-            for group, settings in zip(optimizer.param_groups, self._settings, strict=False)
-        ]
+                rate = float(np.float32(rate * factor)) if self._single else rate * factor
+                group["lr"] = self._set[number]["lr"] = rate
 
     def _follow(self, task: "Task", batch_size: int) -> None:
         """Set the rate and all other settings that follow the batch to their values at a batch size."""
@@ -205,7 +198,11 @@ class Rates:
         for line in lines if batch_size != self._follows else []:
             self._say(task, line)
         task._step.captured.stale = True
-        self.base = [group["lr"] for group in optimizer.param_groups[: len(self._settings)]]
+        self._set = [
+            {key: group[key] for key in settings if key not in _EXECUTION and isinstance(group[key], _PLAIN)}
+            for group, settings in zip(groups, self._settings, strict=True)
+        ]
+        self.base = [group["lr"] for group in groups]
         self._follows = batch_size
 
     def examples_in_all(self, data: "DataModule") -> float:
