@@ -91,6 +91,7 @@ class EMA(Callback):
         self, trainer: pl.Trainer, pl_module: Task, outputs: object, batch: Batch, batch_idx: int
     ) -> None:
         """Move the average, unless the step was skipped."""
+        pl_module._step.finite.settle(pl_module)  # a device that decides on skipping is waited for
         before, self._scale = self._scale, _loss_scale(trainer)
         # fp16's scaler lowers its scale when it skips a step.
         if pl_module._step.finite.skipped_in_a_row or self._scale < before:

@@ -59,7 +59,7 @@ def test_a_step_that_the_scaler_skips_does_not_count() -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=10**6)
     module = SimpleNamespace(
         state_dict=lambda keep_vars: {"weight": weight},
-        _step=SimpleNamespace(finite=SimpleNamespace(skipped_in_a_row=0)),
+        _step=SimpleNamespace(finite=SimpleNamespace(skipped_in_a_row=0, settle=lambda _: None)),
     )
     trainer: Any = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=scaler))
     ema = EMA(10)

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from batchwise import MicroBatch
+from batchwise.callbacks.ema import EMA
 from batchwise.errors import TrainingStopped
 from batchwise.tasks import captured
 
@@ -44,6 +45,16 @@ def test_a_step_that_is_not_finite_is_skipped_and_told(
     assert tasks[1]._step.captured.replays > 15
     assert len(said[0]) == 6
     assert said[0] == said[1]
+    assert small.furthest(*tasks) < 1e-13
+
+
+def test_an_average_does_not_count_a_step_that_the_device_has_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = []
+    for on in ("cuda", "cpu"):
+        monkeypatch.setattr(captured, "DEVICES", (on,))
+        settings: dict[str, Any] = {"capture": "auto", "max_epochs": 6, "log_every_n_steps": 10, "callbacks": [EMA(30)]}
+        tasks.append(small.fit(make(), Planted(), **settings)[0])
+    assert tasks[1]._step.captured.replays > 15
     assert small.furthest(*tasks) < 1e-13
 
 
