@@ -52,3 +52,16 @@ def test_the_page_says_how_long_the_files_are():
     rows = re.findall(r"^\| .*`src/\w+/(\w+)\.py`.*? \| (\d+) \|", (DOCS / "tasks.md").read_text(), re.MULTILINE)
     assert {name: int(lines) for name, lines in rows} == {name: lines_of(name) for name in MAKE}
     assert all(20 <= int(lines) <= 70 for _, lines in rows)
+
+
+def test_the_teacher_stays_in_evaluation_mode(monkeypatch):
+    modes, make = set(), examples.make
+
+    def watched(*arguments):
+        task, data = make(*arguments)
+        task.teacher.register_forward_hook(lambda module, *_: modes.add((task.training, module.training)))
+        return task, data
+
+    monkeypatch.setattr(examples, "make", watched)
+    train("distil")
+    assert modes == {(True, False), (False, False)}
