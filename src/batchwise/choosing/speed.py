@@ -154,7 +154,7 @@ def candidates(
     fixed = data.micro_batch_size is not None or trainer.get("accumulate_grad_batches") is not None
     share = -(-data.batch_size // processes)
     unit = data.unit_for(task._step.unit)
-    if not fixed and share >= unit and not has_batchnorm(task.network):  # its result depends on the micro-batch
+    if not fixed and share >= unit and not has_batchnorm(task):  # its result depends on the micro-batch
         powers = [2**power // unit * unit for power in range(5, 13)]
         # A larger share is not tried whole: on a CPU, a process that runs out of memory is killed.
         found["size"] = [*(size for size in powers if 0 < size < share), *([share] if share <= powers[-1] else [])]

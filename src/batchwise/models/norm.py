@@ -1,6 +1,6 @@
 """Batch norm that does not depend on how the batch is executed, in training and in evaluation."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -129,9 +129,10 @@ def unit_of(task: nn.Module, network: nn.Module) -> int:
     return sizes.pop() if sizes else 1
 
 
-def has_batchnorm(network: nn.Module, frozen: Sequence[nn.Module] = ()) -> bool:
-    """Return whether a network has batch norms whose statistics are over a micro-batch."""
-    return any(isinstance(layer, _BatchNorm) and layer not in frozen for layer in network.modules())
+def has_batchnorm(module: nn.Module) -> bool:
+    """Return whether a module has batch norms whose statistics are over a micro-batch in training."""
+    norms = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
+    return any(layer.training or layer.running_mean is None for layer in norms)
 
 
 def batchnorms(network: nn.Module) -> Iterator[tuple[str, _BatchNorm | GhostBatchNorm]]:

@@ -135,7 +135,7 @@ def as_it_was(task: "Task", data: DataModule) -> Iterator[None]:
     devices = [home_of(task)] if home_of(task).type == "cuda" else []
     try:
         with kept_modes(task), kept_buffers(task), torch.random.fork_rng(devices=devices):
-            for _, norm in batchnorms(task.network):
+            for _, norm in batchnorms(task):
                 norm.eval()
             yield
     finally:

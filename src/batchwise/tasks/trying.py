@@ -147,8 +147,7 @@ def _check_training(task: "Task", data: DataModule) -> None:
         on_device(task, data, first, training=True)
     if plan.unit % unit:
         raise ValueError(f"the plan keeps {plan.unit} examples together, but the network needs {unit}")
-    frozen = [task.network.get_submodule(name) for name in task._tuning.frozen.norms]
-    if not has_batchnorm(task.network, frozen):
+    if not has_batchnorm(task):
         return
     synchronised = plan.devices > 1 and getattr(trainer.strategy, "_layer_sync", None) is not None  # type: ignore[union-attr]
     if synchronised and trainer.strategy.root_device.type == "cpu":  # type: ignore[union-attr]
@@ -159,10 +158,13 @@ def _check_training(task: "Task", data: DataModule) -> None:
     if plan.smallest_micro_batch == 1 and not synchronised:
         _check_one_example(task, data)
     if plan.accumulation * (1 if synchronised else plan.devices) > 1:
+        where, remedy = "task", "batchwise.models.norm.GhostBatchNorm in its place"
+        if has_batchnorm(task.network):
+            where, remedy = "network", f"model.ghost_batch_size, such as {min(32, plan.largest_micro_batch)}"
         warnings.warn(
-            f"the network has batch norm: its statistics are over the {plan.largest_micro_batch} examples that run "
+            f"the {where} has batch norm: its statistics are over the {plan.largest_micro_batch} examples that run "
             f"at once and not over the batch of {plan.batch_size}, so the result depends on how the batch is "
-            f"executed; write model.ghost_batch_size, such as {min(32, plan.largest_micro_batch)}",
+            f"executed; write {remedy}",
             stacklevel=2,
         )
 

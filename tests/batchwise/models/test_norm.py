@@ -201,7 +201,7 @@ def test_converting_keeps_weights_statistics_and_settings():
     before = {name: value.clone() for name, value in network.state_dict().items() if "num_batches" not in name}
     inputs = torch.randn(6, 5)
     expected = network.eval()(inputs)
-    assert has_batchnorm(network)
+    assert has_batchnorm(network.train())
     assert convert_batchnorm(network, 4) == 2
     assert not has_batchnorm(network)
     assert network.state_dict().keys() == before.keys()

@@ -475,3 +475,27 @@ def test_a_backward_pass_that_cannot_be_is_named(net: type[nn.Module], message: 
     with pytest.raises(ValueError, match=message) as raised:
         fit(made(each, net), Points())
     assert "\n" not in str(raised.value)
+
+
+class Normed(Classify):
+    """The batch norm is not in the network."""
+
+    def __init__(self) -> None:
+        super().__init__(network(), optimizer=adamw)
+        self.norm = nn.BatchNorm1d(5).double()
+
+    def losses(self, batch: MicroBatch) -> Tensor:
+        return F.cross_entropy(self(self.norm(batch.inputs)), batch.targets, reduction="none")
+
+
+def test_a_batch_norm_outside_the_network_is_one() -> None:
+    with pytest.warns(UserWarning, match=r"the task has batch norm: its .*; write batchwise\.models\.norm\.GhostBatchNorm"):
+        fit(Normed(), Points(micro_batch_size=4), max_steps=1)
+
+
+def test_a_batch_norm_in_evaluation_mode_depends_on_nothing() -> None:
+    task = Normed()
+    task.norm.eval()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*batch norm")
+        fit(task, Points(micro_batch_size=4), max_steps=1)
