@@ -141,7 +141,7 @@ def _check_monitor(trainer: Trainer, model: Task, data: DataModule, thing: Any, 
 
 
 def _names_groups(model: Task) -> bool:
-    """Return whether a metric of the user's gives a dict: its names, such as those of groups, depend on the examples."""
+    """Return whether a user's metric gives a dict, whose names, such as those of groups, depend on the examples."""
     found, metrics = model._measures.found, model._measures.metrics or {}
     own = [name for name, metric in metrics.items() if not type(metric).__module__.startswith("torchmetrics.")]
     return found is not None and any(name not in found for name in own)

@@ -680,7 +680,7 @@ class Locked(MulticlassAccuracy):
     ("make", "message"),
     [
         (lambda: {"acc": Locked()}, "cannot be copied for training (cannot pickle '_thread.lock' object): let it hold"),
-        (lambda: {"acc": MetricTracker(MulticlassAccuracy(3))}, "Value MetricTracker( (0): MulticlassAccuracy() ) belon"),
+        (lambda: {"acc": MetricTracker(MulticlassAccuracy(3))}, "Value MetricTracker( (0): MulticlassAccuracy() ) b"),
     ],
 )
 def test_what_is_no_metric_or_no_copy_is_one_line(make: Any, message: str) -> None:
