@@ -495,7 +495,9 @@ def test_a_batch_norm_outside_the_network_is_one() -> None:
 
 def test_a_batch_norm_in_evaluation_mode_depends_on_nothing() -> None:
     task = Normed()
+    task.network = nn.Sequential(nn.BatchNorm1d(5), network()).double()
     task.norm.eval()
+    task.network[0].eval()  # pyright: ignore[reportIndexIssue]
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".*batch norm")
         fit(task, Points(micro_batch_size=4), max_steps=1)
