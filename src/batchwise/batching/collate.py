@@ -44,6 +44,8 @@ def stack(examples: Sequence[Any], indices: Sequence[int], name: str = "") -> An
         items = [stack(column, indices, names[i]) for i, column in enumerate(zip(*examples, strict=True))]
         return type(one)(*items) if hasattr(one, "_fields") else tuple(items)
     try:
+        if isinstance(one, str | bytes) and not all(isinstance(example, type(one)) for example in examples):
+            raise TypeError("texts, and values of another type")  # of which PyTorch would make a list
         return default_collate(list(examples))
     except (RuntimeError, TypeError, ValueError) as error:
         shapes = [list(getattr(example, "shape", ())) for example in examples]

@@ -18,6 +18,7 @@ from batchwise.run import folders, program
 from batchwise.run.explain import explain
 from batchwise.run.redact import hide
 from batchwise.run.wandb import WandbLogger
+from batchwise.tasks.measures import MetricError
 from batchwise.tasks.task import Task
 from batchwise.trainer import Trainer
 
@@ -181,7 +182,7 @@ def failure(error: Exception, folder: Path | None = None) -> int | None:
         error = TrainingStopped(f"label {label[1]}, but the losses have other classes: {remedy}, or correct it")
     elif isinstance(error, OSError) and folder is not None and (line := unwritten(error, folder)):
         error = TrainingStopped(line)
-    elif not isinstance(error, DataError):
+    elif not isinstance(error, DataError | MetricError):
         return None
     print(f"error: {hide(explain(str(error)))}", file=sys.stderr)
     return code

@@ -56,20 +56,22 @@ class Classification(Task):
 
     def losses(self, batch: MicroBatch) -> Losses:
         """One cross-entropy per example [N], in nats. Never averaged here: the base class divides once."""
-        logits = self(batch.inputs)
-        mixed = batch.targets.ndim == 2  # probabilities [N, C], of augmentations that mix examples
-        if self._measures.are_due(self.training):
-            self.measure(_probability(logits), batch.targets.argmax(1) if mixed else batch.targets)
+        logits, targets = self(batch.inputs), batch.targets
+        losses = self._cross_entropy(logits, targets)
+        if self._measures.are_due(self.training):  # after the losses, whose error names a label that is no class
+            self.measure(_probability(logits), targets.argmax(1) if targets.ndim == 2 else targets)
+        return losses
+
+    def _cross_entropy(self, logits: Tensor, targets: Tensor) -> Losses:
+        mixed = targets.ndim == 2  # probabilities [N, C], of augmentations that mix examples
         smoothing, by_class = self.label_smoothing, self.weights
         if by_class is None or not mixed:
-            losses = F.cross_entropy(logits, batch.targets, reduction="none", label_smoothing=smoothing)
-            return losses if by_class is None else (losses, by_class[batch.targets].to(losses))
+            losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
+            return losses if by_class is None else (losses, by_class[targets].to(losses))
         # Each class in a mixture has its own weight. So the divisor is the sum of these weights.
         each = by_class.to(logits)
-        weights = (batch.targets.to(each) @ each).clamp_min(torch.finfo(each.dtype).tiny)
-        return F.cross_entropy(
-            logits, batch.targets, each, reduction="none", label_smoothing=smoothing
-        ) / weights, weights
+        weights = (targets.to(each) @ each).clamp_min(torch.finfo(each.dtype).tiny)
+        return F.cross_entropy(logits, targets, each, reduction="none", label_smoothing=smoothing) / weights, weights
 
     def predictions(self, batch: MicroBatch) -> dict[str, Tensor]:
         """The most probable class [N], and the probability of each class [N, C]."""

@@ -33,8 +33,8 @@ class Language(Task):
     def losses(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """One cross-entropy per token [N, T], in nats, and its weight: 1 if there is a target, else 0."""
         logits, targets = self(batch.inputs), batch.targets
-        self.measure(logits.transpose(1, 2), targets)  # classes second
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
+        self.measure(logits.transpose(1, 2), targets)  # classes second
         return losses.view_as(targets), (targets >= 0).to(losses.dtype)
 
     def predictions(self, batch: MicroBatch) -> dict[str, Tensor]:

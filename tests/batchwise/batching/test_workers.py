@@ -7,6 +7,7 @@ import torch
 from squares import REQUESTS, Squares, asked, pair, read
 from torch.utils.data import get_worker_info
 
+from batchwise.batching.collate import stack
 from batchwise.batching.fetch import DataError, InMemory, Request
 from batchwise.batching.workers import Workers
 
@@ -233,3 +234,11 @@ def test_fields_made_at_once_with_an_unreadable_example_among_them():
     (first, _), ((x, y), weights) = fetch.stream(asked([1, 2], [4, 3]))
     assert (first[0]["x"].tolist(), first[1]) == ([1, 2], ["y", "yy"])
     assert (x["x"].tolist(), y, weights.tolist()) == ([4, 4], ["yyyy", "yyyy"], [1, 0])
+
+
+@pytest.mark.parametrize("values", [["a", 1], [1, "a"], ["a", b"a"]])
+def test_a_text_among_other_values_is_one_line(values: list) -> None:
+    """If the text stands first, PyTorch makes a list of them."""
+    kinds = [type(value).__name__ for value in values]
+    with pytest.raises(DataError, match=f"^example 4 has a {kinds[1]} at targets, and example 3 has a {kinds[0]}:"):
+        stack([(0.0, value) for value in values], [3, 4])

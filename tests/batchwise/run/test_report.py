@@ -11,6 +11,7 @@ from helpers import CSV, DIGITS, TWO, run_here, run_process
 from torch.nn import functional as F
 
 from batchwise.run.report import failure
+from batchwise.tasks.measures import MetricError
 
 FREEZES = """
 from lightning.pytorch.callbacks import Callback
@@ -75,3 +76,8 @@ def test_a_label_that_is_no_class_and_is_read_in_training(
     line = f"error: label {label}, but the losses have other classes: {remedy}, or correct it\n"
     assert capsys.readouterr().err == line
     assert failure(IndexError("list index out of range")) is None
+
+
+def test_what_the_metrics_cannot_take_is_one_line(capsys: pytest.CaptureFixture) -> None:
+    assert failure(MetricError("the metrics of make_metrics cannot take it")) == 1
+    assert capsys.readouterr().err == "error: the metrics of make_metrics cannot take it\n"

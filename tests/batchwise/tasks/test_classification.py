@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import CSV, DIGITS, TWO, run_here
+from small import Points, adamw, network, trainer
 from torch import nn
 
 from batchwise.batching.gradients import weighted_sum
@@ -31,6 +32,21 @@ def test_outputs_of_another_kind_are_refused(task: Any, needed: str) -> None:
     for outputs, given in (((torch.zeros(2, 3),), "a tuple"), (torch.zeros(2, 3, 4), "the shape [2, 3, 4]")):
         with pytest.raises(ValueError, match=re.escape(f"model.network gives {given}: {needed} are needed")):
             task(nn.Linear(3, 3)).check(Digits(batch_size=4), outputs)
+
+
+@pytest.mark.parametrize(("verb", "bad"), [("fit", "train"), ("fit", "val"), ("validate", "val"), ("test", "test")])
+def test_a_label_that_is_no_class_and_is_read_late_is_named_in_each_command(verb: str, bad: str) -> None:
+    """The metrics would fail first in an evaluation, and name no label."""
+
+    class Late(Points):
+        def load(self, split: str) -> Any:
+            labels = self.y.clone()
+            labels[60] = 7 if split == bad else labels[60]
+            return list(zip(self.x, labels, strict=True))
+
+    task = Classification(network(), optimizer=adamw)
+    with pytest.raises(IndexError, match=r"^Target 7 is out of bounds"):
+        getattr(trainer(max_epochs=1), verb)(task, datamodule=Late())
 
 
 def test_the_mean_is_by_weight_as_in_torch() -> None:
