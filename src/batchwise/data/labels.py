@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 import torch
@@ -10,10 +11,19 @@ from torch import Tensor
 
 
 def sorted_labels(labels: Iterable[str]) -> list[str]:
-    """Return the different labels in an order that depends on them alone: numbers by their values, texts as texts."""
-    different = set(labels)
+    """Return the different labels in an order that depends on them alone: numbers by their values, texts as texts.
+
+    Texts that are the same by Unicode are one label: an accent may be a character of its own, as in names that macOS
+    gives to files.
+    """
+    different = {normal(label) for label in set(labels)}
     numbers = all(label.isdecimal() for label in different)
     return sorted(different, key=lambda label: (int(label) if numbers else 0, label))
+
+
+def normal(label: Any) -> Any:
+    """Return a label in the usual one of the ways in which Unicode writes it (NFC), if it is a text."""
+    return normalize("NFC", label) if isinstance(label, str) else label
 
 
 def check_alike(labels: Iterable[str], where: object) -> None:
@@ -23,7 +33,7 @@ def check_alike(labels: Iterable[str], where: object) -> None:
         ValueError: two labels look alike.
     """
     alike: dict[str, set[str]] = defaultdict(set)
-    for label in set(labels):
+    for label in map(normal, set(labels)):
         alike[" ".join(label.split()).casefold()].add(label)
     for several in alike.values():
         if len(several) > 1:
@@ -42,8 +52,10 @@ def label_numbers(labels: Sequence[str], known: Sequence[str], where: object) ->
     Raises:
         ValueError: training does not know a label.
     """
-    numbers = {label: number for number, label in enumerate(known)}
-    unknown = sorted_labels(label for label in set(labels) if label not in numbers)
+    by_label = {normal(label): number for number, label in enumerate(known)}
+    different = set(labels)
+    numbers = {label: by_label[normal(label)] for label in different if normal(label) in by_label}
+    unknown = sorted_labels(map(str, different - numbers.keys()))
     if unknown:
         raise ValueError(
             f"{where} has the labels {shown(unknown)}, which training has not seen: it knows {shown(list(known))}"

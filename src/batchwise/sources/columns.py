@@ -15,6 +15,7 @@ MISSING = frozenset(("", "-", "--", "?", ".", "na", "n/a", "#n/a", "nan", "none"
 SHOWN = 20
 """Number of columns of a kind whose names are printed."""
 _DAY = 86_400  # seconds
+_A_DAY = {"day": 1, "s": _DAY, "ms": _DAY * 10**3, "us": _DAY * 10**6, "ns": _DAY * 10**9}
 
 
 def _plain(text: str) -> float:
@@ -190,11 +191,12 @@ def described(columns: Sequence[Column], ignored: Sequence[str]) -> list[str]:
             kind, note = column.form, " (constant)" if not column.std else " (some missing)" if column.missing else ""
         kinds.setdefault(kind, []).append(column.name + note)
     kinds |= {"ignore": list(ignored)} if ignored else {}
-    return [f"  {kind:<13} {', '.join(names[:SHOWN])}{_more(names)}" for kind, names in kinds.items()]
+    return [f"  {kind:<13} {some(names)}" for kind, names in kinds.items()]
 
 
-def _more(names: Sequence[str]) -> str:
-    return f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+def some(names: Sequence[str]) -> str:
+    """Return the first names, and the number of the others."""
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def is_text(column: "ChunkedArray") -> bool:
@@ -205,28 +207,31 @@ def is_text(column: "ChunkedArray") -> bool:
 
 
 def is_date(column: "ChunkedArray") -> bool:
-    """Return whether a column holds dates or moments."""
+    """Return whether a column holds dates, moments, times of day or durations."""
     from pyarrow import types
 
-    return types.is_date(column.type) or types.is_timestamp(column.type)
+    return types.is_temporal(column.type) and not types.is_interval(column.type)
 
 
 def texts(column: "ChunkedArray") -> np.ndarray:
-    """Return a column as text [N]. A missing value is empty."""
-    return column.cast("string").fill_null("").to_numpy().astype(str)
+    """Return a column as text [N]. A missing value is empty. What Unicode writes in two ways is one text."""
+    from pyarrow import compute
+
+    plain = column.cast("string").fill_null("")
+    return compute.utf8_normalize(plain, "NFC").to_numpy().astype(str)  # type: ignore[attr-defined]
 
 
 def numbers(column: "ChunkedArray", name: str, path: str, form: Kind = "number") -> np.ndarray:
-    """Return a column as float64 [N]: dates as days since 1970, and a missing value as NaN."""
-    from pyarrow import timestamp
-
+    """Return a column as float64 [N]: dates as days since 1970, times as days, and a missing value as NaN."""
     if is_text(column):
         different = column.dictionary_encode().combine_chunks()
         known = [_to_number(one, form, column, name, path) for one in different.dictionary.to_pylist()]
         values = np.array([*known, np.nan])[different.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
     elif is_date(column):
-        moments = column.cast(timestamp("us")).cast("int64").cast("float64").to_numpy()
-        values = moments.astype(np.float64) / 86.4e9
+        ticks = column.cast(f"int{column.type.bit_width}").cast("float64", safe=False).to_numpy()
+        # Dates have no unit: those of 32 bits count days, and those of 64 bits milliseconds.
+        unit = getattr(column.type, "unit", "ms" if column.type.bit_width == 64 else "day")
+        values = ticks.astype(np.float64) / _A_DAY[unit]
     else:
         try:
             values = column.cast("float64").to_numpy().astype(np.float64)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from batchwise.batching.random import mix
+from batchwise.data.labels import normal
 from batchwise.errors import optional
 
 STDLIB = "stdlib"
@@ -77,7 +78,7 @@ def read(path: Path, text_column: str, label_column: str | None, delimiter: str 
                     if row.get(column) is None:
                         raise ValueError(f"{place} has no {column!r}, but {', '.join(map(repr, row))}: write "
                                          "data.text_column and data.label_column as they are there")  # fmt: skip
-                label = None if label_column is None else str(row[label_column])
+                label = None if label_column is None else normal(str(row[label_column]))
                 if label is not None and not label.strip():
                     raise ValueError(f"{place} has an empty {label_column!r}: fill it in, or leave the row out")
                 if row[text_column] or label is not None:

@@ -1,6 +1,9 @@
 """Files of tables: CSV as people write it, and Parquet."""
 
+import re
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections import Counter
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,18 +13,23 @@ if TYPE_CHECKING:
     from pyarrow import Table as ArrowTable
 
 DELIMITERS = ",;\t|"
+_START = 2**20  # bytes in which the first line is looked for
+_BLOCK = 2**24  # bytes of a file that are read at once, and the most in a row
 
 
-def read_table(path: str, delimiter: str | None = None) -> tuple["ArrowTable", list[str]]:
+def read_table(
+    path: str, delimiter: str | None = None, names_only: Collection[str] = ()
+) -> tuple["ArrowTable", list[str]]:
     """Return a table, and what was found out about the file, in a few words each.
 
     The delimiter is the commonest of comma, semicolon, tab and bar in the first line. Names of columns have no blanks
     around them. A first column without a name that counts the rows is the index that pandas writes, and is left out.
-    What is not UTF-8 is read as Latin-1.
+    What is neither UTF-8 nor marked as UTF-16 is read as Latin-1.
 
     Args:
         path: a .csv, .tsv or .parquet file, or a folder of Parquet files; `~` is the home folder.
         delimiter: the character between the fields of a CSV file; None: it is found out.
+        names_only: columns of a CSV file whose values stay as written: 01234 is no number, and True no truth value.
 
     Raises:
         ValueError: it cannot be read, has no rows, or two columns have one name.
@@ -34,9 +42,9 @@ def read_table(path: str, delimiter: str | None = None) -> tuple["ArrowTable", l
         if file.is_dir() or file.suffix.lower() in (".parquet", ".pq"):
             table = parquet.read_table(file)
         else:
-            table = _read_csv(file, delimiter, found)
+            table = _read_csv(file, delimiter, names_only, found)
     except (OSError, ArrowException) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise ValueError(f"{path} cannot be read: {str(error).partition(chr(10))[0][:200]}") from error
     table = table.rename_columns([name.strip() for name in table.column_names])
     if table.num_columns and table.column_names[0] in ("", "Unnamed: 0", "__index_level_0__") and _counts(table):
         found.append("the first column is an index and is left out")
@@ -47,34 +55,50 @@ def read_table(path: str, delimiter: str | None = None) -> tuple["ArrowTable", l
     if not len(table):
         raise ValueError(f"{path} has no rows: it has the columns {', '.join(table.column_names[:10])}")
     for number, column in enumerate(table.columns):
-        if types.is_dictionary(column.type):
-            table = table.set_column(number, table.column_names[number], column.cast(column.type.value_type))
+        if types.is_dictionary(column.type) or types.is_string_view(column.type):
+            plain = column.cast(getattr(column.type, "value_type", "string"))
+            table = table.set_column(number, table.column_names[number], plain)
     return table, found
 
 
-def _read_csv(file: Path, delimiter: str | None, found: list[str]) -> "ArrowTable":
-    from pyarrow import csv, types
+def _read_csv(file: Path, delimiter: str | None, names_only: Collection[str], found: list[str]) -> "ArrowTable":
+    from pyarrow import csv, input_stream, types
 
+    with input_stream(str(file)) as stream:  # which decompresses
+        start = stream.read(_START)
+    encoding = "utf-16" if start[:2] in (BOM_UTF16_LE, BOM_UTF16_BE) else "utf8"
+    if encoding == "utf8" and b"\0" in start:
+        raise OSError("it is no text: save the table as CSV or Parquet")
     if delimiter is None:
-        with file.open(encoding="latin-1") as lines:
-            head = lines.readline()
+        text = start.decode("latin-1" if encoding == "utf8" else encoding, errors="ignore")
+        head = re.sub('"[^"]*"', "", text.strip()).partition("\n")[0]
         delimiter = "\t" if file.suffix.lower() == ".tsv" and "\t" in head else max(DELIMITERS, key=head.count)
         if delimiter != "," and file.suffix.lower() != ".tsv":
             found.append(f"fields are separated by {'tabs' if delimiter == chr(9) else repr(delimiter)}")
 
-    def read(encoding: str) -> "ArrowTable":
+    def read(encoding: str, as_written: Iterable[str] = ()) -> "ArrowTable":
         return csv.read_csv(
             file,
-            read_options=csv.ReadOptions(encoding=encoding),
+            read_options=csv.ReadOptions(encoding=encoding, block_size=_BLOCK),
             parse_options=csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-            convert_options=csv.ConvertOptions(strings_can_be_null=True),
+            convert_options=csv.ConvertOptions(
+                strings_can_be_null=True, column_types=dict.fromkeys(as_written, "string")
+            ),
         )
 
-    table = read("utf8")
-    if any(types.is_binary(column.type) for column in table.columns):
-        table = read("latin-1")
+    try:
+        table = read(encoding)
+        is_text = bool(table.column_names) and not any(types.is_binary(kind) for kind in table.schema.types)
+    except UnicodeDecodeError:  # in the name of a column
+        is_text = False
+    if not is_text:
+        encoding = "latin-1"
+        table = read(encoding)
         found.append("it is not UTF-8, and is read as Latin-1")
-    return table
+    parsed = [
+        field.name for field in table.schema if field.name.strip() in names_only and not types.is_string(field.type)
+    ]
+    return read(encoding, parsed) if parsed else table
 
 
 def _counts(table: "ArrowTable") -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from batchwise.data.labels import check_alike, label_numbers, sorted_labels
 from batchwise.data.split import ALIASES, Fractions
 from batchwise.sources.checking import check_column
-from batchwise.sources.columns import Column, Kind, described, is_text, kind_of, numbers, stray, texts
+from batchwise.sources.columns import Column, Kind, described, is_text, kind_of, numbers, some, stray, texts
 from batchwise.sources.reading import read_table
 
 if TYPE_CHECKING:
@@ -73,7 +73,8 @@ class Table(Fractions):
         """Return inputs float32 [N, F] and targets, int64 or float32; just inputs for `predict_path`."""
         if split == "predict":
             assert self.predict_path is not None
-            return (self._inputs(read_table(self.predict_path, self.delimiter)[0], self.predict_path),)
+            names_only = [column.name for column in self._columns if column.categories is not None]
+            return (self._inputs(read_table(self.predict_path, self.delimiter, names_only)[0], self.predict_path),)
         index = self._index.get(split)
         return None if index is None else (self._all_inputs[index], self._all_targets[index])
 
@@ -100,7 +101,12 @@ class Table(Fractions):
 
     @cached_property
     def _table(self) -> "ArrowTable":
-        table, found = read_table(self.path, self.delimiter)
+        # Of columns that are texts in training, a file of fewer rows may hold what looks like numbers.
+        names_only = [name for name, kind in self.columns.items() if kind == "category"]
+        if self.recalled:
+            names_only = [column.name for column in self._columns if column.categories is not None]
+            names_only += self.targets if self._labels and isinstance(self._labels[0], str) else []
+        table, found = read_table(self.path, self.delimiter, names_only)
         for line in found:
             self.say(f"{self.path}: {line}")
         for key, names in {
@@ -134,11 +140,20 @@ class Table(Fractions):
             )
         if kind == "number":
             return None
-        labels = [value for value in column.unique().to_pylist() if value is not None]
+        labels = {value for value in self._values if value is not None}
         if not is_text(column):
             return sorted(labels)
         check_alike(labels, f"the target '{self.targets[0]}' of {self.path}")
         return sorted_labels(labels)
+
+    @property
+    def _values(self) -> list:
+        """The target of each row, if it is a class: a number, a truth value or a text."""
+        from pyarrow import types
+
+        column = self._table[self.targets[0]]
+        simple = types.is_integer(column.type) or types.is_floating(column.type) or types.is_boolean(column.type)
+        return (column if simple else column.cast("string")).to_pylist()
 
     @cached_property
     def _all_targets(self) -> Tensor:
@@ -146,8 +161,8 @@ class Table(Fractions):
             check_column(self._table[name], f"the target '{name}' of {self.path}", "target")
         known = self._labels if self.recalled else self._found_labels
         if known is not None:
-            labels = self._table[self.targets[0]].to_pylist()
-            return torch.from_numpy(label_numbers(labels, known, f"the target '{self.targets[0]}' of {self.path}"))
+            where = f"the target '{self.targets[0]}' of {self.path}"
+            return torch.from_numpy(label_numbers(self._values, known, where))
         targets = torch.from_numpy(np.column_stack([self._numbers(name) for name in self.targets])).float()
         return targets if self.several else targets.squeeze(1)
 
@@ -160,7 +175,13 @@ class Table(Fractions):
     def _numbers(self, name: str) -> np.ndarray:
         kind = self._kind(name)
         form = "number" if kind in ("category", "ignore") else kind
-        return numbers(self._table[name], name, self.path, form)
+        values = numbers(self._table[name], name, self.path, form)
+        if (missing := np.isnan(values)).any():  # a text that stands for it, such as a dash
+            raise ValueError(
+                f"the target '{name}' of {self.path} is missing in {missing.sum():,} of {len(values):,} rows, such as "
+                f"row {missing.argmax() + 1}: fill it in, or filter these rows out"
+            )
+        return values
 
     # Splits
 
@@ -169,7 +190,7 @@ class Table(Fractions):
         if self.split_column is None:
             labels = torch.zeros(len(self._table)) if self._all_targets.is_floating_point() else self._all_targets
             return self.divide(labels)
-        names = texts(self._table[self.split_column])
+        names = np.char.lower(np.char.strip(texts(self._table[self.split_column])))
         for name in np.unique(names):
             if name not in ALIASES:
                 raise ValueError(
@@ -185,13 +206,15 @@ class Table(Fractions):
 
     @cached_property
     def _fitted(self) -> list[Column]:
-        others = {*self.targets, *self._ignored, self.split_column}
+        others = {*self.targets, *self._ignored, *([self.split_column] if self.split_column else [])}
         columns = [self._fit(name) for name in self._table.column_names if name not in others]
         constant = [f"'{column.name}'" for column in columns if column.categories is None and not column.std]
         if constant:
             warnings.warn(
-                f"the same in all training rows of {self.path}, and so of no use: {', '.join(constant)}", stacklevel=2
+                f"the same in all training rows of {self.path}, and so of no use: {some(constant)}", stacklevel=2
             )
+        if not columns:
+            raise ValueError(f"{self.path} has no column to predict from, beside '{', '.join(sorted(others))}'")
         return columns
 
     def _fit(self, name: str) -> Column:
@@ -214,14 +237,20 @@ class Table(Fractions):
         return Column(name, known.mean(), known.std(), missing=missing, form=kind)
 
     def _inputs(self, table: "ArrowTable", path: str) -> Tensor:
-        columns = []
+        columns, names = [], set(table.column_names)
         for column in self._columns:
-            if column.name not in table.column_names:
+            if column.name not in names:
                 raise ValueError(f"{path} has no column '{column.name}', which training had")
             values = table[column.name]
             is_name = column.categories is not None
             values = texts(values) if is_name else numbers(values, column.name, path, column.form)
             columns.append(column.inputs(values).astype(np.float32))
+            if is_name and 2 * (unseen := ~columns[-1].any(1)).sum() > len(unseen):
+                warnings.warn(
+                    f"column '{column.name}' of {path} has in {unseen.sum():,} of {len(unseen):,} rows a value that "
+                    f"training has not seen, such as '{values[unseen.argmax()]}'",
+                    stacklevel=2,
+                )
         return torch.from_numpy(np.concatenate(columns, 1))
 
     @cached_property

@@ -17,7 +17,7 @@ from small import Classify, Points, adamw, fit, network, trainer
 from torch import Tensor
 
 from batchwise.callbacks.checkpoint import Last
-from batchwise.data.labels import label_numbers, shown, sorted_labels
+from batchwise.data.labels import check_alike, label_numbers, shown, sorted_labels
 from batchwise.data.learnt import plain, same
 from batchwise.data.mixture import Mixture
 from batchwise.sources.folder import Folder
@@ -160,6 +160,17 @@ def test_the_order_does_not_depend_on_the_interpreter() -> None:
         for seed in ("0", "1")
     }
     assert len(said) == 1
+
+
+def test_labels_that_unicode_writes_in_two_ways_are_one() -> None:
+    """macOS gives files names in which an accent is a character of its own."""
+    one, other = "Caf\u00e9", "Cafe\u0301"
+    assert sorted_labels([one, "b", other]) == sorted_labels([other, "b"]) == [one, "b"]
+    for known in ([one, "b"], [other, "b"]):
+        assert label_numbers(["b", one, other], known, "it").tolist() == [1, 0, 0]
+    check_alike([one, other, "b"], "it")
+    with pytest.raises(ValueError, match="it has the labels 'CAFÉ' and 'Café', which look like one"):
+        check_alike([one.upper(), other], "it")
 
 
 def test_numbers_of_labels() -> None:

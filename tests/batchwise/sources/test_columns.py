@@ -1,6 +1,8 @@
 """Tables as people have them: what a file and a column are taken for, and what is refused, in one line."""
 
+import gzip
 import math
+import time
 from collections.abc import Callable
 from datetime import date, datetime
 from decimal import Decimal
@@ -81,6 +83,8 @@ def n_k(delimiter: str) -> str:
     return rows(delimiter.join(("n", "k")), lambda i: f"{i}{delimiter}{k(i)}")
 
 
+CAFES = ("Caf\u00e9", "Cafe\u0301")
+"""The accent as a part of the letter, and as a character of its own."""
 CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
     # What is read, the settings, and the inputs: their number, or the values of the first one before they are scaled.
     "commas": (n_k(","), {}, range(30)),
@@ -141,6 +145,30 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
         rows("n,t,k", lambda i: f"{i},text {i},{k(i)}"), {"columns": {"t": "ignore"}}, range(30),
     ),
     "a quoted line break": (rows("n,t,k", lambda i: f'{i},"a\nb",{k(i)}'), {}, 2),
+    "UTF-16, as Excel writes it": (n_k("\t").encode("utf-16"), {}, range(30)),
+    "an empty first line": ("\n" + n_k(";"), {}, range(30)),
+    "commas in a quoted name": (rows('n;"t,u,v";k', lambda i: f"{i};{i};{k(i)}"), {}, range(30)),
+    "a name in Latin-1": (rows("größe,k", lambda i: f"{i},{k(i)}").encode("latin-1"), {}, range(30)),
+    "a row of 3 MB": (rows("n,t,k", lambda i: f'{i},"{"z" * (3_000_000 * (i == 7))}",{k(i)}'), {}, 3),
+    "nanoseconds": (
+        rows("n,k", lambda i: f"1970-01-{i + 1:02} 12:00:00.123456789,{k(i)}"), {}, range(30),
+    ),
+    "times of day": (rows("n,k", lambda i: f"12:{i:02}:30,{k(i)}"), {}, range(30)),
+    "times of day to predict": (
+        rows("n,k", lambda i: f"{i},12:{i:02}:30"), {"target_kind": "number"}, range(30),
+    ),
+    "dates that are classes": (
+        rows("n,k", lambda i: f"{i},2024-01-0{1 + i % 2}"), {"target_kind": "class"}, range(30),
+    ),
+    "an accent in two ways": (
+        rows("n,t,k", lambda i: f"{i},{CAFES[i % 2]},{k(i)}"), {}, 2,
+    ),
+    "no column but the target": (rows("k", k), {}, "t.csv has no column to predict from, beside 'k'"),
+    "a dash for a number to predict": (
+        rows("n,k", lambda i: f"{i},{i / 4 if i != 7 else '-'}"), {}, "'k' of t.csv is missing in 1 of 30",
+    ),
+    "a file of Excel": (b"PK\x03\x04\x14\0\x06\0", {}, "cannot be read: it is no text: save the table as CSV or Parq"),
+    "a quote that is not closed": (n_k(",").replace("\n7,", '\n"7,'), {}, "t.csv cannot be read: CSV parse error"),
     "no rows": ("n,k\n", {}, "t.csv has no rows: it has the columns n, k"),
     "an empty file": ("", {}, "t.csv cannot be read"),
     "a name twice": (rows("n,n,k", lambda i: f"{i},{i},{k(i)}"), {}, "1 column name.s. twice, such as 'n': rename one"),
@@ -179,6 +207,12 @@ def test_tables(case: str) -> None:
     torch.testing.assert_close(inputs[:, 0], right, rtol=0, atol=1e-5)
 
 
+def test_a_compressed_file_is_read_as_the_file() -> None:
+    Path("t.csv.gz").write_bytes(gzip.compress(n_k(";").encode()))
+    inputs, _ = made("", path="t.csv.gz").load("train")  # type: ignore[misc]
+    assert torch.equal(inputs, made(n_k(";")).load("train")[0])  # type: ignore[index]
+
+
 def test_latin_1_is_read_as_such(capsys: pytest.CaptureFixture) -> None:
     data = made(rows("n,k", lambda i: f"{i},{'café' if i % 2 else 'thé'}").encode("latin-1"))
     data.load("train")
@@ -207,6 +241,12 @@ PARQUET: dict[str, tuple[Any, Any]] = {
     "true and false": (pyarrow.array([True, False] * 15), [1, 0] * 15),
     "missing numbers": (pyarrow.array([None if i == 3 else i for i in range(30)]), 2),
     "missing dates": (pyarrow.array([None if i == 3 else date(1970, 1, i + 1) for i in range(30)]), 2),
+    "nanoseconds": (pyarrow.array([i * 864 * 10**11 + 1 for i in range(30)], pyarrow.timestamp("ns")), range(30)),
+    "moments in a time zone": (pyarrow.array(range(30), pyarrow.timestamp("s", "Europe/Berlin")), range(30)),
+    "dates of 64 bits": (pyarrow.array([i * 86_400_000 for i in range(30)], pyarrow.date64()), range(30)),
+    "times of day": (pyarrow.array(range(30), pyarrow.time64("ns")), range(30)),
+    "durations": (pyarrow.array(range(30), pyarrow.duration("ms")), range(30)),
+    "views of texts": (pyarrow.array(["a", "b"] * 15, pyarrow.string_view()), 2),
     "lists": (pyarrow.array([[1, 2]] * 30), "data.columns: 'n' of t.parquet holds lists: write ignore"),
     "bytes": (pyarrow.array([b"a"] * 30), "column 'n' of t.parquet does not hold numbers"),
 }
@@ -253,6 +293,49 @@ def test_rows_to_predict(case: str) -> None:
     if case in ("a missing number", "a dash"):
         right[:2] = torch.tensor([0.0, 1.0])
     assert torch.equal(found[0], right)
+
+
+def test_names_that_look_like_numbers_in_the_file_to_predict_stay_names() -> None:
+    """Types are found out file by file. In training, the columns have a text that is no number and no truth value."""
+    names = [("01234", "True"), ("02345", "False"), ("A0001", "unknown")]
+    text = rows("zip,flag,k", lambda i: f"{names[i % 3][0]},{names[i % 3][1]},{k(i)}")
+    Path("new.csv").write_text(" zip ,flag\n" + "".join(f"{code},{flag}\n" for code, flag in names[:2]))
+    for columns in ({}, {"zip": "category"}):
+        data = made(text, predict_path="new.csv", columns=columns)
+        assert torch.equal(data.load("predict")[0], data.load("train")[0][:2])  # type: ignore[index]
+    Path("new.csv").write_text("zip,flag\n1234,True\n2345,False\n")
+    with pytest.warns(
+        UserWarning, match="column 'zip' of new.csv has in 2 of 2 rows a value that training has not seen, such"
+    ):
+        data.load("predict")
+
+
+def test_labels_that_look_like_numbers_in_another_file_stay_labels() -> None:
+    data = made(rows("n,k", lambda i: f"{i},{'12x'[i % 3]}"))
+    data.load("train")
+    made(rows("n,k", lambda i: f"{i},{1 + i % 2}"))
+    other = Table("t.csv", "k", batch_size=4, test_fraction=1 / 3)
+    other.recall(data.state_dict())
+    _, targets = other.load("test")  # type: ignore[misc]
+    assert set(targets.tolist()) == {0, 1}
+
+
+def test_a_number_that_is_no_known_label_is_one_line() -> None:
+    data = made(rows("n,k", lambda i: f"{i},{i % 2}"), target_kind="class")
+    state = data.state_dict()
+    other = made(rows("n,k", lambda i: f"{i},{i % 3}"), target_kind="class")
+    other.recall(state)
+    with pytest.raises(ValueError, match=r"has the labels 2, which training has not seen: it knows \[0, 1\]"):
+        other.load("test")
+
+
+def test_the_time_for_many_columns_grows_with_their_number() -> None:
+    row = ",".join(map(str, range(8000)))
+    text = rows(",".join(f"c{i}" for i in range(8000)) + ",k", lambda i: f"{row},{k(i)}")
+    start = time.perf_counter()
+    with pytest.warns(UserWarning, match=r"and so of no use: 'c0', .*'c19' and 7980 more$"):
+        made(text).load("train")
+    assert time.perf_counter() - start < 15  # with the square of it, more than half a minute
 
 
 def test_rows_to_predict_that_do_not_fit() -> None:

@@ -90,6 +90,15 @@ def test_lists(kind: str) -> None:
     assert (read(data, "val")[0], read(data, "test")[0]) == ([22, 122, 222], [23, 123, 223])
 
 
+def test_accents_in_the_names_of_folders_are_as_on_any_system() -> None:
+    """The folder for training comes from Linux, and that for validation from macOS."""
+    for level, name in enumerate(("train/Caf\u00e9", "train/zoo", "val/Cafe\u0301", "val/zoo")):
+        picture(f"cafes/{name}/1.png", level)
+    data = Folder("cafes", size=(2, 3), batch_size=1)
+    assert data.class_names == ["Caf\u00e9", "zoo"]
+    assert read(data, "train")[1] == read(data, "val")[1] == [0, 1]
+
+
 def test_an_image_may_be_left_out() -> None:
     zoo(count=4)
     for number in (0, 3):
