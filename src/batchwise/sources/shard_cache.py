@@ -117,7 +117,7 @@ class Cache:
                     if not path.exists():
                         self._make(shard, path, direct)
             with suppress(FileNotFoundError):
-                os.utime(path)
+                note_use(path)
                 if direct is not None:
                     return path, read_shard(direct, shard.name, self.columns)
                 try:
@@ -229,6 +229,15 @@ class Cache:
                 return False
         except Timeout:
             return True
+
+
+def note_use(path: Path) -> None:
+    """Give a file the time of now, if it may be changed: a cache that is complete may be read only, or another's."""
+    try:
+        os.utime(path)
+    except OSError as error:
+        if error.errno not in CLOSED:
+            raise
 
 
 class _Slow:

@@ -1,7 +1,6 @@
 """Examples of shards, a micro-batch at a time, while the shards that come next are fetched in the background."""
 
 import math
-import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -19,7 +18,7 @@ from torch.utils.data import Dataset
 
 from batchwise.batching.fetch import Read, Request
 from batchwise.batching.workers import Workers
-from batchwise.sources.shard_cache import Cache
+from batchwise.sources.shard_cache import Cache, note_use
 from batchwise.sources.shard_files import Bytes, opened
 from batchwise.sources.shard_index import Shard
 
@@ -96,7 +95,7 @@ class ShardSet(Dataset):
         if monotonic() - one.touched > 1:
             one.touched = monotonic()
             with suppress(FileNotFoundError):  # it was deleted, but stays readable
-                os.utime(one.path)
+                note_use(one.path)
         return one.columns
 
     def _close(self, used: int) -> None:

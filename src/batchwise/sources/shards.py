@@ -15,6 +15,7 @@ from torch import Tensor
 
 from batchwise.batching.loader import MicroBatch
 from batchwise.batching.order import Order
+from batchwise.batching.plan import BatchPlan
 from batchwise.batching.shards import BlockShuffled
 from batchwise.data.examples import OnWorkers
 from batchwise.data.labels import check_alike, label_numbers, sorted_labels
@@ -88,6 +89,8 @@ class Shards(DataModule):
         self.store, self.val_shards = Store(path, storage_options), val_shards
         self.to_predict = None if predict_path is None else Store(predict_path, storage_options)
         self.has_predict_split = predict_path is not None
+        self._checked: BatchPlan | None = None
+        """The plan that was found to suit the shards."""
 
     # What the network is given
 
@@ -179,8 +182,9 @@ class Shards(DataModule):
         """Load the splits that `stage` needs, and check that the order suits the shards and the cache."""
         super().setup(stage)
         plan, shelf = self.plan, self.split("train") if stage == "fit" else None
-        if plan is None or not isinstance(shelf, Shelf):
+        if plan is None or plan is self._checked or not isinstance(shelf, Shelf):
             return
+        self._checked = plan
         in_place = shelf.dataset.cache.direct(shelf.dataset.files[0]) is not None
         sizes = sorted((file.size for file in shelf.dataset.files), reverse=True)
         if isinstance(self.order, BlockShuffled):

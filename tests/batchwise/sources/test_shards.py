@@ -282,6 +282,8 @@ def test_shards_of_one_class_each_are_warned_of() -> None:
     with pytest.warns(UserWarning, match=r"'label' \(100% .* says as much as .*: write a window of \d+ or more"):
         few.setup("fit")
     with warnings.catch_warnings(action="error"):
+        few.setup("fit")  # it is said once
+    with warnings.catch_warnings(action="error"):
         enough.setup("fit")
 
 
@@ -451,6 +453,19 @@ def test_a_cache_that_is_read_only(monkeypatch: pytest.MonkeyPatch) -> None:
     make(Path("data"), ".parquet")
     monkeypatch.setattr(shard_cache.Cache, "_reserve", closed)
     assert "cannot be written: write another folder" in broken(shards("data", patience=0.01))
+
+
+@pytest.mark.parametrize("error", [errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize("ending", [".arrow", ".parquet"])
+def test_a_complete_cache_that_is_read_only_is_read(ending: str, error: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or it belongs to another user, who alone may change the times of its files."""
+
+    def closed(path: Path) -> None:
+        raise OSError(error, os.strerror(error), str(path))
+
+    read(shards(make(Path("data"), ending)))
+    monkeypatch.setattr(shard_cache.os, "utime", closed)
+    assert torch.equal(examples(shards("data"))[0], torch.from_numpy(PIXELS[:50, None]))
 
 
 def test_a_broken_image_is_named_and_can_be_left_out() -> None:
