@@ -70,13 +70,15 @@ class ImageFormat(NamedTuple):
         with Image.open(file) as image:
             mode, size = "L" if self.channels == 1 else "RGB", (self.width, self.height)
             image.draft(mode, (2 * self.width, 2 * self.height))  # spares large JPEGs pixels that resizing would drop
-            eight_bits: Image.Image = image
-            if image.mode.startswith(("I", "F")):
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith(("I", "F")):
                 if self.white is None:
                     raise ValueError("more than 8 bits per channel: convert it, or write data.white")
-                values = np.asarray(image, np.float32) * (255 / self.white)
-                eight_bits = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
-            upright = ImageOps.exif_transpose(eight_bits).convert(mode)
+                values = (np.asarray(upright, np.float32) * (255 / self.white)).round()
+                if values.min() < 0:
+                    raise ValueError("values below 0, which would all be black: add a constant to them")
+                upright = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+            upright = upright.convert(mode)
             if upright.size != size:
                 upright = _RESIZE[self.resize](upright, size, Image.Resampling.BICUBIC)
             array = np.asarray(upright)

@@ -61,12 +61,25 @@ def test_crop_stretch_and_pad() -> None:
     assert pad[0, 4].max() >= 28
 
 
-def test_an_image_is_turned_as_its_camera_was_held() -> None:
+@pytest.mark.parametrize("bits", [8, 16])
+def test_an_image_is_turned_as_its_camera_was_held(bits: int) -> None:
     file, exif = BytesIO(), Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees
-    Image.open(stripes(8, 4)).save(file, "png", exif=exif)
+    image = Image.open(stripes(8, 4))
+    if bits == 16:
+        image = Image.fromarray(np.asarray(image)[..., 0].astype(np.uint16))
+    image.save(file, "png", exif=exif)
     file.seek(0)
-    assert ImageFormat(8, 4, 3, "crop").decode(file)[0, :, 0].tolist() == list(range(8))
+    assert ImageFormat(8, 4, 3, "crop", white=255).decode(file)[0, :, 0].tolist() == list(range(8))
+
+
+def test_values_below_0_are_refused() -> None:
+    """As of computed tomography. They were all black."""
+    file = BytesIO()
+    Image.fromarray(np.full((2, 2), -1000, np.int32)).save(file, "tiff")
+    file.seek(0)
+    with pytest.raises(ValueError, match="values below 0, which would all be black: add a constant"):
+        ImageFormat(2, 2, 1, "crop", white=4095).decode(file)
 
 
 def test_it_is_decoded_once_and_then_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
