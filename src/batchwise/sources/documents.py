@@ -16,6 +16,7 @@ from batchwise.errors import optional
 
 STDLIB = "stdlib"
 """Name for the source of Python's own standard library: text that is on every machine (PSF licence)."""
+_MARK = "\ufeff"  # of the byte order, with which some programs begin a file
 CSV, JSON_LINES, PARQUET = (".csv", ".tsv"), (".jsonl", ".ndjson"), (".parquet", ".pq")
 
 
@@ -86,8 +87,10 @@ def read(path: Path, text_column: str, label_column: str | None, delimiter: str 
         elif label_column is not None:
             raise ValueError(f"{path} is plain text, which has no labels: write a .csv or .jsonl file")
         else:
-            whole = path.read_bytes().decode()
-            yield from (Document(text) for text in (whole.split(delimiter) if delimiter else [whole]) if text)
+            whole = path.read_bytes().decode().removeprefix(_MARK)
+            of_windows = (delimiter or "").replace("\n", "\r\n")
+            between = of_windows if of_windows in whole else delimiter
+            yield from (Document(text) for text in (whole.split(between) if between else [whole]) if text)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 (byte {error.start:,}): convert it, or leave it out") from error
 
@@ -109,9 +112,14 @@ def _rows(path: Path) -> Iterator[tuple[str, dict]]:
             csv.field_size_limit(2**31 - 1)  # by default a text of more than 131,072 characters is refused
             reader = csv.DictReader(file, delimiter="\t" if kind == ".tsv" else ",")
             for row in reader:
+                if any(row.get(None) or ()):
+                    raise ValueError(f"{path}, line {reader.line_num}, has more fields than the first line: put texts "
+                                     "that have commas or tabs into quotes")  # fmt: skip
                 yield f"{path}, line {reader.line_num},", row
             return
         for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
             try:
                 row = json.loads(line)
             except ValueError as error:

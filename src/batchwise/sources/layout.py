@@ -4,6 +4,7 @@ import csv
 import json
 import os
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -144,9 +145,9 @@ def listed(path: Path) -> Listing:
         if path.suffix.lower() in (".csv", ".tsv"):
             head = text.partition("\n")[0]
             delimiter = max("\t,;", key=head.count)
-            rows: list[Any] = list(csv.DictReader(text.splitlines(), delimiter=delimiter, skipinitialspace=True))
+            rows: list[Any] = list(csv.DictReader(StringIO(text), delimiter=delimiter, skipinitialspace=True))
         else:
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+            rows = [json.loads(line) for line in StringIO(text) if line.strip()]
     except UnicodeDecodeError as error:
         raise ValueError(f"data.path {path} is not UTF-8 (byte {error.start:,}): convert it") from error
     except (ValueError, csv.Error) as error:
@@ -160,6 +161,10 @@ def listed(path: Path) -> Listing:
         for column, key in ((of_path, PATHS[0]), (of_label, LABELS[0])):
             if not isinstance(row, dict) or row.get(column) in (None, ""):
                 raise ValueError(f"row {number} of {path} has no {key}: write `path` and `label` in each")
+        if any(row.get(None) or ()):
+            raise ValueError(
+                f"row {number} of {path} has more fields than the first line: put names with commas in quotes"
+            )
         if not isinstance(row[of_path], str):
             raise ValueError(f"row {number} of {path} has the path {row[of_path]}: write a text")
         split = str(row.get(of_split, "train")).strip()

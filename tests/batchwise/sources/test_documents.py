@@ -15,6 +15,9 @@ def documents(
 def test_plain_text() -> None:
     assert documents("a.txt", "one\r\n\n\ntwo") == [Document("one\r\n\n\ntwo")]
     assert documents("a.txt", "one\n\n\n\ntwo\n\n", delimiter="\n\n") == [Document("one"), Document("two")]
+    windows = "one\r\n\r\ntwo\r\n"
+    assert documents("a.txt", windows, delimiter="\n\n") == [Document("one"), Document("two\r\n")]
+    assert documents("a.txt", "\ufeffone\ufeff") == [Document("one\ufeff")]
     assert documents("a.txt", "") == []
 
 
@@ -24,7 +27,8 @@ def test_rows() -> None:
     assert documents("a.csv", table) == [Document("a, b\nc")]
     assert documents("a.csv", f"text\n{'x' * 200_000}\n") == [Document("x" * 200_000)]
     assert documents("a.tsv", "text\tn\na,b\t1\n", "n") == [Document("a,b", "1")]
-    assert documents("a.jsonl", '{"text": "a\\nb", "n": 3}\n', "n") == [Document("a\nb", "3")]
+    assert documents("a.jsonl", '{"text": "a\\nb", "n": 3}\n\n', "n") == [Document("a\nb", "3")]
+    assert documents("a.csv", "text,label\na,b,\n", "label") == [Document("a", "b")]
 
 
 @pytest.mark.parametrize(
@@ -33,6 +37,11 @@ def test_rows() -> None:
         ("a.csv", "body,label\nx,y\n", "a.csv, line 2, has no 'text', but 'body', 'label': write data.text_column"),
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}\n', "a.jsonl, line 2, has no 'label', but 'text'"),
         ("a.csv", "text,label\nx,y\nz,\n", "a.csv, line 3, has an empty 'label': fill it in, or leave the row out"),
+        (
+            "a.csv",
+            "text,label\na, b,x\n",
+            "a.csv, line 2, has more fields than the first line: put texts that have com",
+        ),
         ("a.jsonl", '{"text"\n', "a.jsonl, line 1, is no JSON"),
         ("a.txt", "x", "a.txt is plain text, which has no labels"),
         ("b.csv", b"text,label\nna\xefve,x\n", "b.csv is not UTF-8 (byte 13)"),

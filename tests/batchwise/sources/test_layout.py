@@ -140,6 +140,9 @@ LISTS: dict[str, tuple[str, str | bytes, Any]] = {
     "path comes before file": ("l.csv", "file,path,label\nx,a/1.png,a\n", "a"),
     "split in upper case": ("l.csv", "path,label,split\na/1.png,a,Train\nb/1.png,b,TEST\n", "ab"),
     "a comma in quotes": ("l.csv", HEAD + '"a/1.png","a, b"\n', ["a, b"]),
+    "a separator of lines in a label": ("l.csv", HEAD + "a/1.png,a\u2028b\n", ["a\u2028b"]),
+    "the same in JSON": ("l.jsonl", '{"path": "a/1.png", "label": "a\u2028b"}\n', ["a\u2028b"]),
+    "a comma without quotes": ("l.csv", HEAD + "a/1.png,a, b\n", "row 1 of data/l.csv has more fields than the first"),
     "a number for a path": (
         "l.jsonl",
         '{"path": 5, "label": "a"}\n',
