@@ -17,7 +17,7 @@ from batchwise.data.labels import check_alike, sorted_labels
 from batchwise.sources.documents import Document, key_of, read, split_keys
 from batchwise.sources.vocabulary import Vocabulary, make_vocabulary
 
-FORMAT = 1
+FORMAT = 2
 """Version of the folder's format; a new version makes new folders."""
 
 
