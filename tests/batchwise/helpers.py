@@ -165,15 +165,27 @@ def p_value(counts: torch.Tensor) -> float:
     return float(torch.special.gammaincc(torch.tensor((len(counts) - 1) / 2, dtype=torch.float64), statistic / 2))
 
 
-def wandb_records(path: Path) -> Iterator[Any]:
-    """Yield W&B's records from an offline run file, which has LevelDB's log format; W&B 0.31 has no reader of its own.
+def wandb_records(path: Path) -> list[Any]:
+    """Return W&B's records from an offline run file, once the run has ended there; after a crash it never does.
+
+    W&B still writes for a moment after `finish` has returned.
+    """
+    until = time.monotonic() + 3
+    while True:
+        records = list(_wandb_records(path.read_bytes()))
+        if any(record.HasField("exit") for record in records) or time.monotonic() > until:
+            return records
+        time.sleep(0.05)
+
+
+def _wandb_records(data: bytes) -> Iterator[Any]:
+    """Yield the records of a file, which has LevelDB's log format; W&B 0.31 has no reader of its own.
 
     What a crash has cut off at the end is passed over.
     """
     from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
     block, header = 32768, 7  # bytes
-    data = path.read_bytes()
     position, message = header, b""  # the file has a header too
     while position + header <= len(data):
         left = block - position % block

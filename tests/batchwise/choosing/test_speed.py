@@ -11,6 +11,7 @@ from torch import nn
 
 from batchwise.choosing import speed
 from batchwise.choosing.speed import Stopwatch, Way, candidates, choose
+from batchwise.models.compiled import _missing
 from batchwise.models.convnet import ConvNet
 from batchwise.models.mlp import MLP
 from batchwise.sources.digits import Digits
@@ -134,6 +135,7 @@ def test_keys_of_the_trainer_change_speed_alone() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(_missing(CPU) is not None, reason="there is no C++ compiler")
 def test_a_compiled_network_computes_the_same() -> None:
     """Also where layers draw what depends on the step, which is baked into no program."""
     common = (*SHORT, "--trainer.precision", "64-true")
