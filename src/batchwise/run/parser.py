@@ -99,6 +99,19 @@ def _outer_keys() -> str:
     return keys
 
 
+class _Once(yaml.SafeLoader):
+    """Reads YAML, and refuses a key that stands twice in one place, because the last one would silently win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """Return the mapping of a node."""
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen and isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem=f"{key.value} stands there twice", problem_mark=key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
 def check_files(arguments: list[str]) -> None:
     """Read the configuration files on a command line as YAML, because jsonargparse does not say which one is wrong.
 
@@ -109,9 +122,13 @@ def check_files(arguments: list[str]) -> None:
     paths = [value if name in ("--config", "-c") else name.partition("=")[2] for name, value in pairs if _names(name)]
     for path in paths:
         try:
-            content = yaml.safe_load(Path(path).read_text())
+            if Path(path).is_fifo():
+                raise ValueError(f"--config {path} is a pipe, but is read more than once: write it to a file")
+            content = yaml.load(Path(path).read_text(), _Once)
         except OSError as error:
             raise ValueError(f"--config {path} cannot be read: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--config {path} is not text in UTF-8: {error.reason} at byte {error.start}") from error
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             where = f" at line {mark.line + 1}" if mark else ""

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 from abc import ABC, abstractmethod
 from pathlib import Path
 
@@ -244,3 +245,37 @@ def test_an_argument_before_its_class() -> None:
     result = run_here("fit", "--data.batch_size", 64, "--data", "batchwise.sources.digits.Digits")
     assert result.code == 2
     assert result.err.splitlines()[-1] == "error: data.batch_size comes before data: write --data CLASS first"
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (
+            b"trainer: {max_epochs: 1}\nname: a\ntrainer: {devices: 1}\n",
+            "is not YAML at line 3: trainer stands there twice",
+        ),
+        (b"data:\n  init_args:\n    a: 1\n    a: 2\n", "is not YAML at line 4: a stands there twice"),
+        (b"name: d\xefgits\n", "is not text in UTF-8: invalid continuation byte at byte 7"),
+    ],
+)
+def test_a_file_that_does_not_say_what_it_seems_to(content: bytes, line: str, tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_bytes(content)
+    result = run_here("fit", *DIGITS, *CSV, "--config", path)
+    assert (result.code, result.err) == (2, f"error: --config {path} {line}\n")
+
+
+def test_a_pipe_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    result = run_here("fit", "--config", tmp_path / "pipe")
+    assert (result.code, len(result.err.splitlines())) == (2, 1)
+    assert "is a pipe, but is read more than once: write it to a file" in result.err
+
+
+def test_anchors_and_merged_keys_are_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text(
+        "trainer: &one {max_epochs: &n 0}\nmodel: {init_args: {schedule: {<<: {warmup: 0.1}, warmup: 0.2}}}\n"
+    )
+    result = run_here("fit", *DIGITS, *CSV, "--config", path)
+    assert result.code == 0, result.err
