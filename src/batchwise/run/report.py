@@ -8,7 +8,7 @@ import traceback
 from pathlib import Path
 from shlex import quote
 
-from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 from lightning.pytorch.utilities import rank_zero_only
 
 from batchwise.batching.fetch import DataError
@@ -71,13 +71,16 @@ def training(trainer: Trainer, folder: Path) -> None:
     if trainer.global_step == 0 and any(isinstance(callback, Timer) for callback in trainer.callbacks):
         print("no step was trained within trainer.max_time: write more")
     for callback in trainer.callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path:
-            score = callback.best_model_score  # None: the processes that trained have ended
-            value = "" if score is None else f" {score:.4f}"
-            if score is not None and not score.isfinite():
-                print(f"{callback.best_model_path} is not the best: {callback.monitor} was never a finite number")
-                continue
+        if isinstance(callback, EarlyStopping) and callback.stopping_reason_message:
+            print(f"stopped early: {callback.stopping_reason_message}")
+        if not isinstance(callback, ModelCheckpoint) or not callback.monitor:
+            continue
+        score, newest = callback.best_model_score, trainer.callback_metrics.get(callback.monitor)
+        if callback.best_model_path and (score is None or score.isfinite()):
+            value = "" if score is None else f" {score:.4f}"  # None: the processes that trained have ended
             print(f"best {callback.monitor}{value}: {callback.best_model_path}")
+        elif newest is not None and not newest.isfinite():
+            print(f"no checkpoint is the best: {callback.monitor} was never a finite number")
     print(f"run folder: {folder}")
 
 

@@ -6,8 +6,10 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
+from torch import Tensor
 
 from batchwise.callbacks.checkpoint import Last
 from batchwise.callbacks.epoch_line import EpochLine
@@ -66,7 +68,19 @@ def usual_callbacks(task: Task, given: Sequence[Callback], saving: bool, folder:
         if isinstance(callback, ModelCheckpoint):
             callback.dirpath = callback.dirpath or str(folder / "checkpoints")
             callback._enable_version_counter = False
+            _compare_numbers_only(callback)
     return [*usual, *(kind() for kind in (EpochLine, Summary) if missing(kind))]
+
+
+def _compare_numbers_only(callback: ModelCheckpoint) -> None:
+    """Let a value that is not finite never be the best. Lightning takes an infinite one, and NaN if it is the first."""
+    beats = callback.check_monitor_top_k
+
+    def check(trainer: Trainer, current: Tensor | None = None) -> bool:
+        counts = current is None or callback.save_top_k == -1 or bool(current.isfinite())
+        return counts and beats(trainer, current)
+
+    callback.check_monitor_top_k = check
 
 
 def add_progress_bar(callbacks: list[Callback]) -> bool:

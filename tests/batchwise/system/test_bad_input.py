@@ -197,7 +197,12 @@ def test_where_nothing_could_be_compared_nothing_is_the_best() -> None:
     result = run_here(*FIT, *own(kind="nan"), "--trainer.callbacks", f"[{best}]", "--trainer.max_epochs", 2)
     assert result.code == 0, result.err
     assert "val/loss nan" in result.out
-    assert "best.ckpt is not the best: val/loss was never a finite number" in result.out
+    assert "no checkpoint is the best: val/loss was never a finite number" in result.out
+    assert "test it:" not in result.out
+    assert not (result.folder / "checkpoints" / "best.ckpt").exists()
+    early = "{class_path: lightning.pytorch.callbacks.EarlyStopping, init_args: {monitor: val/loss}}"
+    result = run_here(*FIT, *own(kind="nan"), "--trainer.callbacks", f"[{early}]", "--trainer.max_epochs", 2)
+    assert "stopped early: Monitored metric val/loss = nan is not finite" in result.out
 
 
 def test_misspelt_monitor() -> None:
