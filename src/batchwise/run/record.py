@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from batchwise.host import write_whole
 from batchwise.run import folders
 from batchwise.run.checks import check_schedulers
-from batchwise.run.resume import settings_of
+from batchwise.run.resume import keep_the_best, settings_of
 from batchwise.run.wandb import WandbLogger
 from batchwise.tasks.task import Task
 
@@ -54,9 +54,10 @@ class RunRecord(Callback):
         checkpoint["log"] = next((logger.recent() for logger in trainer.loggers if isinstance(logger, WandbLogger)), [])
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Task, checkpoint: dict[str, Any]) -> None:
-        """Log the rows that a crash may have lost."""
+        """Find the best checkpoints again, and log the rows that a crash may have lost."""
         if trainer.state.fn != "fit":
             return
+        keep_the_best(checkpoint, trainer)
         for step, row in checkpoint.get("log") or []:
             for logger in trainer.loggers:
                 if isinstance(logger, WandbLogger):

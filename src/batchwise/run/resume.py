@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 
 from batchwise.callbacks.ema import EMA
@@ -52,7 +53,7 @@ def choose_checkpoint(which: str | None, root: Path, name: str, command: str) ->
             raise ValueError(f"ckpt_path is not set: write --ckpt_path best, last or a file to {command}")
         return None
     if which not in ("last", "best"):
-        path = Path(which)
+        path = Path(which).expanduser()
         if path.is_dir():
             raise ValueError(f"ckpt_path {which} is a folder: write last, best or a file")
         if not path.is_file():
@@ -82,8 +83,8 @@ def _newest(runs: Path, which: str) -> Path | None:
         if not wanted.exists() and not (which == "last" and (folder / "previous.ckpt").exists()):
             if which == "best" and any(folder.glob("*.ckpt")):
                 raise ValueError(
-                    f"ckpt_path best: the newest run, {folder.parent}, has no best.ckpt, because it was not validated: "
-                    "write last, or the file of an older run"
+                    f"ckpt_path best: the newest run, {folder.parent}, has no best.ckpt, because no value was "
+                    "finite, or because it was not validated: write last, or the file of an older run"
                 )
             continue
         spares = [folder / "previous.ckpt", folder / "best.ckpt"] if which == "last" else []
@@ -94,6 +95,22 @@ def _newest(runs: Path, which: str) -> Path | None:
             if path.exists():
                 print(f"{path} cannot be read ({problem}): trying the one before it", flush=True)
     return None
+
+
+def keep_the_best(checkpoint: dict[str, Any], trainer: pl.Trainer) -> None:
+    """Let the callbacks know their best checkpoints again, if a run goes on in its folder.
+
+    Lightning forgets them if the folder was moved, or is written as another path, and then replaces them by worse ones.
+    """
+    folder = Path(str(trainer.ckpt_path)).absolute().parent
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        state = checkpoint.get("callbacks", {}).get(callback.state_key)
+        if not isinstance(callback, ModelCheckpoint) or not state or Path(callback.dirpath or "").absolute() != folder:
+            continue
+        old, new = state["dirpath"], str(callback.dirpath)
+        for key in ("dirpath", "best_model_path", "kth_best_model_path", "last_model_path"):
+            state[key] = state[key].replace(old, new, 1)
+        state["best_k_models"] = {path.replace(old, new, 1): score for path, score in state["best_k_models"].items()}
 
 
 def training_differences(
