@@ -186,6 +186,9 @@ class Trainer(pl.Trainer):
         for loop in (self.fit_loop.epoch_loop.val_loop, self.validate_loop, self.test_loop):
             loop._results = Results(self, training=False)
         self._logger_connector = Connector(self)
+        # Lightning's handlers let a process end with code 0 after SIGTERM, and wait for other processes, which may wait
+        # for this one. `Last` has its own. Without it, SIGTERM does what it does without Lightning.
+        self._signal_connector.register_signal_handlers = lambda: None
         self.phases = Phases()
 
     @property

@@ -59,8 +59,8 @@ class Target(NamedTuple):
         return cls(match[1], match[2], float(match[3]))
 
     def reached(self, value: float) -> bool:
-        """Return whether a value of the metric reaches the target. NaN does not."""
-        return value >= self.value if self.sign == ">=" else value <= self.value
+        """Return whether a value of the metric reaches the target. One that is not finite does not."""
+        return math.isfinite(value) and (value >= self.value if self.sign == ">=" else value <= self.value)
 
 
 class Race(Callback):
@@ -171,8 +171,9 @@ def sweep(
             and (run.reached or run.examples >= budget)
         ]
 
+    before = len(known())
     with isolate_rng(), Progress(console=console, transient=True) as bars:
-        bar = bars.add_task("")
+        bar, stopped = bars.add_task(""), None
         try:
             while waiting := list(trials.due(runs := known(), sizes, all_seeds, factors)):
                 seed, size, factor = waiting[0]
@@ -195,7 +196,8 @@ def sweep(
                 examples = feed.plan.examples_at(race.steps) if race.reached else budget
                 done = (race.reached, race.steps if race.reached else most, examples, round(race.seconds, 6))
                 trials.append(path, Run(config, size, seed, factor, race.learning_rate, *done))
-        except (KeyboardInterrupt, SystemExit):  # Lightning turns the former into the latter
+        except (KeyboardInterrupt, SystemExit) as stop:  # Lightning turns the former into the latter
+            stopped = stop
             console.print("interrupted: the same command goes on from here")
     runs = known()
     if runs:
@@ -203,7 +205,9 @@ def sweep(
         report(console, found, target, budget)
         picture = Path(trainer.default_root_dir) / "sweep.png"
         draw_sweep(picture, found, trials.fit(found), target)
-        print(f"look at it: {picture}\nall runs:   {path}")
+        print(f"look at it: {picture}\nall runs:   {path}" + (f" (of these, {before:,} were there)" if before else ""))
+    if stopped is not None:
+        raise stopped
     return runs
 
 

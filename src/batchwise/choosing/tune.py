@@ -78,7 +78,7 @@ def _tune(
     findings = Findings(plan.batch_size, max(unit, most // 2), plan.devices, unit, schedule=task._rates.schedule)
     console = Console()
     with Progress(console=console, transient=True, disable=not trainer.is_global_zero) as bars:
-        lacks = ""
+        stopped: BaseException | None = None
         try:
             bar = bars.add_task("what fits, what is fast", total=math.log2(most))
             watch = Stopwatch(task, data, most, device)
@@ -91,10 +91,13 @@ def _tune(
             findings.sizes = fits.again(watch, way, findings.sizes, agreed)
             bar = bars.add_task("short trainings", total=None)
             Search(trainer, task, data, findings, budget, agreed, lambda line: bars.update(bar, description=line)).go()
-        except (KeyboardInterrupt, SystemExit):  # Lightning turns the former into the latter
-            lacks = "interrupted"
+        except (KeyboardInterrupt, SystemExit) as stop:  # Lightning turns the former into the latter
+            stopped = stop
     if findings.sizes and trainer.is_global_zero:
         best = findings.best()
+        lacks = "interrupted" if stopped else ""
         report(console, findings, best, task, lacks, perf_counter() - started, data.total_examples())
         leave(Path(trainer.default_root_dir), findings, best, task, data, rates)
+    if stopped is not None:
+        raise stopped
     return findings

@@ -3,9 +3,10 @@
 import os
 import signal
 import sys
+import threading
 import warnings
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import lightning.pytorch as pl
 import yaml
@@ -94,7 +95,7 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Find the checkpoint and the folder, and put the loggers there."""
         settings, command = self.settings, self.config.subcommand
-        root = Path(settings.trainer.default_root_dir or "runs")
+        root = Path(settings.trainer.default_root_dir or "runs").expanduser()
         folders.check_name(settings.name, root)
         restart = settings.get("ckpt_path") == "last"
         resumable = "ckpt_path" in settings
@@ -236,24 +237,25 @@ def run(arguments: list[str]) -> int:
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     leave_out_unfounded_warnings()
     inherited = folders.FOLDER in os.environ
-    if not inherited:
+    before = signal.getsignal(signal.SIGTERM)
+    if not inherited:  # other processes end with this one
         os.environ[LEADER] = str(os.getpid())
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _interrupt)
     try:
         with mistakes():
             check_files(arguments)
         CLI(arguments)
     except (KeyboardInterrupt, SystemExit) as stop:
         # Lightning ends the process with 1 after an interrupt.
-        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
+        cause = stop.__context__ if isinstance(stop, SystemExit) else stop
+        if not isinstance(cause, KeyboardInterrupt):
             raise
         print("error: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return 128 + (signal.SIGTERM if cause.args == (signal.SIGTERM,) else signal.SIGINT)
     except Exception as error:
-        if isinstance(error, Mistake):
-            if os.environ.get("BATCHWISE_TRACEBACK"):
-                raise
-            if not inherited and folders.FOLDER in os.environ:
-                folders.remove_if_empty(Path(os.environ[folders.FOLDER]))
+        if isinstance(error, Mistake) and os.environ.get("BATCHWISE_TRACEBACK"):
+            raise
         folder = os.environ.get(folders.FOLDER)
         code = report.failure(error, Path(folder) if folder else None)
         if code is None:
@@ -263,4 +265,11 @@ def run(arguments: list[str]) -> int:
         if not inherited:
             folders.forget()
             os.environ.pop(LEADER, None)
+            if signal.getsignal(signal.SIGTERM) is _interrupt:
+                signal.signal(signal.SIGTERM, before)
     return 0
+
+
+def _interrupt(number: int, _: object) -> NoReturn:
+    """Let SIGTERM end a command as Ctrl-C does."""
+    raise KeyboardInterrupt(number)

@@ -21,7 +21,7 @@ _until_the_end = contextlib.ExitStack()
 
 def check_name(name: str, root: Path) -> None:
     """Raise ValueError if the name of an experiment is not the name of a folder in `root`."""
-    if Path(name).is_absolute() or ".." in Path(name).parts or not name:
+    if Path(name).is_absolute() or ".." in Path(name).parts or not name.isprintable() or not name:
         raise ValueError(f"name is {name!r}: write the name of a folder that is to lie in {root}")
 
 
@@ -87,12 +87,13 @@ def place_loggers(loggers: list | Namespace | bool | None, folder: Path) -> None
                 arguments.id = run_id(folder)
 
 
-def remove_if_empty(folder: Path) -> None:
-    """Remove the folder of a run that did not begin."""
-    _until_the_end.close()
+def _remove_if_empty(folder: Path) -> None:
+    """Remove the folder of a run that has left nothing, and that of its experiment if it has no other run."""
     with contextlib.suppress(OSError):  # raised by a folder that holds something
-        (folder / "checkpoints").rmdir()
-        folder.rmdir()
+        if os.listdir(folder) == ["checkpoints"]:
+            (folder / "checkpoints").rmdir()
+            folder.rmdir()
+            folder.parent.rmdir()
 
 
 def logs(folder: Path) -> Path:
@@ -138,10 +139,12 @@ def all_have_met() -> None:
 
 
 def forget() -> None:
-    """Forget the folder that the processes share, because the training is over."""
+    """Forget the folder that the processes share, because the training is over. Remove it if it has nothing."""
     _until_the_end.close()
     all_have_met()
-    os.environ.pop(FOLDER, None)
+    folder = os.environ.pop(FOLDER, None)
+    if folder and rank_zero_only.rank == 0:
+        _remove_if_empty(Path(folder))
 
 
 def _share(folder: Path) -> None:

@@ -94,7 +94,7 @@ def end_with_the_leader() -> None:
 
 
 def main(name: str | None, arguments: list[str] | None = None) -> int:
-    """Run a command; return its exit code: 0 done, 1 it failed, 2 the user's mistake.
+    """Run a command; return its exit code: 0 done, 1 it failed, 2 the user's mistake, 130 or 143 interrupted.
 
     Args:
         name: the package behind `python -m`.
@@ -110,7 +110,11 @@ def main(name: str | None, arguments: list[str] | None = None) -> int:
     if arguments[0] == "--version":
         print(f"batchwise {__version__}")
         return 0
-    run = _load()
+    try:
+        run = _load()
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     if arguments[0] == "schema":
         return import_module("batchwise.run.schema").write(arguments[1:])
     if arguments[0] == "shards" and len(arguments) > 1 and not arguments[1].startswith("-"):

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from batchwise import trainer
 from batchwise.callbacks.phases import Phases
 from batchwise.data.module import DataModule
-from batchwise.errors import Mistake, mistakes
+from batchwise.errors import mistakes
 from batchwise.run import checks, folders, report, resume
 from batchwise.run.record import RunRecord
 from batchwise.run.usual import add_progress_bar, leave_out_unfounded_warnings, usual_callbacks
@@ -145,10 +145,6 @@ class Trainer(trainer.Trainer):
             if isinstance(model, Task):
                 resume.leave_out_initial_weights(model, checkpoint)
             yield checkpoint
-        except Mistake:
-            if self.folder is not None:
-                folders.remove_if_empty(self.folder)
-            raise
         finally:
             folders.forget()
 

@@ -71,7 +71,12 @@ def test_the_curve_is_found() -> None:
 
 @pytest.mark.parametrize(
     ("text", "value", "reached"),
-    [("val/loss<=0.5", 0.5, True), ("val/loss <= 1e-3", 0.5, False), ("val/loss>=0.5", math.nan, False)],
+    [
+        ("val/loss<=0.5", 0.5, True),
+        ("val/loss <= 1e-3", 0.5, False),
+        ("val/loss>=0.5", math.nan, False),
+        ("val/loss>=0.5", math.inf, False),
+    ],
 )
 def test_target(text: str, value: float, reached: bool) -> None:
     assert Target.parse(text, ["val/loss"]).reached(value) == reached
@@ -114,11 +119,12 @@ def test_a_sweep_from_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(sweep.short, "train", note)
     stopped = run_here(*common)
-    assert stopped.code == 0, stopped.err
+    assert stopped.code == 130, stopped.err
     assert "interrupted" in stopped.out
     assert len(trials.read(Path("runs/digits/sweep.csv"))) == 2
     result = run_here(*common)
     assert result.code == 0, result.err
+    assert "sweep.csv (of these, 2 were there)" in result.out
     assert trained[:3] == [(64, 0, 1), (64, 0, 2), (1259, 0, 1)]
     assert trained[2] == trained[3]  # goes on with the one that was interrupted
     first = {seed: weight for (_, seed, _), weight in zip(trained, weights, strict=True)}

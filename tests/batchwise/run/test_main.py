@@ -8,6 +8,8 @@ import sys
 import pytest
 from helpers import run_here
 
+from batchwise.run import main
+
 CODE = """
 import gc, sys
 from batchwise.run.main import _load
@@ -76,3 +78,14 @@ def test_the_flags_of_the_short_help_are_there() -> None:
     assert {flag for flag in flags if f"--{flag}" not in long} <= {
         *("data.batch_size", "data.micro_batch_size", "model.optimizer.lr")
     }
+
+
+def test_an_interrupt_while_the_project_is_imported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main, "_load", interrupt)
+    assert main.main("batchwise", ["fit"]) == 130
+    assert capsys.readouterr().err == "error: interrupted\n"

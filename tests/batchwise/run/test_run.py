@@ -1,6 +1,7 @@
 """One folder for all processes of a training, whoever starts them."""
 
 import errno
+import math
 import os
 import signal
 import socket
@@ -8,9 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import CSV, DIGITS, Result, Started, furthest, run_here
+from lightning.pytorch.callbacks import ModelCheckpoint
 
+from batchwise.data.module import LIMIT_FILE
 from batchwise.run.lock import alone
+from batchwise.run.record import RunRecord
+from batchwise.run.usual import usual_callbacks
 
 FIT = (
     *("fit", *DIGITS, *CSV, "--trainer.precision", "64-true", "--data.batch_size", 100),
@@ -129,3 +135,100 @@ def test_where_there_are_no_locks_nothing_is_held(monkeypatch: pytest.MonkeyPatc
     Path("run/checkpoints").mkdir(parents=True)
     with alone(Path("run")), alone(Path("run")):
         pass
+
+
+@pytest.mark.parametrize(
+    "arguments", [(), ("--trainer.enable_checkpointing", "false")], ids=["", "without checkpoints"]
+)
+def test_sigterm_before_training_ends_with_143(monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(RunRecord, "setup", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    result = run_here(*FIT, *arguments, "--trainer.logger", "false")
+    assert (result.code, result.err.splitlines()) == (143, ["error: interrupted"])
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert not list(Path("runs").glob("*"))  # nothing was begun
+
+
+@pytest.mark.slow
+def test_sigterm_ends_an_evaluation_on_two_devices(tmp_path: Path) -> None:
+    """Lightning's handlers wait for each other, and end with 0 where there is one process."""
+    (tmp_path / "slow_val.py").write_text(
+        "import time\nfrom lightning.pytorch.callbacks import Callback\n"
+        "class Slow(Callback):\n    def on_validation_batch_start(self, *_):\n"
+        "        print('asleep', flush=True)\n        time.sleep(2)\n"
+    )
+    assert run_here(*FIT, "--trainer.max_steps", 2).code == 0
+    path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
+    two = ("--trainer.devices", 2, "--trainer.strategy", "ddp", "--trainer.callbacks+", "slow_val.Slow")
+    for devices in (two[4:], two):
+        process = Started("validate", *FIT[1:], *devices, "--ckpt_path", "last", PYTHONPATH=path, OMP_NUM_THREADS="1")
+        try:
+            process.until("asleep")
+            os.killpg(process.process.pid, signal.SIGTERM)
+            result = process.end(timeout=30)
+        finally:
+            if process.process.poll() is None:
+                process.kill()
+        assert result.code == 143, result.err
+        assert "Traceback" not in result.err
+
+
+def test_what_is_refused_leaves_no_folder() -> None:
+    assert run_here(*FIT, "--data.batch_size", "0").code == 2
+    assert run_here("sweep", *FIT[1:], "--batch_sizes", "8", "--target", "x").code == 2
+    assert not list(Path("runs").glob("*"))
+
+
+def test_the_folder_of_a_limit_stays_whole() -> None:
+    """A restart that is refused must not take away what the next one needs."""
+    folder = Path("runs/digits/2026-01-01_00-00-00")
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "config.yaml").write_text("{}")
+    (folder / LIMIT_FILE).write_text("50")
+    assert run_here(*FIT, "--ckpt_path", "last", "--data.batch_size", 10**9, "--data.drop_last", "true").code == 2
+    result = run_here(*FIT, "--ckpt_path", "last", "--trainer.max_steps", 1)
+    assert (result.code, result.folder) == (0, folder.absolute()), result.err
+
+
+@pytest.mark.parametrize("name", ["a\nb", "nul\0", "../up", "/root", ""])
+def test_names_that_are_no_folder(name: str) -> None:
+    result = run_here(*FIT, f"--name={name}")
+    assert (result.code, len(result.err.splitlines())) == (2, 1)
+    assert "write the name of a folder" in result.err
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    result = run_here(*FIT, "--trainer.max_steps", 1, "--trainer.default_root_dir", "~/all")
+    assert result.code == 0, result.err
+    (last,) = (tmp_path / "all" / "digits").glob("*/checkpoints/last.ckpt")
+    on = run_here(*FIT, "--ckpt_path", f"~/{last.relative_to(tmp_path)}", "--trainer.max_steps", 2)
+    assert (on.code, on.folder.absolute()) == (0, last.parent.parent), on.err
+
+
+def test_a_run_that_was_moved_knows_its_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning forgot the score, and the next checkpoint took the place of the best."""
+    result = run_here(*FIT, "--trainer.max_epochs", 2)
+    moved = Path("elsewhere").absolute() / result.folder.name
+    moved.parent.mkdir()
+    result.folder.rename(moved)
+    best = torch.load(moved / "checkpoints" / "best.ckpt", weights_only=True)
+    monkeypatch.setattr(ModelCheckpoint, "check_monitor_top_k", never_better)
+    on = run_here(*FIT, "--trainer.max_epochs", 3, "--ckpt_path", moved / "checkpoints" / "last.ckpt")
+    assert on.code == 0, on.err
+    assert f"{moved}/checkpoints/best.ckpt" in on.out
+    assert torch.load(moved / "checkpoints" / "best.ckpt", weights_only=True)["global_step"] == best["global_step"]
+
+
+def never_better(self: ModelCheckpoint, _: object, current: torch.Tensor | None = None) -> bool:
+    """Stands in for `check_monitor_top_k`: values are worse than those that are known."""
+    return current is not None and len(self.best_k_models) < self.save_top_k
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_only_a_finite_value_is_the_best(mode: str) -> None:
+    best = ModelCheckpoint(monitor="x", mode=mode)
+    usual_callbacks(None, [best], False, Path())  # type: ignore[arg-type]
+    for value in (math.nan, math.inf, -math.inf):
+        assert not best.check_monitor_top_k(None, torch.tensor(value))  # type: ignore[arg-type]
+    assert best.check_monitor_top_k(None, torch.tensor(0.5))  # type: ignore[arg-type]
