@@ -234,7 +234,9 @@ def numbers(column: "ChunkedArray", name: str, path: str, form: Kind = "number")
         values = ticks.astype(np.float64) / _A_DAY[unit]
     else:
         try:
-            values = column.cast("float64").to_numpy().astype(np.float64)
+            values = (
+                column.cast("float64", safe=False).to_numpy().astype(np.float64)
+            )  # of numbers above 2^53, the nearest
         except (ValueError, NotImplementedError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(

@@ -1,11 +1,12 @@
 """Files of tables: CSV as people write it, and Parquet."""
 
+import json
 import re
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections import Counter
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from batchwise.errors import optional
 
@@ -24,7 +25,8 @@ def read_table(
 
     The delimiter is the commonest of comma, semicolon, tab and bar in the first line. Names of columns have no blanks
     around them. A first column without a name that counts the rows is the index that pandas writes, and is left out.
-    What is neither UTF-8 nor marked as UTF-16 is read as Latin-1.
+    What is neither UTF-8 nor marked as UTF-16 is read as Latin-1, with the further characters that Windows has in it. A
+    first line `sep=;`, which Excel writes, says the delimiter.
 
     Args:
         path: a .csv, .tsv or .parquet file, or a folder of Parquet files; `~` is the home folder.
@@ -49,9 +51,7 @@ def read_table(
     if table.num_columns and table.column_names[0] in ("", "Unnamed: 0", "__index_level_0__") and _counts(table):
         found.append("the first column is an index and is left out")
         table = table.remove_column(0)
-    double = [name for name, count in Counter(table.column_names).items() if count > 1]
-    if double:
-        raise ValueError(f"{path} has {len(double)} column name(s) twice, such as '{double[0]}': rename one of them")
+    refuse_double(path, table.column_names)
     if not len(table):
         raise ValueError(f"{path} has no rows: it has the columns {', '.join(table.column_names[:10])}")
     for number, column in enumerate(table.columns):
@@ -69,8 +69,11 @@ def _read_csv(file: Path, delimiter: str | None, names_only: Collection[str], fo
     encoding = "utf-16" if start[:2] in (BOM_UTF16_LE, BOM_UTF16_BE) else "utf8"
     if encoding == "utf8" and b"\0" in start:
         raise OSError("it is no text: save the table as CSV or Parquet")
-    if delimiter is None:
-        text = start.decode("latin-1" if encoding == "utf8" else encoding, errors="ignore")
+    text = start.decode("utf-8-sig" if encoding == "utf8" else encoding, errors="ignore")
+    said = re.match(rf'"?sep=([{DELIMITERS}])"?\r?\n', text)
+    if delimiter is None and said:
+        delimiter = said[1]
+    elif delimiter is None:
         head = re.sub('"[^"]*"', "", text.strip()).partition("\n")[0]
         delimiter = "\t" if file.suffix.lower() == ".tsv" and "\t" in head else max(DELIMITERS, key=head.count)
         if delimiter != "," and file.suffix.lower() != ".tsv":
@@ -79,7 +82,7 @@ def _read_csv(file: Path, delimiter: str | None, names_only: Collection[str], fo
     def read(encoding: str, as_written: Iterable[str] = ()) -> "ArrowTable":
         return csv.read_csv(
             file,
-            read_options=csv.ReadOptions(encoding=encoding, block_size=_BLOCK),
+            read_options=csv.ReadOptions(encoding=encoding, block_size=_BLOCK, skip_rows=1 if said else 0),
             parse_options=csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
             convert_options=csv.ConvertOptions(
                 strings_can_be_null=True, column_types=dict.fromkeys(as_written, "string")
@@ -92,13 +95,34 @@ def _read_csv(file: Path, delimiter: str | None, names_only: Collection[str], fo
     except UnicodeDecodeError:  # in the name of a column
         is_text = False
     if not is_text:
-        encoding = "latin-1"
-        table = read(encoding)
+        try:
+            table = read(encoding := "cp1252")
+        except UnicodeDecodeError:  # it has no meaning for five of the bytes
+            table = read(encoding := "latin-1")
         found.append("it is not UTF-8, and is read as Latin-1")
     parsed = [
         field.name for field in table.schema if field.name.strip() in names_only and not types.is_string(field.type)
     ]
     return read(encoding, parsed) if parsed else table
+
+
+def refuse_double(path: object, names: Iterable[str]) -> None:
+    """Raise ValueError if two columns of a file have one name."""
+    double = [name for name, count in Counter(names).items() if count > 1]
+    if double:
+        raise ValueError(f"{path} has {len(double)} column name(s) twice, such as '{double[0]}': rename one of them")
+
+
+def from_json(line: str) -> Any:
+    """Return what a line of JSON holds.
+
+    Raises:
+        ValueError: it is no JSON, or has half a character, such as \\ud800, which no other file can have.
+    """
+    value = json.loads(line)
+    if "\\u" in line:
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
 
 
 def _counts(table: "ArrowTable") -> bool:

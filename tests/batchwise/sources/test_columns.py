@@ -149,6 +149,9 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
     "an empty first line": ("\n" + n_k(";"), {}, range(30)),
     "commas in a quoted name": (rows('n;"t,u,v";k', lambda i: f"{i};{i};{k(i)}"), {}, range(30)),
     "a name in Latin-1": (rows("größe,k", lambda i: f"{i},{k(i)}").encode("latin-1"), {}, range(30)),
+    "whole numbers above 2^53": (rows("n,k", lambda i: f"{2**60 + 1024 * i},{k(i)}"), {}, range(30)),
+    "the delimiter in a first line, as Excel writes it": ("sep=;\r\n" + n_k(";"), {}, range(30)),
+    "the same after a mark of byte order": ("\ufeffsep=|\n" + n_k("|"), {}, range(30)),
     "a row of 3 MB": (rows("n,t,k", lambda i: f'{i},"{"z" * (3_000_000 * (i == 7))}",{k(i)}'), {}, 3),
     "nanoseconds": (
         rows("n,k", lambda i: f"1970-01-{i + 1:02} 12:00:00.123456789,{k(i)}"), {}, range(30),
@@ -218,6 +221,13 @@ def test_latin_1_is_read_as_such(capsys: pytest.CaptureFixture) -> None:
     data.load("train")
     assert data.class_names == ["café", "thé"]
     assert "t.csv: it is not UTF-8, and is read as Latin-1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("one", "coding"), [("5 €", "cp1252"), ("“five”", "cp1252"), ("\x81", "latin-1")])
+def test_what_windows_has_in_latin_1_is_read_as_such(one: str, coding: str) -> None:
+    data = made(rows("n,k", lambda i: f"{i},{one if i % 2 else 'thé'}").encode(coding))
+    data.load("train")
+    assert data.class_names == sorted([one, "thé"])
 
 
 def test_guesses_are_printed(capsys: pytest.CaptureFixture) -> None:
