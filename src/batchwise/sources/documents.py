@@ -1,7 +1,6 @@
 """Documents from files (plain text, CSV, JSON lines), and their splits."""
 
 import csv
-import json
 import os
 from collections.abc import Iterator
 from glob import glob
@@ -13,6 +12,7 @@ from typing import NamedTuple
 from batchwise.batching.random import mix
 from batchwise.data.labels import normal
 from batchwise.errors import optional
+from batchwise.sources.reading import from_json, refuse_double
 
 STDLIB = "stdlib"
 """Name for the source of Python's own standard library: text that is on every machine (PSF licence)."""
@@ -76,12 +76,13 @@ def read(path: Path, text_column: str, label_column: str | None, delimiter: str 
         if path.suffix.lower() in CSV + JSON_LINES + PARQUET:
             for place, row in _rows(path):
                 for column in filter(None, (text_column, label_column)):
-                    if row.get(column) is None:
+                    if column not in row:
                         raise ValueError(f"{place} has no {column!r}, but {', '.join(map(repr, row))}: write "
                                          "data.text_column and data.label_column as they are there")  # fmt: skip
+                    value = row[column]  # what is not a number is unequal to itself
+                    if value is None or value != value or (column == label_column and not str(value).strip()):
+                        raise ValueError(f"{place} has an empty {column!r}: fill it in, or leave the row out")
                 label = None if label_column is None else normal(str(row[label_column]))
-                if label is not None and not label.strip():
-                    raise ValueError(f"{place} has an empty {label_column!r}: fill it in, or leave the row out")
                 if row[text_column] or label is not None:
                     yield Document(str(row[text_column]), label)
         elif label_column is not None:
@@ -111,6 +112,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict]]:
         if kind in CSV:
             csv.field_size_limit(2**31 - 1)  # by default a text of more than 131,072 characters is refused
             reader = csv.DictReader(file, delimiter="\t" if kind == ".tsv" else ",")
+            refuse_double(path, filter(None, reader.fieldnames or ()))
             for row in reader:
                 if any(row.get(None) or ()):
                     raise ValueError(f"{path}, line {reader.line_num}, has more fields than the first line: put texts "
@@ -121,7 +123,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = from_json(line)
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}, is no JSON: {error}") from error
             yield f"{path}, line {number},", row if isinstance(row, dict) else {}

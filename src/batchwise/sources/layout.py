@@ -1,8 +1,8 @@
 """Where the images of a data set are: in folders by class, in folders by split and class, or in a list."""
 
 import csv
-import json
 import os
+import warnings
 from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path, PurePosixPath
@@ -12,6 +12,7 @@ from PIL import Image
 
 from batchwise.data.labels import check_alike, shown
 from batchwise.data.split import ALIASES
+from batchwise.sources.reading import from_json, refuse_double
 
 PATHS = ("path", "file", "filename", "file_name", "filepath", "image", "image_path")
 LABELS = ("label", "class", "class_name", "target", "category")
@@ -73,15 +74,21 @@ def _in_folders(path: Path, train: bool) -> Listing:
             inner = path / folders[0]
             raise ValueError(f"data.path {path} has one folder, and that has {shown(subfolders(inner))}: write {inner}")
         tops = [("", "")]
-    listing = Listing(path, [], [], [])
+    listing, empty = Listing(path, [], [], []), list[str]()
     for top, split in tops:
         for label in subfolders(path / top):
             found = image_files(path / top / label)
             if not found:
                 _refuse_unknown_kinds(path / top / label)
+                empty.append(os.path.join(top, label))
             listing.names.extend(os.path.join(top, label, name) for name in found)
             listing.labels.extend([label] * len(found))
             listing.splits.extend([split] * len(found) if split else [])
+    if empty and listing.names:
+        warnings.warn(
+            f"data.path {path} has {len(empty)} folder(s) without images, such as {empty[0]}: fill or remove them",
+            stacklevel=2,
+        )
     return listing
 
 
@@ -145,9 +152,11 @@ def listed(path: Path) -> Listing:
         if path.suffix.lower() in (".csv", ".tsv"):
             head = text.partition("\n")[0]
             delimiter = max("\t,;", key=head.count)
-            rows: list[Any] = list(csv.DictReader(StringIO(text), delimiter=delimiter, skipinitialspace=True))
+            reader = csv.DictReader(StringIO(text), delimiter=delimiter, skipinitialspace=True)
+            refuse_double(path.name, filter(None, reader.fieldnames or ()))
+            rows: list[Any] = list(reader)
         else:
-            rows = [json.loads(line) for line in StringIO(text) if line.strip()]
+            rows = [from_json(line) for line in StringIO(text) if line.strip()]
     except UnicodeDecodeError as error:
         raise ValueError(f"data.path {path} is not UTF-8 (byte {error.start:,}): convert it") from error
     except (ValueError, csv.Error) as error:
@@ -159,7 +168,8 @@ def listed(path: Path) -> Listing:
     names, labels, splits = [], [], []
     for number, row in enumerate(rows, 1):
         for column, key in ((of_path, PATHS[0]), (of_label, LABELS[0])):
-            if not isinstance(row, dict) or row.get(column) in (None, ""):
+            value = row.get(column) if isinstance(row, dict) else None
+            if value in (None, "") or value != value:  # as what is not a number
                 raise ValueError(f"row {number} of {path} has no {key}: write `path` and `label` in each")
         if any(row.get(None) or ()):
             raise ValueError(

@@ -115,6 +115,15 @@ def test_links_are_followed_once() -> None:
     assert Counter(find_images(Path("data")).labels) == {"a": 2, "b": 1, "c": 1}
 
 
+def test_a_folder_without_files_is_named() -> None:
+    touch("train/a/1.png", "train/b/1.png", "test/a/1.png")
+    for name in ("train/c", "test/b", "train/.hidden"):
+        (Path("data") / name).mkdir()
+    with pytest.warns(UserWarning, match="data.path data has 2 folder.s. without images, such as test/b: fill") as said:
+        assert set(find_images(Path("data")).labels) == {"a", "b"}
+    assert len(said) == 1
+
+
 def test_a_recalled_folder_needs_no_training_images() -> None:
     touch("test/a/1.png")
     assert find_images(Path("data"), train=False).splits == ["test"]
@@ -151,6 +160,21 @@ LISTS: dict[str, tuple[str, str | bytes, Any]] = {
     "a list for a path": ("l.jsonl", '{"path": ["a"], "label": "a"}\n', r"has the path \['a'\]: write a text"),
     "no path": ("l.csv", "label\na\n", "row 1 of data/l.csv has no path: write `path` and `label` in each"),
     "no label": ("l.csv", "path\na/1.png\n", "row 1 of data/l.csv has no label"),
+    "a label that is no number": (
+        "l.jsonl",
+        '{"path": "a/1.png", "label": NaN}\n',
+        "row 1 of data/l.jsonl has no label",
+    ),
+    "half a character": (
+        "l.jsonl",
+        '{"path": "a/1.png", "label": "\\ud800"}\n',
+        "cannot be read as CSV, TSV or JSON-l",
+    ),
+    "a column twice": (
+        "l.csv",
+        "path,label,label\na/1.png,a,b\n",
+        "1 column name.s. twice, such as 'label': rename one",
+    ),
     "rows that are no objects": ("l.jsonl", "[1]\n", "row 1 of data/l.jsonl has no path"),
     "an unknown split": (
         "l.csv",
