@@ -1,14 +1,20 @@
-"""Steps whose loss or gradient is not finite."""
+"""Steps whose loss or gradient is not finite, and examples of evaluations whose loss is not."""
 
 import cmath
 import math
+import warnings
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
+from batchwise.batching.collate import numbers
 from batchwise.batching.gradients import Number, full, gradients_of
+from batchwise.batching.loader import MicroBatch
 from batchwise.errors import TrainingStopped
+from batchwise.tasks.exchange import gather_objects
 from batchwise.tasks.ledger import Ledger, Made, Seen
 from batchwise.tasks.sums import Sums
 
@@ -35,6 +41,7 @@ class Finite:
         self.is_on_host = False
         """Whether there is no device to wait for, and gradients are whole."""
         self.ledger: Ledger | None = None
+        self._evaluated: list[tuple[Tensor, Tensor]] = []
 
     def listen(self, task: "Task") -> None:
         """Ask what does not change within an epoch."""
@@ -127,4 +134,35 @@ class Finite:
                 f"loss or gradient was not finite in {self.skipped_in_a_row} steps in a row, up to step {made.step}: "
                 f"lower the learning rate, or look at the examples in {path}{saved}",
                 everywhere=True,
+            )
+
+    # Evaluations
+
+    def start_evaluation(self) -> None:
+        """Begin an evaluation."""
+        self._evaluated.clear()
+
+    def look(self, batch: MicroBatch, given: Any) -> None:
+        """Note whose losses of an evaluation are not finite. Nothing waits for the device."""
+        for term in given.values() if isinstance(given, dict) else [given]:
+            losses, weights = term if isinstance(term, tuple) else (term, None)
+            if isinstance(losses, Tensor) and losses.shape[:1] == batch.index.shape:
+                wrong = ~losses.detach().isfinite()
+                if isinstance(weights, Tensor) and weights.shape == wrong.shape:
+                    wrong &= weights != 0
+                self._evaluated.append((batch.index, wrong.reshape(len(batch), -1).any(1)))
+
+    def end_evaluation(self, task: "Task", stage: str, loss: float) -> None:
+        """Warn of examples that have made the mean loss of an evaluation what it is. All devices come here."""
+        if math.isfinite(loss):
+            return
+        found: list[Any] = [index[wrong.cpu()].tolist() for index, wrong in self._evaluated]
+        if task.trainer.world_size > 1:
+            found = [part for parts in gather_objects(found) for part in parts]
+        wrong = sorted(set(chain.from_iterable(found)))
+        if wrong and task.trainer.is_global_zero:
+            warnings.warn(
+                f"{stage}/loss is {loss}: the loss of {numbers(wrong)} of the {stage} split is not finite "
+                f"({len(wrong):,} in all): look there for values that are missing or infinite",
+                stacklevel=2,
             )

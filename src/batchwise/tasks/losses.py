@@ -1,11 +1,17 @@
 """What `losses` and `predictions` of a task may return."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from batchwise.batching.collate import numbers
+from batchwise.batching.fetch import DataError
+from batchwise.batching.loader import MicroBatch
 from batchwise.batching.structure import leaves
 from batchwise.errors import Mistake
+
+if TYPE_CHECKING:
+    from batchwise.tasks.task import Task
 
 Term = Tensor | tuple[Tensor, Tensor]
 """One loss per target, or the losses and their weights."""
@@ -36,6 +42,35 @@ def checked(given: Any, examples: int, name: str) -> tuple[Tensor, Tensor | None
     if not isinstance(weights, Tensor | None):
         raise Mistake(f"{name} gave {described(weights)} as weights: return a tensor with one weight per loss, or None")
     return losses, weights
+
+
+def losses_of(task: "Task", batch: MicroBatch, player: tuple[str, ...]) -> Losses:
+    """Return what `losses` of a task gives for a micro-batch.
+
+    Raises:
+        DataError: a label is no whole number, and the losses need classes.
+    """
+    try:
+        given = task.losses(batch, *player)
+    except RuntimeError as error:
+        if wrong := about_labels(error, batch):
+            raise wrong from error
+        raise
+    if not task.training:
+        task._step.finite.look(batch, given)
+    return given
+
+
+def about_labels(error: Exception, batch: MicroBatch) -> DataError | None:
+    """Return what an error in `losses` is about, if labels are floats, such as one of 1.5 among whole numbers."""
+    labels = batch.targets
+    if "Long" not in str(error) or not isinstance(labels, Tensor) or labels.ndim != 1 or not labels.is_floating_point():
+        return None
+    wrong = (labels % 1 != 0).nonzero()
+    if not len(wrong):
+        return DataError(f"a label of {numbers(batch.index.tolist())} is a float: write whole numbers")
+    example = int(batch.index[wrong[0]])
+    return DataError(f"label {float(labels[wrong[0]]):g} at example {example} is no class: write whole numbers")
 
 
 def checked_columns(given: Any, examples: int, name: str) -> dict[str, Any]:

@@ -212,6 +212,7 @@ class Measures:
     def start_evaluation(self, task: "Task") -> None:
         """Begin an evaluation."""
         self.evaluation, self.terms.running = Sums(), None
+        task._step.finite.start_evaluation()
         if self.metrics is not None:
             self.metrics.reset()  # before they are moved: a list of texts cannot be
         self.to(task.device)
@@ -223,6 +224,7 @@ class Measures:
             means = self.terms.end_evaluation(task, stage)
         else:
             means = {f"{stage}/loss": reduce_sums(task, self.evaluation).mean()}
+        task._step.finite.end_evaluation(task, stage, means[f"{stage}/loss"])
         values = {name: torch.tensor(mean, dtype=torch.float64) for name, mean in means.items()}
         if self.metrics is not None and (split := task.data.split(stage)) is not None:
             values |= {f"{stage}/{name}": value for name, value in computed(self.metrics, len(split)).items()}

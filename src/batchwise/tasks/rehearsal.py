@@ -22,6 +22,7 @@ from batchwise.models import place
 from batchwise.models.compiled import parts_watched
 from batchwise.models.kept import home_of, kept_buffers, kept_modes
 from batchwise.models.norm import batchnorms
+from batchwise.tasks.losses import about_labels
 from batchwise.tasks.measures import MetricError
 from batchwise.tasks.memory import is_out_of_memory
 from batchwise.tasks.passes import seed_generator
@@ -201,7 +202,7 @@ def _call(task: "Task", part: MicroBatch, player: tuple[str, ...]) -> Parts:
         frames = [one for one in traceback.extract_tb(error.__traceback__) if "site-packages" not in one.filename]
         raise ValueError(
             f"{type(task).__name__}.losses fails on a few examples: "
-            f"{(str(error) or type(error).__name__).splitlines()[0]}{remedy} "
+            f"{about_labels(error, part) or (str(error) or type(error).__name__).splitlines()[0]}{remedy} "
             f"({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
         ) from error
     return task._measures.terms.parts(task, part, given)

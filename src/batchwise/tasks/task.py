@@ -23,7 +23,7 @@ from batchwise.optim.scaling import Scaling
 from batchwise.optim.schedule import Schedule
 from batchwise.tasks.finetuning import FineTuning
 from batchwise.tasks.logs import as_lightning_takes_it
-from batchwise.tasks.losses import Losses, checked, checked_columns
+from batchwise.tasks.losses import Losses, checked, checked_columns, losses_of
 from batchwise.tasks.making import made
 from batchwise.tasks.measures import Measures
 from batchwise.tasks.names import check_attribute, check_class
@@ -261,7 +261,7 @@ class Task(pl.LightningModule, ABC):
 
     def _summed_loss(self, batch: MicroBatch, *player: str) -> tuple[Tensor, Number]:
         """Return the sum of losses and the count of a micro-batch that is on the device."""
-        given = self.losses(batch, *player)
+        given = losses_of(self, batch, player)
         if isinstance(given, dict) or self._measures.terms.names:
             return self._measures.terms.summed(self, batch, given)
         losses, weights = checked(given, len(batch), f"{type(self).__name__}.losses")

@@ -10,6 +10,7 @@ from helpers import CSV, DIGITS, TWO, run_here
 from small import Points, adamw, network, trainer
 from torch import nn
 
+from batchwise.batching.fetch import DataError
 from batchwise.batching.gradients import weighted_sum
 from batchwise.batching.loader import MicroBatch
 from batchwise.sources.digits import Digits
@@ -47,6 +48,27 @@ def test_a_label_that_is_no_class_and_is_read_late_is_named_in_each_command(verb
     task = Classification(network(), optimizer=adamw)
     with pytest.raises(IndexError, match=r"^Target 7 is out of bounds"):
         getattr(trainer(max_epochs=1), verb)(task, datamodule=Late())
+
+
+@pytest.mark.parametrize(("verb", "bad"), [("fit", "train"), ("fit", "val"), ("validate", "val"), ("test", "test")])
+def test_a_label_that_is_a_fraction_and_is_read_late_is_named(verb: str, bad: str) -> None:
+    class Late(Points):
+        def load(self, split: str) -> Any:
+            labels: list = self.y.tolist()
+            labels[60] = 1.5 if split == bad else labels[60]
+            return list(zip(self.x, labels, strict=True))
+
+    with pytest.raises(DataError, match=r"^label 1.5 at example 60 is no class: write whole numbers"):
+        getattr(trainer(max_epochs=1), verb)(Classification(network(), optimizer=adamw), datamodule=Late())
+
+
+def test_a_label_that_is_a_float_is_named_before_training() -> None:
+    class Early(Points):
+        def load(self, split: str) -> Any:
+            return list(zip(self.x, [1.0, *self.y.tolist()[1:]], strict=True))
+
+    with pytest.raises(ValueError, match=r"on a few examples: a label of examples 0, 1, 2, \.\.\. is a float: write"):
+        trainer(max_epochs=1).fit(Classification(network(), optimizer=adamw), datamodule=Early())
 
 
 def test_the_mean_is_by_weight_as_in_torch() -> None:

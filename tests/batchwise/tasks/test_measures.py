@@ -3,6 +3,7 @@
 import csv
 import re
 import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -688,3 +689,31 @@ def test_what_is_no_metric_or_no_copy_is_one_line(make: Any, message: str) -> No
     with pytest.raises(Mistake, match=re.escape(message)) as raised:
         made.fit(with_metrics(make), Points())
     assert "\n" not in str(raised.value)
+
+
+class Squares(Task):
+    def losses(self, batch: MicroBatch) -> Any:
+        return (self(batch.inputs) - batch.targets).square()
+
+
+class Terms(Task):
+    """One term of all examples, and one of those whose target is not 7."""
+
+    def losses(self, batch: MicroBatch) -> Any:
+        losses = (self(batch.inputs) - batch.targets).square()
+        return {"all": losses, "some": (losses.log(), (batch.targets != 7).double())}
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", [Squares, Terms])
+def test_examples_whose_loss_is_not_finite_are_named(kind: type[Task], size: int) -> None:
+    inputs, targets = torch.arange(1.0, 31).unsqueeze(1), torch.zeros(30, 1)
+    inputs[7] = targets[7] = 7  # of which the logarithm is infinite, and has the weight 0
+    data = Given(inputs, targets, eval_batch_size=size)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "test/loss")
+        evaluated(kind(Scaled()), data)
+    inputs[19], targets[5] = torch.inf, torch.nan
+    line = "test/loss is nan: the loss of examples 5, 19 of the test split is not finite (2 in all): look there"
+    with pytest.warns(UserWarning, match=re.escape(line)):
+        evaluated(kind(Scaled()), data)
