@@ -74,8 +74,9 @@ def _rehearse(task: "Task", data: DataModule) -> None:
     for player in task._players():
         whole, moved = _losses(task, data, [batch], player, 0)
         again, _ = _losses(task, data, [batch], player, 1)
-        if not all(_close(losses, again[term], same=True) for term, losses in whole.items()):
-            _warn_of_randomness(task)
+        if not _all_close(whole, again):
+            seeded, _ = _losses(task, data, [batch], player, 0)
+            (_warn_of_randomness if _all_close(whole, seeded) else _warn_of_state)(task)
         elif not task._couples and is_cut:
             parts, moved_in_parts = _losses(task, data, _halves(data, batch, index, half), player, 0, half)
             apart = [term for term, losses in whole.items() if not _close(losses, parts[term])]
@@ -223,6 +224,19 @@ def _close(one: Tensor, other: Tensor, same: bool = False) -> bool:
     rounding = (1e-3 if same else 0.05) if half or torch.get_default_dtype().itemsize < 4 else 1e-6 if same else 1e-4
     usual = float(one.abs().nan_to_num().mean())
     return torch.allclose(one, other, rtol=rounding, atol=rounding * usual + 1e-12, equal_nan=True)
+
+
+def _all_close(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return all(_close(losses, other[term], same=True) for term, losses in one.items())
+
+
+def _warn_of_state(task: "Task") -> None:
+    warnings.warn(
+        f"{type(task).__name__}.losses, or the network, keeps something between micro-batches, such as the state of a "
+        "recurrent network or a generator of its own, so the result depends on how the batch is executed "
+        "(micro-batches, devices): keep nothing, and draw by batch.rand",
+        stacklevel=2,
+    )
 
 
 def _warn_of_randomness(task: "Task") -> None:

@@ -26,7 +26,7 @@ from batchwise.models.flops import count_flops
 from batchwise.models.kept import home_of, kept_buffers, kept_modes
 from batchwise.models.norm import batchnorms, has_batchnorm
 from batchwise.tasks.metric_trial import try_metrics
-from batchwise.tasks.rehearsal import on_device, rehearse
+from batchwise.tasks.rehearsal import as_it_was, on_device, rehearse
 
 if TYPE_CHECKING:
     from batchwise.tasks.task import Task
@@ -169,18 +169,38 @@ def _check_training(task: "Task", data: DataModule) -> None:
         )
 
 
+ONE = "more than 1 value per channel"
+"""What PyTorch's batch norm says of a single example."""
+
+
 def _check_one_example(task: "Task", data: DataModule) -> None:
-    """Raise ValueError if the network has a batch norm that fails on a micro-batch of one example."""
+    """Raise ValueError if the network, or the task, has a batch norm that fails on a micro-batch of one example."""
     task._own_data = data
     try:
         with kept_modes(task), kept_buffers(task), torch.no_grad():
             task._outputs(on_device(task, data, data.examples("train", 1), training=True))
+        if not has_batchnorm(task.network):
+            _losses_of_one(task, data)
     except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
+        if ONE not in str(error):
             raise
+        ghosts = "model.ghost_batch_size, " * has_batchnorm(task.network)
         raise ValueError(
-            "the network has batch norm, and a micro-batch has one example, of which there is no variance: write "
-            "model.ghost_batch_size, data.drop_last true, or a larger data.micro_batch_size"
+            f"the {'network' if ghosts else 'task'} has batch norm, and a micro-batch has one example, of which there "
+            f"is no variance: write {ghosts}data.drop_last true, or a larger data.micro_batch_size"
         ) from None
     finally:
         task._own_data = None
+
+
+def _losses_of_one(task: "Task", data: DataModule) -> None:
+    """Compute the loss of an example, with batch norm as in training. The rehearsal says what else is wrong with it."""
+    norms = [norm for _, norm in batchnorms(task) if norm.training]
+    with as_it_was(task, data), torch.no_grad():
+        for norm in norms:
+            norm.train()
+        try:
+            task.losses(on_device(task, data, data.examples("train", 1), training=True), *task._players()[0])
+        except Exception as error:
+            if isinstance(error, ValueError) and ONE in str(error):
+                raise

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import shapes
 import torch
@@ -28,6 +29,21 @@ class Functional(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return F.dropout(self.layer(inputs), 0.3, self.training)
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.state = nn.Linear(5, 3).double(), 0.0
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs = self.layer(inputs) * (1 + self.state)
+        self.state = float(outputs.detach().mean())
+        return outputs
+
+
+def numpy_noise(task: Task, batch: MicroBatch) -> Tensor:
+    return each(task, batch) * np.random.uniform()
 
 
 def made(losses: Callable[[Task, MicroBatch], Any], net: Callable[[], nn.Module] = network, **settings: Any) -> Task:
@@ -77,6 +93,16 @@ RANDOM = {
     "nn.Dropout": (each, torch_network, "layers such as network.1 draw.*model.exact_dropout true"),
     "F.dropout": (each, Functional, r"losses, or the network, draws.*batch\.rand"),
     "randn_like": (noisy, network, r"losses, or the network, draws.*batch\.rand"),
+    "a state": (
+        each,
+        Recurrent,
+        r"^Own\.losses, or the network, keeps something between micro-batches, such as the stat",
+    ),
+    "a generator of NumPy": (
+        numpy_noise,
+        network,
+        r"keeps something between .* or a generator of its own.*batch\.rand",
+    ),
 }
 
 
@@ -501,3 +527,27 @@ def test_a_batch_norm_in_evaluation_mode_depends_on_nothing() -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".*batch norm")
         fit(task, Points(micro_batch_size=4), max_steps=1)
+
+
+class Head(Classify):
+    """The task has a batch norm, beside those of the network."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.head = nn.BatchNorm1d(3).double()
+
+    def losses(self, batch: MicroBatch) -> Tensor:
+        return F.cross_entropy(self.head(self(batch.inputs)), batch.targets, reduction="none")
+
+
+def test_a_batch_norm_of_the_task_over_one_example_is_named() -> None:
+    message = "^the task has batch norm, and a micro-batch has one example, .*: write data.drop_last true, or a larger"
+    with pytest.raises(ValueError, match=message):
+        fit(Head(network(), optimizer=adamw), Points(batch_size=9))  # the last batch has one example
+    task = Head(network(), optimizer=adamw)
+    before = task.head.state_dict()["num_batches_tracked"].clone()
+    with pytest.raises(ValueError, match="one example"):
+        fit(task, Points(micro_batch_size=1))
+    assert task.head.training
+    assert task.head.num_batches_tracked == before
+    fit(Head(network(), optimizer=adamw), Points(batch_size=9, drop_last=True), max_steps=1)
