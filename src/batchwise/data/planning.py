@@ -67,6 +67,11 @@ def make_plan(
                 f"trainer.accumulate_grad_batches is {sizes['accumulate_grad_batches']}, but data.batch_tokens is cut "
                 "by tokens: write data.micro_batch_tokens"
             )
+        if batch_tokens and order.copies > 1:
+            raise ValueError(
+                f"data.order keeps {order.copies} copies of an example in one batch, but data.batch_tokens is cut by "
+                "tokens: write data.batch_size"
+            )
         if batch_tokens:  # the number of examples that they are on average
             sizes["batch_size"] = max(1, round(batch_tokens * len(lengths) / max(1, int(lengths.sum()))))
     batch_size = BatchPlan.derive(examples=examples, **sizes).batch_size

@@ -13,6 +13,7 @@ from torch.utils.data import RandomSampler
 from batchwise.batching.fetch import make_fetch
 from batchwise.batching.loader import TrainLoader
 from batchwise.batching.order import Repeated, Sequential
+from batchwise.batching.ragged import Ragged
 from batchwise.batching.schedule import Milestones
 from batchwise.choosing.short import resized
 from batchwise.data.module import DataModule
@@ -185,3 +186,21 @@ def test_a_limit_of_an_evaluation_takes_the_same_examples_on_any_devices(limit: 
             assert max(map(len, batches)) <= (size or 256)
             seen += [number for batch in batches for number in batch]
         assert seen == list(range(min(wanted, 1000)))
+
+
+class Sentences(DataModule):
+    """Ten sequences of four tokens."""
+
+    def load(self, split: str) -> Ragged:
+        return Ragged(torch.arange(40) % 3, torch.arange(11) * 4, torch.arange(10) % 2)
+
+
+@pytest.mark.parametrize("tokens", [8, 12])
+def test_copies_cannot_stay_together_in_batches_of_tokens(tokens: int) -> None:
+    """By chance, the mean number of examples may be a multiple of the copies."""
+    message = (
+        "data.order keeps 2 copies of an example in one batch, but data.batch_tokens is cut by tokens: write data.b"
+    )
+    with pytest.raises(ValueError, match=message):
+        Sentences(batch_tokens=tokens, order=Repeated(2), seed=0).setup("fit")
+    Sentences(batch_size=4, micro_batch_tokens=8, order=Repeated(2), seed=0).setup("fit")
