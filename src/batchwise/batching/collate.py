@@ -33,11 +33,15 @@ def stack(examples: Sequence[Any], indices: Sequence[int], name: str = "") -> An
     one = examples[0]
     if isinstance(one, Mapping):
         for place, example in enumerate(examples):
+            if not isinstance(example, Mapping):
+                _differ(name, indices, place, [f"a {type(each).__name__}" for each in (example, one)])
             if example.keys() != one.keys():
                 _differ(name, indices, place, [f"the keys {sorted(map(str, each))}" for each in (example, one)])
         return {key: stack([example[key] for example in examples], indices, f"{name}[{key!r}]") for key in one}
     if isinstance(one, tuple | list):
         for place, example in enumerate(examples):
+            if not isinstance(example, tuple | list):
+                _differ(name, indices, place, [f"a {type(each).__name__}" for each in (example, one)])
             if len(example) != len(one):
                 _differ(name, indices, place, [f"{len(each)} items" for each in (example, one)])
         names = _names(one, name)

@@ -242,3 +242,15 @@ def test_a_text_among_other_values_is_one_line(values: list) -> None:
     kinds = [type(value).__name__ for value in values]
     with pytest.raises(DataError, match=f"^example 4 has a {kinds[1]} at targets, and example 3 has a {kinds[0]}:"):
         stack([(0.0, value) for value in values], [3, 4])
+
+
+@pytest.mark.parametrize("one", [(1.0, 2), [1.0, 2], {"x": 1.0, "y": 2}, 3.0])
+def test_a_none_among_examples_is_one_line(one: object) -> None:
+    """Some data sets return it for what they cannot read, and leave it to a collate function."""
+    kind = type(one).__name__
+    for values, message in (
+        ([one, one, None], f"example 6 has a NoneType, and example 4 has a {kind}: bring them to one shape"),
+        ([None, one, one], f"example 5 has a {kind}, and example 4 has a NoneType: bring them to one shape"),
+    ):
+        with pytest.raises(DataError, match=message):
+            stack(values, [4, 5, 6])
