@@ -57,7 +57,7 @@ class Mixing(Augmentation):
         shares = torch.where(often < self.p, torch.maximum(shares, 1 - shares), 1.0)
         partners = send(draws.partners(), batch.inputs.device)
         inputs, shares = self.mix(batch.inputs, partners, shares, torch.stack(place))
-        targets = self._as_numbers(batch.targets, inputs.dtype)
+        targets = self._as_numbers(batch.targets, pixels.float_type(inputs))
         return replace(batch, inputs=inputs, targets=_mixed(targets, partners, shares))
 
     @abstractmethod
@@ -79,7 +79,7 @@ class Mixing(Augmentation):
                 f"{type(self).__name__}.num_classes is {self.num_classes}, but the targets are {targets.dtype} "
                 f"{list(targets.shape)}: class numbers [N] need it, other targets must be floats"
             )
-        return F.one_hot(targets, self.num_classes).to(dtype)
+        return F.one_hot(targets.long(), self.num_classes).to(dtype)
 
 
 class MixUp(Mixing):
@@ -89,6 +89,8 @@ class MixUp(Mixing):
 
     def mix(self, inputs: Tensor, partners: Tensor, shares: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
         """Average."""
+        if not inputs.is_floating_point():
+            raise ValueError(f"MixUp averages floats, but the inputs are {inputs.dtype}: make floats in transform")
         return _mixed(inputs, partners, shares), shares
 
 

@@ -57,7 +57,7 @@ def jitter(images: Tensor, brightness: Tensor, contrast: Tensor, saturation: Ten
     mean = _grey(values).to(widest(values.device)).mean((1, 2, 3), keepdim=True).to(values)
     values = torch.lerp(mean, values, contrast)
     values = torch.lerp(_grey(values), values, saturation)
-    return (values if images.is_floating_point() else values.clamp(0, 255)).to(_float_type(images))
+    return (values if images.is_floating_point() else values.clamp(0, 255)).to(float_type(images))
 
 
 def affine(images: Tensor, matrices: Tensor, nearest: bool = False) -> Tensor:
@@ -70,12 +70,12 @@ def affine(images: Tensor, matrices: Tensor, nearest: bool = False) -> Tensor:
     """
     values = images.to(widest(images.device)) if nearest else _floats(images)
     if not values.numel():  # which torch refuses, though an image may have no masks
-        return values.to(images.dtype if nearest else _float_type(images))
+        return values.to(images.dtype if nearest else float_type(images))
     with torch.autocast(images.device.type, enabled=False):
         grid = F.affine_grid(matrices.to(values), list(images.shape), align_corners=False)
         mode = "nearest" if nearest else "bilinear"
         made = F.grid_sample(values, grid, mode, padding_mode="reflection", align_corners=False)
-    return made.to(images.dtype if nearest else _float_type(images))
+    return made.to(images.dtype if nearest else float_type(images))
 
 
 def _each(numbers: Tensor) -> Tensor:
@@ -88,12 +88,13 @@ def _reflected(size: int, shift: Tensor) -> Tensor:
     return size - 1 - (size - 1 - places).abs()
 
 
-def _float_type(images: Tensor) -> torch.dtype:
+def float_type(images: Tensor) -> torch.dtype:
+    """Return the type of images that are floats, or else the type of floats that they may become."""
     return images.dtype if images.is_floating_point() else torch.get_default_dtype()
 
 
 def _floats(images: Tensor) -> Tensor:
-    dtype = _float_type(images)
+    dtype = float_type(images)
     return images.to(dtype if dtype.itemsize >= 4 else torch.float32)
 
 

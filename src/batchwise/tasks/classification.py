@@ -57,6 +57,8 @@ class Classification(Task):
     def losses(self, batch: MicroBatch) -> Losses:
         """One cross-entropy per example [N], in nats. Never averaged here: the base class divides once."""
         logits, targets = self(batch.inputs), batch.targets
+        if not targets.is_floating_point():
+            targets = targets.long()  # PyTorch takes no other whole numbers, and bytes for a mask of the weights
         losses = self._cross_entropy(logits, targets)
         if self._measures.are_due(self.training):  # after the losses, whose error names a label that is no class
             self.measure(_probability(logits), targets.argmax(1) if targets.ndim == 2 else targets)
@@ -117,7 +119,7 @@ class Classification(Task):
             labels = data.labels() if data.plan is not None else torch.arange(classes)
             if labels is None:
                 raise ValueError("model.class_weights is balanced, but the labels are not in memory: write the weights")
-            weights = len(labels) / (classes * torch.bincount(labels, minlength=classes).clamp(min=1))
+            weights = len(labels) / (classes * torch.bincount(labels.long(), minlength=classes).clamp(min=1))
         elif weights is not None and len(weights) != classes:
             raise ValueError(f"model.class_weights has {len(weights)} numbers: write {classes}, one for each class")
         self.weights = torch.as_tensor(weights).to(outputs)

@@ -269,6 +269,13 @@ def test_cut_mix_shares_are_those_of_the_pixels() -> None:
     assert shares.mean() > 0.75  # so that they are larger than those wanted, which are 3/4 in the mean
 
 
+def test_cut_mix_takes_bytes() -> None:
+    inputs = torch.randint(256, (400, 1, 16, 16)).byte()
+    mixed, right = (CutMix(10)(of(images), draws_of(400)) for images in (inputs, inputs.float()))
+    assert torch.equal(mixed.inputs, right.inputs.byte())
+    torch.testing.assert_close(mixed.targets, right.targets, check_dtype=False)
+
+
 def test_soft_targets_have_the_cross_entropy_of_the_pair() -> None:
     logits = torch.randn(4, 10, dtype=torch.float64)
     batch = MixUp(10)(of(torch.randn(4, 1, 2, 2, dtype=torch.float64)), draws_of(4))
@@ -321,6 +328,10 @@ def test_any_module_is_exact_for_the_same_micro_batches() -> None:
         (
             lambda: MixUp()(of(torch.ones(4, 2)), draws_of(4)),
             "MixUp.num_classes is None, but the targets are torch.int64",
+        ),
+        (
+            lambda: MixUp(10)(of(torch.ones(4, 1, 2, 2).byte()), draws_of(4)),
+            "MixUp averages floats, but the inputs are torch.uint8: make floats in transform",
         ),
     ],
 )

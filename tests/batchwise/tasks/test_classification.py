@@ -7,12 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import CSV, DIGITS, TWO, run_here
-from small import Points, adamw, network, trainer
+from small import Points, adamw, fit, furthest, network, trainer
 from torch import nn
 
 from batchwise.batching.fetch import DataError
 from batchwise.batching.gradients import weighted_sum
 from batchwise.batching.loader import MicroBatch
+from batchwise.batching.sampling import Balanced
+from batchwise.data.mixing import MixUp
 from batchwise.sources.digits import Digits
 from batchwise.tasks.classification import Classification
 from batchwise.tasks.regression import Regression
@@ -69,6 +71,23 @@ def test_a_label_that_is_a_float_is_named_before_training() -> None:
 
     with pytest.raises(ValueError, match=r"on a few examples: a label of examples 0, 1, 2, \.\.\. is a float: write"):
         trainer(max_epochs=1).fit(Classification(network(), optimizer=adamw), datamodule=Early())
+
+
+@pytest.mark.parametrize("weights", [None, [0.5, 2.0, 1.0], "balanced"])
+@pytest.mark.parametrize("kind", [torch.int8, torch.uint8, torch.int16, torch.int32, torch.bool])
+def test_labels_may_be_any_whole_numbers(kind: torch.dtype, weights: Any) -> None:
+    """PyTorch takes 64 bits alone, and bytes for a mask."""
+
+    class Labelled(Points):
+        def __init__(self, kind: torch.dtype) -> None:
+            super().__init__(augment=[MixUp(3)] if weights is None else [], order=Balanced())
+            self.y = self.y.clamp(max=1).to(kind)
+
+    ours, theirs = (
+        fit(Classification(network(), optimizer=adamw, class_weights=weights), Labelled(one), max_epochs=1)[0]
+        for one in (kind, torch.int64)
+    )
+    assert furthest(ours, theirs) == 0
 
 
 def test_the_mean_is_by_weight_as_in_torch() -> None:
