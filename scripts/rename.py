@@ -7,6 +7,7 @@ back to the old name restores every file. It needs Python and git alone, so it w
 engine, `batchwise`, keeps its name and does not know yours.
 """
 
+import contextlib
 import importlib.util
 import keyword
 import re
@@ -16,8 +17,10 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PLACES = ("src/{}", "tests/{}", "configs", "docs", "README.md", "CONTRIBUTING.md", "pyproject.toml", "scripts/*.sh")
-"""Where the package is named. The workflows do not name it: a workflow's token must not change workflows."""
+PLACES = ("src/{}", "tests/{}", "configs", "docs", "*.py", "*.ipynb", "*.sh", "*.md", "*.yaml", "*.toml")
+"""Where the package is named."""
+ENGINE = ("src/batchwise", "tests/batchwise", "scripts/lab", "scripts/rename.py", "scripts/upgrade.py", "CHANGELOG.md")
+"""Where it is not. Neither is it in .github, because a workflow's token must not change workflows."""
 
 
 def named(name: str) -> re.Pattern[str]:
@@ -31,8 +34,8 @@ def named(name: str) -> re.Pattern[str]:
         | (?<![\w./-]){name}(?=/)                       # name/data.py, and a tree of folders
         | (?<=`){name}(?=`)
         | (?<=["']){published}(?=\[)                    # "name[extra]"
-        | (?<=^name\ =\ "){published}(?="$)             # in pyproject.toml
-        | (?<=-\ "){name}(?="$)                         # an argument in a sweep's YAML
+        | (?<=^name\ =\ "){published}(?="\r?$)          # in pyproject.toml
+        | (?<=-\ "){name}(?="\r?$)                      # an argument in a sweep's YAML
         """,
         re.VERBOSE | re.MULTILINE,
     )
@@ -70,13 +73,31 @@ def git(*arguments: str) -> str:
 
 def texts(name: str) -> dict[Path, str]:
     """Return the text files that may name the package."""
-    found = {}
-    for path in git("ls-files", "-z", "--", *(place.format(name) for place in PLACES)).split("\0")[:-1]:
-        try:
-            found[ROOT / path] = (ROOT / path).read_bytes().decode()
-        except UnicodeDecodeError:
-            continue  # a picture
+    found, left = {}, (f":!{place}" for place in (*ENGINE, ".github"))
+    for path in git("ls-files", "-z", "--", *(place.format(name) for place in PLACES), *left).split("\0")[:-1]:
+        if (ROOT / path).is_file() and not (ROOT / path).is_symlink():
+            with contextlib.suppress(UnicodeDecodeError):  # a picture
+                found[ROOT / path] = (ROOT / path).read_bytes().decode()
     return found
+
+
+def obstacle(old: str, new: str) -> str | None:
+    """Return why the package cannot be renamed now, or None."""
+    if wrong := problem(new):
+        return f"{new} {wrong}"
+    try:
+        changed = git("status", "--porcelain").splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        return "this project is in no git repository: write `git init`, and commit all files first"
+    if changed:
+        return f"the tree has changes ({changed[0].strip()}): commit or undo them first"
+    places = (f"src/{new}", f"tests/{new}", f"tests/batchwise/{new}.py")  # the engine's tests import the last
+    used = (path.relative_to(ROOT) for path, text in texts(old).items() if named(new).search(text))
+    if taken := next((place for place in places if (ROOT / place).exists()), next(used, None)):
+        return f"{new} is already used in {taken}: write another name"
+    if not (ROOT / "src" / old).is_dir():
+        return f"pyproject.toml has the name {old}, but there is no src/{old}: give both the same name first"
+    return None
 
 
 def main() -> int:
@@ -85,21 +106,10 @@ def main() -> int:
         print(__doc__)
         return 2
     old, new = package(ROOT), sys.argv[1]
-    before = texts(old)
-    used = next((path.relative_to(ROOT) for path, text in before.items() if named(new).search(text)), None)
-    taken = next((folder for folder in (f"src/{new}", f"tests/{new}") if (ROOT / folder).exists()), used)
-    changed = git("status", "--porcelain").splitlines()
-    if wrong := problem(new):
-        wrong = f"{new} {wrong}"
-    elif changed:
-        wrong = f"the tree has changes ({changed[0].strip()}): commit or undo them first"
-    elif taken:
-        wrong = f"{new} is already used in {taken}: write another name"
-    elif not (ROOT / "src" / old).is_dir():
-        wrong = f"pyproject.toml has the name {old}, but there is no src/{old}: give both the same name first"
-    if wrong:
+    if wrong := obstacle(old, new):
         print(f"error: {wrong}", file=sys.stderr)
         return 2
+    before = texts(old)
     after = {path: rename(text, old, new) for path, text in before.items()}
     for path, text in after.items():
         path.write_bytes(text.encode())

@@ -67,7 +67,7 @@ class Copy:
     def contents(self) -> dict[str, bytes]:
         """Return the files that git keeps, by their paths."""
         names = self.git("ls-files", "-z").split("\0")[:-1]
-        return {name: (self.root / name).read_bytes() for name in names}
+        return {name: (self.root / name).read_bytes() for name in names if (self.root / name).is_file()}
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The package under another name: it works, and another rename brings the old one back."""
 
 import re
+import shutil
 import sys
 from typing import Any
 
@@ -50,10 +51,42 @@ def test_bad_names_are_refused(copy: Any) -> None:
         "batchwise": "is the engine: write another name",
         other: "is already used in configs/mine.yaml: write another name",
         "leaves": "is already used in src/leaves: write another name",
+        "shapes": "is already used in tests/batchwise/shapes.py: write another name",
+        "(": "is not a name for a package: write small letters, digits and _, a letter first",
     }.items():
         done = copy.script("rename", name)
         assert (done.returncode, done.stderr) == (2, f"error: {name} {words}\n")
         assert copy.git("status", "--porcelain") == ""
+
+
+@pytest.mark.slow
+def test_own_files_anywhere_and_line_ends_of_windows(copy: Any) -> None:
+    old = copy.package
+    for path in ("pyproject.toml", "configs/digits.yaml"):
+        text = (copy.root / path).read_text()
+        (copy.root / path).write_text(text, newline="\r\n")
+    (copy.root / "notebooks").mkdir()
+    (copy.root / "notebooks" / "look.ipynb").write_text(f'{{"source": ["from {old}.data import Digits"]}}')
+    (copy.root / "scripts" / "mine.py").write_text(f"import {old}.task\n")
+    (copy.root / "data.csv").write_text(f"`{old}`\n")
+    (copy.root / "docs" / "link").symlink_to("../src")
+    copy.commit("mine")
+    done = copy.script("rename", NEW)
+    assert done.returncode == 0, done.stderr
+    after = copy.contents()
+    assert b'\r\nname = "%s"\r\n' % NEW.encode() in after["pyproject.toml"]
+    assert b"%s.task.DigitTask\r\n" % NEW.encode() in after["configs/digits.yaml"]
+    assert after["notebooks/look.ipynb"] == b'{"source": ["from %s.data import Digits"]}' % NEW.encode()
+    assert after["scripts/mine.py"] == b"import %s.task\n" % NEW.encode()
+    assert after["data.csv"] == b"`%s`\n" % old.encode()
+
+
+def test_a_project_in_no_git_repository_is_refused(copy: Any) -> None:
+    shutil.rmtree(copy.root / ".git")
+    for script, argument in {"rename": NEW, "upgrade": copy.root}.items():
+        done = copy.script(script, argument)
+        words = "error: this project is in no git repository: write `git init`, and commit all files first\n"
+        assert (done.returncode, done.stderr) == (2, words)
 
 
 def test_an_installed_package_is_refused(copy: Any) -> None:
