@@ -6,7 +6,8 @@
 The new version is a folder (a checkout of the template), or comes from a git repository at a tag, branch or commit. It
 replaces the places below. Those that you have deleted stay deleted, and files of your own in them stay. If you have
 changed files of the engine, your changes are kept in a patch file. To find them, the script compares your files with
-the old version as it was published: the source's tag of that version, or else the commit of yours that brought it.
+the old version as it was published: the commit of the source that is most like them, or else, if it has another version
+or the source is a folder without git, the commit of yours that brought the version.
 
 It needs Python, git, and a git tree without changes, so that `git stash --include-untracked` undoes all of it.
 """
@@ -14,10 +15,12 @@ It needs Python, git, and a git tree without changes, so that `git stash --inclu
 import argparse
 import io
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
+from hashlib import sha1
 from pathlib import Path
 from typing import NoReturn
 
@@ -80,9 +83,23 @@ def number(name: str) -> list[int]:
     return [int(digits) for digits in re.findall(r"\d+", name)]
 
 
-def pristine(old: str, repository: Path | None, folder: Path) -> Path:
+def nearest(repository: Path, mine: dict[str, bytes]) -> str:
+    """Return the commit of the source whose engine differs in fewest files from the user's: the newest of several."""
+    blobs = {path: b"blob %d\0%s" % (len(content), content) for path, content in mine.items()}
+    here = blobs.keys() | {f"{sha1(blob).hexdigest()}\t{path}" for path, blob in blobs.items()}
+    places = [place for place in PLACES if (ROOT / place).exists()]
+
+    def difference(commit: str) -> int:
+        listed = (git("ls-tree", "-r", "-z", commit, *places, folder=repository) or b"").decode()
+        entries = {entry.split(" ", 2)[2] for entry in listed.split("\0")[:-1]}  # the hash of a file, and its path
+        return len(here ^ (entries | {entry.split("\t")[1] for entry in entries}))
+
+    return min((git("rev-list", "--all", folder=repository) or b"").decode().split(), key=difference)
+
+
+def pristine(old: str, repository: Path | None, mine: dict[str, bytes], folder: Path) -> Path:
     """Write the old version, as it was before any change of the user's, to a folder; return the folder."""
-    if repository and export(repository, f"refs/tags/v{old}", folder) and version(folder) == old:
+    if repository and export(repository, nearest(repository, mine), folder) and version(folder) == old:
         return folder
     commit = git("log", "-1", "--format=%H", f'-S__version__ = "{old}"', "--", INIT) or b""
     folder = folder.with_name("own")
@@ -95,10 +112,13 @@ def engine(root: Path, name: str) -> dict[str, bytes]:
     for place in PLACES:
         for path in [root / place] if (root / place).is_file() else sorted((root / place).rglob("*")):
             if path.is_file() and "__pycache__" not in path.parts and (ROOT / place).exists():
-                found[path.relative_to(root).as_posix()] = path.read_bytes()
+                content = path.read_bytes()  # git may write the line ends of Windows, also into one of two copies
+                plain = content if b"\0" in content else content.replace(b"\r\n", b"\n")
+                found[path.relative_to(root).as_posix()] = plain
     for path in found:
         if path.startswith("docs/") and path.endswith((".md", ".ipynb")):
-            found[path] = rename(found[path].decode(), template, name).encode()
+            text = found[path].decode("utf-8", "surrogateescape")  # a page of the user's may be in Latin-1
+            found[path] = rename(text, template, name).encode("utf-8", "surrogateescape")
     return found
 
 
@@ -153,7 +173,7 @@ def upgrade(given: argparse.Namespace, work: Path) -> None:
     after = version(source) or ""
     if number(after) < number(before) and not given.downgrade:
         stop(f"{after} is older than {before}, which you have: write --downgrade to take it")
-    origin = pristine(before, repository, work / "old")
+    origin = pristine(before, repository, engine(ROOT, package(source)), work / "old")
     old, new, mine = (engine(root, name) for root in (origin, source, ROOT))
     if new == {path: content for path, content in mine.items() if path in old or path in new}:
         print(f"batchwise is {after} already, and no file differs")
@@ -170,7 +190,8 @@ def upgrade(given: argparse.Namespace, work: Path) -> None:
     if changed:
         print("\nYou had changed files of the engine:", *changed, sep="\n  ")
         print(f"They are replaced. Your changes are in {patch.name}. To have them in the new version, commit it, then:")
-        print(f"  git apply --3way {patch.name}")
+        prefix = (git("rev-parse", "--show-prefix") or b"").decode().strip()  # of a project that is a folder of others
+        print(f"  git apply --3way {f'--directory={prefix} ' if prefix else ''}{patch.name}")
     if lines := settings(origin, source, name):
         print("\npyproject.toml is yours and stays. The new version has other lines in it, which you may need:")
         print(*lines, "then: pip install -e '.[dev]'", sep="\n")
@@ -185,7 +206,7 @@ def main() -> None:
     parser.add_argument("--ref", help="tag, branch or commit of the source")
     parser.add_argument("--downgrade", action="store_true", help="take an older version, too")
     given = parser.parse_args()
-    status = git("status", "--porcelain")
+    status = git("status", "--porcelain") if shutil.which("git") else stop("git is not installed: install it")
     if status is None:
         stop("this project is in no git repository: write `git init`, and commit all files first")
     if status:

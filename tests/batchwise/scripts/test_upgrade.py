@@ -188,6 +188,37 @@ def test_changes_of_the_engine_are_kept_as_a_patch(template: Any, mine: Any, tag
     assert not (mine.root / "tests/batchwise/test_house.py").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+def test_between_two_versions_the_nearest_commit_is_what_has_not_been_changed(copy: Any, ends: str) -> None:
+    for patch in copy.root.glob("*.patch"):
+        patch.unlink()
+    errors, page = copy.root / "src/batchwise/errors.py", copy.root / "docs/faq.md"
+    for number in range(3):
+        errors.write_text(f"{errors.read_text()}\n# line {number}\n")
+        page.write_text(f"`python -m {copy.package} fit`, for the time {number}\n")
+        copy.commit(f"change {number}")
+        if number == 1:
+            project = type(copy)(Path("mine"), copy.root)
+    project.script("rename", NAME)
+    paths = [project.root / path for path in ("src/batchwise/errors.py", "docs/faq.md", "src/batchwise/host.py")]
+    paths[2].write_text(paths[2].read_text() + "# a line of mine\n")
+    for path in paths:
+        path.write_text(path.read_text(), newline=ends)
+    (project.root / "docs/mine.md").write_bytes(b"caf\xe9")
+    project.git("add", "--all")
+    project.git("commit", "--quiet", "--amend", "--message", "all at once, so that only the source knows what was")
+    done = project.script("upgrade", copy.root.as_uri())
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"batchwise {OLD} -> {OLD}: 3 files changed, 0 added, 0 removed")
+    assert re.findall(r"files of the engine:\n((?:  .*\n)+)", done.stdout) == ["  src/batchwise/host.py\n"]
+    assert (project.root / "docs/faq.md").read_text() == f"`python -m {NAME} fit`, for the time 2\n"
+    assert (project.root / "docs/mine.md").read_bytes() == b"caf\xe9"
+    project.commit("upgraded")
+    project.git("apply", "--3way", f"batchwise-{OLD}.patch")
+    assert paths[2].read_text().endswith("# a line of mine\n")
+
+
 def patch_of(mine: Any, name: str) -> Path:
     """Return the patch, from the commit of the upgrade."""
     path = mine.root.parent / name
