@@ -78,7 +78,7 @@ class WandbLogger(loggers.WandbLogger):
         )
         self._wandb_init.pop("anonymous", None)  # W&B warns that it has no effect
         self._upload_checkpoints = log_model
-        self._broken = False
+        self._broken = os.environ.get("WANDB_MODE") == "disabled"
         self._recent: deque[tuple[float, int, dict[str, Any]]] = deque()  # time, step, metrics
         self._step, self._row = -1, {}  # the row that is not handed over yet
         self._taken = -1  # the newest step of a row in W&B's own count
@@ -96,7 +96,7 @@ class WandbLogger(loggers.WandbLogger):
 
         # `wandb.init` is called here and not by Lightning, so that its settings are known and it can be tried again.
         modes: tuple[Literal["online", "offline", "disabled"], ...] = ("online", "offline", "disabled")
-        for mode in modes[self._offline :]:
+        for mode in modes[2 if self._broken else self._offline :]:
             try:
                 if mode == "online" and not wandb.Api(timeout=INIT_TIMEOUT).api_key:
                     raise RuntimeError("no API key is set (`wandb login`, or WANDB_API_KEY)")

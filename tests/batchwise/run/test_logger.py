@@ -131,6 +131,14 @@ def test_no_logger() -> None:
     assert "upload it" not in result.out
 
 
+def test_wandb_disabled_by_its_own_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    result = run_here(*SHORT)
+    assert result.code == 0, result.err
+    assert logs(result.folder) == []
+    assert not any(words in result.out for words in ("W&B", "look at it", "upload it"))
+
+
 def test_another_logger() -> None:
     settings = ("--trainer.logger.save_dir", ".", "--trainer.logger.name", "log")
     result = run_here(*SHORT, "--trainer.logger", "lightning.pytorch.loggers.CSVLogger", *settings)
