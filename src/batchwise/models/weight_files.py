@@ -12,8 +12,11 @@ from torch import Tensor
 from batchwise.checkpoints import OBJECTS, why_unreadable
 from batchwise.models.frozen import CHECKSUM
 
-FILES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin", "adapter_model.safetensors")
-"""The files with weights that a folder of Hugging Face may have. The first has the names of several others."""
+FILES = (
+    "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin",
+    "adapter_model.safetensors",
+)  # fmt: skip
+"""The files with weights that a folder of Hugging Face may have. An index has the names of several others."""
 USUAL = ("state_dict", "model_state_dict", "model", "network", "net", "module")
 """Where files keep weights beside other things, such as an optimizer's state or an average. The first counts."""
 
@@ -28,7 +31,7 @@ def read_weights(path: str) -> dict[str, Tensor]:
     if file.is_dir():
         found = [file / name for name in FILES if (file / name).is_file()]
         if not found:
-            raise ValueError(f"is a folder without weights: write one that has {FILES[1]}")
+            raise ValueError("is a folder without weights: write one that has model.safetensors")
         file = found[0]
     part = file
     try:

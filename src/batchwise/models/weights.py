@@ -13,6 +13,9 @@ from batchwise.models.weight_files import read_weights
 TRAINED, REPLACED = ".modules_to_save.", ".original_module."
 """Parts of the names that peft gives to the weights of a copy of a module, which learns, and of the module."""
 
+QUANTIZED = (torch.int8, torch.uint8)
+"""Types of weights that mean nothing without the scales that other programs keep beside them."""
+
 
 def weight_differences(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str | None:
     """Return in a few words how a checkpoint's weights differ in name or shape from a model's; None: not at all."""
@@ -205,11 +208,22 @@ def take_weights(network: nn.Module, path: str) -> str:
     differences = weight_differences(renamed | rest, own)
     if not fitting:
         raise ValueError(f"model.init_from {path} holds nothing that fits model.network: {differences}")
+    first: dict[int, str] = {}
     for name in fitting:
-        # A mask of a network's own may have infinite values, so it may get them.
-        if not bool(saved[pairs[name]].to(own[name]).isfinite().all()) and bool(own[name].isfinite().all()):
+        value, source = saved[pairs[name]], pairs[name]
+        if own[name].is_floating_point() and (value.is_complex() or value.dtype in QUANTIZED):
+            kind = str(value.dtype).removeprefix("torch.")
+            raise ValueError(f"model.init_from {path} has {source} as {kind}: save it as floating-point numbers")
+        other = first.setdefault(own[name].data_ptr(), name) if value.numel() else name
+        if other != name and own[other].shape == value.shape and not _same(value, saved[pairs[other]]):
             raise ValueError(
-                f"model.init_from {path} has NaN or infinite values in {pairs[name]}: write a file from before "
+                f"model.init_from {path}: {source} and {pairs[other]} are one weight in model.network, and differ in "
+                "the file: leave one of them out, or do not tie them"
+            )
+        # A mask of a network's own may have infinite values, so it may get them.
+        if not bool(value.to(own[name]).isfinite().all()) and bool(own[name].isfinite().all()):
+            raise ValueError(
+                f"model.init_from {path} has NaN or infinite values in {source}: write a file from before "
                 "training broke down"
             )
     for name in fitting:

@@ -328,3 +328,33 @@ def test_a_folder_of_hugging_face(tmp_path: Path) -> None:
     (folder / "b.safetensors").unlink()
     with pytest.raises(ValueError, match=r"cannot be read: .*b\.safetensors"):
         take_weights(Classifier(), str(folder))
+
+
+def test_two_values_of_one_weight_are_refused() -> None:
+    torch.save({"first.weight": torch.zeros(7, 5), "last.weight": torch.ones(7, 5)}, "untied.pt")
+    with pytest.raises(
+        ValueError, match=r"last\.weight and first\.weight are one weight in model\.network, and differ"
+    ):
+        take_weights(Tied(), "untied.pt")
+    torch.save({"first.weight": torch.ones(7, 5), "last.weight": torch.ones(7, 5)}, "alike.pt")
+    assert take_weights(Tied(), "alike.pt") == "weights from alike.pt: 2 of 2"
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.complex64])
+def test_weights_that_are_no_real_numbers_are_refused(kind: torch.dtype) -> None:
+    net = nn.Linear(3, 2)
+    torch.save({name: value.to(kind) for name, value in net.state_dict().items()}, "odd.pt")
+    name = str(kind).removeprefix("torch.")
+    with pytest.raises(ValueError, match=f"model.init_from odd.pt has weight as {name}: save it as floating-point"):
+        take_weights(net, "odd.pt")
+
+
+def test_a_folder_of_several_old_files() -> None:
+    Path("old").mkdir()
+    for name in ("weight", "bias"):
+        torch.save({name: torch.ones(2, 3) if name == "weight" else torch.ones(2)}, f"old/{name}.bin")
+    index = {"weight_map": {"weight": "weight.bin", "bias": "bias.bin"}}
+    Path("old/pytorch_model.bin.index.json").write_text(json.dumps(index))
+    net = nn.Linear(3, 2)
+    assert take_weights(net, "old") == "weights from old: 2 of 2"
+    assert torch.equal(net.weight, torch.ones(2, 3))
