@@ -16,7 +16,7 @@ set -euo pipefail
 
 # Every process of the job writes to the folder of the run that the first start made.
 set -- "$@" --ckpt_path last \
-    --trainer.num_nodes "$SLURM_NNODES" --trainer.devices "${SLURM_NTASKS_PER_NODE:-1}"
+    --trainer.num_nodes "${SLURM_NNODES:?is not set: start it with sbatch}" --trainer.devices "${SLURM_NTASKS_PER_NODE:-1}"
 
 # One process per device. srun hands the signal on to each of them; PYTHON is another than that of the environment.
 exec srun "${PYTHON:-python}" -m project fit "$@"

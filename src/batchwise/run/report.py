@@ -29,7 +29,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def plan(model: Task, data: DataModule, done: int, checkpoint: Path | None) -> None:
-    """Print the batch plan as a table, and the step from which training resumes. Only the process with the plan does.
+    """Print the batch plan as a table, and the step from which training resumes. Only the first process does.
 
     Args:
         model: its parameters are counted.
@@ -37,7 +37,7 @@ def plan(model: Task, data: DataModule, done: int, checkpoint: Path | None) -> N
         done: the optimizer steps that the checkpoint has done.
         checkpoint: its file.
     """
-    if data.plan is None:
+    if data.plan is None or rank_zero_only.rank != 0:
         return
     total = data.total_steps()
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -2,6 +2,8 @@
 
 import os
 import shlex
+import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,24 @@ def test_what_is_printed_can_be_pasted(way: str) -> None:
         result = run_here(*words[3:])
         assert result.code == 0, f"{line}\n{result.err}"
         assert "test/accuracy" in result.out or "resuming after step" in result.out
+
+
+@pytest.mark.slow
+def test_of_several_machines_one_prints_the_plan() -> None:
+    ways = ("--trainer.num_nodes", 2, "--trainer.strategy", "ddp", "--trainer.max_epochs", 1)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+
+    def machine(rank: int) -> str:
+        done = run_process("fit", *DIGITS, *CSV, *ways, RANK=str(rank), NODE_RANK=str(rank), **meeting)
+        assert done.code == 0, done.err
+        return done.out
+
+    with ThreadPoolExecutor() as machines:
+        first, second = machines.map(machine, range(2))
+    assert "total_steps" in first
+    assert second == ""
 
 
 @pytest.mark.weekly
