@@ -194,7 +194,10 @@ def _reason(error: BaseException) -> str:
             "len(tensor) in `transform`, the network and `predictions`"
         )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no reason is given'}"
+    reason = f"{type(error).__name__}: {lines[0] if lines else 'no reason is given'}"
+    if "ONNXRuntimeError" in reason:
+        reason += "; the runtime has few layers in bfloat16 and float64: write the format torch, a file .pt2"
+    return reason
 
 
 @contextmanager

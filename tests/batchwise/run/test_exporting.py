@@ -217,6 +217,12 @@ class NeedsTargets(small.Classify):
         return {"hit": self(batch.inputs).argmax(1) == batch.targets.long()}
 
 
+class InDouble(small.Classify):
+    def __init__(self, network: Any) -> None:
+        super().__init__(torch.nn.Sequential(torch.nn.Unflatten(1, (1, -1)), torch.nn.Conv1d(1, 1, 2)))
+        self.double()
+
+
 @pytest.mark.parametrize(
     ("task", "name", "inputs", "words"),
     [
@@ -224,6 +230,7 @@ class NeedsTargets(small.Classify):
         (Draws, "m.pt2", None, "the exported network gives another 'output' than the task: nothing was written"),
         (Counts, "m.pt2", None, r"Counts cannot be exported: .*: write tensor\.shape\[0\] in place of len\(tensor\)"),
         (NeedsTargets, "m.onnx", None, "NeedsTargets cannot be exported: AttributeError: 'NoneType' object .* 'long'"),
+        (InDouble, "m.onnx", None, "the runtime has few layers in bfloat16 and float64: write the format torch"),
         (small.Classify, "m.bin", None, r"m\.bin ends in none of \.pt2, \.onnx: write one of them"),
         (
             small.Classify,
