@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
     LambdaCallback,
     LearningRateFinder,
+    LearningRateMonitor,
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
@@ -184,6 +185,36 @@ def test_stochastic_weight_averaging_is_refused_with_batch_norm(norm: nn.Module)
     task = small.Classify(nn.Sequential(nn.Linear(5, 8), norm, nn.Linear(8, 3)).double())
     with pytest.raises(ValueError, match=r"leaves the statistics .*: write batchwise\.callbacks\.ema\.EMA"):
         small.fit(task, callbacks=[StochasticWeightAveraging(0.01)])
+
+
+def test_callbacks_of_lightning_log_under_the_same_steps_after_a_resume() -> None:
+    logs = [small.Memory() for _ in range(3)]
+
+    def train(log: small.Memory, **more: Any) -> None:
+        monitor = LearningRateMonitor("step")
+        small.fit(
+            logger=log,
+            enable_checkpointing=True,
+            log_every_n_steps=2,
+            callbacks=[monitor, Last(every_n_steps=5)],
+            **more,
+        )
+
+    train(logs[0])
+    with pytest.raises(RuntimeError, match="power"):
+        train(logs[1], task=Cut(small.network(), optimizer=small.adamw))
+    train(logs[2], ckpt_path="checkpoints/last.ckpt")
+    whole, resumed = (log.found("lr-AdamW") for log in (logs[0], logs[2]))
+    assert min(resumed) == 10
+    assert resumed == {step: rate for step, rate in whole.items() if step >= 10}
+
+
+class Cut(small.Classify):
+    """Fails in step 12."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if batch.step == 12:
+            raise RuntimeError("power")
 
 
 def swa() -> StochasticWeightAveraging:

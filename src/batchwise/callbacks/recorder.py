@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerStatus
 from torch.nn.parallel import DistributedDataParallel
 
+from batchwise.batching.loader import Batch
 from batchwise.callbacks.checkpoint import Last
 from batchwise.data.examples import SPLITS
 from batchwise.errors import Mistake
@@ -84,6 +85,10 @@ class Recorder(Callback):
             start_momenta(optimizer)
         logs = saved.get(KEY, {}).get("logs", [])
         trainer.fit_loop.epoch_loop._results.restore(logs, trainer.is_global_zero)
+
+    def before_step(self, trainer: Any, pl_module: Task, batch: Batch) -> None:
+        """Set Lightning's count of steps, under which its callbacks log. After a resume it would be one too large."""
+        trainer.fit_loop.epoch_loop._batches_that_stepped = batch.step
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Task) -> None:
         """Log the exact mean loss of the epoch, and of each term."""
