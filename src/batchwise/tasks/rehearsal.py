@@ -132,7 +132,7 @@ def as_it_was(task: "Task", data: DataModule) -> Iterator[None]:
     """Restore modes, buffers, metrics and the generator afterwards. Batch norm looks at no other example."""
     trainer, task._trainer, task._own_data = task._trainer, data.trainer, data
     # It is to be seen whether `losses` feeds metrics, but none are fed.
-    task._measures.row_is_due, metrics = not task._couples, task._measures.step_metrics
+    task._measures.row_is_due, metrics = True, task._measures.step_metrics
     task._measures.step_metrics = None
     devices = [home_of(task)] if home_of(task).type == "cuda" else []
     try:

@@ -212,6 +212,14 @@ def test_what_a_resume_goes_on_with(tmp_path: Path) -> None:
     assert max(abs(a - b) for a, b in zip([*before, *after], expected, strict=True)) < 1e-12
 
 
+@pytest.mark.parametrize("size", [None, 4])
+def test_rows_of_training_have_the_metrics_of_the_batch(size: int | None) -> None:
+    memory = small.Memory()
+    data = small.Points(batch_size=SIZE, micro_batch_size=size)
+    fit(InfoNCE(), None, data, logger=memory, log_every_n_steps=1, max_steps=5)
+    assert len(memory.found("train/top1")) == 5
+
+
 class Parts(small.Points):
     """The points in two parts, by their names, and targets too."""
 
