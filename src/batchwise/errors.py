@@ -13,6 +13,10 @@ class Mistake(ValueError):
     """The user's mistake, found before training: one line that names key, value and remedy. Exit code 2."""
 
 
+class WrongArgument(Mistake, TypeError):
+    """An argument in Python that has a wrong type, or is out of its range."""
+
+
 class TrainingStopped(RuntimeError):
     """Training cannot go on; the message says why, what is saved, and what to do.
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from lightning.pytorch.profilers import PassThroughProfiler, Profiler
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 
 from batchwise import host
+from batchwise.arguments import taken, typed
 from batchwise.callbacks.adding import AddUp
 from batchwise.callbacks.phases import Phases
 from batchwise.callbacks.pictures import Pictures
@@ -124,11 +126,13 @@ class Trainer(pl.Trainer):
         matmul_precision: precision of float32 matrix products: highest (float32), high (TF32, faster on recent GPUs) or
             medium (bfloat16); null: PyTorch's own setting.
         threads: number of PyTorch's threads on the CPU, per process; null: the processes of a machine share its cores.
+        max_time: training stops after it: DD:HH:MM:SS, or the arguments of `timedelta`, such as {hours: 1.5}.
         **kwargs: arguments of Lightning's Trainer.
     """
 
     callbacks: list[Callback]
 
+    @typed
     def __init__(
         self,
         *,
@@ -145,8 +149,10 @@ class Trainer(pl.Trainer):
         capture: Literal["auto"] | None = None,
         matmul_precision: Literal["highest", "high", "medium"] | None = None,
         threads: PositiveInt | None = None,
+        max_time: str | timedelta | dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
+        kwargs = taken(pl.Trainer.__init__, kwargs)
         counts = {"log_every_n_steps": log_every_n_steps, "num_sanity_val_steps": num_sanity_val_steps}
         check_arguments(kwargs | counts | {"use_distributed_sampler": use_distributed_sampler})
         self.accumulation = accumulate_grad_batches
@@ -169,6 +175,7 @@ class Trainer(pl.Trainer):
             use_distributed_sampler=False,
             plugins=extras,
             profiler=Unprofiled() if profiler is None else profiler,
+            max_time=max_time,  # type: ignore[arg-type]  # fractions, too
             **kwargs,
         )
         if isinstance(self.strategy, FSDPStrategy | DeepSpeedStrategy):

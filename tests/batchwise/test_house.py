@@ -13,7 +13,7 @@ import batchwise
 
 ROOMS = (
     *("run", "choosing", "trainer", "loop", "callbacks", "tasks", "sources", "data", "models", "optim", "batching"),
-    *("checkpoints", "host", "errors", "ranges"),
+    *("checkpoints", "host", "arguments", "errors", "ranges"),
 )
 """Each room of the engine imports only rooms after it."""
 FILES = sorted((ROOT / "src").rglob("*.py"))

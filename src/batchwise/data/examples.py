@@ -44,11 +44,6 @@ class Examples(Reserved, pl.LightningDataModule, ABC):
         augment: list[Augmentation | nn.Module] | None,
     ) -> None:
         super().__init__()
-        if not isinstance(order, Order | None):
-            raise TypeError(
-                f"order is {order!r}: write a batchwise.Order, such as batchwise.batching.sampling.Weighted in place "
-                "of a sampler"
-            )
         self.order = Shuffled() if order is None else order
         self.seed = seed
         self.num_workers = num_workers

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset
 
+from batchwise.arguments import typed
 from batchwise.batching.fetch import bytes_of
 from batchwise.batching.loader import MicroBatch
 from batchwise.batching.mixture import Mixture as MixtureOrder
@@ -42,6 +43,7 @@ class Mixture(DataModule):
             their examples differ in structure, shape or type.
     """
 
+    @typed
     def __init__(
         self,
         modules: Mapping[str, DataModule],

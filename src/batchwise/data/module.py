@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
+from batchwise.arguments import typed
 from batchwise.batching.loader import EvalLoader, TrainLoader
 from batchwise.batching.order import Order
 from batchwise.batching.plan import BatchPlan
@@ -55,6 +56,7 @@ class DataModule(Learning):
         augment: augmentations of the training inputs, in order: from batchwise.data.augment or mixing, or any module.
     """
 
+    @typed
     def __init__(
         self,
         batch_size: PositiveInt | None = None,

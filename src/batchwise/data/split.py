@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from batchwise.arguments import typed
 from batchwise.data.labels import class_numbers
 from batchwise.data.module import DataModule
 
@@ -118,6 +119,7 @@ class Fractions(DataModule):
         **kwargs: those of `DataModule`.
     """
 
+    @typed
     def __init__(self, val_fraction: float = 0.15, test_fraction: float = 0.15, split_seed: int = 0, **kwargs) -> None:
         super().__init__(**kwargs)
         check_split(val_fraction, test_fraction, split_seed)

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from batchwise.arguments import taken
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -32,6 +34,7 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.shape not in ("constant", "cosine", "linear", "inverse_sqrt"):
             raise ValueError(f"schedule.shape is {self.shape}: write constant, cosine, linear or inverse_sqrt")
+        taken(Schedule.__init__, vars(self), "schedule.")
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"schedule.warmup is {self.warmup}: write a share of the training, from 0 to 1")
         if not 0 <= self.floor <= 1:

@@ -5,21 +5,8 @@ import re
 from collections.abc import Collection
 from pydoc import locate
 
-KINDS = {
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "true or false",
-    "str": "a text",
-    "list": "a list",
-    "collections.abc.Sequence": "a list",
-    "PositiveInt": "a whole number of at least 1",
-    "NonNegativeInt": "a whole number of at least 0",
-    "PositiveFloat": "a number above 0",
-    "NonNegativeFloat": "a number of at least 0",
-    "ClosedUnitInterval": "a number from 0 to 1",
-    "OpenUnitInterval": "a number above 0 and below 1",
-}
-"""What to write for Python's types and for those of `jsonargparse.typing`."""
+from batchwise.arguments import KINDS
+
 USUAL = {
     "batch_size": "data.batch_size",
     "epochs": "trainer.max_epochs",

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from batchwise import trainer
+from batchwise.arguments import typed
 from batchwise.callbacks.phases import Phases
 from batchwise.data.module import DataModule
 from batchwise.errors import mistakes
@@ -41,6 +42,7 @@ class Trainer(trainer.Trainer):
         **kwargs: arguments of `batchwise.trainer.Trainer`.
     """
 
+    @typed
     def __init__(
         self,
         *,

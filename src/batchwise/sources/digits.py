@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from batchwise.arguments import typed
 from batchwise.batching.loader import MicroBatch
 from batchwise.data.split import Fractions
 from batchwise.ranges import PositiveInt
@@ -38,6 +39,7 @@ class Digits(Fractions):
         **kwargs: those of `Fractions`.
     """
 
+    @typed
     def __init__(
         self, classes: list[int] | None = None, examples_per_class: PositiveInt | None = None, **kwargs
     ) -> None:

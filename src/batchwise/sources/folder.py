@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from batchwise.arguments import typed
 from batchwise.batching.fetch import Rows
 from batchwise.batching.loader import MicroBatch
 from batchwise.data.labels import label_numbers, sorted_labels
@@ -44,6 +45,7 @@ class Folder(Fractions):
         **kwargs: those of `Fractions`. Up to `max_unreadable` images that cannot be read are left out.
     """
 
+    @typed
     def __init__(
         self,
         path: str,

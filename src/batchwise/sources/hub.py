@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from batchwise.arguments import typed
 from batchwise.batching.loader import MicroBatch
 from batchwise.data.labels import check_alike, label_numbers, sorted_labels
 from batchwise.data.split import ALIASES, Fractions
@@ -50,6 +51,7 @@ class Hub(Fractions):
         **kwargs: those of `Fractions`.
     """
 
+    @typed
     def __init__(
         self,
         source: str,

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from batchwise.arguments import typed
 from batchwise.batching.loader import MicroBatch
 from batchwise.batching.order import Order
 from batchwise.batching.plan import BatchPlan
@@ -63,6 +64,7 @@ class Shards(DataModule):
         **kwargs: those of `DataModule`.
     """
 
+    @typed
     def __init__(
         self,
         path: str,

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from batchwise.arguments import typed
 from batchwise.data.labels import check_alike, label_numbers, sorted_labels
 from batchwise.data.split import ALIASES, Fractions
 from batchwise.sources.checking import check_column
@@ -46,6 +47,7 @@ class Table(Fractions):
         **kwargs: those of `Fractions`.
     """
 
+    @typed
     def __init__(
         self,
         path: str,

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor, nn
 
+from batchwise.arguments import typed
 from batchwise.batching.loader import MicroBatch
 from batchwise.batching.ragged import Ragged
 from batchwise.data.examples import Source
@@ -57,6 +58,7 @@ class Text(Fractions):
         **kwargs: those of `DataModule`.
     """
 
+    @typed
     def __init__(
         self,
         files: str | list[str],

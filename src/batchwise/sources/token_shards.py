@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from batchwise.arguments import typed
 from batchwise.batching.loader import MicroBatch
 from batchwise.sources.language import check_tokens, next_tokens, text_of
 from batchwise.sources.shards import Shards
@@ -26,6 +27,7 @@ class TokenShards(Shards):
         **kwargs: those of `Shards`.
     """
 
+    @typed
     def __init__(
         self, path: str, inputs: str = "inputs", vocabulary: str = "bytes", document_mask: bool = False, **kwargs
     ) -> None:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from torch import nn
 from torch.optim import Optimizer
 
+from batchwise.arguments import typed
 from batchwise.batching.loader import MicroBatch
 from batchwise.errors import Mistake
 from batchwise.tasks.making import made
@@ -35,6 +36,7 @@ class Adversarial(Task):
     players: ClassVar[tuple[str, ...]] = ()
     """Names of the players, which a subclass may fix."""
 
+    @typed
     def __init__(
         self,
         network: nn.Module,

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
 
+from batchwise.arguments import typed
 from batchwise.batching.loader import MicroBatch
 from batchwise.data.mixing import Mixing
 from batchwise.data.module import DataModule
@@ -34,6 +35,7 @@ class Classification(Task):
     weights: Tensor | None
     """Weight of each class, [C]; None: all are one."""
 
+    @typed
     def __init__(
         self,
         *args: Any,

@@ -19,6 +19,7 @@ from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 
+from batchwise.arguments import typed
 from batchwise.batching.gradients import Number, weighted_sum
 from batchwise.batching.loader import Batch, MicroBatch
 from batchwise.data.module import DataModule
@@ -57,6 +58,7 @@ class Contrastive(Task):
     monitor: ClassVar[tuple[str, str]] = ("val/top1", "max")
     _couples: ClassVar[bool] = True
 
+    @typed
     def __init__(
         self,
         network: nn.Module,

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
+from batchwise.arguments import typed
 from batchwise.batching.loader import MicroBatch
 from batchwise.batching.random import mix, uniform
 from batchwise.data.module import DataModule
@@ -26,6 +27,7 @@ class Language(Task):
         **kwargs: arguments of `Task`.
     """
 
+    @typed
     def __init__(self, *args: Any, sample_length: NonNegativeInt = 200, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.sample_length = sample_length

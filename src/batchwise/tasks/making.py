@@ -2,12 +2,15 @@
 
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adam, Optimizer, SparseAdam
 
+from batchwise.arguments import taken
 from batchwise.errors import Mistake
 
 LBFGS_REFUSED = "model.optimizer LBFGS evaluates the loss several times per step: write another optimizer"
@@ -31,6 +34,11 @@ def made(make: Callable[[list], Optimizer], groups: list, key: str = "model.opti
         optimizer = make(groups)
     except ValueError as error:
         raise Mistake(LBFGS_REFUSED if "LBFGS" in str(error) else _refused(key, str(error))) from None
+    except TypeError:
+        if isinstance(make, partial) and isinstance(make.func, type):
+            with suppress(NameError):  # a type that cannot be read
+                taken(make.func.__init__, make.keywords, f"{key}.")
+        raise
     refuse(optimizer)
     factors = {group["lr_factor"] for group in groups} - {1.0}
     if factors and not any("lr_factor" in group for group in optimizer.param_groups):

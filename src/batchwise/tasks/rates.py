@@ -40,8 +40,6 @@ class Rates:
     """
 
     def __init__(self, schedule: Schedule, scaling: Scaling) -> None:
-        if not isinstance(schedule, Schedule):
-            raise TypeError(f"schedule is {schedule!r}: write batchwise.Schedule, such as Schedule(shape='cosine')")
         self.schedule, self.scaling = schedule, scaling
         self.base: list[float] = []
         """The rate of each group at the current batch size, without the schedule."""

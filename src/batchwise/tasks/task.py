@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torchmetrics import MetricCollection
 
+from batchwise.arguments import typed
 from batchwise.batching.gradients import Number, weighted_sum
 from batchwise.batching.loader import Batch, MicroBatch
 from batchwise.data.module import DataModule
@@ -71,6 +72,7 @@ class Task(pl.LightningModule, ABC):
         check_attribute(self, name, value)
         super().__setattr__(name, value)
 
+    @typed
     def __init__(
         self,
         network: nn.Module,

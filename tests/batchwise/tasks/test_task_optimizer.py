@@ -53,5 +53,5 @@ def test_an_optimizer_that_is_made_already_is_one_line(kind: str) -> None:
 
 @pytest.mark.parametrize("schedule", ["cosine", {"shape": "cosine"}])
 def test_a_schedule_is_made_before(schedule: Any) -> None:
-    with pytest.raises(TypeError, match=r"^schedule is .*cosine.*: write batchwise\.Schedule, such as"):
+    with pytest.raises(TypeError, match=r"^schedule is .*cosine.*: write a batchwise\.Schedule, such as"):
         Classification(network(), schedule=schedule)
