@@ -46,6 +46,10 @@ def explain(message: str, known: Collection[str] = (), lists: Collection[str] = 
         return f"{key} {said}"
     if early := re.search(r"NestedArg\(key='([\w.]+)'", problem):
         return f"{key}.{early[1]} comes before {key}: write --{key} CLASS first"
+    keys = [option for option in known if option.startswith(f"{name}.")]
+    if keys and (group := re.search(r'Unable to load config "(.*)"$', problem)):
+        value = "null" if group[1] == "None" else group[1]
+        return f"{key} is {value}, but it is a group of keys: write them, such as --{outer}{keys[0]}"
     value = tried[2] if tried else _value(problem)
     errors = tried[1].split(" - ") if tried else [problem]
     errors = [error for error in errors if error != "Expected a <class 'NoneType'>" and not error.startswith(GENERAL)]

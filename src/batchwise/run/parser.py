@@ -9,6 +9,7 @@ from typing import Any, NoReturn, get_origin
 
 import yaml
 from jsonargparse import Namespace, _typehints, set_loader, set_parsing_settings
+from jsonargparse._actions import _ActionConfigLoad
 from jsonargparse._loaders_dumpers import get_loader_exceptions, yaml_load
 from jsonargparse._util import import_object
 from lightning.pytorch.cli import LightningArgumentParser
@@ -53,6 +54,14 @@ class Parser(LightningArgumentParser):
         # An abbreviated flag would change its meaning on the day another flag is added.
         super().__init__(*args, allow_abbrev=False, **kwargs)
         self.add_instantiator(instantiate, object, subclasses=True)
+
+    def validate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> None:
+        """Raise TypeError for a wrong value, also for one in the place of a group of keys."""
+        super().validate(namespace, *args, **kwargs)
+        for action in self._actions:
+            value = namespace.get(action.dest, Namespace())
+            if isinstance(action, _ActionConfigLoad) and not isinstance(value, Namespace):
+                raise TypeError(f'Parser key "{action.dest}": Unable to load config "{value}"')
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print one line and exit with 2."""

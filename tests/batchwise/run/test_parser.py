@@ -18,6 +18,7 @@ from jsonargparse.typing import (
     PositiveInt,
 )
 
+from batchwise.optim.schedule import Schedule
 from batchwise.run.parser import Parser
 
 
@@ -46,18 +47,20 @@ class Things:
         pass
 
 
-def said(*arguments: str, subclass: bool = True) -> str:
+def said(
+    *arguments: str, subclass: bool = True, kind: type = Things, given: tuple[str, ...] = ("--data.size=1",)
+) -> str:
     """The one line that the parser writes, without its first word."""
     parser = Parser()
     parser.add_argument("--config", action="config")
     if subclass:
-        parser.add_subclass_arguments(Things, "data")
+        parser.add_subclass_arguments(kind, "data")
     else:
-        parser.add_class_arguments(Things, "data")
-    own = [f"--data={__name__}.Things"] if subclass else []
+        parser.add_class_arguments(kind, "data")
+    own = [f"--data={__name__}.Things"] if subclass and kind is Things else []
     error = io.StringIO()
     with contextlib.redirect_stderr(error), pytest.raises(SystemExit) as stop:
-        parser.parse_args([*own, "--data.size=1", *arguments])
+        parser.parse_args([*own, *given, *arguments])
     assert stop.value.code == 2
     (line,) = error.getvalue().splitlines()
     return line.removeprefix("error: ")
@@ -146,6 +149,29 @@ def test_the_ends_of_ranges_are_in_them() -> None:
         ["--data.size=1", "--data.workers=0", "--data.share=1", "--data.decay=0", "--data.most=null"]
     )
     assert (ends.data.size, ends.data.share, ends.data.most) == (1, 1.0, None)
+
+
+class Group:
+    def __init__(self, size: int = 1, schedule: Schedule = Schedule(), things: dict[str, int] | None = None) -> None:  # noqa: B008
+        pass
+
+
+@pytest.mark.parametrize("value", ["cosine", "3", "null", "[1]"])
+@pytest.mark.parametrize("in_a_file", [False, True])
+def test_a_value_in_the_place_of_a_group(value: str, in_a_file: bool) -> None:
+    for subclass, key in ((True, "data.schedule"), (False, "data.schedule"), (False, "data")):
+        first = "data.schedule.shape" if key != "data" else "data.size"
+        settings = {"schedule": yaml.safe_load(value)}
+        whole = {"class_path": f"{__name__}.Group", "init_args": settings} if subclass else settings
+        Path("c.yaml").write_text(yaml.safe_dump({"data": whole if key != "data" else yaml.safe_load(value)}))
+        own = [f"--data={__name__}.Group"] if subclass else []
+        arguments = ["--config=c.yaml"] if in_a_file else [*own, f"--{key}={value}"]
+        line = f"{key} is {value}, but it is a group of keys: write them, such as --{first}"
+        assert said(*arguments, subclass=subclass, kind=Group, given=()) == line
+
+
+def test_a_value_in_the_place_of_a_dict_or_a_list() -> None:
+    assert said("--data.things=3", subclass=False, kind=Group, given=()) == "data.things is 3: write a dict"
 
 
 class Kept:
