@@ -111,13 +111,20 @@ class Examples(Reserved, pl.LightningDataModule, ABC):
                 raise ValueError(f"the {name} split has {len(fetch)} examples: use at most {len(fetch)} devices")
             if fetch is None and (name != "val" or stage != "fit"):
                 source = self.__source(name)
-                keys = {key for each in type(self).__mro__ for key in signature(each.__init__).parameters}
+                keys = self._keys()
                 raise ValueError(
                     f"{type(self).__name__}.load('{source}') gave nothing: this command needs that split"
-                    + f" (write data.{source}_fraction above 0)" * (f"{source}_fraction" in keys)
+                    + self._remedy(source)
                     + ", or data.predict_path with what is to be predicted"
                     * (name == "predict" and "predict_path" in keys)
                 )
+
+    def _keys(self) -> set[str]:
+        return {key for each in type(self).__mro__ for key in signature(each.__init__).parameters}
+
+    def _remedy(self, split: str) -> str:
+        """Return what gives a split that is missing; empty: that is not known."""
+        return f" (write data.{split}_fraction above 0)" * (f"{split}_fraction" in self._keys())
 
     @final
     def split(self, name: str) -> Fetch | None:

@@ -143,6 +143,11 @@ class Fractions(DataModule):
         parts = split_examples(labels, fractions["val"], fractions["test"], self.split_seed, most_per_class)
         return {split: index for split, index in parts.items() if fractions.get(split, 1) > 0}
 
+    def _remedy(self, split: str) -> str:
+        if self.fractions.get(split):
+            return f" (the data comes in splits, so data.{split}_fraction does nothing: add {split} to the data)"
+        return super()._remedy(split)
+
     def say(self, line: str) -> None:
         """Print a line, once for all devices."""
         if self.trainer is None or self.trainer.is_global_zero:

@@ -204,6 +204,11 @@ class Table(Fractions):
             raise ValueError(f"no row of {self.path} is for training")
         return {split: torch.from_numpy((splits == split).nonzero()[0]) for split in np.unique(splits)}
 
+    def _remedy(self, split: str) -> str:
+        if self.split_column is None:
+            return super()._remedy(split)
+        return f" (write {split} for some rows in the column '{self.split_column}', which is data.split_column)"
+
     # Inputs
 
     @cached_property

@@ -72,6 +72,13 @@ def test_folders_of_splits() -> None:
     assert Folder("class", size=2, batch_size=8).class_names == ["boat", "train"]
 
 
+def test_a_split_that_the_folders_do_not_have() -> None:
+    for split in ("train", "val"):
+        zoo(f"zoo/{split}", 2)
+    with pytest.raises(ValueError, match=r"needs that split \(the data comes in splits, so .*: add test to the data\)"):
+        Folder("zoo", batch_size=4).setup("test")
+
+
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_lists(kind: str) -> None:
     zoo(count=4)

@@ -145,6 +145,14 @@ def test_without_a_test_split_predict_says_what_it_needs() -> None:
         data.setup("test")
 
 
+def test_a_split_that_the_column_does_not_have() -> None:
+    file("x,y,part\n" + "".join(f"{number},{'ab'[number % 2]},{'train' if number else 'val'}\n" for number in range(9)))
+    for settings in ({}, {"test_fraction": 0}):
+        data = Table("people.csv", "y", split_column="part", batch_size=2, **settings)
+        with pytest.raises(ValueError, match=r"needs that split \(write test for some rows in the column 'part', which is "):
+            data.setup("test")
+
+
 NAMES = "n,label\n" + "".join(f"name {number},{'ab'[number % 2]}\n" for number in range(100))
 WRONG = {
     "no file": ({"path": "nosuch.csv"}, "nosuch.csv cannot be read: .*nosuch.csv"),
