@@ -589,6 +589,12 @@ def test_metrics_that_nobody_feeds_are_named() -> None:
         fit(with_metrics(lambda: MulticlassAccuracy(3), lambda *_: None), max_epochs=1)
 
 
+@pytest.mark.filterwarnings("ignore:.*did not feed them")
+def test_metrics_that_nobody_feeds_and_that_need_examples_are_left_out() -> None:
+    _, made = fit(with_metrics(lambda: MulticlassAUROC(3), lambda *_: None), max_epochs=1)
+    assert {name for name in made.callback_metrics if name.startswith("val/")} == {"val/loss"}
+
+
 def test_metrics_of_evaluation_alone_have_no_rows_of_training() -> None:
     def feed(task: Task, logits: Tensor, losses: Tensor, batch: MicroBatch) -> None:
         if not task.training:
