@@ -22,6 +22,7 @@ from batchwise.tasks.measures import MetricError
 from batchwise.tasks.task import Task
 from batchwise.trainer import Trainer
 
+OVER = "trainer.max_time is over"
 UNUSED = ("parameters that were not used in producing the loss", "Expected to have finished reduction")
 """What Lightning and PyTorch say where DDP waits for a gradient that does not come."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -64,15 +65,27 @@ def metrics(trainer: Trainer) -> None:
             print(f"{name} {value:.4f}")
 
 
+def stopped(trainer: Trainer) -> str | None:
+    """Return why a training ended before its length; None: it did not."""
+    if not trainer.should_stop:
+        return None
+    for callback in trainer.callbacks:
+        if isinstance(callback, EarlyStopping) and callback.stopping_reason_message:
+            return callback.stopping_reason_message
+        if isinstance(callback, Timer) and (callback.time_remaining() or 1) <= 0:
+            return OVER
+    return f"a callback stopped it after {trainer.global_step:,} steps"
+
+
 def training(trainer: Trainer, folder: Path) -> None:
     """Print the best metric and the run's folder."""
     if not trainer.is_global_zero:
         return
     if trainer.global_step == 0 and any(isinstance(callback, Timer) for callback in trainer.callbacks):
         print("no step was trained within trainer.max_time: write more")
+    elif reason := stopped(trainer):
+        print(f"stopped early: {reason}")
     for callback in trainer.callbacks:
-        if isinstance(callback, EarlyStopping) and callback.stopping_reason_message:
-            print(f"stopped early: {callback.stopping_reason_message}")
         if not isinstance(callback, ModelCheckpoint) or not callback.monitor:
             continue
         score, newest = callback.best_model_score, trainer.callback_metrics.get(callback.monitor)
@@ -85,7 +98,7 @@ def training(trainer: Trainer, folder: Path) -> None:
 
 
 def next_commands(trainer: Trainer, folder: Path, arguments: list[str]) -> None:
-    """Print the commands that test a training and continue it.
+    """Print the commands that test a training and continue it, unless a callback has stopped it.
 
     Args:
         trainer: has trained.
@@ -99,6 +112,8 @@ def next_commands(trainer: Trainer, folder: Path, arguments: list[str]) -> None:
         print(f"test it:    python -m {program.name} test {_configs(arguments) or saved} --ckpt_path best")
     lengths = {"max_epochs": trainer.max_epochs, "max_steps": trainer.max_steps}
     longer = " ".join(f"--trainer.{name} {2 * length}" for name, length in lengths.items() if length and length > 0)
+    if reason := stopped(trainer):  # more epochs would change nothing
+        longer = "--trainer.max_time null" if reason == OVER else ""
     if longer and (folder / "checkpoints" / "last.ckpt").exists():
         print(f"go on:      python -m {program.name} fit {saved} --ckpt_path last {longer}")
 

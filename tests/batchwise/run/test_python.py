@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import small
 import torch
-from lightning.pytorch.callbacks import BackboneFinetuning, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import BackboneFinetuning, Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 import batchwise
 from batchwise import Task
 from batchwise.errors import Mistake, TrainingStopped
 from batchwise.optim.schedule import Schedule
+from batchwise.run import report
 from batchwise.run.usual import usual_callbacks
 
 
@@ -389,6 +390,35 @@ def test_a_setup_that_ends_with_that_of_the_engine() -> None:
         trainer(enable_checkpointing=False).fit(new(), Own())
     Own.ends = True
     trainer(enable_checkpointing=False).fit(new(), Own())
+
+
+class Stop(Callback):
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        trainer.should_stop = True
+
+
+STOPS: dict[str, tuple[dict[str, Any], str, str]] = {
+    "a callback": ({"callbacks": [Stop()]}, "a callback stopped it after 7 steps", ""),
+    "no better": ({"callbacks": [EarlyStopping("val/loss", 10.0, 1)]}, "Monitored metric val/loss did not improve", ""),
+    "time": (
+        {"max_time": {"seconds": 0.2}, "max_epochs": 99999},
+        "trainer.max_time is over",
+        "--trainer.max_time null",
+    ),
+    "epochs": ({}, "", "--trainer.max_epochs 6"),
+}
+
+
+@pytest.mark.parametrize("case", STOPS)
+def test_the_end_says_why_a_training_has_stopped(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    settings, reason, longer = STOPS[case]
+    made = trainer(**settings)
+    made.fit(new(), small.Points())
+    assert f"stopped early: {reason}" in capsys.readouterr().out or not reason
+    assert made.folder is not None
+    report.next_commands(made, made.folder, ["fit"])
+    shown = capsys.readouterr().out
+    assert f"--ckpt_path last {longer}\n" in shown if longer else "go on:" not in shown
 
 
 def test_a_monitor_needs_a_direction() -> None:

@@ -149,9 +149,7 @@ def test_a_split_that_the_column_does_not_have() -> None:
     file("x,y,part\n" + "".join(f"{number},{'ab'[number % 2]},{'train' if number else 'val'}\n" for number in range(9)))
     for settings in ({}, {"test_fraction": 0}):
         data = Table("people.csv", "y", split_column="part", batch_size=2, **settings)
-        with pytest.raises(
-            ValueError, match=r"needs that split \(write test for some rows in the column 'part'"
-        ):
+        with pytest.raises(ValueError, match=r"needs that split \(write test for some rows in the column 'part'"):
             data.setup("test")
 
 
