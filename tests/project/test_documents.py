@@ -5,6 +5,7 @@ import csv
 import importlib
 import io
 import json
+import math
 import re
 import runpy
 import shlex
@@ -13,6 +14,8 @@ import sys
 import tarfile
 import wave
 from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +25,10 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from torch import Tensor
 
 import batchwise
+from batchwise import DataModule, MicroBatch, Schedule, Task
 from batchwise.choosing import search, speed
 from batchwise.run.main import main
 from batchwise.sources.digits import read_digits
@@ -247,6 +252,41 @@ def test_orders(run: Callable) -> None:
 
 
 @pytest.mark.usefixtures("own_files")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"shape": "cosine", "warmup": 0.2, "floor": 0.1},
+        {"shape": "linear", "warmup_examples": 25},
+        {"shape": "constant", "warmup_examples": 64},
+        {"shape": "inverse_sqrt", "warmup": 0.3, "hold_examples": 90, "floor": 0.9},
+    ],
+    ids=lambda settings: settings["shape"],
+)
+def test_the_formula_of_the_schedule(settings: dict[str, Any]) -> None:
+    class Line(Task):
+        def losses(self, batch: MicroBatch) -> Tensor:
+            return self(batch.inputs).square().mean(1)
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+
+    class Numbers(DataModule):
+        def load(self, split: str) -> tuple[Tensor, Tensor] | None:
+            return (torch.ones(64, 2), torch.zeros(64)) if split == "train" else None
+
+    (block,) = [block for block in blocks("python", DOCS["configuration.md"]) if "def factor(" in block]
+    scope: dict[str, Any] = {"math": math}
+    exec(block, scope)
+    rates: list[float] = []
+    schedule = Schedule(**settings)
+    task = Line(torch.nn.Linear(2, 1), partial(torch.optim.SGD, lr=0.5), schedule)
+    made = batchwise.Trainer(accelerator="cpu", max_epochs=2, logger=False, enable_checkpointing=False)
+    made.fit(task, Numbers(batch_size=10))
+    seen = sorted({64 * epoch + min(10 * step, 64) for epoch in range(2) for step in range(8)})
+    assert rates == pytest.approx([0.5 * scope["factor"](schedule, *step, 128) for step in pairwise(seen)])
+    assert len(set(rates)) > 3
+
+
 def test_folds(project: str) -> None:
     """Those of docs/data.md: each example is validated on in one fold, and no group is in two."""
     made = importlib.import_module(f"{project}.folds").Folds
