@@ -193,6 +193,11 @@ def _reason(error: BaseException) -> str:
             "it works only with the number of examples that it was tried with: write tensor.shape[0] in place of "
             "len(tensor) in `transform`, the network and `predictions`"
         )
+    if type(error).__name__.startswith("GuardOnDataDependent") or ".numpy()" in str(error):
+        return (
+            "`transform`, the network or `predictions` leaves the tensors, by `if`, a loop, `int`, `tolist` or NumPy, and "
+            "what then depends on the values of the data is not recorded: write tensor code, such as torch.where"
+        )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = f"{type(error).__name__}: {lines[0] if lines else 'no reason is given'}"
     if "ONNXRuntimeError" in reason:

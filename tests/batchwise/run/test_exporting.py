@@ -202,6 +202,19 @@ class Looks(small.Classify):
         return {"output": self(batch.inputs) * (2 if batch.inputs.sum() > 0 else 1)}
 
 
+class Generates(small.Classify):
+    def predictions(self, batch: MicroBatch) -> dict[str, torch.Tensor]:
+        made = [self(batch.inputs).argmax(1)]
+        while len(made) < 5 and int(made[-1].sum()):
+            made.append((made[-1] - 1).clamp(min=0))
+        return {"output": torch.stack(made, 1)}
+
+
+class LeavesTensors(small.Classify):
+    def predictions(self, batch: MicroBatch) -> dict[str, torch.Tensor]:
+        return {"output": torch.from_numpy(self(batch.inputs).numpy())}
+
+
 class Counts(small.Classify):
     def predictions(self, batch: MicroBatch) -> dict[str, torch.Tensor]:
         return {"output": self(batch.inputs) + torch.zeros(len(batch), 1)}
@@ -226,7 +239,9 @@ class InDouble(small.Classify):
 @pytest.mark.parametrize(
     ("task", "name", "inputs", "words"),
     [
-        (Looks, "m.pt2", None, "Looks cannot be exported: "),
+        (Looks, "m.pt2", None, "Looks cannot be exported: .*: write tensor code, such as torch.where$"),
+        (Generates, "m.onnx", None, "Generates cannot be exported: .*: write tensor code, such as torch.where$"),
+        (LeavesTensors, "m.pt2", None, "LeavesTensors cannot be exported: .*: write tensor code, such as torch.where$"),
         (Draws, "m.pt2", None, "the exported network gives another 'output' than the task: nothing was written"),
         (Counts, "m.pt2", None, r"Counts cannot be exported: .*: write tensor\.shape\[0\] in place of len\(tensor\)"),
         (NeedsTargets, "m.onnx", None, "NeedsTargets cannot be exported: AttributeError: 'NoneType' object .* 'long'"),
