@@ -195,7 +195,7 @@ def _reason(error: BaseException) -> str:
         )
     if type(error).__name__.startswith("GuardOnDataDependent") or ".numpy()" in str(error):
         return (
-            "`transform`, the network or `predictions` leaves the tensors, by `if`, a loop, `int`, `tolist` or NumPy, and "
+            "`transform`, the network or `predictions` leaves the tensors, by `if`, a loop, `int` or NumPy, and "
             "what then depends on the values of the data is not recorded: write tensor code, such as torch.where"
         )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
