@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from batchwise.run import program
 LEADER = "BATCHWISE_LEADER"
 """The environment variable that tells the processes of a training the number of the one that has started them."""
 PR_SET_PDEATHSIG = 1
+CLOSED = 128 + 13
+"""The exit code of a program that SIGPIPE ends."""
 HELP = """usage: python -m {program} COMMAND --config FILE [--config OVERLAY ...] [--KEY VALUE ...]
 
 commands:
@@ -93,13 +96,38 @@ def end_with_the_leader() -> None:
             sys.exit(1)
 
 
+def nobody_reads() -> bool:
+    """Return whether the output goes into a pipe whose reader has ended, as in `fit ... | head`."""
+    if not hasattr(select, "poll"):
+        return False
+    output = select.poll()
+    output.register(1, 0)
+    return any(events & select.POLLERR for _, events in output.poll(0))
+
+
 def main(name: str | None, arguments: list[str] | None = None) -> int:
-    """Run a command; return its exit code: 0 done, 1 it failed, 2 the user's mistake, 130 or 143 interrupted.
+    """Run a command; return its exit code: 0 done, 1 failed, 2 the user's mistake, 130, 141 or 143 stopped by a signal.
+
+    A command ends where nobody reads its output any more, as other programs do. It has no signal for that, because a
+    connection between processes would send the same one.
 
     Args:
         name: the package behind `python -m`.
         arguments: the command and its flags; None: those of this process.
     """
+    try:
+        code = _main(name, arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not nobody_reads():
+            raise
+        code = CLOSED
+    if code == CLOSED:  # Python would write the rest at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return code
+
+
+def _main(name: str | None, arguments: list[str] | None) -> int:
     program.name = name or program.name
     end_with_the_leader()
     arguments = sys.argv[1:] if arguments is None else arguments

@@ -16,6 +16,7 @@ from batchwise.data.module import DataModule
 from batchwise.errors import Mistake, TrainingStopped, lost_connection
 from batchwise.run import folders, program
 from batchwise.run.explain import explain
+from batchwise.run.main import CLOSED, nobody_reads
 from batchwise.run.redact import hide
 from batchwise.run.wandb import WandbLogger
 from batchwise.tasks.measures import MetricError
@@ -198,6 +199,11 @@ def failure(error: Exception, folder: Path | None = None) -> int | None:
     elif isinstance(error, IndexError) and (label := re.fullmatch(r"Target (-?\d+) is out of bounds\.?", str(error))):
         remedy = f"write num_classes {int(label[1]) + 1}" if int(label[1]) >= 0 else "number the classes from 0"
         error = TrainingStopped(f"label {label[1]}, but the losses have other classes: {remedy}, or correct it")
+    elif isinstance(error, BrokenPipeError) and nobody_reads():
+        last = folder and folder / "checkpoints" / "last.ckpt"
+        if last and last.exists():
+            print(f"nobody reads the output: stopped; --ckpt_path last goes on from {last}", file=sys.stderr)
+        return CLOSED
     elif isinstance(error, OSError) and folder is not None and (line := unwritten(error, folder)):
         error = TrainingStopped(line)
     elif not isinstance(error, DataError | MetricError):

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import run_here
+from helpers import CSV, DIGITS, run_here
 
 from batchwise.run import main
 
@@ -89,3 +89,28 @@ def test_an_interrupt_while_the_project_is_imported(
     monkeypatch.setattr(main, "_load", interrupt)
     assert main.main("batchwise", ["fit"]) == 130
     assert capsys.readouterr().err == "error: interrupted\n"
+
+
+@pytest.mark.slow
+def test_a_command_ends_where_nobody_reads_its_output_any_more() -> None:
+    fit = map(str, ("-m", "batchwise", "fit", *DIGITS, *CSV, "--trainer.max_epochs", 1000))
+    command = subprocess.Popen([sys.executable, *fit], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert command.stdout is not None
+    assert command.stderr is not None
+    while not command.stdout.readline().startswith("epoch 1 "):
+        pass
+    command.stdout.close()
+    lines = [line for line in command.stderr if not line.startswith(("note:", "warning:"))]
+    assert command.wait(60) == 141
+    assert [line.partition(" from ")[0] for line in lines] == [
+        "nobody reads the output: stopped; --ckpt_path last goes on"
+    ]
+
+
+def test_a_broken_connection_is_no_closed_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> int:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(main, "_main", broken)
+    with pytest.raises(BrokenPipeError):
+        main.main("batchwise", ["fit"])
