@@ -4,7 +4,9 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from enum import Enum
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any, NoReturn, get_origin
 
 import yaml
@@ -174,6 +176,27 @@ def _forget_settings(_: object, old: Any, new: Any) -> None:
 
 _said: set[str] = set()
 _typehints.discard_init_args_on_class_path_change = _forget_settings
+
+
+ROOMS = ("batching", "callbacks", "data", "models", "sources", "tasks")
+"""Where the engine has classes that a configuration may name."""
+OTHERS = ("torch.", "torchmetrics.", "lightning.", "batchwise.tasks.", "batchwise.Task", "batchwise.run.")
+"""Modules of PyTorch that are hardly networks."""
+
+
+def _known(kind: Any, **settings: Any) -> list[str]:
+    """Return the classes that help lists. jsonargparse lists those that are imported, and all layers of PyTorch."""
+    if settings.get("closed_types", True):  # to find a class by its last name, and not for help
+        return _imported(kind, **settings)
+    for room in ROOMS:
+        for module in iter_modules([str(Path(__file__).parents[1] / room)], f"batchwise.{room}."):
+            import_module(module.name)
+    paths = _imported(kind, **settings)
+    return [path for path in paths if not path.startswith(OTHERS)] if "torch.nn.Module" in paths else paths
+
+
+_imported = _typehints.get_all_subclass_paths
+_typehints.get_all_subclass_paths = _known
 
 
 def texts(settings: object) -> Iterator[str]:

@@ -174,6 +174,25 @@ def test_a_value_in_the_place_of_a_dict_or_a_list() -> None:
     assert said("--data.things=3", subclass=False, kind=Group, given=()) == "data.things is 3: write a dict"
 
 
+@pytest.mark.slow
+def test_help_lists_the_classes_of_the_engine_and_not_those_of_pytorch() -> None:
+    helped = "".join(run_here("fit", "--data.help", "batchwise.sources.digits.Digits").out.split())
+    for name in (
+        "order.Sequential",
+        "sampling.Stratified",
+        "sampling.Balanced",
+        "mixture.Mixture",
+        "shards.BlockShuffled",
+    ):
+        assert f"batchwise.batching.{name}" in helped
+    assert "batchwise.data.mixing.MixUp" in helped
+    helped = "".join(run_here("fit", "--model.help", "batchwise.tasks.regression.Regression").out.split())
+    networks = helped.rpartition("anymodulethattakes")[2].partition("--model.optimizer")[0]
+    assert "batchwise.models.resnet.ResNet" in networks
+    assert "torch.nn" not in networks
+    assert "torch.optim.SGD" in helped
+
+
 class Kept:
     def __init__(
         self, size: PositiveInt, rate: PositiveFloat, sizes: list[PositiveInt], inner: Layer, kind: str = "a"
