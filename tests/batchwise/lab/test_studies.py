@@ -12,7 +12,7 @@ import pytest
 from helpers import ROOT
 
 LAB = ROOT / "scripts" / "lab"
-OTHERS = ("study_transfer.py", "study_regret.py")
+OTHERS = ("study_peak.py", "study_transfer.py", "study_regret.py")
 """Have a command line and a test of their own."""
 STUDIES = sorted(path.name for path in LAB.glob("study_*.py") if path.name not in OTHERS)
 pytestmark = pytest.mark.weekly
