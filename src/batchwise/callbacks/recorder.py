@@ -129,15 +129,16 @@ class Recorder(Callback):
         pl_module._step.finite.settle(pl_module)
         pl_module._rates.look(pl_module)
         pl_module._tuning.thin(pl_module, checkpoint["state_dict"])
-        learning = _learning(pl_module)
+        learning, plan, step = _learning(pl_module), pl_module.data.plan, trainer.global_step
+        ends_epoch = plan is None or plan.begins_epoch(step)
         checkpoint[KEY] = {
-            "sums": pl_module._measures.state(row_is_due(trainer, trainer.global_step)),
+            "sums": pl_module._measures.state(row_is_due(trainer, step), ends_epoch),
             "skipped_in_a_row": pl_module._step.finite.skipped_in_a_row,
             "settings_taken": sorted(map(list, pl_module._rates.taken)),
             # Of parameters that callbacks have thawed or frozen. After a resume they may not do so again.
             "learning": {name: now for name, now in learning.items() if now != self._learnt.get(name, now)},
         }
-        if pl_module._measures.epoch.count:  # the epoch has begun, and has not ended
+        if pl_module._measures.epoch.count and not ends_epoch:  # the epoch has begun
             # In an exception the other devices need not be here.
             together = trainer.state.status == TrainerStatus.RUNNING
             checkpoint[KEY]["logs"] = trainer.fit_loop.epoch_loop._results.state(together)
@@ -153,9 +154,13 @@ class Recorder(Callback):
                 group["params"] = [ours[number] for number in group["params"]]
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Task, checkpoint: dict) -> None:
-        """Restore the sums."""
-        state = checkpoint.get(KEY)
-        if state and trainer.state.fn == "fit":
+        """Restore the sums, and the epoch, which the number of steps tells."""
+        state, plan = checkpoint.get(KEY), pl_module.data.plan
+        if state and plan and trainer.state.fn == "fit":
+            # When training has ended, Lightning counts the epoch as done, also within it.
+            done = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
+            for key in ("processed", "completed"):
+                done[key] = min(done[key], plan.epoch(checkpoint["global_step"]))
             pl_module._measures.restore(state["sums"])
             pl_module._step.finite.skipped_in_a_row = state["skipped_in_a_row"]
             pl_module._rates.taken = {(number, key) for number, key in state["settings_taken"]}

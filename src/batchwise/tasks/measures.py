@@ -232,15 +232,14 @@ class Measures:
         self.tables = {name: value for name, value in values.items() if value.numel() != 1}
         return {name: value for name, value in values.items() if value.numel() == 1}
 
-    def state(self, ends_row: bool) -> dict[str, Any]:
+    def state(self, ends_row: bool, ends_epoch: bool) -> dict[str, Any]:
         """Return the sums for a checkpoint, so that mean losses are exact after a resume.
 
-        Args:
-            ends_row: whether the row of the newest step is written, or about to be: a callback may save before it is.
+        A row, or an epoch, that the newest step ends is left out: a callback may save before it is written.
         """
-        window = Sums() if ends_row else self.window
-        sums = {"epoch": [float(value) for value in self.epoch], "window": [float(value) for value in window]}
-        return sums | ({"terms": self.terms.state(ends_row)} if self.terms.names else {})
+        window, epoch = Sums() if ends_row else self.window, Sums() if ends_epoch else self.epoch
+        sums = {"epoch": [float(value) for value in epoch], "window": [float(value) for value in window]}
+        return sums | ({"terms": self.terms.state(ends_row, ends_epoch)} if self.terms.names else {})
 
     def restore(self, state: dict[str, Any]) -> None:
         """Restore the sums from a checkpoint."""

@@ -265,9 +265,10 @@ class Terms:
         total = sum(self._coefficients.get(name, 1.0) * mean for name, mean in means.items()) if means else math.nan
         return {f"{stage}/loss": total} | {f"{stage}/{name}": means.get(name, math.nan) for name in sums}
 
-    def state(self, ends_row: bool) -> dict[str, Any]:
-        """Return the sums for a checkpoint, with those of a new row if one ends."""
-        return {"epoch": self._by_name(self.epoch), "window": self._by_name(None if ends_row else self.window)}
+    def state(self, ends_row: bool, ends_epoch: bool) -> dict[str, Any]:
+        """Return the sums for a checkpoint, with those of a new row or epoch if one ends."""
+        epoch, window = None if ends_epoch else self.epoch, None if ends_row else self.window
+        return {"epoch": self._by_name(epoch), "window": self._by_name(window)}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Restore the sums from a checkpoint. A term that it does not have begins with zero."""

@@ -463,6 +463,26 @@ def test_values_of_steps_are_logged_after_a_resume(every: int | None, listener: 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("steps", [3, 7, 10])
+def test_what_is_saved_by_hand_after_training_goes_on_where_it_was(steps: int) -> None:
+    """When training ends, Lightning counts the epoch of 7 steps as done."""
+    whole, _ = small.fit()
+    small.fit(max_steps=steps)[1].save_checkpoint("by_hand.ckpt")
+    task, trainer = small.fit(ckpt_path="by_hand.ckpt")
+    assert (trainer.global_step, trainer.current_epoch) == (21, 3)
+    assert small.furthest(task, whole) < 1e-12
+
+
+def test_a_checkpoint_of_a_step_that_ends_the_epoch_has_no_sums_of_it() -> None:
+    saves = pl.callbacks.ModelCheckpoint("saved", "{step}", every_n_train_steps=7, save_top_k=-1)
+    losses, resumed = small.Memory(), small.Memory()
+    small.fit(enable_checkpointing=True, callbacks=[saves], logger=losses)
+    small.fit(ckpt_path="saved/step=7.ckpt", logger=resumed)
+    first, *others = sorted(losses.found("train/loss_epoch").items())
+    assert first[0] == 7
+    assert sorted(resumed.found("train/loss_epoch").items()) == others
+
+
 def test_resuming_in_double_precision() -> None:
     double = ("--trainer.precision", "64-true")
     whole = run_here(*FIT, *double, "--trainer.max_steps", 9)
