@@ -251,7 +251,6 @@ def test_orders(run: Callable) -> None:
     assert pytest.main(["-q", "-p", "no:cacheprovider", "--noconftest", "-c", "/dev/null", "test_order.py"]) == 0
 
 
-@pytest.mark.usefixtures("own_files")
 @pytest.mark.parametrize(
     "settings",
     [
@@ -287,6 +286,7 @@ def test_the_formula_of_the_schedule(settings: dict[str, Any]) -> None:
     assert len(set(rates)) > 3
 
 
+@pytest.mark.usefixtures("own_files")
 def test_folds(project: str) -> None:
     """Those of docs/data.md: each example is validated on in one fold, and no group is in two."""
     made = importlib.import_module(f"{project}.folds").Folds
