@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.loops.fit_loop import _FitLoop
 
 from batchwise.batching.loader import Batch
 from batchwise.checkpoints import damage, read_checkpoint, unreadable
@@ -47,7 +46,6 @@ class Last(Checkpoint):
         """Listen for signals. The step at which training starts or resumes counts as saved."""
         self._saved_at = trainer.global_step
         self._signal, self._rotate, self._within_epoch = None, None, False
-        _leave_whole_epochs(trainer.fit_loop)
 
         def note(number: int, _: object) -> None:
             # A handler may run between any two instructions, so it sets flags, and writes past Python's buffers.
@@ -136,15 +134,3 @@ class Last(Checkpoint):
 
 def _path(trainer: pl.Trainer) -> Path:
     return Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
-
-
-def _leave_whole_epochs(loop: _FitLoop) -> None:
-    """Begin the next epoch, if the checkpoint was saved between two epochs.
-
-    If training is bounded by `max_steps`, Lightning takes each checkpoint for one from within an epoch. It would count
-    an epoch without steps.
-    """
-    done = loop.epoch_progress.current
-    if loop.restarting and done.ready == done.completed == done.processed:  # type: ignore[attr-defined]
-        loop._restarting = False
-        loop.epoch_loop.restarting = False

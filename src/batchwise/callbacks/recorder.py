@@ -5,6 +5,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.trainer.states import TrainerStatus
 from torch.nn.parallel import DistributedDataParallel
 
@@ -67,6 +68,7 @@ class Recorder(Callback):
     def on_train_start(self, trainer: Any, pl_module: Task) -> None:
         """Begin a training."""
         saved, self._saved = self._saved or {}, None
+        _leave_whole_epochs(trainer.fit_loop)
         for name, learns in saved.get(KEY, {}).get("learning", {}).items():
             pl_module.get_parameter(name).requires_grad_(learns)
         pl_module._tuning.watch(pl_module)
@@ -157,10 +159,12 @@ class Recorder(Callback):
         """Restore the sums, and the epoch, which the number of steps tells."""
         state, plan = checkpoint.get(KEY), pl_module.data.plan
         if state and plan and trainer.state.fn == "fit":
-            # When training has ended, Lightning counts the epoch as done, also within it.
-            done = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
-            for key in ("processed", "completed"):
-                done[key] = min(done[key], plan.epoch(checkpoint["global_step"]))
+            # Lightning counts an epoch as done where training has ended within it, and does not yet count it where a
+            # callback saves at its end, which would then come twice.
+            loop = checkpoint["loops"]["fit_loop"]
+            for done in (loop["epoch_progress"]["current"], loop["epoch_progress"]["total"]):
+                done["processed"] = done["completed"] = plan.epoch(checkpoint["global_step"])
+            loop["epoch_loop.batch_progress"]["is_last_batch"] = False
             pl_module._measures.restore(state["sums"])
             pl_module._step.finite.skipped_in_a_row = state["skipped_in_a_row"]
             pl_module._rates.taken = {(number, key) for number, key in state["settings_taken"]}
@@ -171,3 +175,15 @@ class Recorder(Callback):
 
 def _learning(module: Task) -> dict[str, bool]:
     return {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+
+
+def _leave_whole_epochs(loop: _FitLoop) -> None:
+    """Begin the next epoch, if the checkpoint was saved between two epochs.
+
+    If training is bounded by `max_steps`, Lightning takes each checkpoint for one from within an epoch. It would count
+    an epoch without steps.
+    """
+    done = loop.epoch_progress.current
+    if loop.restarting and done.ready == done.completed == done.processed:  # type: ignore[attr-defined]
+        loop._restarting = False
+        loop.epoch_loop.restarting = False

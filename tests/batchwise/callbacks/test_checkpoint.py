@@ -17,8 +17,10 @@ import pytest
 import small
 import torch
 from helpers import CSV, DIGITS, TWO, Result, Started, furthest, run_here
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 import batchwise
+from batchwise.batching.schedule import Milestones
 from batchwise.callbacks.checkpoint import SIGNALS, Last
 from batchwise.checkpoints import DurableIO
 from batchwise.errors import TrainingStopped
@@ -474,7 +476,7 @@ def test_what_is_saved_by_hand_after_training_goes_on_where_it_was(steps: int) -
 
 
 def test_a_checkpoint_of_a_step_that_ends_the_epoch_has_no_sums_of_it() -> None:
-    saves = pl.callbacks.ModelCheckpoint("saved", "{step}", every_n_train_steps=7, save_top_k=-1)
+    saves = ModelCheckpoint("saved", "{step}", every_n_train_steps=7, save_top_k=-1)
     losses, resumed = small.Memory(), small.Memory()
     small.fit(enable_checkpointing=True, callbacks=[saves], logger=losses)
     small.fit(ckpt_path="saved/step=7.ckpt", logger=resumed)
@@ -483,6 +485,28 @@ def test_a_checkpoint_of_a_step_that_ends_the_epoch_has_no_sums_of_it() -> None:
     assert sorted(resumed.found("train/loss_epoch").items()) == others
 
 
+@pytest.mark.parametrize("at_epoch_end", [False, True])
+@pytest.mark.parametrize("end", [{}, {"max_epochs": -1, "max_steps": 12}])
+def test_an_epoch_that_was_saved_at_its_end_does_not_end_again(end: dict[str, Any], at_epoch_end: bool) -> None:
+    """Batches grow, so that the next epoch has fewer steps than the one before it."""
+
+    def train(log: small.Memory, *callbacks: ModelCheckpoint, ckpt_path: str | None = None) -> pl.Trainer:
+        data = small.Points(batch_size_schedule=Milestones([20], examples=[70]))
+        return small.fit(
+            data=data, ckpt_path=ckpt_path, logger=log, enable_checkpointing=True, callbacks=[*callbacks], **end
+        )[1]
+
+    whole = small.Memory()
+    saves = ModelCheckpoint("saved", "{step}", save_top_k=-1, save_on_train_epoch_end=at_epoch_end)
+    trainer = train(whole, saves)
+    for step in (7, 11):
+        again = train(resumed := small.Memory(), ckpt_path=f"saved/step={step}.ckpt")
+        assert (again.global_step, again.current_epoch) == (trainer.global_step, trainer.current_epoch)
+        for name in ("train/loss_epoch", "val/loss"):
+            assert resumed.found(name) == {at: value for at, value in whole.found(name).items() if at and at > step}
+
+
+@pytest.mark.slow
 def test_resuming_in_double_precision() -> None:
     double = ("--trainer.precision", "64-true")
     whole = run_here(*FIT, *double, "--trainer.max_steps", 9)
