@@ -234,9 +234,8 @@ def numbers(column: "ChunkedArray", name: str, path: str, form: Kind = "number")
         values = ticks.astype(np.float64) / _A_DAY[unit]
     else:
         try:
-            values = (
-                column.cast("float64", safe=False).to_numpy().astype(np.float64)
-            )  # of numbers above 2^53, the nearest
+            # Of a whole number above 2^53, the nearest is taken.
+            values = column.cast("float64", safe=False).to_numpy().astype(np.float64)
         except (ValueError, NotImplementedError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(

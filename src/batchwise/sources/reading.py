@@ -74,7 +74,7 @@ def _read_csv(file: Path, delimiter: str | None, names_only: Collection[str], fo
     if delimiter is None and said:
         delimiter = said[1]
     elif delimiter is None:
-        head = re.sub('"[^"]*"', "", text.strip()).partition("\n")[0]
+        head = re.sub('"[^"]*"', "", text.lstrip("\r\n")).partition("\n")[0]
         delimiter = "\t" if file.suffix.lower() == ".tsv" and "\t" in head else max(DELIMITERS, key=head.count)
         if delimiter != "," and file.suffix.lower() != ".tsv":
             found.append(f"fields are separated by {'tabs' if delimiter == chr(9) else repr(delimiter)}")

@@ -16,6 +16,7 @@ import torch
 from pyarrow import parquet
 
 from batchwise.sources.columns import form_of, to_number
+from batchwise.sources.reading import read_table
 from batchwise.sources.table import Table
 
 FORMS: dict[str, tuple[list[str], str | None, list[float]]] = {
@@ -357,3 +358,8 @@ def test_rows_to_predict_that_do_not_fit() -> None:
         Path("new.csv").write_text(new)
         with pytest.raises(ValueError, match=words):
             made(text, predict_path="new.csv").load("predict")
+
+
+def test_a_tab_after_the_empty_name_of_an_index_is_the_delimiter() -> None:
+    Path("t.csv").write_text("\tn\n0\t1.5\n1\t2.5\n")
+    assert read_table("t.csv")[0].to_pydict() == {"n": [1.5, 2.5]}
