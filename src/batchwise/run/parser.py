@@ -117,7 +117,7 @@ class _Once(yaml.SafeLoader):
         """Return the mapping of a node."""
         seen = set()
         for key, _ in node.value:
-            if key.value in seen and isinstance(key, yaml.ScalarNode):
+            if str(key.value) in seen:
                 raise yaml.MarkedYAMLError(problem=f"{key.value} stands there twice", problem_mark=key.start_mark)
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
@@ -181,7 +181,7 @@ _typehints.discard_init_args_on_class_path_change = _forget_settings
 ROOMS = ("batching", "callbacks", "data", "models", "sources", "tasks")
 """Where the engine has classes that a configuration may name."""
 OTHERS = ("torch.", "torchmetrics.", "lightning.", "batchwise.tasks.", "batchwise.Task", "batchwise.run.")
-"""Modules of PyTorch that are hardly networks."""
+"""Where classes are modules of PyTorch, but hardly networks: their names begin so."""
 
 
 def _known(kind: Any, **settings: Any) -> list[str]:

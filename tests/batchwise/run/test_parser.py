@@ -300,6 +300,7 @@ def test_an_argument_before_its_class() -> None:
             "is not YAML at line 3: trainer stands there twice",
         ),
         (b"data:\n  init_args:\n    a: 1\n    a: 2\n", "is not YAML at line 4: a stands there twice"),
+        (b"name: a\n? [a, b]\n: 1\n", "is not YAML at line 2: found unhashable key"),
         (b"name: d\xefgits\n", "is not text in UTF-8: invalid continuation byte at byte 7"),
     ],
 )
