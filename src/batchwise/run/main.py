@@ -101,8 +101,8 @@ def nobody_reads() -> bool:
     if not hasattr(select, "poll"):
         return False
     output = select.poll()
-    output.register(1, 0)
-    return any(events & select.POLLERR for _, events in output.poll(0))
+    output.register(1, select.POLLOUT)  # macOS looks at nothing if it is asked for nothing, and calls the end POLLHUP
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in output.poll(0))
 
 
 def main(name: str | None, arguments: list[str] | None = None) -> int:
@@ -122,6 +122,9 @@ def main(name: str | None, arguments: list[str] | None = None) -> int:
         if not nobody_reads():
             raise
         code = CLOSED
+    except KeyboardInterrupt:  # outside of a command, as while the project is imported
+        print("error: interrupted", file=sys.stderr)
+        code = 128 + signal.SIGINT
     if code == CLOSED:  # Python would write the rest at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return code
@@ -138,11 +141,7 @@ def _main(name: str | None, arguments: list[str] | None) -> int:
     if arguments[0] == "--version":
         print(f"batchwise {__version__}")
         return 0
-    try:
-        run = _load()
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
+    run = _load()
     if arguments[0] == "schema":
         return import_module("batchwise.run.schema").write(arguments[1:])
     if arguments[0] == "shards" and len(arguments) > 1 and not arguments[1].startswith("-"):
