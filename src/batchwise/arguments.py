@@ -43,7 +43,8 @@ EXAMPLES = {
 def typed(init: Callable[Parameters, None]) -> Callable[Parameters, None]:
     """Let a constructor compare its arguments with their annotations, and take numbers of NumPy as ordinary ones.
 
-    What works without this is taken: a tuple for a list, a path for a text, 1 for true. Functions are not looked into.
+    What works without this is taken: a path for a text, 1 for true; a tuple or an array, which becomes the list that is
+    asked for. Functions are not looked into.
     """
     kinds = signature(init).parameters.items()
     names = [name for name, parameter in kinds if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
@@ -100,6 +101,8 @@ def _as(hint: Any, value: Any) -> Any:
     if kind in (list, tuple, Sequence, Iterable):
         if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
             raise TypeError
+        if kind is list:  # an array has a list of ordinary numbers
+            value = list(value.tolist() if hasattr(value, "tolist") else value)
         if not of or not (type(value) is list or type(value) is tuple):
             return value
         each = of if kind is tuple and of[-1] is not ... else of[:1] * len(value)

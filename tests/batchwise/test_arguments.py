@@ -104,6 +104,14 @@ def test_numbers_of_numpy_are_ordinary_ones() -> None:
     fit(task, data, max_epochs=np.int64(1), gradient_clip_val=np.float32(1.0))
 
 
+@pytest.mark.parametrize("make", [np.array, torch.tensor, tuple])
+def test_arrays_and_tuples_are_lists(make: Any) -> None:
+    weights = Classification(network(), class_weights=make([0.5, 1.0, 2.0])).class_weights
+    assert weights == [0.5, 1.0, 2.0]
+    with pytest.raises(ValueError, match=r"class_weights is \[-1\.0, 1\.0, 1\.0\]: write a number of at least 0"):
+        Classification(network(), class_weights=make([-1.0, 1.0, 1.0]))
+
+
 def test_what_works_is_taken() -> None:
     torch.save(network().state_dict(), "first.pt")
     given: dict[str, Any] = {"freeze": ("0",), "init_from": Path("first.pt"), "decay_matrices_only": 1}
