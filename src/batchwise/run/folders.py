@@ -138,13 +138,18 @@ def all_have_met() -> None:
         note.unlink(missing_ok=True)
 
 
-def forget() -> None:
-    """Forget the folder that the processes share, because the training is over. Remove it if it has nothing."""
+def forget(folder: Path | None = None) -> None:
+    """Forget the folder that the processes share, because the training is over.
+
+    Args:
+        folder: is removed if it has nothing; None: the shared one.
+    """
     _until_the_end.close()
     all_have_met()
-    folder = os.environ.pop(FOLDER, None)
+    shared = os.environ.pop(FOLDER, None)
+    folder = folder or (Path(shared) if shared else None)
     if folder and rank_zero_only.rank == 0:
-        _remove_if_empty(Path(folder))
+        _remove_if_empty(folder)
 
 
 def _share(folder: Path) -> None:

@@ -148,7 +148,7 @@ class Trainer(trainer.Trainer):
                 resume.leave_out_initial_weights(model, checkpoint)
             yield checkpoint
         finally:
-            folders.forget()
+            folders.forget(self.folder)  # which only the first training in it shares
 
     def _checkpoint(self, verb: str, which: str | Path | None) -> Path | None:
         if which is None:

@@ -271,9 +271,10 @@ def test_no_folder_where_nothing_is_kept(settings: dict[str, Any]) -> None:
 
 def test_a_mistake_leaves_no_folder_and_can_be_mended() -> None:
     made = trainer(callbacks=[ModelCheckpoint(monitor="val/acuracy")])
-    with pytest.raises(Mistake, match="monitors 'val/acuracy', which is not measured"):
-        made.fit(new(), small.Points())
-    assert not list(Path("runs").glob("*"))
+    for _ in range(2):
+        with pytest.raises(Mistake, match="monitors 'val/acuracy', which is not measured"):
+            made.fit(new(), small.Points())
+        assert not list(Path("runs").glob("*"))
     made.checkpoint_callback.monitor = "val/accuracy"  # type: ignore[union-attr]
     made.fit(new(), small.Points())
     assert "last.ckpt" in saved(made.folder)
