@@ -89,11 +89,12 @@ def place_loggers(loggers: list | Namespace | bool | None, folder: Path) -> None
 
 def _remove_if_empty(folder: Path) -> None:
     """Remove the folder of a run that has left nothing, and that of its experiment if it has no other run."""
-    with contextlib.suppress(OSError):  # raised by a folder that holds something
+    with contextlib.suppress(OSError):  # raised by a folder that holds something, and after a trial
         if os.listdir(folder) == ["checkpoints"]:
             (folder / "checkpoints").rmdir()
             folder.rmdir()
-            folder.parent.rmdir()
+    with contextlib.suppress(OSError):
+        folder.parent.rmdir()
 
 
 def logs(folder: Path) -> Path:

@@ -173,7 +173,9 @@ def test_sigterm_ends_an_evaluation_on_two_devices(tmp_path: Path) -> None:
         assert "Traceback" not in result.err
 
 
-def test_what_is_refused_leaves_no_folder() -> None:
+def test_what_is_refused_or_tried_leaves_no_folder() -> None:
+    assert run_here(*FIT, "--trainer.fast_dev_run", "true").code == 0
+    assert not list(Path("runs").glob("*"))
     assert run_here(*FIT, "--data.batch_size", "0").code == 2
     assert run_here("sweep", *FIT[1:], "--batch_sizes", "8", "--target", "x").code == 2
     assert not list(Path("runs").glob("*"))
