@@ -117,7 +117,7 @@ def main(name: str | None, arguments: list[str] | None = None) -> int:
     """
     try:
         code = _main(name, arguments)
-        sys.stdout.flush()
+        print(end="", flush=True)  # there may be no output
     except BrokenPipeError:
         if not nobody_reads():
             raise

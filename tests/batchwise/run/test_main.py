@@ -107,6 +107,11 @@ def test_a_command_ends_where_nobody_reads_its_output_any_more() -> None:
     ]
 
 
+def test_a_command_without_output_ends_as_others_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)  # as after `>&-`
+    assert main.main("batchwise", ["--version"]) == 0
+
+
 def test_a_broken_connection_is_no_closed_output(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> int:
         raise BrokenPipeError
