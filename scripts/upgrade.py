@@ -84,7 +84,10 @@ def number(name: str) -> list[int]:
 
 
 def nearest(repository: Path, mine: dict[str, bytes]) -> str:
-    """Return the commit of the source whose engine differs in fewest files from the user's: the newest of several."""
+    """Return the commit of the source whose engine differs in fewest files from the user's, or an empty text.
+
+    Of several, it is the newest.
+    """
     blobs = {path: b"blob %d\0%s" % (len(content), content) for path, content in mine.items()}
     here = blobs.keys() | {f"{sha1(blob).hexdigest()}\t{path}" for path, blob in blobs.items()}
     places = [place for place in PLACES if (ROOT / place).exists()]
@@ -94,7 +97,7 @@ def nearest(repository: Path, mine: dict[str, bytes]) -> str:
         entries = {entry.split(" ", 2)[2] for entry in listed.split("\0")[:-1]}  # the hash of a file, and its path
         return len(here ^ (entries | {entry.split("\t")[1] for entry in entries}))
 
-    return min((git("rev-list", "--all", folder=repository) or b"").decode().split(), key=difference)
+    return min((git("rev-list", "--all", folder=repository) or b"").decode().split(), key=difference, default="")
 
 
 def pristine(old: str, repository: Path | None, mine: dict[str, bytes], folder: Path) -> Path:
