@@ -102,7 +102,7 @@ def _as(hint: Any, value: Any) -> Any:
         if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
             raise TypeError
         if kind is list:  # an array has a list of ordinary numbers
-            value = list(value.tolist() if hasattr(value, "tolist") else value)
+            value = list(getattr(value, "tolist", lambda: value)())
         if not of or not (type(value) is list or type(value) is tuple):
             return value
         each = of if kind is tuple and of[-1] is not ... else of[:1] * len(value)
