@@ -32,6 +32,7 @@ class Recorder(Callback):
     def __init__(self) -> None:
         self._saved: dict | None = None
         self._learnt: dict[str, bool] = {}
+        self._ahead = 0  # epochs, where a training goes on with another batch size than before
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Prepare the task, unless the command line has done so."""
@@ -68,6 +69,7 @@ class Recorder(Callback):
     def on_train_start(self, trainer: Any, pl_module: Task) -> None:
         """Begin a training."""
         saved, self._saved = self._saved or {}, None
+        self._ahead = trainer.current_epoch - pl_module.data.plan.epoch(trainer.global_step)  # type: ignore[union-attr]
         _leave_whole_epochs(trainer.fit_loop)
         for name, learns in saved.get(KEY, {}).get("learning", {}).items():
             pl_module.get_parameter(name).requires_grad_(learns)
@@ -123,7 +125,7 @@ class Recorder(Callback):
                     callback.save(trainer)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Task, checkpoint: dict) -> None:
-        """Save the sums, and which parameters learn. Number the optimizer's parameters in the order of the model.
+        """Save the sums, the epoch, and which parameters learn. Number the optimizer's parameters in the model's order.
 
         PyTorch numbers them in the order of the optimizer's groups, and loads any numbers. A sharded strategy expects
         the order of the model.
@@ -133,6 +135,13 @@ class Recorder(Callback):
         pl_module._tuning.thin(pl_module, checkpoint["state_dict"])
         learning, plan, step = _learning(pl_module), pl_module.data.plan, trainer.global_step
         ends_epoch = plan is None or plan.begins_epoch(step)
+        if plan is not None:
+            # Lightning counts an epoch as done where training has ended within it, and does not yet count it where a
+            # callback saves at its end, which would then come twice.
+            loop = checkpoint["loops"]["fit_loop"]
+            for done in (loop["epoch_progress"]["current"], loop["epoch_progress"]["total"]):
+                done["processed"] = done["completed"] = plan.epoch(step) + self._ahead
+            loop["epoch_loop.batch_progress"]["is_last_batch"] = False
         checkpoint[KEY] = {
             "sums": pl_module._measures.state(row_is_due(trainer, step), ends_epoch),
             "skipped_in_a_row": pl_module._step.finite.skipped_in_a_row,
@@ -156,15 +165,9 @@ class Recorder(Callback):
                 group["params"] = [ours[number] for number in group["params"]]
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Task, checkpoint: dict) -> None:
-        """Restore the sums, and the epoch, which the number of steps tells."""
-        state, plan = checkpoint.get(KEY), pl_module.data.plan
-        if state and plan and trainer.state.fn == "fit":
-            # Lightning counts an epoch as done where training has ended within it, and does not yet count it where a
-            # callback saves at its end, which would then come twice.
-            loop = checkpoint["loops"]["fit_loop"]
-            for done in (loop["epoch_progress"]["current"], loop["epoch_progress"]["total"]):
-                done["processed"] = done["completed"] = plan.epoch(checkpoint["global_step"])
-            loop["epoch_loop.batch_progress"]["is_last_batch"] = False
+        """Restore the sums."""
+        state = checkpoint.get(KEY)
+        if state and trainer.state.fn == "fit":
             pl_module._measures.restore(state["sums"])
             pl_module._step.finite.skipped_in_a_row = state["skipped_in_a_row"]
             pl_module._rates.taken = {(number, key) for number, key in state["settings_taken"]}
