@@ -116,7 +116,7 @@ def _as(hint: Any, value: Any) -> Any:
 
 
 def _remedy(hint: Any, value: Any) -> str:
-    """Return what to write in place of a value, with an example made of it if there is one."""
+    """Return what to write in place of a value, and an example where one can be given."""
     options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     examples = [f"[{_shown(value)}]" for option in options if option is not Any and _fits(option, [value])]
     if isinstance(value, type):

@@ -123,7 +123,7 @@ class Examples(Reserved, pl.LightningDataModule, ABC):
         return {key for each in type(self).__mro__ for key in signature(each.__init__).parameters}
 
     def _remedy(self, split: str) -> str:
-        """Return what gives a split that is missing; empty: that is not known."""
+        """Return what to write to have a split that is missing; an empty text where that is not known."""
         return f" (write data.{split}_fraction above 0)" * (f"{split}_fraction" in self._keys())
 
     @final

@@ -253,7 +253,7 @@ class DataModule(Learning):
         return max(self.__restored_step, self.trainer.global_step if self.trainer else 0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resume needs, and what it compares."""
+        """Return the state for a checkpoint: what a resume takes from it, and what must not differ."""
         return super().state_dict() | {
             "step": self.position(),
             "changes": [list(change) for change in self.plan.changes] if self.plan else [],

@@ -42,7 +42,7 @@ def compile_network(network: nn.Module, device: torch.device) -> bool:
 
 
 def do_not_compile(network: nn.Module) -> None:
-    """Undo `compile_network`. It changes nothing else, such as what the user has compiled."""
+    """Undo `compile_network`, and leave alone what the user has compiled."""
     if isinstance(network._compiled_call_impl, _Compiled):
         network._compiled_call_impl = None
 

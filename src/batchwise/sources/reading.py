@@ -114,7 +114,7 @@ def refuse_double(path: object, names: Iterable[str]) -> None:
 
 
 def from_json(line: str) -> Any:
-    """Return what a line of JSON holds.
+    """Return the value in a line of JSON.
 
     Raises:
         ValueError: it is no JSON, or has half a character, such as \\ud800, which no other file can have.

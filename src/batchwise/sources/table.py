@@ -75,8 +75,8 @@ class Table(Fractions):
         """Return inputs float32 [N, F] and targets, int64 or float32; just inputs for `predict_path`."""
         if split == "predict":
             assert self.predict_path is not None
-            names_only = [column.name for column in self._columns if column.categories is not None]
-            return (self._inputs(read_table(self.predict_path, self.delimiter, names_only)[0], self.predict_path),)
+            table, _ = read_table(self.predict_path, self.delimiter, self._categories)
+            return (self._inputs(table, self.predict_path),)
         index = self._index.get(split)
         return None if index is None else (self._all_inputs[index], self._all_targets[index])
 
@@ -101,13 +101,17 @@ class Table(Fractions):
         """The labels, in the order of their numbers; None if targets are numbers."""
         return None if self._labels is None else [str(label) for label in self._labels]
 
+    @property
+    def _categories(self) -> list[str]:
+        """The columns that are texts in training."""
+        return [column.name for column in self._columns if column.categories is not None]
+
     @cached_property
     def _table(self) -> "ArrowTable":
         # Of columns that are texts in training, a file of fewer rows may hold what looks like numbers.
         names_only = [name for name, kind in self.columns.items() if kind == "category"]
         if self.recalled:
-            names_only = [column.name for column in self._columns if column.categories is not None]
-            names_only += self.targets if self._labels and isinstance(self._labels[0], str) else []
+            names_only = self._categories + (self.targets if self._labels and isinstance(self._labels[0], str) else [])
         table, found = read_table(self.path, self.delimiter, names_only)
         for line in found:
             self.say(f"{self.path}: {line}")

@@ -153,7 +153,7 @@ class Finite:
                 self._evaluated.append((batch.index, wrong.reshape(len(batch), -1).any(1)))
 
     def end_evaluation(self, task: "Task", stage: str, loss: float) -> None:
-        """Warn of examples that have made the mean loss of an evaluation what it is. All devices come here."""
+        """If the mean loss of an evaluation is not finite, warn of the examples. All devices must call it."""
         if math.isfinite(loss):
             return
         found: list[Any] = [index[wrong.cpu()].tolist() for index, wrong in self._evaluated]
