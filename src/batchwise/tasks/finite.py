@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from batchwise.batching.collate import numbers
+from batchwise.batching.device import send
 from batchwise.batching.gradients import Number, full, gradients_of
 from batchwise.batching.loader import MicroBatch
 from batchwise.errors import TrainingStopped
@@ -149,7 +150,7 @@ class Finite:
             if isinstance(losses, Tensor) and losses.shape[:1] == batch.index.shape:
                 wrong = ~losses.detach().isfinite()
                 if isinstance(weights, Tensor) and weights.shape == wrong.shape:
-                    wrong &= weights != 0
+                    wrong &= send(weights != 0, wrong.device)
                 self._evaluated.append((batch.index, wrong.reshape(len(batch), -1).any(1)))
 
     def end_evaluation(self, task: "Task", stage: str, loss: float) -> None:

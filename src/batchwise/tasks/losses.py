@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from batchwise.batching.collate import numbers
+from batchwise.batching.device import send
 from batchwise.batching.fetch import DataError
 from batchwise.batching.loader import MicroBatch
 from batchwise.batching.structure import leaves
@@ -20,7 +21,7 @@ Losses = Term | dict[str, Term]
 
 
 def checked(given: Any, examples: int, name: str) -> tuple[Tensor, Tensor | None]:
-    """Return losses and weights (None: all one).
+    """Return losses and weights (None: all one), on the device of the losses.
 
     Args:
         given: what `losses` has returned.
@@ -41,7 +42,7 @@ def checked(given: Any, examples: int, name: str) -> tuple[Tensor, Tensor | None
         )
     if not isinstance(weights, Tensor | None):
         raise Mistake(f"{name} gave {described(weights)} as weights: return a tensor with one weight per loss, or None")
-    return losses, weights
+    return losses, None if weights is None else send(weights, losses.device)
 
 
 def losses_of(task: "Task", batch: MicroBatch, player: tuple[str, ...]) -> Losses:

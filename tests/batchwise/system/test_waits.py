@@ -14,12 +14,13 @@ import torch
 from torch.optim import AdamW
 
 from batchwise.batching import device
+from batchwise.data import examples as reading
 from batchwise.data.augment import Affine, ColourJitter, CutOut, Flip, ShiftCrop
 from batchwise.data.mixing import CutMix, MixUp
 from batchwise.loop import BatchOptimization
 from batchwise.models.mlp import MLP
 from batchwise.sources.digits import Digits
-from batchwise.tasks import step
+from batchwise.tasks import step, trying
 from batchwise.tasks.classification import Classification
 
 MICRO = 4  # micro-batches in a batch of 13, of at most 4 examples
@@ -85,6 +86,28 @@ def test_augmentations_wait_for_nothing(name, as_on_a_gpu):
 @pytest.mark.parametrize("clip", [None, 0.1])
 def test_clipping_waits_for_nothing(clip, as_on_a_gpu):
     assert waits(*digits(), gradient_clip_val=clip) == {0}
+
+
+class Weighted(small.Classify):
+    """The weights are made on the host."""
+
+    def losses(self, batch):
+        return small.Classify.losses(self, batch), torch.ones(len(batch)).double()
+
+
+class OfTerms(small.Classify):
+    def losses(self, batch):
+        return {"one": super().losses(batch), "other": Weighted.losses(self, batch)}
+
+
+@pytest.mark.parametrize("kind", [Weighted, OfTerms])
+def test_weights_from_the_host_are_those_from_the_device(kind):
+    host, settings = small.fit(kind(small.network(), optimizer=small.adamw))[0], {"accelerator": "auto", "devices": 1}
+    with standin.mps(float64=True), pytest.MonkeyPatch.context() as patch:
+        for module in (device, reading, trying):
+            patch.setattr(module, "has_float64", lambda _: True)
+        there, _ = small.fit(kind(small.network(), optimizer=small.adamw), **settings)
+        assert small.furthest(there.cpu(), host) < 1e-12
 
 
 @pytest.mark.slow
