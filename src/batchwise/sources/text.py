@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from batchwise.arguments import typed
 from batchwise.batching.loader import MicroBatch
@@ -18,12 +18,12 @@ from batchwise.data.labels import shown
 from batchwise.data.learnt import same
 from batchwise.data.split import Fractions
 from batchwise.sources.documents import Document, find_files, read
-from batchwise.sources.language import check_tokens, next_tokens, text_of
+from batchwise.sources.language import Tokenized, next_tokens
 from batchwise.sources.tokens import Tokens
 from batchwise.sources.vocabulary import Vocabulary, make_vocabulary
 
 
-class Text(Fractions):
+class Text(Tokenized, Fractions):
     """Documents as tokens.
 
     The separator is the token after those of the vocabulary. Past the end of a sequence stands -1.
@@ -153,23 +153,10 @@ class Text(Fractions):
             return batch
         return next_tokens(batch, self.separator, self.document_mask)
 
-    def decode(self, tokens: Tensor) -> str:
-        """Return the text of tokens [T], with `<|end|>` for the separator and nothing for padding."""
-        return text_of(tokens, self.separator, self.vocabulary)
-
-    @property
-    def separator(self) -> int:
-        """The token between documents."""
-        return self.vocabulary.size
-
     @property
     def class_names(self) -> list[str] | None:
         """The labels, in the order of their numbers."""
         return self.learnt["classes"] or None
-
-    def check(self, network: nn.Module) -> None:
-        """Check that the network knows all tokens."""
-        check_tokens(network, self.separator + 1)
 
     # The tokens on disk
 

@@ -4,16 +4,14 @@ from functools import cached_property
 from os.path import expanduser
 from typing import Any
 
-from torch import Tensor, nn
-
 from batchwise.arguments import typed
 from batchwise.batching.loader import MicroBatch
-from batchwise.sources.language import check_tokens, next_tokens, text_of
+from batchwise.sources.language import Tokenized, next_tokens
 from batchwise.sources.shards import Shards
 from batchwise.sources.vocabulary import Vocabulary, make_vocabulary
 
 
-class TokenShards(Shards):
+class TokenShards(Tokenized, Shards):
     """Blocks of tokens [N, T] in shards, as the command `shards` writes those of `Text` with `packing`.
 
     Past the end of the last document stands -1, and between documents the separator, which is the token after those of
@@ -43,19 +41,6 @@ class TokenShards(Shards):
     def learn(self) -> dict[str, Any]:
         """A hash of the training shards, and the size of the vocabulary."""
         return super().learn() | {"tokens": self.vocabulary.size}
-
-    def decode(self, tokens: Tensor) -> str:
-        """Return the text of tokens [T], with `<|end|>` for the separator and nothing for padding."""
-        return text_of(tokens, self.separator, self.vocabulary)
-
-    def check(self, network: nn.Module) -> None:
-        """Check that the network knows all tokens."""
-        check_tokens(network, self.separator + 1)
-
-    @property
-    def separator(self) -> int:
-        """The token between documents."""
-        return self.vocabulary.size
 
     @cached_property
     def sequence_length(self) -> int:
