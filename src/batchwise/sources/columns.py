@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
@@ -42,14 +43,6 @@ def _date(text: str, day: int, month: int) -> float:
     return datetime(*numbers, tzinfo=UTC).timestamp() / _DAY  # type: ignore[misc,arg-type]
 
 
-def _day_first(text: str) -> float:
-    return _date(text, 1, 3)
-
-
-def _month_first(text: str) -> float:
-    return _date(text, 3, 1)
-
-
 def _match(pattern: str, text: str) -> re.Match[str]:
     found = re.fullmatch(pattern, text)
     if found is None:
@@ -64,8 +57,8 @@ FORMS: dict[Kind, Callable[[str], float]] = {
     "thousands": _thousands,
     "decimal_comma": _comma,
     "date": _iso,
-    "day_first": _day_first,
-    "month_first": _month_first,
+    "day_first": partial(_date, day=1, month=3),
+    "month_first": partial(_date, day=3, month=1),
 }
 """How a text becomes a number. Dates become days since 1970."""
 
