@@ -19,6 +19,8 @@ from filelock import FileLock, Timeout
 from PIL import Image, ImageOps
 from rich.progress import MofNCompleteColumn, Progress
 
+from batchwise.host import write_whole
+
 Resize = Literal["crop", "stretch", "pad"]
 _RESIZE: dict[str, Callable] = {"crop": ImageOps.fit, "pad": ImageOps.pad, "stretch": Image.Image.resize}
 _CHUNK = 2**24  # bytes decoded between two writes
@@ -212,7 +214,7 @@ def _decode(root: Path, names: list[str], form: ImageFormat, part: Path, unreada
             read_now = dict(zip(chunk, threads.map(read, (names[number] for number in chunk)), strict=True))
             # The problems are written before the images, so that no image counts as done without its problem.
             problems |= {names[number]: problem for number, (_, problem) in read_now.items() if problem}
-            _write(unreadable, problems)
+            write_whole(unreadable, json.dumps(problems, indent=0))
             for number, (image, _) in read_now.items():
                 images.seek(number * len(blank))
                 images.write(image)
@@ -226,13 +228,7 @@ def _decode(root: Path, names: list[str], form: ImageFormat, part: Path, unreada
             if bar.disable and (perf_counter() - said > 10 or so_far == len(names)):  # no terminal: a line at times
                 print(f"{so_far:,} of {len(names):,} images decoded", flush=True)
                 said = perf_counter()
-        _write(unreadable, problems)
-
-
-def _write(path: Path, problems: dict[str, str]) -> None:
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps(problems, indent=0))
-    new.replace(path)
+        write_whole(unreadable, json.dumps(problems, indent=0))
 
 
 def _check(names: list[str], path: Path, max_unreadable: int) -> dict[str, str]:
