@@ -3,7 +3,7 @@
 import warnings
 from typing import Any, Literal
 
-from batchwise.sources.columns import is_text
+from batchwise.sources.columns import is_list, is_text
 
 LARGEST = 2**24
 """From here on, float32 has not all whole numbers."""
@@ -24,7 +24,7 @@ def check_column(column: Any, where: str, role: Literal["input", "target", "labe
     from pyarrow import compute, types
 
     values, width, rows = _plain(column), 1, len(column)
-    while types.is_list(values.type) or types.is_large_list(values.type) or types.is_fixed_size_list(values.type):
+    while is_list(values):
         _refuse(compute.is_null(values), where, "is missing", width, rows)  # type: ignore[attr-defined]
         lengths = compute.min_max(compute.list_value_length(values)).as_py()  # type: ignore[attr-defined]
         if lengths["min"] != lengths["max"]:

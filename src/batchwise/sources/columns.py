@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -197,6 +197,14 @@ def is_text(column: "ChunkedArray") -> bool:
     from pyarrow import types
 
     return types.is_string(column.type) or types.is_large_string(column.type)
+
+
+def is_list(column: Any) -> bool:
+    """Return whether a column, or an array, holds lists, of equal or unequal lengths."""
+    from pyarrow import types
+
+    kind = column.type
+    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
 
 
 def is_date(column: "ChunkedArray") -> bool:

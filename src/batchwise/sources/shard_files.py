@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from batchwise.batching.fetch import DataError
+from batchwise.sources.columns import is_list
 
 if TYPE_CHECKING:
     from pyarrow import Table
@@ -197,16 +198,14 @@ def _is_plain(kind: Any) -> bool:
 
     while types.is_fixed_size_list(kind):
         kind = kind.value_type
-    whole_or_float = types.is_integer(kind) or types.is_floating(kind)
-    return whole_or_float or _is_bytes(kind)
+    return types.is_integer(kind) or types.is_floating(kind) or _is_bytes(kind)
 
 
 def _is_bytes(kind: Any) -> bool:
     from pyarrow import types
 
-    return any(
-        is_it(kind) for is_it in (types.is_binary, types.is_large_binary, types.is_string, types.is_large_string)
-    )
+    tests = types.is_binary, types.is_large_binary, types.is_string, types.is_large_string
+    return any(test(kind) for test in tests)
 
 
 def _plain(column: Any, where: str) -> Any:
@@ -223,7 +222,7 @@ def _plain(column: Any, where: str) -> Any:
         return _plain(column.cast(kind.value_type), where)
     if types.is_struct(kind) and {"bytes", "path"} <= {field.name for field in kind}:  # an image of `datasets`
         return _plain(compute.struct_field(column, "bytes"), where)  # type: ignore[attr-defined]
-    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+    if is_list(column):
         if column.null_count:  # which a flat array would not have, so that later values would move up
             raise DataError(f"{where} has arrays that are missing: write the shards without them")
         lengths = compute.min_max(compute.list_value_length(column)).as_py()  # type: ignore[attr-defined]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.progress import MofNCompleteColumn, Progress
 
 from batchwise.data.split import ALIASES
+from batchwise.sources.columns import is_list
 from batchwise.sources.shard_files import ENDINGS, read_shard
 from batchwise.sources.store import Store, said
 
@@ -203,7 +204,7 @@ def _described(table: "Table", name: str) -> dict[str, Any]:
     kind, values = column.type, column
     found: dict[str, Any] = {"type": str(kind), "wrong": 0, "values": None, "largest": None}
     missing, lengths = 0, []  # whole arrays that are missing, and the least and the most values of one, at each depth
-    while types.is_list(values.type) or types.is_large_list(values.type) or types.is_fixed_size_list(values.type):
+    while is_list(values):
         missing += values.null_count
         lengths.append(list(compute.min_max(compute.list_value_length(values)).as_py().values()))  # type: ignore[attr-defined]
         values = compute.list_flatten(values)  # type: ignore[attr-defined]
