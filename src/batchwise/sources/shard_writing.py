@@ -1,7 +1,6 @@
 """The examples of any data module, written as shards."""
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,54 +46,49 @@ def write_shards(data: DataModule, folder: Path, mib: float) -> Index:
     for split in ("train", "val", "test"):
         fetch = data.split(split)
         if fetch is not None and len(fetch):
-            _write_split(_columns_of(data, split, fetch), split, len(fetch), folder, mib * 2**20)
+            _write_split(data, split, fetch, folder, mib * 2**20)
     for unfinished in folder.glob(f"*{PART}"):
         unfinished.replace(unfinished.with_suffix(".arrow"))
     return make_index(Store(str(folder)))
 
 
-Columns = Callable[[Tensor], dict[str, Any]]
-"""Returns columns of Arrow, by name, for the numbers of some examples, int64 [N]."""
-
-
-def _columns_of(data: DataModule, split: str, fetch: Fetch) -> Columns:
-    names = data.class_names
-
-    def columns(index: Tensor) -> dict[str, Any]:
-        own = data.stored(split, index)
-        if own is not None:
-            return {name: as_column(values) for name, values in own.items()}
-        if getattr(fetch, "lengths", None) is not None:
+def _columns(data: DataModule, split: str, fetch: Fetch, index: Tensor) -> dict[str, Any]:
+    """Return columns of Arrow, by name, for the numbers of some examples, int64 [N]."""
+    own, names = data.stored(split, index), data.class_names
+    if own is not None:
+        return {name: as_column(values) for name, values in own.items()}
+    if getattr(fetch, "lengths", None) is not None:
+        raise ValueError(
+            f"the {split} split has sequences of unequal length, which no column holds: for texts write data.packing"
+        )
+    batch, found = read(fetch, index), {}
+    for place, leaf in [*leaves(batch.inputs, "inputs"), *leaves(batch.targets, "targets")]:
+        name = place.replace("['", ".").replace("']", "")
+        if leaf is None:  # there are no targets
+            continue
+        if isinstance(leaf, Tensor) and leaf.ndim == 1 and name == "targets" and names is not None:
+            found[name] = as_column([names[number] for number in leaf.tolist()])
+        elif isinstance(leaf, Tensor):
+            found[name] = as_column(leaf.numpy())
+        else:
             raise ValueError(
-                f"the {split} split has sequences of unequal length, which no column holds: for texts write "
-                "data.packing"
+                f"{name} of the {split} split has values of several shapes, which no column holds: pad them in collate"
             )
-        batch, found = read(fetch, index), {}
-        for place, leaf in [*leaves(batch.inputs, "inputs"), *leaves(batch.targets, "targets")]:
-            name = place.replace("['", ".").replace("']", "")
-            if leaf is None:  # there are no targets
-                continue
-            if isinstance(leaf, Tensor) and leaf.ndim == 1 and name == "targets" and names is not None:
-                found[name] = as_column([names[number] for number in leaf.tolist()])
-            elif isinstance(leaf, Tensor):
-                found[name] = as_column(leaf.numpy())
-            else:
-                raise ValueError(
-                    f"{name} of the {split} split has values of several shapes, which no column holds: pad them in "
-                    "collate"
-                )
-        return found
-
-    return columns
+    return found
 
 
-def _write_split(columns: Columns, split: str, count: int, folder: Path, size: float) -> None:
-    from pyarrow import table
+def _write_split(data: DataModule, split: str, fetch: Fetch, folder: Path, size: float) -> None:
+    import pyarrow as pa
 
+    count = len(fetch)
     order, some = Shuffled().prepare(count, 1, seed=0), min(LOOKED_AT, count)
-    each = max(1, round(size * some / table(columns(order.indices(0, 0, some))).nbytes))
+
+    def table(start: int, stop: int) -> pa.Table:
+        return pa.table(_columns(data, split, fetch, order.indices(0, start, stop)))
+
+    each = max(1, round(size * some / table(0, some).nbytes))
     bar = Progress(*Progress.get_default_columns(), MofNCompleteColumn(), disable=not sys.stdout.isatty())
     with bar:
         for number, first in enumerate(bar.track(range(0, count, each), description=f"writing {split}")):
             path = folder / f"{split}-{number:05}{PART}"
-            save_table(table(columns(order.indices(0, first, min(first + each, count)))), path)
+            save_table(table(first, min(first + each, count)), path)
