@@ -129,16 +129,16 @@ def make_index(store: Store) -> Index:
     names = [name for name in store.names() if name.endswith(ENDINGS)]
     if not names:
         raise ValueError(f"{store.address} has no shards: write a folder of files that end in {', '.join(ENDINGS)}")
-    known = {entry["shard"][0]: entry for entry in _so_far(store)}
     sizes = {name: store.size(name) for name in names}
-    known = {name: entry for name, entry in known.items() if sizes.get(name) == entry["shard"][3]}
+    so_far = [(Shard(*entry["shard"]), entry) for entry in _so_far(store)]
+    known = {shard.name: entry for shard, entry in so_far if sizes.get(shard.name) == shard.bytes}
     bar = Progress(*Progress.get_default_columns(), MofNCompleteColumn(), disable=not sys.stdout.isatty())
     task, saved = bar.add_task("reading shards", total=len(names), completed=len(known)), perf_counter()
     with bar, TemporaryDirectory() as folder, ThreadPoolExecutor(AT_ONCE) as threads:
         due = [name for name in names if name not in known]
         try:
-            for entry in threads.map(lambda name: _look(store, name, Path(folder)), due):
-                known[entry["shard"][0]] = entry
+            for name, entry in zip(due, threads.map(lambda name: _look(store, name, Path(folder)), due), strict=True):
+                known[name] = entry
                 bar.advance(task)
                 if perf_counter() - saved > SAVED:
                     store.write(PART, json.dumps(list(known.values())).encode())
@@ -227,36 +227,31 @@ def _described(table: "Table", name: str) -> dict[str, Any]:
 def _joined(entries: list[dict[str, Any]]) -> Index:
     index = Index([Shard(*entry["shard"]) for entry in entries])
     types = [{name: own["type"] for name, own in entry["columns"].items()} for entry in entries]
-    for entry, own in zip(entries, types, strict=True):
+    for shard, own in zip(index.shards, types, strict=True):
         for name in {**types[0], **own}:
             one, other = types[0].get(name, "none"), own.get(name, "none")
             if one != other:
                 raise ValueError(
-                    f"shards {entries[0]['shard'][0]} and {entry['shard'][0]} have other columns, such as '{name}' "
+                    f"shards {index.shards[0].name} and {shard.name} have other columns, such as '{name}' "
                     f"({one} and {other}): write them alike"
                 )
     for name, kind in types[0].items():
-        column = Column(kind)
-        each, spans = [], list[list[int]]()
-        for entry in entries:
-            own, shard = entry["columns"][name], entry["shard"][0]
+        column, spans = Column(kind), list[list[int]]()
+        described = [entry["columns"][name] for entry in entries]
+        for shard, own in zip(index.shards, described, strict=True):
             if own["wrong"] and not column.wrong:
-                column.wrong = f"{shard} ({own['wrong']:,} values)"
+                column.wrong = f"{shard.name} ({own['wrong']:,} values)"
             if own["lengths"] and not column.uneven:
                 both = zip(spans or own["lengths"], own["lengths"], strict=True)
                 spans = [[min(one[0], other[0]), max(one[1], other[1])] for one, other in both]
                 uneven = next((f"{least} to {most}" for least, most in spans if least != most or not most), "")
-                column.uneven = uneven and f"first in shard {shard}, holds arrays of {uneven} values"
-            each.append(None if own["values"] is None else dict(own["values"]))
-        largest = [entry["columns"][name]["largest"] for entry in entries if entry["shard"][1] == "train"]
-        column.largest = max((value for value in largest if value is not None), default=None)
-        if all(counts is not None for counts in each):
-            values = {value for counts in each for value in counts if value is not None}
+                column.uneven = uneven and f"first in shard {shard.name}, holds arrays of {uneven} values"
+        train = [own for shard, own in zip(index.shards, described, strict=True) if shard.split == "train"]
+        column.largest = max((own["largest"] for own in train if own["largest"] is not None), default=None)
+        if all(own["values"] is not None for own in described):
+            values = {value for own in described for value, _ in own["values"] if value is not None}
             if len(values) <= MOST_VALUES:
-                column.values = sorted(values)
-                column.alike = alike(
-                    counts for counts, entry in zip(each, entries, strict=True) if entry["shard"][1] == "train"
-                )
+                column.values, column.alike = sorted(values), alike(dict(own["values"]) for own in train)
         index.columns[name] = column
     return index
 
