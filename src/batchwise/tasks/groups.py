@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from batchwise.batching.loader import MicroBatch
 from batchwise.batching.plan import cut
-from batchwise.batching.structure import leaves
+from batchwise.batching.structure import leaves, tensors
+from batchwise.tasks.losses import described
 from batchwise.tasks.sums import reduce
 
 if TYPE_CHECKING:
@@ -84,10 +85,9 @@ def checked(given: Any, examples: int, name: str) -> tuple[Tensor, ...]:
     embeddings = given if isinstance(given, tuple | list) else (given,)
     for each in embeddings:
         if not isinstance(each, Tensor) or each.ndim < 2 or len(each) != examples:
-            what = f"the shape {list(each.shape)}" if isinstance(each, Tensor) else f"a {type(each).__name__}"
             raise ValueError(
-                f"{name}.embed gave {what} for {examples} examples: return one embedding per example, [N, D], or a "
-                "tuple of such"
+                f"{name}.embed gave {described(each)} for {examples} examples: return one embedding per example, "
+                "[N, D], or a tuple of such"
             )
     return tuple(each if each.dtype.itemsize >= 4 else each.float() for each in embeddings)
 
@@ -110,15 +110,15 @@ def join(size: int, parts: list[MicroBatch], add: Callable[[Tensor], Tensor] = l
         parts: of this device; those that do not count only show of which types the others are.
         add: adds a tensor over all devices that have other parts.
     """
-    wholes = []
-    for column in zip(*map(_tensors, parts), strict=True):
+    wholes, weighted = [], list(map(_weighted, parts))
+    for column in zip(*(tensors((one.inputs, one.targets, one.weights)) for one in weighted), strict=True):
         whole = column[0].new_zeros(size, *column[0].shape[1:])
         for part, rows in zip(parts, column, strict=True):
             if part.counts:
                 whole[part.position : part.position + len(part)] = rows
         wholes.append(add(whole.byte()).bool() if whole.dtype == torch.bool else add(whole))
     each = iter(wholes)
-    whole = _weighted(parts[0])._map(lambda _: next(each))
+    whole = weighted[0]._map(lambda _: next(each))
     return replace(whole, index=torch.arange(size), position=0, counts=True)
 
 
@@ -127,12 +127,6 @@ def _weighted(batch: MicroBatch) -> MicroBatch:
     like = batch.inputs[0]
     weights = like.new_ones(len(batch)) if batch.weights is None else batch.weights.to(like)
     return replace(batch, weights=weights)
-
-
-def _tensors(batch: MicroBatch) -> list[Tensor]:
-    found: list[Tensor] = []
-    _weighted(batch)._map(lambda tensor: found.append(tensor) or tensor)
-    return found
 
 
 def present(batch: MicroBatch) -> tuple[MicroBatch, Tensor | None]:
