@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 from torchmetrics.wrappers import Running
 
-from batchwise.tasks.exchange import lists_of, sync_whole
+from batchwise.tasks.exchange import lists_of, parts_of, sync_whole
 
 
 def depends_on(metric: Metric, values: tuple[Any, ...]) -> str | None:
@@ -38,11 +38,6 @@ def depends_on(metric: Metric, values: tuple[Any, ...]) -> str | None:
     except Exception:  # so few examples are no data for it, such as for R2
         return None
     return "micro-batches" if not _same(whole, cut_value) else None if _same(whole, merged) else "devices"
-
-
-def parts_of(metric: nn.Module) -> list[Metric]:
-    """Return a metric and those within it."""
-    return [part for part in metric.modules() if isinstance(part, Metric)]
 
 
 def _is_light(metric: Metric) -> bool:

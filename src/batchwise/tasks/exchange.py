@@ -22,6 +22,11 @@ def gather_objects(mine: Any) -> list[Any]:
     return of_all
 
 
+def parts_of(module: nn.Module) -> list[Metric]:
+    """Return the metrics in a module; a metric itself is one of them."""
+    return [part for part in module.modules() if isinstance(part, Metric)]
+
+
 def lists_of(metric: Metric) -> list[str]:
     """Return the names of the states that torchmetrics exchanges element by element, such as those of retrieval.
 
@@ -34,14 +39,10 @@ def lists_of(metric: Metric) -> list[str]:
     ]
 
 
-def _has_lists(metric: Metric) -> bool:
-    return any(isinstance(default, list) for default in metric._defaults.values())
-
-
 @contextmanager
 def lists_whole(metrics: nn.Module) -> Iterator[None]:
     """Exchange such lists whole. Element by element, processes that hold unequal numbers would wait for ever."""
-    parts = [part for part in metrics.modules() if isinstance(part, Metric) and _has_lists(part)]
+    parts = [part for part in parts_of(metrics) if any(isinstance(each, list) for each in part._defaults.values())]
     for part in parts:
         part._sync_dist = partial(sync_whole, part, part._sync_dist, gather_objects)
     try:

@@ -15,7 +15,7 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 
 from batchwise.batching.device import widest
 from batchwise.models import place
-from batchwise.tasks.exchange import lists_of, lists_whole
+from batchwise.tasks.exchange import lists_of, lists_whole, parts_of
 from batchwise.tasks.hooks import row_is_due
 from batchwise.tasks.losses import described
 from batchwise.tasks.memory import is_out_of_memory
@@ -280,7 +280,7 @@ def stand_in(metrics: MetricCollection, values: tuple[Tensor, ...]) -> None:
         if metric.update_called:  # type: ignore[union-attr]
             continue
         metric.update(*values)  # type: ignore[operator]
-        for part in (one for one in metric.modules() if isinstance(one, Metric)):
+        for part in parts_of(metric):
             for name, state in part.metric_state.items():
                 if isinstance(state, list):
                     pieces = [] if name in lists_of(part) else [torch.atleast_1d(one)[:0] for one in state]

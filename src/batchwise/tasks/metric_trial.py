@@ -9,7 +9,8 @@ from torchmetrics import Metric
 
 from batchwise.data.module import DataModule
 from batchwise.models import place
-from batchwise.tasks.cut_metrics import alone, depends_on, parts_of
+from batchwise.tasks.cut_metrics import alone, depends_on
+from batchwise.tasks.exchange import parts_of
 from batchwise.tasks.losses import described
 from batchwise.tasks.measures import MetricError, is_table, numbers
 from batchwise.tasks.rehearsal import EXAMPLES, as_it_was, on_device

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from batchwise.batching.gradients import weighted_sum
 from batchwise.batching.loader import MicroBatch
@@ -22,6 +21,7 @@ from batchwise.models import place
 from batchwise.models.compiled import parts_watched
 from batchwise.models.kept import home_of, kept_buffers, kept_modes
 from batchwise.models.norm import batchnorms
+from batchwise.tasks.exchange import parts_of
 from batchwise.tasks.losses import about_labels
 from batchwise.tasks.measures import MetricError
 from batchwise.tasks.memory import is_out_of_memory
@@ -143,9 +143,8 @@ def as_it_was(task: "Task", data: DataModule) -> Iterator[None]:
     finally:
         task._trainer, task._own_data, place.current = trainer, None, None
         task._measures.row_is_due, task._measures.step_metrics = False, metrics
-        for module in task.modules():
-            if isinstance(module, Metric):
-                module.reset()
+        for metric in parts_of(task):
+            metric.reset()
 
 
 def _losses(
