@@ -186,10 +186,8 @@ class Measures:
         Args:
             examples: of the last batch.
         """
-        values = {"train/loss": self.window.mean()}
+        values = self.terms.row() if self.terms.names else {"train/loss": self.window.mean()}
         self.window = Sums()
-        if self.terms.names:
-            values = self.terms.row()
         if self.step_metrics is not None:
             self._update_step()
             found = computed(self.step_metrics, examples).items()
@@ -201,9 +199,8 @@ class Measures:
         """Return the exact means of the epoch, by their names in the log, and begin another."""
         if not self.epoch.count and not self.terms.names:
             warnings.warn("no target of this epoch had a weight above 0: there was nothing to learn", stacklevel=2)
-        means, self.epoch = {"train/loss": self.epoch.mean()}, Sums()
-        if self.terms.names:
-            means = self.terms.end_epoch()
+        means = self.terms.end_epoch() if self.terms.names else {"train/loss": self.epoch.mean()}
+        self.epoch = Sums()
         self.epoch_loss = means["train/loss"]
         return {f"{name}_epoch": mean for name, mean in means.items()}
 
