@@ -124,10 +124,9 @@ class Batch:
         """Return the number of examples on this device. `size` is that of all devices."""
         return sum(map(len, self.micro_batches))
 
-    def cut(self, limit: int | None, unit: int = 1) -> None:
+    def cut(self, limit: int, unit: int = 1) -> None:
         """Cut micro-batches of more than `limit` examples into smaller ones of whole units."""
-        if limit is not None:
-            self.micro_batches = [part for micro_batch in self.micro_batches for part in micro_batch.split(limit, unit)]
+        self.micro_batches = [part for micro_batch in self.micro_batches for part in micro_batch.split(limit, unit)]
 
     def largest(self) -> int:
         """Return the number of examples in the largest micro-batch."""

@@ -65,9 +65,7 @@ class Finite:
         return finite
 
     def _is_finite(self, task: "Task", sums: Sums, optimizer: Any) -> bool:
-        if self.has_scaler:  # it checks the gradient itself
-            return math.isfinite(sums.loss)
-        gradients = gradients_of(optimizer)
+        gradients = [] if self.has_scaler else gradients_of(optimizer)  # a scaler checks the gradient itself
         if not gradients:
             return math.isfinite(sums.loss)
         if self.is_on_host:

@@ -1,6 +1,6 @@
 """Which callbacks listen to Lightning's hooks, and calls of these hooks from our own loop."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import lightning.pytorch as pl
@@ -28,11 +28,10 @@ def listens(thing: Any, hook: str) -> bool:
     return True
 
 
-def listeners(trainer: Any, hooks: Iterable[str]) -> list[Any]:
+def listeners(trainer: Any, hooks: Collection[str]) -> list[Any]:
     """Return the callbacks and the module that override one of these hooks, in the order of Lightning's calls."""
-    names = list(hooks)
     things = (*trainer.callbacks, trainer.lightning_module)
-    return [thing for thing in things if any(listens(thing, hook) for hook in names)]
+    return [thing for thing in things if any(listens(thing, hook) for hook in hooks)]
 
 
 def before_step(trainer: Any) -> list[Callable[..., None]]:

@@ -92,11 +92,6 @@ class Results(_ResultCollection):
         super().__init__(training)
         self._trainer, self.examples = trainer, 0  # that this device has evaluated
 
-    @property
-    def world_size(self) -> int:
-        """Number of devices."""
-        return self._trainer.world_size
-
     def log(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         fx: str,
@@ -173,7 +168,7 @@ class Results(_ResultCollection):
 
     def add_up(self) -> None:
         """Add up the values over all devices; all of them must call it."""
-        if self.world_size == 1:
+        if self._trainer.world_size == 1:
             return
         mine = [(entry.arguments(), entry.sums()) for entry in self.values() if entry.is_sum()]
         for entry in self.values():
@@ -195,7 +190,7 @@ class Results(_ResultCollection):
         for entry in self.values():
             meta = entry.meta
             wanted = meta.on_step and self.training if on_step else meta.on_epoch
-            value = entry.value(on_step, self.world_size == 1) if wanted else None
+            value = entry.value(on_step, self._trainer.world_size == 1) if wanted else None
             if value is None:
                 continue
             named = meta.forked_name(on_step)
@@ -230,7 +225,7 @@ class Results(_ResultCollection):
         found = []
         for entry in self.values():
             if entry.is_sum() and entry.meta.on_epoch:
-                sums = entry.reduced if together and self.world_size > 1 else entry.sums()
+                sums = entry.reduced if together and self._trainer.world_size > 1 else entry.sums()
                 found.append([*entry.arguments(), sums.get(False)])
         return found
 

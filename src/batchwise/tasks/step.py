@@ -40,8 +40,7 @@ class Step:
 
     Args:
         task: has the network that is trained, and perhaps other layers.
-        max_skipped_steps: a step is skipped if its loss or gradient is not finite. After this many skipped steps in a
-            row, training stops. 0: no check (on a GPU, it waits for the device, except for fused optimizers).
+        max_skipped_steps: see `Task`.
     """
 
     def __init__(self, task: "Task", max_skipped_steps: int) -> None:
@@ -276,7 +275,7 @@ class Step:
             kept = self._kept[value, like.dtype] = torch.full_like(like, value)
         return kept
 
-    def move_running_statistics(self, task: "Task", made: Tensor | bool = True) -> None:
+    def move_running_statistics(self, task: "Task", made: Tensor | bool) -> None:
         """Move the running statistics of ghost batch norms, if the step is made."""
         if self.ghosts:
             sums = reduce(task, torch.cat([ghost.sums for ghost in self.ghosts], dim=1))
