@@ -16,7 +16,7 @@ from torch import Tensor
 from batchwise.batching.loader import MicroBatch, TrainLoader
 from batchwise.batching.structure import tensors
 from batchwise.choosing.classes import Classes
-from batchwise.choosing.look import Look, Values, classes_of, fields, hashes, is_table, main_field
+from batchwise.choosing.look import Look, Values, classes_of, fields, hashes, main_field
 from batchwise.choosing.sequences import Decodes, Sequences, are_tokens, are_unequal, texts
 from batchwise.choosing.sheet import draw
 from batchwise.data.module import DataModule
@@ -55,8 +55,7 @@ class Batches:
                 with trainer.precision_plugin.forward_context():
                     seen = data.to_device(stored, trainer.strategy.root_device, training=True)
                 self.not_finite += stored.index[self.values.add(seen.inputs)[0]].tolist()
-                table = is_table(seen.inputs) and not self.unequal
-                if not self.sample or (table and sum(map(len, self.sample)) < SAMPLE):
+                if not self.sample or (self.values.table and sum(map(len, self.sample)) < SAMPLE):
                     self.sample.append(seen.to(torch.device("cpu")))
             self.repeats.append(len(keys) - len(set(keys)))
             self.classes.append(numbers)

@@ -38,11 +38,6 @@ def main_field(inputs: object) -> Tensor | list:
     return max(whole, key=lambda field: field.ndim) if whole else found[0]
 
 
-def is_table(inputs: object) -> bool:
-    """Return whether inputs are the rows of a table, [N, F]."""
-    return isinstance(inputs, Tensor) and inputs.ndim == 2
-
-
 def hashes(inputs: object) -> list[int]:
     """Return a hash of the exact content of each example. It has 64 bits, so no two are equal by chance."""
     whole = [field for field in fields(inputs) if isinstance(field, Tensor)]
@@ -86,12 +81,14 @@ class Values:
 
     def __init__(self, text: bool = False) -> None:
         self.text = text
+        self.table = False
+        """Whether the newest batch was rows of a table."""
         self.low, self.high = torch.tensor(torch.inf), torch.tensor(-torch.inf)
         self.sum = self.squares = self.count = torch.tensor(0.0, dtype=torch.float64)
 
     def add(self, inputs: object) -> tuple[Tensor, Tensor]:
         """Take a batch. Return which examples hold a value that is not finite, and which hold one value only, [N]."""
-        table = is_table(inputs) and not self.text
+        self.table = isinstance(inputs, Tensor) and inputs.ndim == 2 and not self.text
         not_finite, lowest, highest = None, None, None
         for values in fields(inputs):
             if isinstance(values, Tensor) and not values[:1].numel():
@@ -99,11 +96,11 @@ class Values:
             if isinstance(values, Tensor):
                 rows = values.detach().reshape(len(values), -1).cpu()
                 # A column may hold large numbers that differ by little; images have many numbers.
-                rows = rows.double() if table else rows.float()
-                low, high, wrong = self._add(rows, table)
+                rows = rows.double() if self.table else rows.float()
+                low, high, wrong = self._add(rows)
             elif any(True for _ in tensors(values)):
                 each = [_flat(value) for value in values]
-                parts = [self._add(one[None], False) if len(one) else _NOTHING for one in each]
+                parts = [self._add(one[None]) if len(one) else _NOTHING for one in each]
                 low, high, wrong = (torch.cat(column) for column in zip(*parts, strict=True))
             else:
                 continue
@@ -114,11 +111,11 @@ class Values:
         assert lowest is not None
         return not_finite, lowest == highest
 
-    def _add(self, rows: Tensor, table: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def _add(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Take values [N, F], and return of each row the lowest, the highest, and whether one is not finite."""
         lowest, highest = rows.amin(1), rows.amax(1)
         not_finite = ~(lowest.isfinite() & highest.isfinite())
-        axis, count = (0, torch.full(rows.shape[1:], len(rows))) if table else ((0, 1), rows.numel())
+        axis, count = (0, torch.full(rows.shape[1:], len(rows))) if self.table else ((0, 1), rows.numel())
         lows = highs = known = rows
         if not_finite.any():
             finite = rows.isfinite()
@@ -152,13 +149,11 @@ class Look:
         split: its name.
         total: examples that it has.
         text: its inputs are sequences of unequal length.
-        table: its inputs are rows of columns.
     """
 
     split: str
     total: int
     text: bool = False
-    table: bool = False
     examples: list[int] = field(default_factory=list)
     hashes: list[int] = field(default_factory=list)
     classes: list[int] = field(default_factory=list)
@@ -183,7 +178,6 @@ class Look:
             self.classes += compress(classes_of(batch.targets), there)
             self.not_finite += compress(numbers, not_finite)
             self.uniform += compress(numbers, uniform)
-            self.table = is_table(batch.inputs) and not self.text
             if perf_counter() > end:
                 break
         return self
@@ -224,10 +218,10 @@ class Look:
             return
         if copies := self.copies():
             yield f"{len(copies):,} of {count} are copies, such as {copies[0][0]} of {copies[0][1]}"
-        if self.uniform and not self.table:
+        if self.uniform and not self.values.table:
             some = f"such as example {min(self.uniform)}"
             yield f"{len(self.uniform):,} of {count} are one value throughout, {some}"
-        constant = (self.values.low == self.values.high).nonzero().flatten().tolist() if self.table else []
+        constant = (self.values.low == self.values.high).nonzero().flatten().tolist() if self.values.table else []
         if constant:
             some = ", ".join(map(str, constant[:8])) + (", ..." if len(constant) > 8 else "")
             yield f"{len(constant)} of {columns} columns are the same in all {count}: {some}"
