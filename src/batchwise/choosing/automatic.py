@@ -52,18 +52,12 @@ def measure(
             f"data.micro_batch_size is auto, but trainer.accumulate_grad_batches is {accumulation}: leave one out"
         )
     tried = speed.candidates(task, data, trainer, device, processes) if everything else {}
-    if data.finds_micro_batch:
-        tried.pop("size", None)
     share = -(-data.batch_size // processes)
     sizes = tried.get("size", [data.micro_batch_size or (min(share, 256) if data.finds_micro_batch else share)])
-    given = {key: trainer.get(key) for key in ("precision", "channels_last", "threads", "compile")}
-    start = Way(
-        max((size for size in sizes if size <= 256), default=sizes[0]),
-        **{
-            "threads": min(torch.get_num_threads(), max(1, (os.cpu_count() or 1) // processes)),
-            **{key: value for key, value in given.items() if value is not None},
-        },
-    )
+    names = ("precision", "channels_last", "threads", "compile")
+    given = {name: value for name in names if (value := trainer.get(name)) is not None}
+    threads = min(torch.get_num_threads(), max(1, (os.cpu_count() or 1) // processes))
+    start = Way(max((size for size in sizes if size <= 256), default=sizes[0]), **{"threads": threads, **given})
     steps, epochs = trainer.get("max_steps"), trainer.get("max_epochs")
     examples = steps * data.batch_size if steps not in (None, -1) else math.inf
     train = data.split("train")

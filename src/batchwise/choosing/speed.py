@@ -80,7 +80,7 @@ class Stopwatch:
         task = self.tasks[way.compile]
         task._channels_last = way.channels_last
         lay_out(task.network, way.channels_last)
-        return self.tasks[way.compile]
+        return task
 
     def seconds(self, way: Way) -> float:
         """Return the seconds per example of a forward and backward pass (inf: out of memory)."""
@@ -151,10 +151,10 @@ def candidates(
     convolves = any(isinstance(layer, nn.Conv2d) for layer in task.network.modules())
     if convolves and images and trainer.get("channels_last") is None:
         found["channels_last"] = [False, True]
-    fixed = data.micro_batch_size is not None or trainer.get("accumulate_grad_batches") is not None
+    settled = data.micro_batch_size or data.finds_micro_batch or trainer.get("accumulate_grad_batches")
     share = -(-data.batch_size // processes)
     unit = data.unit_for(task._step.unit)
-    if not fixed and share >= unit and not has_batchnorm(task):  # its result depends on the micro-batch
+    if not settled and share >= unit and not has_batchnorm(task):  # its result depends on the micro-batch
         powers = [2**power // unit * unit for power in range(5, 13)]
         # A larger share is not tried whole: on a CPU, a process that runs out of memory is killed.
         found["size"] = [*(size for size in powers if 0 < size < share), *([share] if share <= powers[-1] else [])]
