@@ -59,9 +59,12 @@ def times(findings: Findings, best: Advice) -> Table:
     """Return the table of the batch sizes and their costs."""
     table = Table("batch_size", "steps", "examples", "time", "", title="to a target, against the least", box=None)
     for choice in findings.choices():
-        mark = "<- recommended" if choice.batch_size == best.batch_size else ""
-        mark = mark or ("configured" if choice.batch_size == findings.batch_size else "")
-        mark = mark or ("" if choice.batch_size in findings.rates else "between those that were tried")
+        if choice.batch_size == best.batch_size:
+            mark = "<- recommended"
+        elif choice.batch_size == findings.batch_size:
+            mark = "configured"
+        else:
+            mark = "" if choice.batch_size in findings.rates else "between those that were tried"
         figures = (f"{choice.steps:.2f}", f"{choice.examples:.2f}", f"{choice.seconds:.2f}")
         table.add_row(f"{choice.batch_size:,}", *figures, mark)
     return table
