@@ -96,8 +96,7 @@ def _times(factor: float) -> str:
 def tried(findings: Findings) -> str:
     """Return the rates that were tried at the configured batch size, and their losses."""
     rates = findings.rates[findings.batch_size]
-    factors = sorted({factor for factor, _ in rates.branches})
-    return "tried: " + ", ".join(f"{rates.loss(factor):.4g} at {factor:g} times" for factor in factors)
+    return "tried: " + ", ".join(f"{rates.loss(factor):.4g} at {factor:g} times" for factor in rates.factors)
 
 
 def sentences(findings: Findings, best: Advice) -> list[str]:

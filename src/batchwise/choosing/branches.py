@@ -222,8 +222,7 @@ class Branches:
             if self.branches[factor, 0].rate is None:
                 return
         for _ in range(WIDEST):
-            factors = sorted({factor for factor, _ in self.branches})
-            best = self.factor
+            factors, best = self.factors, self.factor
             if factors[0] < best < factors[-1]:
                 break
             self.run(best / 2 if best == factors[0] else best * 2, 0)
@@ -234,9 +233,14 @@ class Branches:
                 self.run(factor, 1)
 
     @property
+    def factors(self) -> list[float]:
+        """The factors that were tried, in rising order."""
+        return sorted({factor for factor, _ in self.branches})
+
+    @property
     def factor(self) -> float:
         """The factor with the least loss at the end; of equals, the lowest."""
-        return min(sorted({factor for factor, _ in self.branches}), key=self.loss)
+        return min(self.factors, key=self.loss)
 
     def between(self) -> float:
         """Return the lowest point of the parabola nearest to the losses around the best factor, against log(factor).
@@ -244,8 +248,7 @@ class Branches:
         It is at most a factor of the square root of two from the best factor, and not above it if twice of it diverged.
         """
         best = self.factor
-        near = [factor for factor in {factor for factor, _ in self.branches} if 1 / 4 <= factor / best <= 4]
-        near = [factor for factor in near if math.isfinite(self.loss(factor))]
+        near = [factor for factor in self.factors if 1 / 4 <= factor / best <= 4 and math.isfinite(self.loss(factor))]
         if len(near) < 3:
             return best
         curvature, slope, _ = np.polyfit([math.log2(factor / best) for factor in near], list(map(self.loss, near)), 2)

@@ -71,8 +71,7 @@ def _answer(panel: "Axes", findings: Findings, best: Advice | None) -> None:
 def _rates(panel: "Axes", findings: Findings, best: Advice | None) -> None:
     panel.set(title="Which constant rate", xlabel="times the rate of the configuration", ylabel="loss at the end")
     for size, each in sorted(findings.rates.items()):
-        factors = sorted({factor for factor, _ in each.branches})
-        known = [factor for factor in factors if math.isfinite(each.loss(factor))]
+        known = [factor for factor in each.factors if math.isfinite(each.loss(factor))]
         panel.plot(known, [each.loss(factor) for factor in known], "o-", label=f"batch {size:,}")
     panel.set_xscale("log", base=2)
     panel.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
