@@ -41,7 +41,7 @@ def check_alike(labels: Iterable[str], where: object) -> None:
             raise ValueError(f"{where} has the labels {names}, which look like one: give both the same name")
 
 
-def label_numbers(labels: Sequence[str], known: Sequence[str], where: object) -> np.ndarray:
+def label_numbers(labels: Sequence[str], known: Sequence[str], where: object) -> Tensor:
     """Return the number of each label among those that training knows, int64 [N].
 
     Args:
@@ -60,7 +60,7 @@ def label_numbers(labels: Sequence[str], known: Sequence[str], where: object) ->
         raise ValueError(
             f"{where} has the labels {shown(unknown)}, which training has not seen: it knows {shown(list(known))}"
         )
-    return np.fromiter((numbers[label] for label in labels), np.int64, len(labels))
+    return torch.from_numpy(np.fromiter((numbers[label] for label in labels), np.int64, len(labels)))
 
 
 def class_numbers(labels: Tensor | np.ndarray | Sequence[Any]) -> Tensor:

@@ -116,7 +116,7 @@ class Folder(Fractions):
 
     @cached_property
     def _targets(self) -> Tensor:
-        return torch.from_numpy(label_numbers(self._listing.labels, self._classes, f"data.path {self.path}"))
+        return label_numbers(self._listing.labels, self._classes, f"data.path {self.path}")
 
     @property
     def _classes(self) -> list[str]:

@@ -231,6 +231,6 @@ class Columns(Dataset):
 
     def _targets(self, values: np.ndarray | list) -> Tensor:
         if self.known and np.asarray(values).dtype.kind not in "iu":
-            return torch.from_numpy(label_numbers(list(values), self.known, f"column '{self.target}'"))
+            return label_numbers(list(values), self.known, f"column '{self.target}'")
         targets = torch.as_tensor(np.asarray(values))
         return targets.float() if targets.is_floating_point() else targets.long()

@@ -132,7 +132,7 @@ class Shards(DataModule):
             if names is None:
                 raise ValueError(f"data.target '{self.target}' holds bytes, which are no labels: override `fields`")
             labels = [bytes(label).decode() for label in target]
-            return *inputs, torch.from_numpy(label_numbers(labels, names, f"column '{self.target}'"))
+            return *inputs, label_numbers(labels, names, f"column '{self.target}'")
         numbers = torch.from_numpy(target)
         return *inputs, numbers.float() if numbers.is_floating_point() else numbers.long()
 

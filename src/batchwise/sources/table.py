@@ -167,8 +167,7 @@ class Table(Fractions):
             check_column(self._table[name], f"the target '{name}' of {self.path}", "target")
         known = self._labels if self.recalled else self._found_labels
         if known is not None:
-            where = f"the target '{self.targets[0]}' of {self.path}"
-            return torch.from_numpy(label_numbers(self._values, known, where))
+            return label_numbers(self._values, known, f"the target '{self.targets[0]}' of {self.path}")
         targets = torch.from_numpy(np.column_stack([self._numbers(name) for name in self.targets])).float()
         return targets if self.several else targets.squeeze(1)
 
