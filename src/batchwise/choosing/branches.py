@@ -135,9 +135,9 @@ class Branch(Callback):
                     break
 
     def agree(self, largest: Callable[[float], float]) -> None:
-        """End: all devices take the time of the slowest.
+        """End the branch, and let all devices take the times of the slowest.
 
-        Of the waits it is the mean: a loader has several batches ready at once, and none before.
+        Of the waits for batches the mean counts, because a loader has several ready at once, and then none.
         """
         quick = quickest(self._times[1:] or self._times or [0.0])
         self.seconds = largest(quick + float(np.mean(self._waits or [0.0])))
@@ -243,7 +243,7 @@ class Branches:
         return min(self.factors, key=self.loss)
 
     def between(self) -> float:
-        """Return the lowest point of the parabola nearest to the losses around the best factor, against log(factor).
+        """Return the factor at the lowest point of a parabola that fits the losses around the best one, by log(factor).
 
         It is at most a factor of the square root of two from the best factor, and not above it if twice of it diverged.
         """

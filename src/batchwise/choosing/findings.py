@@ -157,7 +157,7 @@ class Findings:
         return [choice._replace(seconds=choice.seconds / fastest) for choice in found]
 
     def factor(self, batch_size: int) -> float:
-        """Return the best factor on the rate, by a power of the batch size that is nearest to those that were found."""
+        """Return the best factor on the rate: a power of the batch size, fitted to the factors that were found."""
         sizes = sorted(self.rates)
         found = np.log([self.rates[size].between() for size in sizes])
         line = np.polyfit(np.log(sizes), found, min(1, len(sizes) - 1))
@@ -214,7 +214,7 @@ class Findings:
     def shape(self) -> Branches | None:
         """Return the branches of the shape of the rate with the fewest steps; None: none was tried.
 
-        The rate falls no earlier than it must for the gain to be 5%.
+        If the best one saves less than 5% of the steps, it is the one whose rate falls last.
         """
         known = self._known_shapes()
         if not known:
@@ -228,7 +228,7 @@ class Findings:
     def _steps_of(self, shape: Branches) -> float:
         """Return the steps of a shape, as a share of those of the rate that falls last.
 
-        They are compared by themselves, so that they are compared late even if a third one got less far.
+        Only these two are compared, at late losses, which a third one may not have reached.
         """
         curves = [self._known_shapes()[0].curve(), shape.curve()]
         last, own = (steps_to(levels(curves), curve) for curve in curves)

@@ -95,9 +95,9 @@ class ImageFormat(NamedTuple):
 
 
 def white_of(files: Iterable[Path]) -> int | None:
-    """Return the smallest of 2^8 - 1, 2^10 - 1 and so on that images of more than 8 bits do not exceed; None: none is.
+    """Return the smallest of 2^8 - 1, 2^10 - 1 and so on that images of more than 8 bits do not exceed.
 
-    Such images are often of 12 bits, kept in 16. Floats have no usual range, and do not count.
+    Such images are often of 12 bits, kept in 16. Floats have no usual range, and do not count. None: there are none.
     """
     largest = 0
     for file in files:

@@ -85,7 +85,7 @@ class Cache:
                 sleep(wait)
 
     def _judge(self, shard: Shard, error: Exception, tries: int, seconds: float) -> None:
-        """Raise what cannot be mended by another try."""
+        """Raise DataError if another try cannot help."""
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DataError(
                 f"shard {shard.name} does not fit into data.cache {self.folder}: the disk is full; make room, write "

@@ -41,7 +41,7 @@ def lists_of(metric: Metric) -> list[str]:
 
 @contextmanager
 def lists_whole(metrics: nn.Module) -> Iterator[None]:
-    """Exchange such lists whole. Element by element, processes that hold unequal numbers would wait for ever."""
+    """Exchange the lists of metrics whole. Element by element, processes with unequal numbers would wait for ever."""
     parts = [part for part in parts_of(metrics) if any(isinstance(each, list) for each in part._defaults.values())]
     for part in parts:
         part._sync_dist = partial(sync_whole, part, part._sync_dist, gather_objects)

@@ -62,7 +62,7 @@ def _refused(key: str, message: str) -> str:
 
 
 def refuse(optimizer: Any) -> None:
-    """Raise Mistake for an optimizer that evaluates the loss several times per step, and for none."""
+    """Raise Mistake if an optimizer needs several losses per step or sparse gradients, or if there is none."""
     if isinstance(optimizer, LBFGS):
         raise Mistake(LBFGS_REFUSED)
     if isinstance(optimizer, SparseAdam):

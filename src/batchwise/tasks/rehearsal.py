@@ -39,8 +39,8 @@ KEY = 1
 def rehearse(task: "Task", data: DataModule) -> None:
     """Compute the losses of a few training examples in training mode; change nothing.
 
-    It waits for another call if a hook that has not run yet must come first, or if memory is short, which training can
-    handle.
+    It waits for another call if a hook that has not run yet must come first. If memory is short, it finds nothing:
+    training can handle that.
 
     Raises:
         ValueError: `losses` fails, or gives something else than one loss per target; or an example's loss depends on
