@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -188,7 +189,7 @@ class SupCon(CoupledLoss):
     def forward(self, embeddings: tuple[Tensor, ...], targets: Any) -> tuple[Tensor, Tensor]:
         """One loss per example [B], and whether it counts."""
         labels = class_numbers(self, targets) if self.by_target else None
-        return over_views(embeddings, labels, lambda rows, labels: sup_con(rows, labels, self.temperature))
+        return over_views(embeddings, labels, partial(sup_con, temperature=self.temperature))
 
 
 class Triplet(CoupledLoss):
@@ -207,7 +208,7 @@ class Triplet(CoupledLoss):
     def forward(self, embeddings: tuple[Tensor, ...], targets: Any) -> tuple[Tensor, Tensor]:
         """One loss per example [B], and whether it counts."""
         labels = class_numbers(self, targets)
-        return over_views(embeddings, labels, lambda rows, labels: batch_hard(rows, labels, self.margin))
+        return over_views(embeddings, labels, partial(batch_hard, margin=self.margin))
 
     def similarity(self, first: Tensor, second: Tensor) -> Tensor:
         """Less is further."""
