@@ -76,25 +76,26 @@ class Measures:
         """Make the metrics, with sums in double precision."""
         with _DtypeContextManager(widest(device)):
             metrics = make()
-        if metrics is not None:
-            if isinstance(metrics, Metric | dict | list | tuple):
-                metrics = MetricCollection(metrics)  # type: ignore[arg-type]
-            if not isinstance(metrics, MetricCollection):
-                raise ValueError(f"make_metrics gave a {type(metrics).__name__}: return torchmetrics.MetricCollection")
-            self.terms.refuse_names({str(name) for name in metrics})
-            if metrics._enable_compute_groups is True:
-                # torchmetrics would join metrics whose states are equal after the first update, perhaps by chance.
-                metrics = MetricCollection(dict(metrics.items()), compute_groups=False)  # type: ignore[arg-type]
-            self.metrics, self.found = metrics, None
-            self._mean = next((str(name) for name, one in metrics.items() if isinstance(one, MeanMetric)), None)
-            feeds = True in self.fed or not self.rehearsed
-            try:
-                single = {name: deepcopy(metric) for name, metric in metrics.items() if feeds and not is_table(metric)}  # type: ignore[misc]
-            except (TypeError, RuntimeError) as error:
-                said = f"a metric of make_metrics cannot be copied for training ({str(error).splitlines()[0]})"
-                raise ValueError(f"{said}: let it hold only what copy.deepcopy takes") from None
-            self.step_metrics = MetricCollection(single, compute_groups=False) if single else None  # type: ignore[arg-type]
-            self.to(device)
+        if metrics is None:
+            return
+        if isinstance(metrics, Metric | dict | list | tuple):
+            metrics = MetricCollection(metrics)  # type: ignore[arg-type]
+        if not isinstance(metrics, MetricCollection):
+            raise ValueError(f"make_metrics gave a {type(metrics).__name__}: return torchmetrics.MetricCollection")
+        self.terms.refuse_names({str(name) for name in metrics})
+        if metrics._enable_compute_groups is True:
+            # torchmetrics would join metrics whose states are equal after the first update, perhaps by chance.
+            metrics = MetricCollection(dict(metrics.items()), compute_groups=False)  # type: ignore[arg-type]
+        self.metrics, self.found = metrics, None
+        self._mean = next((str(name) for name, one in metrics.items() if isinstance(one, MeanMetric)), None)
+        feeds = True in self.fed or not self.rehearsed
+        try:
+            single = {name: deepcopy(metric) for name, metric in metrics.items() if feeds and not is_table(metric)}  # type: ignore[misc]
+        except (TypeError, RuntimeError) as error:
+            said = f"a metric of make_metrics cannot be copied for training ({str(error).splitlines()[0]})"
+            raise ValueError(f"{said}: let it hold only what copy.deepcopy takes") from None
+        self.step_metrics = MetricCollection(single, compute_groups=False) if single else None  # type: ignore[arg-type]
+        self.to(device)
 
     def to(self, device: torch.device) -> None:
         """Move the metrics. A metric that is moved takes values of PyTorch's default type from then on."""
