@@ -119,14 +119,14 @@ class Captured:
         for shape, micro_batch in zip(shapes, batch.micro_batches, strict=True):
             if isinstance(self._passes[shape], int):
                 self._passes[shape] = self._record_pass(task, self._fixed, micro_batch, key, optimizer)
-        if self._end is None or settings_of(optimizer) != self._settings:
-            self._settings = settings_of(optimizer)
-            self._end = self._record_end(task, self._fixed, optimizer)
+        settings = settings_of(optimizer)
+        if self._end is None or settings != self._settings:
+            self._settings, self._end = settings, self._record_end(task, self._fixed, optimizer)
         return True
 
     def _record_pass(
-        self, task: "Task", fixed: "Fixed", micro_batch: MicroBatch, key: int, optimizer: Optimizer
-    ) -> "Recorded":
+        self, task: "Task", fixed: Fixed, micro_batch: MicroBatch, key: int, optimizer: Optimizer
+    ) -> Recorded:
         """Record one micro-batch, forward and backward."""
         begin(task, micro_batch, key)
         batch = task.data.to_device(micro_batch, task.device, training=True)._map(Tensor.clone)
@@ -189,7 +189,7 @@ class Captured:
             raise Unfit("some parameters have a gradient only in some steps")
         return seen
 
-    def _record_end(self, task: "Task", fixed: "Fixed", optimizer: Optimizer) -> Replay:
+    def _record_end(self, task: "Task", fixed: Fixed, optimizer: Optimizer) -> Replay:
         """Record the end of a step: from sums and gradients to new weights."""
         trainer: Any = task.trainer
         ledger = task._step.finite.start(task.device)

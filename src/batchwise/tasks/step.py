@@ -77,9 +77,8 @@ class Step:
         self._hears_zero = bool(listeners(trainer, ["on_before_zero_grad"]))
         self.own_zero, self.own_step = listens(task, "optimizer_zero_grad"), listens(task, "optimizer_step")
         # Use PyTorch's backward pass and step directly if nobody can notice the difference.
-        plain = isinstance(trainer.strategy, SingleDeviceStrategy)
         self.finite.listen(task)
-        plain &= not self.finite.has_scaler
+        plain = isinstance(trainer.strategy, SingleDeviceStrategy) and not self.finite.has_scaler
         quiet = not listens(task, "backward") and not listeners(trainer, ["on_before_backward", "on_after_backward"])
         self.plain_backward = plain and quiet
         # In full precision, Lightning's context of a training step does nothing.
@@ -87,8 +86,8 @@ class Step:
         self._forward: Any = task.training_step if bare else trainer.strategy.training_step
         self._no_sync = getattr(trainer.strategy, "block_backward_sync", nullcontext)
         self.hear_step = listeners(trainer, ["on_before_optimizer_step"])
-        plain &= all(map(is_ours, self.hear_step)) and not listens(task, "configure_gradient_clipping")
-        self.plain_step = plain and not listens(task, "on_before_optimizer_step")
+        own = listens(task, "configure_gradient_clipping") or listens(task, "on_before_optimizer_step")
+        self.plain_step = plain and not own and all(map(is_ours, self.hear_step))
         self.captured.start(task, why_not(self, task))
         # Nobody looks at a step but with a row, and nothing waits for the device anyway.
         self._is_unseen = (
