@@ -13,30 +13,29 @@ END = "<|end|>"
 """The separator as text."""
 
 
-def next_tokens(batch: MicroBatch, separator: int, document_mask: bool) -> MicroBatch:
-    """Return a micro-batch of tokens [N, T] with inputs and targets [N, T] of a language model.
-
-    Args:
-        batch: its inputs are tokens, with -1 past the end. They become the targets.
-        separator: the token that stands in front of the inputs.
-        document_mask: the inputs become `(tokens, documents)`, where documents are counted.
-    """
-    targets = batch.inputs.long()
-    inputs = F.pad(targets[:, :-1], (1, 0), value=separator).where(targets >= 0, PADDING)
-    documents = (inputs == separator).cumsum(1)
-    return replace(batch, inputs=(inputs, documents) if document_mask else inputs, targets=targets)
-
-
 class Tokenized:
-    """What data modules of tokens have in common: the separator, the way back to text, and a check of the network."""
+    """What data modules of tokens [N, T] have in common. Past the end of a sequence stands -1."""
 
     vocabulary: Any
     """The `Vocabulary`: text to tokens and back."""
+    document_mask: bool
+    """Whether the inputs are `(tokens, documents)`, where documents are counted."""
+    labelled = False
+    """Whether each sequence has a label, and is not for a language model."""
 
     @property
     def separator(self) -> int:
         """The token between documents."""
         return self.vocabulary.size
+
+    def transform(self, batch: MicroBatch, training: bool) -> MicroBatch:
+        """Make the inputs and targets [N, T] of a language model: the separator stands in front of the inputs."""
+        if self.labelled:
+            return batch
+        separator, targets = self.separator, batch.inputs.long()
+        inputs = F.pad(targets[:, :-1], (1, 0), value=separator).where(targets >= 0, PADDING)
+        documents = (inputs == separator).cumsum(1)
+        return replace(batch, inputs=(inputs, documents) if self.document_mask else inputs, targets=targets)
 
     def decode(self, tokens: Tensor) -> str:
         """Return the text of tokens [T], with `<|end|>` for the separator and nothing for padding."""

@@ -11,14 +11,13 @@ import numpy as np
 from torch import Tensor
 
 from batchwise.arguments import typed
-from batchwise.batching.loader import MicroBatch
 from batchwise.batching.ragged import Ragged
 from batchwise.data.examples import Source
 from batchwise.data.labels import shown
 from batchwise.data.learnt import same
 from batchwise.data.split import Fractions
 from batchwise.sources.documents import Document, find_files, read
-from batchwise.sources.language import Tokenized, next_tokens
+from batchwise.sources.language import Tokenized
 from batchwise.sources.tokens import Tokens
 from batchwise.sources.vocabulary import Vocabulary, make_vocabulary
 
@@ -146,12 +145,6 @@ class Text(Tokenized, Fractions):
         path = Path(self.vocabulary_name)
         tokenizer = sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else None
         return {"characters": self.meta["characters"], "classes": self.meta["classes"], "tokenizer": tokenizer}
-
-    def transform(self, batch: MicroBatch, training: bool) -> MicroBatch:
-        """Make the inputs and targets of a language model."""
-        if self.labelled:
-            return batch
-        return next_tokens(batch, self.separator, self.document_mask)
 
     @property
     def class_names(self) -> list[str] | None:

@@ -5,8 +5,7 @@ from os.path import expanduser
 from typing import Any
 
 from batchwise.arguments import typed
-from batchwise.batching.loader import MicroBatch
-from batchwise.sources.language import Tokenized, next_tokens
+from batchwise.sources.language import Tokenized
 from batchwise.sources.shards import Shards
 from batchwise.sources.vocabulary import Vocabulary, make_vocabulary
 
@@ -33,10 +32,6 @@ class TokenShards(Tokenized, Shards):
         if vocabulary == "characters":
             raise ValueError("data.vocabulary is characters, which only texts have: write bytes, or a tokenizer.json")
         self.vocabulary_name, self.document_mask = expanduser(vocabulary), document_mask
-
-    def transform(self, batch: MicroBatch, training: bool) -> MicroBatch:
-        """Make the inputs and targets of a language model."""
-        return next_tokens(batch, self.separator, self.document_mask)
 
     def learn(self) -> dict[str, Any]:
         """A hash of the training shards, and the size of the vocabulary."""
