@@ -13,7 +13,7 @@ from batchwise.batching.fetch import Fetch
 from batchwise.batching.loader import TrainLoader
 from batchwise.batching.order import Shuffled
 from batchwise.batching.plan import BatchPlan
-from batchwise.batching.structure import leaves, rebuild, shape, tensors
+from batchwise.batching.structure import leaves, on_tensors, shape, tensors
 
 BLOCK = 64  # examples read at a time
 EXAMPLES = 1_000_000  # most examples of a split that are looked at
@@ -53,16 +53,11 @@ def hashes(inputs: object) -> list[int]:
 
 def _bytes(value: object) -> bytes:
     """Return the content of the value of one example, with the shapes of its tensors."""
-    return repr(
-        rebuild(
-            value,
-            lambda leaf: (
-                (leaf.shape, leaf.contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes())
-                if isinstance(leaf, Tensor)
-                else leaf
-            ),
-        )
-    ).encode()
+
+    def content(tensor: Tensor) -> tuple[torch.Size, bytes]:
+        return tensor.shape, tensor.contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes()
+
+    return repr(on_tensors(value, content)).encode()
 
 
 def classes_of(targets: object) -> list[int]:
@@ -89,27 +84,18 @@ class Values:
     def add(self, inputs: object) -> tuple[Tensor, Tensor]:
         """Take a batch. Return which examples hold a value that is not finite, and which hold one value only, [N]."""
         self.table = isinstance(inputs, Tensor) and inputs.ndim == 2 and not self.text
-        not_finite, lowest, highest = None, None, None
+        parts = []
         for values in fields(inputs):
-            if isinstance(values, Tensor) and not values[:1].numel():
-                continue
-            if isinstance(values, Tensor):
+            if isinstance(values, Tensor) and values[:1].numel():
                 rows = values.detach().reshape(len(values), -1).cpu()
                 # A column may hold large numbers that differ by little; images have many numbers.
                 rows = rows.double() if self.table else rows.float()
-                low, high, wrong = self._add(rows)
-            elif any(True for _ in tensors(values)):
-                each = [_flat(value) for value in values]
-                parts = [self._add(one[None]) if len(one) else _NOTHING for one in each]
-                low, high, wrong = (torch.cat(column) for column in zip(*parts, strict=True))
-            else:
-                continue
-            not_finite = wrong if not_finite is None else not_finite | wrong
-            lowest = low if lowest is None else lowest.minimum(low)
-            highest = high if highest is None else highest.maximum(high)
-        assert not_finite is not None
-        assert lowest is not None
-        return not_finite, lowest == highest
+                parts.append(self._add(rows))
+            elif isinstance(values, list) and any(True for _ in tensors(values)):
+                each = [self._add(one[None]) if len(one) else _NOTHING for one in map(_flat, values)]
+                parts.append(tuple(map(torch.cat, zip(*each, strict=True))))
+        lowest, highest, not_finite = map(torch.stack, zip(*parts, strict=True))
+        return not_finite.any(0), lowest.amin(0) == highest.amax(0)
 
     def _add(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Take values [N, F], and return of each row the lowest, the highest, and whether one is not finite."""
