@@ -37,8 +37,8 @@ class Batches:
     """
 
     def __init__(self, trainer: pl.Trainer, data: DataModule, loader: TrainLoader, seconds: float) -> None:
-        self.text, self.unequal = are_tokens(data), are_unequal(data)
-        self.values = Values(self.unequal)  # after `transform`
+        self.text = are_tokens(data)
+        self.values = Values(are_unequal(data))  # after `transform`
         self.sequences = Sequences()
         self.classes: list[list[int]] = []  # of each batch
         self.repeats: list[int] = []  # of each batch: examples with the inputs of an earlier one in it

@@ -39,15 +39,12 @@ class Finite:
         self._step, self._before = -1, 0  # the newest step that was noted, and `skipped_in_a_row` before it
         self.has_scaler = False
         """Whether gradients are scaled, and checked, by the trainer's precision plugin."""
-        self.is_on_host = False
-        """Whether there is no device to wait for, and gradients are whole."""
         self.ledger: Ledger | None = None
         self._evaluated: list[tuple[Tensor, Tensor]] = []
 
     def listen(self, task: "Task") -> None:
         """Ask what does not change within an epoch."""
         self.has_scaler = getattr(task.trainer.precision_plugin, "scaler", None) is not None
-        self.is_on_host = task.device.type == "cpu" and task.device_mesh is None
 
     # While the host waits
 
@@ -68,7 +65,7 @@ class Finite:
         gradients = [] if self.has_scaler else gradients_of(optimizer)  # a scaler checks the gradient itself
         if not gradients:
             return math.isfinite(sums.loss)
-        if self.is_on_host:
+        if task.device.type == "cpu" and task.device_mesh is None:  # nothing to wait for, and gradients are whole
             total = sums.loss
             for gradient in gradients:
                 total += gradient.sum().item()
