@@ -77,5 +77,5 @@ def scale_gradients(parameters: Iterable[nn.Parameter], factor: Number) -> None:
             gradient.copy_(gradient.float() * factor)
         return
     if isinstance(factor, Tensor):
-        factor = factor.to(dtype)  # else there is no fused kernel
+        factor = factor.to(dtype.to_real())  # else there is no fused kernel
     torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]

@@ -199,3 +199,12 @@ def test_a_factor_that_is_not_finite_reaches_every_gradient():
     parameters = grads(1.0, 0.0)
     scale_gradients(parameters, torch.tensor(float("nan")))
     assert all(parameter.grad.isnan().all() for parameter in parameters)
+
+
+def test_real_and_complex_gradients_in_any_order():
+    for kinds in ((torch.float64, torch.complex128), (torch.complex128, torch.float64)):
+        parameters = [nn.Parameter(torch.ones(2, dtype=kind)) for kind in kinds]
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        scale_gradients(parameters, torch.tensor(0.5, dtype=torch.float64))
+        assert all(bool((parameter.grad == 0.5).all()) for parameter in parameters)
