@@ -257,8 +257,25 @@ class FreezeLater(Callback):
             pl_module.backbone.requires_grad_(False)
 
 
+class ThawLater(Callback):
+    """Freezes in a hook that a resume calls again."""
+
+    def __init__(self, hook: str) -> None:
+        setattr(self, hook, lambda trainer, pl_module: pl_module.backbone.requires_grad_(False))
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.current_epoch == 1:
+            pl_module.backbone.requires_grad_(True)
+
+
 @pytest.mark.parametrize(
-    "callback", [lambda: BackboneFinetuning(1, lambda _: 2.0, backbone_initial_lr=0.01), FreezeLater]
+    "callback",
+    [
+        lambda: BackboneFinetuning(1, lambda _: 2.0, backbone_initial_lr=0.01),
+        FreezeLater,
+        lambda: ThawLater("on_fit_start"),
+        lambda: ThawLater("on_train_start"),
+    ],
 )
 @pytest.mark.parametrize("step", [3, 7, 9, 15])
 @pytest.mark.slow

@@ -32,6 +32,7 @@ class Recorder(Callback):
     def __init__(self) -> None:
         self._saved: dict | None = None
         self._learnt: dict[str, bool] = {}
+        self._restored: dict[str, bool] = {}  # which parameters learn, as a checkpoint says
         self._ahead = 0  # epochs, where a training goes on with another batch size than before
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -71,8 +72,9 @@ class Recorder(Callback):
         saved, self._saved = self._saved or {}, None
         self._ahead = trainer.current_epoch - pl_module.data.plan.epoch(trainer.global_step)  # type: ignore[union-attr]
         _leave_whole_epochs(trainer.fit_loop)
-        for name, learns in saved.get(KEY, {}).get("learning", {}).items():
-            pl_module.get_parameter(name).requires_grad_(learns)
+        learning = saved.get(KEY, {}).get("learning")
+        self._restored = {} if learning is None else self._learnt | learning
+        self._restore_learning(pl_module)
         pl_module._tuning.watch(pl_module)
         pl_module._step.stop_requested = False
         pl_module._measures.to(pl_module.device)
@@ -93,6 +95,17 @@ class Recorder(Callback):
     def before_step(self, trainer: Any, pl_module: Task, batch: Batch) -> None:
         """Set Lightning's count of steps, under which its callbacks log. After a resume it would be one too large."""
         trainer.fit_loop.epoch_loop._batches_that_stepped = batch.step
+        self._restore_learning(pl_module)
+        self._restored = {}
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Task) -> None:
+        """After a resume, undo what hooks at the start of training have frozen or thawed once more."""
+        self._restore_learning(pl_module)
+        self._restored = {}
+
+    def _restore_learning(self, pl_module: Task) -> None:
+        for name, learns in self._restored.items():
+            pl_module.get_parameter(name).requires_grad_(learns)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Task) -> None:
         """Log the exact mean loss of the epoch, and of each term."""
