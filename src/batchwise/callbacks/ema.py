@@ -123,7 +123,9 @@ class EMA(Callback):
         self._swap()
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Task) -> None:
-        """Leave the average in the network."""
+        """Leave the average in the network, also where nothing was left to train."""
+        if not self._current:
+            pl_module.load_state_dict(self._restored, strict=False)
         self._swap()
         self._forget()
 

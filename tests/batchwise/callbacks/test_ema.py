@@ -12,6 +12,7 @@ from helpers import CSV, DIGITS, run_here
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 
+from batchwise.callbacks.checkpoint import Last
 from batchwise.callbacks.ema import EMA, RAW
 from batchwise.errors import TrainingStopped
 from batchwise.sources.digits import Digits
@@ -131,3 +132,10 @@ def test_complex_weights_train_and_are_averaged() -> None:
     assert last.isfinite().all()
     assert (average - last).abs().max() > 1e-3
     assert (average - cut).abs().max() < 1e-12
+
+
+def test_a_resume_with_nothing_left_to_train_leaves_the_average() -> None:
+    whole, _ = small.fit(callbacks=[EMA(20), Last()], enable_checkpointing=True)
+    last = "checkpoints/last.ckpt"
+    again, _ = small.fit(callbacks=[EMA(20), Last()], enable_checkpointing=True, ckpt_path=last)
+    assert small.furthest(again, whole) == 0
