@@ -1,4 +1,4 @@
-"""What is logged at the end of an epoch is added up over all devices before a callback monitors it."""
+"""What is logged is added up over all devices before a callback monitors it."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 
 
 class AddUp(EarlyStopping):
-    """Adds up what the devices have logged by the end of an epoch.
+    """Adds up what the devices have logged by the end of an epoch, and by a validation within it.
 
     Lightning calls callbacks that monitor a value after all others, so that they may monitor what others log at the end
     of an epoch. It takes EarlyStopping and Checkpoint for such callbacks, and calls the former first.
@@ -22,6 +22,13 @@ class AddUp(EarlyStopping):
     def on_train_epoch_end(self, trainer: Any, pl_module: pl.LightningModule) -> None:
         """Add up. All devices come here."""
         trainer.fit_loop.epoch_loop._results.add_up()
+
+    def on_validation_start(self, trainer: Any, pl_module: pl.LightningModule) -> None:
+        """Add up the values of the newest step, of which no row may be due. All devices come here."""
+        if trainer.world_size > 1 and trainer.state.fn == "fit":
+            results = trainer.fit_loop.epoch_loop._results
+            results.add_up()
+            trainer.callback_metrics.update(results.metrics(on_step=True)["callback"])
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Do nothing."""

@@ -50,10 +50,11 @@ def row_is_due(trainer: Any, steps: int) -> bool:
 
 
 def values_are_due(trainer: Any, steps: int) -> bool:
-    """Return whether somebody may read what a step has logged: a logger, or the monitor of a checkpoint."""
-    return row_is_due(trainer, steps) or any(
-        isinstance(callback, ModelCheckpoint) and listens(callback, "on_train_batch_end")
-        for callback in trainer.callbacks
+    """Return whether somebody may read what a step has logged: a logger, or the monitor of a checkpoint or scheduler."""
+    return (
+        row_is_due(trainer, steps)
+        or any(isinstance(one, ModelCheckpoint) and listens(one, "on_train_batch_end") for one in trainer.callbacks)
+        or any(config.reduce_on_plateau and config.interval == "step" for config in trainer.lr_scheduler_configs)
     )
 
 

@@ -269,6 +269,10 @@ class Monitors(EarlyStopping):
             file.write(json.dumps(seen) + chr(10))
         super().on_train_epoch_end(trainer, task)
 
+    def on_validation_end(self, trainer, task):
+        with open(f"steps{trainer.global_rank}", "a") as file:
+            file.write(f"{float(trainer.callback_metrics['losses/both_step'])}" + chr(10))
+
 
 class Says(Callback):
     def on_train_batch_start(self, trainer, task, batch, batch_idx):
@@ -321,6 +325,20 @@ def in_wandb(run: Result, name: str) -> dict[int, float]:
 def in_tensorboard(run: Result, name: str) -> dict[int, float]:
     events = EventAccumulator(str(next(run.folder.glob("tb/version_*")))).Reload()
     return {event.step: event.value for event in events.Scalars(name)}
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.slow
+def test_the_newest_step_is_monitored_where_no_row_is_due(everywhere: tuple[object, ...], devices: int) -> None:
+    settings = (*everywhere, "--trainer.val_check_interval", 2, "--trainer.log_every_n_steps", 50)
+    run = run_here(*settings) if devices == 1 else run_process(*settings, *TWO, timeout=90)
+    assert run.code == 0, run.err
+    data = Points()
+    fit(None, data, max_epochs=1)  # makes the plan
+    steps, _ = expected(data)
+    for rank in range(devices):
+        seen = [float(line) for line in Path(f"steps{rank}").read_text().split()]
+        assert seen == pytest.approx([steps[step] for step in (2, 4, 6, 9, 11, 13)], abs=1e-12)
 
 
 @pytest.mark.parametrize(
