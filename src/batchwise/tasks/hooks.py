@@ -50,7 +50,7 @@ def row_is_due(trainer: Any, steps: int) -> bool:
 
 
 def values_are_due(trainer: Any, steps: int) -> bool:
-    """Return whether somebody may read what a step has logged: a logger, or the monitor of a checkpoint or scheduler."""
+    """Return whether somebody may read what a step has logged: a logger, a checkpoint or a scheduler."""
     return (
         row_is_due(trainer, steps)
         or any(isinstance(one, ModelCheckpoint) and listens(one, "on_train_batch_end") for one in trainer.callbacks)
