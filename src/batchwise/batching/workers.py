@@ -138,18 +138,21 @@ class _Reader(Dataset):
     def __init__(self, dataset: Dataset, collate: Collate | None) -> None:
         self.dataset, self.collate = dataset, collate
         self.at_once: Callable[[list[int]], Any] | None = getattr(dataset, "__getitems__", None)
+        self.dtype = torch.get_default_dtype()  # some precisions set another one, for a part of the time
 
     def __getitem__(self, request: tuple[list[int], int, int]) -> tuple[Example, Tensor | None, dict[int, str]] | str:
         """Return the fields, the weights (None: all one), and the error of each unreadable example by its number."""
-        if get_worker_info():
-            try:
-                return self._examples(*request)
-            except DataError as error:
-                return str(error)
         state = torch.get_rng_state(), np.random.get_state(), random.getstate()
+        dtype = torch.get_default_dtype()
+        torch.set_default_dtype(self.dtype)
         try:
             return self._examples(*request)
+        except DataError as error:
+            if get_worker_info() is None:
+                raise
+            return str(error)
         finally:  # this process has other uses for its generators
+            torch.set_default_dtype(dtype)
             torch.set_rng_state(state[0])
             np.random.set_state(state[1])
             random.setstate(state[2])

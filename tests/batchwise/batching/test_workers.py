@@ -126,6 +126,21 @@ def test_the_global_generator_is_left_alone(num_workers):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def tenth(i: int) -> tuple[torch.Tensor, int]:
+    return torch.tensor(0.1), i
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_floats_are_of_the_type_of_where_the_data_set_was_given(num_workers):
+    fetch = Workers(Squares(tenth), num_workers)
+    torch.set_default_dtype(torch.float64)  # as in a training with 64-true, when the workers start
+    try:
+        assert next(iter(read(fetch)))[0].dtype == torch.float32
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 class Torn(Squares):
     """Some examples cannot be read."""
 
