@@ -23,7 +23,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR, StepLR
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, StepLR
 
 from batchwise import MicroBatch, Schedule
 from batchwise.callbacks.checkpoint import Last
@@ -283,6 +283,23 @@ def test_what_a_callback_has_thawed_or_frozen_is_so_after_a_resume(callback: Any
     whole, again = gone_on_with(
         lambda: WithBackbone(small.network(), optimizer=small.adamw), lambda: [callback()], step
     )
+    assert small.furthest(whole, again) == 0
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.slow
+def test_a_plateau_is_found_by_what_was_measured_before_a_resume(strict: bool) -> None:
+    class Own(small.Classify):
+        def configure_optimizers(self) -> Any:
+            optimizer = small.adamw(self.parameters())
+            plateau = ReduceLROnPlateau(optimizer, "max", factor=0.5, patience=0)
+            return {
+                "optimizer": optimizer,
+                "lr_scheduler": {"scheduler": plateau, "monitor": "val/loss", "strict": strict},
+            }
+
+    # Validation is after 4 of the 7 steps of an epoch, and the scheduler looks at the end of the epoch.
+    whole, again = gone_on_with(lambda: Own(small.network()), lambda: [], 12, val_check_interval=4)
     assert small.furthest(whole, again) == 0
 
 
