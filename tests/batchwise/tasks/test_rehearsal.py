@@ -405,6 +405,18 @@ class Instance(nn.Module):
         return self.layer(self.norm(inputs).flatten(1))
 
 
+def test_a_spectral_norm_that_hardly_moves_at_first_is_named() -> None:
+    def net() -> nn.Module:
+        torch.manual_seed(1)
+        layer = nn.Linear(5, 3).double()
+        with torch.no_grad():
+            layer.weight.copy_(torch.eye(3, 5) * torch.tensor([1.0, 0.5, 0.25])[:, None])
+        return nn.utils.parametrizations.spectral_norm(layer)
+
+    with pytest.warns(UserWarning, match=r"the buffer network\.\S*_u is updated in each forward pass"):
+        fit(made(each, net), Points(micro_batch_size=5), max_steps=1)
+
+
 @pytest.mark.parametrize("size", [None, 5])
 def test_a_loss_that_reads_a_running_mean_draws_no_random_numbers(size: int | None) -> None:
     with warnings.catch_warnings():
