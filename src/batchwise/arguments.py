@@ -25,6 +25,7 @@ KINDS = {
     "collections.abc.Sequence": "a list",
     "collections.abc.Iterable": "a list",
     "dict": "a dict",
+    "collections.abc.Mapping": "a dict",
     "os.PathLike": "a path",
     "PositiveInt": "a whole number of at least 1",
     "NonNegativeInt": "a whole number of at least 0",
@@ -99,11 +100,14 @@ def _as(hint: Any, value: Any) -> Any:
         kind(value)  # type: ignore[call-arg]  # which has a range
         return value if type(value) in (int, float) else int(value) if whole else float(value)  # type: ignore[arg-type]
     if kind in (list, tuple, Sequence, Iterable):
+        if kind is not Iterable:  # an array has a list of ordinary numbers
+            value = getattr(value, "tolist", lambda: value)()
         if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
             raise TypeError
-        if kind is list:  # an array has a list of ordinary numbers
-            value = list(getattr(value, "tolist", lambda: value)())
-        if not of or not (type(value) is list or type(value) is tuple):
+        value = list(value) if kind is list else value
+        if not of or type(value) not in (list, tuple):
+            return value
+        if kind is not tuple and {*map(type, value)} <= {*of}:  # quick, for the weights of a million examples
             return value
         each = of if kind is tuple and of[-1] is not ... else of[:1] * len(value)
         return type(value)(_as(*pair) for pair in zip(each, value, strict=True))
@@ -142,6 +146,8 @@ def _wanted(hint: Any, value: Any = None) -> list[str]:
     if kind is Literal:
         return list(map(repr, of))
     if of and kind in (list, tuple, Sequence) and isinstance(value, list | tuple):
+        if kind is tuple and ... not in of and len(of) != len(value):
+            return [f"a list of {len(of)}"]
         return [f"{word} for each" for word in _wanted(of[0])]
     if of and kind in (dict, Mapping) and isinstance(value, dict):
         return [f"{word} for each" for word in _wanted(of[1])]

@@ -8,23 +8,36 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Callback
 from small import Classify, Points, fit, network
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 
 import batchwise.trainer
-from batchwise import DataModule, Schedule, Task
-from batchwise.batching.order import Sequential
-from batchwise.data.augment import Flip
+from batchwise import DataModule, Order, Ragged, Schedule, Task
+from batchwise.batching import mixture
+from batchwise.batching.order import Repeated, Sequential
+from batchwise.batching.sampling import Weighted
+from batchwise.batching.schedule import BatchSizes, Milestones
+from batchwise.callbacks.checkpoint import Last
+from batchwise.callbacks.ema import EMA
+from batchwise.data.augment import Affine, Flip
+from batchwise.data.augmentation import Augmentation
+from batchwise.data.mixing import MixUp
 from batchwise.data.mixture import Mixture
+from batchwise.data.views import Views
 from batchwise.errors import Mistake, WrongArgument
+from batchwise.models.dropout import Dropout
+from batchwise.models.mlp import MLP
 from batchwise.sources.digits import Digits
 from batchwise.sources.table import Table
 from batchwise.tasks.adversarial import Adversarial
 from batchwise.tasks.classification import Classification
+from batchwise.tasks.coupled import InfoNCE
 
 MADE: dict[type, Callable[..., Any]] = {
     DataModule: Points,
@@ -64,6 +77,22 @@ WRONG: list[tuple[type, str, Any, str]] = [
     (batchwise.Trainer, "callbacks", "EMA", "'EMA': write a list or a lightning.Callback"),
     (batchwise.Trainer, "matmul_precision", "x", "'x': write 'highest', 'high' or 'medium'"),
     (batchwise.Trainer, "default_root_dir", 3, "3: write a text or a path"),
+    (Repeated, "k", "3", "'3': write a whole number of at least 1"),
+    (Weighted, "weights", {3: 0.5}, "{3: 0.5}: write a list"),
+    (mixture.Mixture, "proportions", [0.5], "[0.5]: write a dict"),
+    (Milestones, "sizes", 64, "64: write a list, such as [64]"),
+    (Flip, "p", None, "None: write a number"),
+    (Affine, "scale", [0.8, 1, 1.2], "[0.8, 1, 1.2]: write a list of 2"),
+    (Affine, "scale", torch.tensor(0.8), "tensor(0.8000): write a list"),
+    (MixUp, "num_classes", torch.tensor(3), "tensor(3): write a whole number of at least 1"),
+    (Views, "steps", Flip(), "Flip(...): write a list, such as [Flip(...)]"),
+    (MLP, "in_features", "3", "'3': write a whole number of at least 1"),
+    (MLP, "num_classes", -1, "-1: write a whole number of at least 1"),
+    (MLP, "hidden_features", [8, 0], "[8, 0]: write a whole number of at least 1 for each"),
+    (Dropout, "p", "0.1", "'0.1': write a number"),
+    (Last, "every_n_steps", 0, "0: write a whole number of at least 1"),
+    (EMA, "half_life_examples", 0, "0: write a number above 0"),
+    (InfoNCE, "temperature", "0.1", "'0.1': write a number above 0"),
 ]
 
 
@@ -108,6 +137,9 @@ def test_numbers_of_numpy_are_ordinary_ones() -> None:
 def test_arrays_and_tuples_are_lists(make: Any) -> None:
     weights = Classification(network(), class_weights=make([0.5, 1.0, 2.0])).class_weights
     assert weights == [0.5, 1.0, 2.0]
+    assert Affine(scale=make([0.5, 1.0])).scale in ([0.5, 1.0], (0.5, 1.0))
+    linear = [layer for layer in MLP(hidden_features=make([3, 4])).layers if isinstance(layer, nn.Linear)]
+    assert [layer.out_features for layer in linear] == [3, 4, 10]
     with pytest.raises(ValueError, match=r"class_weights is \[-1\.0, 1\.0, 1\.0\]: write a number of at least 0"):
         Classification(network(), class_weights=make([-1.0, 1.0, 1.0]))
 
@@ -135,10 +167,17 @@ def test_all_arguments_of_the_engine_are_looked_at() -> None:
     def below(kind: type) -> set[type]:
         return {kind}.union(*map(below, kind.__subclasses__()))
 
-    for room in ("data", "sources", "tasks"):
+    rooms = ("batching", "callbacks", "data", "models", "optim", "sources", "tasks")
+    for room in rooms:
         for module in pkgutil.iter_modules([str(Path(batchwise.__path__[0]) / room)], f"batchwise.{room}."):
             importlib.import_module(module.name)
-    for kind in below(DataModule) | below(Task) | below(batchwise.trainer.Trainer):
-        own = kind.__module__.startswith("batchwise.") and "__init__" in vars(kind)
-        if own and set(inspect.signature(kind.__init__).parameters) - {"self", "args", "kwargs"}:
+    written = (Order, BatchSizes, Ragged, Augmentation, nn.Module, Optimizer, Callback, DataModule, pl.Trainer)
+    for kind in set().union(*map(below, written)):
+        place, _, inside = kind.__module__.partition(".")
+        own = place == "batchwise" and inside.startswith((*rooms, "trainer", "run.python")) and kind.__name__[0] != "_"
+        if (
+            own
+            and "__init__" in vars(kind)
+            and set(inspect.signature(kind.__init__).parameters) - {"self", "args", "kwargs"}
+        ):
             assert inspect.unwrap(kind.__init__) is not kind.__init__, kind

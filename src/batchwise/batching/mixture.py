@@ -7,6 +7,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from batchwise.arguments import typed
 from batchwise.batching.order import Blocks
 from batchwise.batching.permutation import Permutation
 from batchwise.batching.random import mix
@@ -41,6 +42,7 @@ class Mixture(Blocks):
             source has no examples.
     """
 
+    @typed
     def __init__(self, proportions: Mapping[str, float], epoch_examples: PositiveInt | None = None) -> None:
         known = [share for share in proportions.values() if 0 <= share < math.inf]
         if len(known) < len(proportions) or not any(known):

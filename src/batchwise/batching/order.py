@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from batchwise.arguments import typed
 from batchwise.batching.permutation import Permutation
 from batchwise.batching.random import mix
 from batchwise.ranges import PositiveInt
@@ -190,6 +191,7 @@ class Repeated(Order):
         k: copies of each example; divides batch_size.
     """
 
+    @typed
     def __init__(self, k: PositiveInt) -> None:
         self.k = self.copies = k
 

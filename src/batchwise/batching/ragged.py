@@ -1,12 +1,13 @@
 """Sequences of unequal length, stored one after the other. A micro-batch is one gather, padded to its longest."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from batchwise.arguments import typed
 from batchwise.batching.fetch import InMemory, Read, Request, as_tensor, select
 
 PADDING = -1
@@ -32,17 +33,18 @@ class Ragged:
         ValueError: the offsets are no rising positions within the values, or the other fields differ in length.
     """
 
+    @typed
     def __init__(
         self,
-        values: Tensor | np.ndarray,
-        offsets: Tensor | np.ndarray,
+        values: Tensor | np.ndarray | Sequence,
+        offsets: Tensor | np.ndarray | Sequence,
         *others: Any,
         empty: Literal["refuse", "drop", "keep"] = "refuse",
     ) -> None:
         self.empty = empty
         self.mapped = isinstance(values, np.memmap)
-        self.values = as_tensor(values)
-        self.offsets = as_tensor(offsets).long()
+        self.values = as_tensor(values)  # type: ignore[arg-type]  # which takes lists
+        self.offsets = as_tensor(offsets).long()  # type: ignore[arg-type]
         self.lengths = self.offsets.diff()
         """Values of each example, int64 [examples]."""
         ends = len(self.offsets) > 0 and self.offsets[0] >= 0 and self.offsets[-1] <= len(self.values)

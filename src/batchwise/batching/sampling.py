@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from batchwise.arguments import typed
 from batchwise.batching.order import Blocks, Order, Shuffled
 from batchwise.batching.random import mix, permute, uniform
 from batchwise.ranges import PositiveInt
@@ -93,6 +94,7 @@ class Bucketed(Blocks):
 
     once = True
 
+    @typed
     def __init__(self, window: PositiveInt = 4096) -> None:
         self.window = window
 
@@ -127,6 +129,7 @@ class Weighted(Order):
             classes.
     """
 
+    @typed
     def __init__(self, weights: list[float]) -> None:
         wrong = [weight for weight in weights if not 0 <= weight < math.inf]
         if wrong or not sum(weights):

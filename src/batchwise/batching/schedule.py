@@ -3,6 +3,7 @@
 import math
 from itertools import pairwise
 
+from batchwise.arguments import typed
 from batchwise.batching.borders import Changes
 from batchwise.ranges import PositiveInt
 
@@ -38,6 +39,7 @@ class Milestones(BatchSizes):
         ValueError: the points are not as many as the sizes, or do not rise.
     """
 
+    @typed
     def __init__(self, sizes: list[int], shares: list[float] | None = None, examples: list[int] | None = None) -> None:
         points = examples if shares is None else shares
         name = "examples" if shares is None else "shares"
@@ -70,6 +72,7 @@ class Adaptive(BatchSizes):
         most: the largest batch size. The smallest is `batch_size`.
     """
 
+    @typed
     def __init__(self, most: PositiveInt) -> None:
         self.most = most
 

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from batchwise.arguments import typed
 from batchwise.batching.order import AT_ONCE, Blocks, shuffled
 from batchwise.batching.permutation import Permutation
 from batchwise.batching.random import mix
@@ -29,6 +30,7 @@ class BlockShuffled(Blocks):
 
     once = True
 
+    @typed
     def __init__(self, window: PositiveInt = 16) -> None:
         self.window = window
 

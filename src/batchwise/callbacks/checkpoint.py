@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 
+from batchwise.arguments import typed
 from batchwise.batching.loader import Batch
 from batchwise.checkpoints import damage, read_checkpoint, unreadable
 from batchwise.errors import TrainingStopped
@@ -34,6 +35,7 @@ class Last(Checkpoint):
             training is always saved.
     """
 
+    @typed
     def __init__(self, every_n_steps: PositiveInt | None = None) -> None:
         self.every_n_steps = every_n_steps
         self._saved_at = 0

@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
+from batchwise.arguments import typed
 from batchwise.batching.loader import Batch
 from batchwise.errors import TrainingStopped
 from batchwise.ranges import PositiveFloat
@@ -33,9 +34,8 @@ class EMA(Callback):
         half_life_examples: number of examples after which the weights of a step count half as much.
     """
 
+    @typed
     def __init__(self, half_life_examples: PositiveFloat) -> None:
-        if not half_life_examples > 0:  # Python does not check a PositiveFloat
-            raise ValueError(f"EMA half_life_examples is {half_life_examples}: write a number of examples above 0")
         self.half_life = half_life_examples
         self._forget()
 

@@ -3,6 +3,7 @@
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
+from batchwise.arguments import typed
 from batchwise.tasks.task import Task
 
 
@@ -13,6 +14,7 @@ class EpochLine(Callback):
         metrics: also print the validation metrics.
     """
 
+    @typed
     def __init__(self, metrics: bool = True) -> None:
         self.metrics = metrics
 

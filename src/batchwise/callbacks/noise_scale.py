@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from batchwise.arguments import typed
 from batchwise.batching.gradients import gradients_of
 from batchwise.batching.loader import Batch
 from batchwise.batching.noise import FEWEST, Estimate, NoiseMeter, Sample, noise_scale, sample
@@ -42,6 +43,7 @@ class NoiseScale(Callback, NoiseMeter):
         TrainingStopped: the strategy shards the gradient.
     """
 
+    @typed
     def __init__(self, every_n_steps: PositiveInt = 10, window: int = FEWEST) -> None:
         if window < FEWEST:
             raise ValueError(f"window is {window}: the noise scale of fewer than {FEWEST} batches says nothing")

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 
+from batchwise.arguments import typed
 from batchwise.models.kept import kept_modes
 from batchwise.ranges import PositiveInt
 from batchwise.tasks.task import Task
@@ -29,6 +30,7 @@ class Pictures(Callback):
         count: images in the picture.
     """
 
+    @typed
     def __init__(self, count: PositiveInt = 24) -> None:
         self.count = count
 

@@ -13,6 +13,7 @@ import numpy as np
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from batchwise.arguments import typed
 from batchwise.batching.loader import MicroBatch
 from batchwise.batching.structure import rebuild
 from batchwise.errors import optional
@@ -31,6 +32,7 @@ class Predictions(Callback):
         file: a name or path that ends in .csv or .parquet; a name alone is a file in the run's folder.
     """
 
+    @typed
     def __init__(self, file: str = "predictions.csv") -> None:
         kinds = {".csv": CsvFile, ".parquet": ParquetFile}
         if Path(file).suffix not in kinds:

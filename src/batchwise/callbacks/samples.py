@@ -5,6 +5,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import WandbLogger
 
+from batchwise.arguments import typed
 from batchwise.ranges import PositiveInt
 from batchwise.tasks.language import Language
 
@@ -16,6 +17,7 @@ class Samples(Callback):
         count: texts in the table.
     """
 
+    @typed
     def __init__(self, count: PositiveInt = 4) -> None:
         self.count = count
 

@@ -17,6 +17,7 @@ from math import pi
 import torch
 from torch import Tensor, nn
 
+from batchwise.arguments import typed
 from batchwise.batching.loader import MicroBatch
 from batchwise.batching.order import Order
 from batchwise.batching.random import mix
@@ -36,6 +37,7 @@ class Flip(Geometric):
             on. In any two epochs the network sees each example both ways (Jordan 2024, arXiv 2404.00498).
     """
 
+    @typed
     def __init__(self, p: float = 0.5, alternate: bool = False) -> None:
         self.p, self.alternate = share(p, "Flip.p"), alternate
 
@@ -60,6 +62,7 @@ class ShiftCrop(Geometric):
         pixels: the largest shift. All shifts from -pixels to pixels are equally likely.
     """
 
+    @typed
     def __init__(self, pixels: int = 4) -> None:
         if pixels < 1:
             raise ValueError(f"ShiftCrop.pixels is {pixels}: write at least 1")
@@ -92,6 +95,7 @@ class CutOut(Augmentation):
 
     after_transform = True
 
+    @typed
     def __init__(self, size: int) -> None:
         if size < 1:
             raise ValueError(f"CutOut.size is {size}: write at least 1")
@@ -115,6 +119,7 @@ class ColourJitter(Augmentation):
         saturation: x of the saturation.
     """
 
+    @typed
     def __init__(self, brightness: float = 0.0, contrast: float = 0.0, saturation: float = 0.0) -> None:
         names = ("brightness", "contrast", "saturation")
         given = zip(names, (brightness, contrast, saturation), strict=True)
@@ -136,6 +141,7 @@ class Affine(Geometric):
         translate: largest shift in each direction, as a share of the image's side.
     """
 
+    @typed
     def __init__(
         self, degrees: float = 0.0, shear: float = 0.0, scale: tuple[float, float] = (1.0, 1.0), translate: float = 0.0
     ) -> None:

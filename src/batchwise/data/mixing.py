@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from batchwise.arguments import typed
 from batchwise.batching.device import send, widest
 from batchwise.batching.loader import MicroBatch
 from batchwise.data import pixels
 from batchwise.data.augmentation import Augmentation, Draws, on, share
+from batchwise.ranges import PositiveInt
 
 
 class Mixing(Augmentation):
@@ -35,7 +37,8 @@ class Mixing(Augmentation):
     after_transform = True
     in_pairs = True
 
-    def __init__(self, num_classes: int | None = None, alpha: float = 1.0, p: float = 1.0) -> None:
+    @typed
+    def __init__(self, num_classes: PositiveInt | None = None, alpha: float = 1.0, p: float = 1.0) -> None:
         if not alpha > 0:
             raise ValueError(f"{type(self).__name__}.alpha is {alpha}: write a number above 0")
         self.num_classes, self.alpha, self.p = num_classes, alpha, share(p, f"{type(self).__name__}.p")

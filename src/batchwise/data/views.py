@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from batchwise.arguments import typed
 from batchwise.batching.loader import MicroBatch
 from batchwise.batching.random import mix
 from batchwise.data.augmentation import Augmentation, Draws, Geometric
@@ -25,6 +26,7 @@ class Views(Augmentation):
     after_transform = True
     for_images = False
 
+    @typed
     def __init__(self, steps: list[Augmentation], count: PositiveInt = 2) -> None:
         for step in steps:
             if step.in_pairs:

@@ -5,7 +5,9 @@ from math import gcd
 
 from torch import Tensor, nn
 
+from batchwise.arguments import typed
 from batchwise.models.dropout import Dropout
+from batchwise.ranges import PositiveInt
 
 
 class ConvNet(nn.Module):
@@ -19,11 +21,12 @@ class ConvNet(nn.Module):
         dropout: probability that a feature is zeroed before the last layer, in training.
     """
 
+    @typed
     def __init__(
         self,
-        in_channels: int = 1,
-        num_classes: int = 10,
-        channels: Sequence[int] = (32, 64),
+        in_channels: PositiveInt = 1,
+        num_classes: PositiveInt = 10,
+        channels: Sequence[PositiveInt] = (32, 64),
         norm: str = "group",
         dropout: float = 0.0,
     ) -> None:

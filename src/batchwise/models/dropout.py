@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from batchwise.arguments import typed
 from batchwise.batching.random import mix
 from batchwise.models import place
 
@@ -21,6 +22,7 @@ class Dropout(nn.Module):
         p: probability that a value is zeroed.
     """
 
+    @typed
     def __init__(self, p: float = 0.5) -> None:
         super().__init__()
         if not 0 <= p < 1:

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from batchwise.arguments import typed
 from batchwise.models.dropout import Dropout
+from batchwise.ranges import PositiveInt
 
 
 class MLP(nn.Module):
@@ -18,11 +20,12 @@ class MLP(nn.Module):
         dropout: probability that a hidden value is zeroed in training.
     """
 
+    @typed
     def __init__(
         self,
-        in_features: int = 64,
-        num_classes: int = 10,
-        hidden_features: Sequence[int] = (128,),
+        in_features: PositiveInt = 64,
+        num_classes: PositiveInt = 10,
+        hidden_features: Sequence[PositiveInt] = (128,),
         norm: str = "none",
         dropout: float = 0.0,
     ) -> None:

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from batchwise.arguments import typed
 from batchwise.errors import Mistake
 from batchwise.models import place
+from batchwise.ranges import PositiveInt
 
 
 class GhostBatchNorm(nn.Module):
@@ -29,7 +31,10 @@ class GhostBatchNorm(nn.Module):
     running_var: Tensor
     sums: Tensor = None  # type: ignore[assignment]
 
-    def __init__(self, num_features: int, ghost_batch_size: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
+    @typed
+    def __init__(
+        self, num_features: PositiveInt, ghost_batch_size: int, eps: float = 1e-5, momentum: float = 0.1
+    ) -> None:
         super().__init__()
         if ghost_batch_size < 2:
             raise ValueError(f"ghost_batch_size is {ghost_batch_size}: write at least 2 examples")

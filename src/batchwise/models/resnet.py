@@ -5,7 +5,9 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from batchwise.arguments import typed
 from batchwise.models.convnet import make_norm2d
+from batchwise.ranges import PositiveInt
 
 
 class ResNet(nn.Module):
@@ -23,15 +25,18 @@ class ResNet(nn.Module):
         scale: factor of the logits. Below one, it keeps the loss of an untrained network near log(num_classes).
     """
 
+    @typed
     def __init__(
         self,
-        in_channels: int = 3,
-        num_classes: int = 10,
-        channels: Sequence[int] = (64, 128, 256, 256),
+        in_channels: PositiveInt = 3,
+        num_classes: PositiveInt = 10,
+        channels: Sequence[PositiveInt] = (64, 128, 256, 256),
         norm: str = "batch",
         scale: float = 0.125,
     ) -> None:
         super().__init__()
+        if not len(channels):
+            raise ValueError("channels is []: write those of the first convolution and of each stage")
         self.stem = _layer(in_channels, channels[0], norm)
         self.stages = nn.Sequential(*(_Stage(width, features, norm) for width, features in pairwise(channels)))
         self.head = nn.Linear(channels[-1], num_classes, bias=False)

@@ -4,7 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from batchwise.arguments import typed
 from batchwise.models.dropout import Dropout
+from batchwise.ranges import NonNegativeInt, PositiveInt
 
 
 class Transformer(nn.Module):
@@ -25,14 +27,15 @@ class Transformer(nn.Module):
         num_classes: outputs per sequence; null: `vocab_size` outputs per token.
     """
 
+    @typed
     def __init__(
         self,
-        vocab_size: int = 257,
-        width: int = 128,
-        depth: int = 4,
-        heads: int = 4,
+        vocab_size: PositiveInt = 257,
+        width: PositiveInt = 128,
+        depth: NonNegativeInt = 4,
+        heads: PositiveInt = 4,
         dropout: float = 0.0,
-        num_classes: int | None = None,
+        num_classes: PositiveInt | None = None,
     ) -> None:
         super().__init__()
         if width % (2 * heads):
@@ -80,7 +83,8 @@ class Block(nn.Module):
         dropout: probability, in training, that a value of what is added is zeroed.
     """
 
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
+    @typed
+    def __init__(self, width: PositiveInt, heads: PositiveInt, dropout: float) -> None:
         super().__init__()
         self.heads = heads
         hidden = 16 * round(width / 6)  # two thirds of 4 x width, since SwiGLU (Shazeer 2020) has three matrices

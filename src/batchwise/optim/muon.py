@@ -6,6 +6,9 @@ from typing import Any
 import pytorch_optimizer
 from torch import Tensor
 
+from batchwise.arguments import typed
+from batchwise.ranges import NonNegativeInt
+
 
 class Muon(pytorch_optimizer.Muon):
     """Muon (Jordan et al. 2024), which finds the matrices of hidden layers by itself.
@@ -23,14 +26,15 @@ class Muon(pytorch_optimizer.Muon):
         **kwargs: arguments of `pytorch_optimizer.Muon`.
     """
 
+    @typed
     def __init__(
         self,
         params: Iterable[Any],
         lr: float = 0.02,
         adamw_lr: float = 0.003,
         weight_decay: float = 0.0,
-        first: int = 0,
-        last: int = 1,
+        first: NonNegativeInt = 0,
+        last: NonNegativeInt = 1,
         **kwargs: Any,
     ) -> None:
         given: list[dict[str, Any]] = [each if isinstance(each, dict) else {"params": [each]} for each in params]

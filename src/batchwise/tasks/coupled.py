@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from batchwise.arguments import typed
 from batchwise.ranges import PositiveFloat
 
 Pairs = Tensor | tuple[Tensor, Tensor]
@@ -158,6 +159,7 @@ class InfoNCE(CoupledLoss):
 
     views = 2
 
+    @typed
     def __init__(self, temperature: PositiveFloat = 0.07, learn_temperature: bool = False) -> None:
         super().__init__()
         self.temperature = temperature
@@ -181,6 +183,7 @@ class SupCon(CoupledLoss):
         supervised: targets are class numbers [N]. False: each example is a class of its own, as in SimCLR.
     """
 
+    @typed
     def __init__(self, temperature: PositiveFloat = 0.1, supervised: bool = True) -> None:
         super().__init__()
         self.temperature = temperature
@@ -201,6 +204,7 @@ class Triplet(CoupledLoss):
 
     by_target = True
 
+    @typed
     def __init__(self, margin: PositiveFloat | None = None) -> None:
         super().__init__()
         self.margin = margin

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from batchwise.arguments import typed
+
 
 class Players(Optimizer):
     """Optimizers of different parameters. Each steps by itself.
@@ -18,6 +20,7 @@ class Players(Optimizer):
         players: the optimizers by name. No parameter may be in two of them.
     """
 
+    @typed
     def __init__(self, players: dict[str, Optimizer]) -> None:
         groups = [group for optimizer in players.values() for group in optimizer.param_groups]
         super().__init__([{"params": group["params"]} for group in groups], {})

@@ -77,7 +77,7 @@ def test_a_step_that_the_scaler_skips_does_not_count() -> None:
 
 
 def test_mistakes_are_said() -> None:
-    with pytest.raises(ValueError, match="EMA half_life_examples is 0"):
+    with pytest.raises(ValueError, match="half_life_examples is 0: write a number above 0"):
         EMA(0)
     trainer = Trainer(**QUIET, max_steps=1, callbacks=[EMA(9), ModelCheckpoint(save_weights_only=True)])
     with pytest.raises(TrainingStopped, match="save_weights_only would not save the average"):
