@@ -75,6 +75,8 @@ def why_none(findings: Findings, task: Task) -> str:
     if task._couples:
         return "the loss couples the examples of a batch, so that another batch is another loss"
     if not findings.rates:
+        if findings.configured is not None and math.isfinite(findings.configured.loss(1.0)):
+            return "the lowest rate of all that were tried is the best: look at the data, or lower model.optimizer.lr"
         return "the loss was not finite at any rate"
     return f"only {len(findings.rates)} batch sizes could be tried, and three are needed"
 

@@ -128,10 +128,11 @@ class Branch(Callback):
         step = trainer.global_step
         self.points.append((step, loss))
         if self.rival is not None and len(self.rival.points) > 1:
-            first, theirs = self.rival.points[0][1], self.rival.at(step)
+            losses, own = self.rival.until(step), self.until(step)[-1]
+            fallen = losses[0] - losses[-1]
             for share, least in AHEAD:
                 if step >= share * self.steps:
-                    trainer.should_stop = not first - loss >= least * (first - theirs)
+                    trainer.should_stop = bool(losses[0] - own < least * fallen)
                     break
 
     def agree(self, largest: Callable[[float], float]) -> None:
@@ -145,18 +146,23 @@ class Branch(Callback):
         waited = max(0.0, core_waits() - waited)  # those of threads that have ended are not known
         self.hindered = largest(waited / max(1e-9, perf_counter() - since))
 
-    def at(self, step: float) -> float:
-        """Return the smoothed loss after some steps."""
-        return float(np.interp(math.log(step), *smoothed(tuple(self.points)))) if self.points else math.inf
+    def until(self, step: int) -> np.ndarray:
+        """Return the smoothed losses of the points up to a step.
+
+        Branches of the same seed have the same batches. So the noise of a batch is in the losses of both, if no later
+        point takes part.
+        """
+        return smoothed(tuple(point for point in self.points if point[0] <= step))[1]
 
     def final(self) -> float:
         """Return the loss at the end. That of a branch that ended early is as far from its rival's as it was then."""
-        last = self.points[-1][0] if self.points else 0
-        if self.diverged or not self.points or not math.isfinite(self.at(last)):
+        if self.diverged or not self.points or not math.isfinite(self.points[-1][1]):
             return math.inf
+        last = self.points[-1][0]
+        own = float(self.until(last)[-1])
         if last >= self.steps or self.rival is None:
-            return self.at(last)
-        return self.rival.final() + max(0.0, self.at(last) - self.rival.at(last))
+            return own
+        return self.rival.final() + max(0.0, own - float(self.rival.until(last)[-1]))
 
 
 Curve = tuple[np.ndarray, np.ndarray]
@@ -241,6 +247,11 @@ class Branches:
     def factor(self) -> float:
         """The factor with the least loss at the end; of equals, the lowest."""
         return min(self.factors, key=self.loss)
+
+    def is_found(self) -> bool:
+        """Return whether training at the best factor lowers the loss: it is finite, and no factor below was as good."""
+        factors = {factor for factor, _ in self.branches}
+        return math.isfinite(self.loss(self.factor)) and (len(factors) == 1 or self.factor > min(factors))
 
     def between(self) -> float:
         """Return the factor at the lowest point of a parabola that fits the losses around the best one, by log(factor).

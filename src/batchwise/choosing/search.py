@@ -198,7 +198,7 @@ class Search:
             course = Course((schedule.hold_examples or schedule.warmup_examples) if falls else None)
             self._findings.configured = self._branches(size, steps, course)
             self._findings.configured.run(1.0, 0)
-        if math.isfinite(rates.loss(rates.factor)):
+        if rates.is_found():
             self._findings.rates[size] = rates
         return rates.factor
 

@@ -138,10 +138,18 @@ class World:
         best: the best factor.
         overhead: seconds of a step besides a millisecond per 100 examples.
         most: the largest factor that does not diverge.
+        ripple: how far the loss of a batch is from that of all examples, as without validation.
     """
 
-    def __init__(self, noise: float = 100.0, best: float = 4.0, overhead: float = 1e-3, most: float = math.inf) -> None:
-        self.noise, self.best, self.overhead, self.most = noise, best, overhead, most
+    def __init__(
+        self,
+        noise: float = 100.0,
+        best: float = 4.0,
+        overhead: float = 1e-3,
+        most: float = math.inf,
+        ripple: float = 0.0,
+    ) -> None:
+        self.noise, self.best, self.overhead, self.most, self.ripple = noise, best, overhead, most, ripple
         self.trained: list[tuple[int, float, int]] = []
 
     def train(self, branch: Branch) -> None:
@@ -155,7 +163,7 @@ class World:
         for step in steps:
             trainer.global_step = step
             far = step / (1 + self.noise / branch.batch_size) * math.exp(-0.1 * off**2)
-            branch._note(trainer, 1 / (1 + far))
+            branch._note(trainer, 1 / (1 + far) + self.ripple * math.cos(2.4 * (step - 5)))
             if trainer.should_stop:
                 break
 
@@ -185,6 +193,31 @@ def test_the_best_rate_is_found_wherever_it_is(best: float) -> None:
     beside = {rates.factor / 2, rates.factor, rates.factor * 2}
     assert {factor for _, factor, seed in world.trained if seed == 1} == beside
     assert len(world.trained) == len(set(world.trained))
+
+
+@pytest.mark.parametrize("best", [1 / 8, 1.0, 8.0])
+def test_the_noise_of_batches_which_all_rates_share_decides_nothing(best: float) -> None:
+    rates = World(best=best, ripple=0.3).findings(64).rates[64]
+    assert abs(math.log2(rates.factor / best)) <= 1
+
+
+@pytest.mark.parametrize("last", [math.nan, 1.0])
+def test_where_no_rate_lowers_the_loss_none_is_recommended(last: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Either validation has no finite loss, or the loss rises, and rises less at a lower rate."""
+
+    def train(self: search.Search, branch: Branch, micro_batch: int, *callbacks: object) -> None:
+        branch.rate = 0.1 * branch.factor
+        trainer = SimpleNamespace(global_step=0, should_stop=False)
+        for trainer.global_step in range(1, branch.steps + 1):
+            branch._note(trainer, last + branch.factor * trainer.global_step)
+
+    monkeypatch.setattr(search.Search, "_train", train)
+    data = SimpleNamespace(split=lambda split: range(1_000), total_examples=lambda: 10_000)
+    findings, task = machine(), small.Classify(small.network())
+    search.Search(None, task, data, findings, 0.25, float, print).go()  # type: ignore[arg-type]
+    assert findings.best() is None
+    why = "not finite at any rate" if math.isnan(last) else "the lowest rate of all that were tried is the best"
+    assert why in why_none(findings, task)
 
 
 def test_a_rate_that_diverges_is_not_taken() -> None:
