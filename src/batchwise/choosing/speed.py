@@ -17,6 +17,7 @@ from torch import nn
 from batchwise.batching.loader import MicroBatch
 from batchwise.batching.structure import tensors
 from batchwise.data.module import DataModule
+from batchwise.errors import Mistake
 from batchwise.host import wait_for
 from batchwise.models.call import lay_out
 from batchwise.models.compiled import compile_network
@@ -96,7 +97,7 @@ class Stopwatch:
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     line = str(error).splitlines()[0]
-                    raise ValueError(
+                    raise Mistake(
                         f"{type(task).__name__}.losses cannot be tried outside training ({line})"
                     ) from error
                 task.zero_grad()

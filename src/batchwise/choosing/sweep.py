@@ -21,7 +21,7 @@ from batchwise.choosing import short, trials
 from batchwise.choosing.figure import draw_sweep
 from batchwise.choosing.trials import Run
 from batchwise.data.module import DataModule
-from batchwise.errors import Mistake, TrainingStopped
+from batchwise.errors import Mistake, TrainingStopped, mistakes
 from batchwise.host import wait_for
 from batchwise.tasks.task import Task
 
@@ -51,11 +51,11 @@ class Target(NamedTuple):
         """Read a target.
 
         Raises:
-            ValueError: the text is no target, or its metric is not known.
+            Mistake: the text is no target, or its metric is not known.
         """
         match = re.fullmatch(r"\s*([^<>=\s]+)\s*(>=|<=)\s*([-+]?[\d.]+(?:[eE][-+]?\d+)?)\s*", text)
         if match is None or match[1] not in known:
-            raise ValueError(f"target is '{text}': write {' or '.join(known)}, then >= or <=, then a number")
+            raise Mistake(f"target is '{text}': write {' or '.join(known)}, then >= or <=, then a number")
         return cls(match[1], match[2], float(match[3]))
 
     def reached(self, value: float) -> bool:
@@ -141,24 +141,31 @@ def sweep(
         val_share: growth of the number of steps from one validation to the next.
 
     Raises:
-        ValueError: an argument makes no sense.
+        Mistake: an argument makes no sense.
     """
     sizes, factors = sorted(_numbers("batch_sizes", batch_sizes, int)), sorted(_numbers("rates", rates, float))
     goal = Target.parse(target, [name for name in task.metric_names() if name.startswith("val/")])
     if trainer.world_size > 1:
-        raise ValueError("sweep trains on one device: write trainer.devices 1")
+        raise Mistake("sweep trains on one device: write trainer.devices 1")
     if data.split("val") is None:
-        raise ValueError("sweep looks for a target in validation, but the data has no val split: give it one")
+        raise Mistake("sweep looks for a target in validation, but the data has no val split: give it one")
     if trainer.limit_val_batches == 0:
-        raise ValueError("sweep looks for a target in validation, but trainer.limit_val_batches is 0: write at least 1")
+        raise Mistake("sweep looks for a target in validation, but trainer.limit_val_batches is 0: write at least 1")
     plan, steps = data.plan, data.total_steps()
     assert plan is not None
     assert data.seed is not None
     if steps == math.inf:
-        raise ValueError("sweep must know how long a training may be: write trainer.max_epochs")
+        raise Mistake("sweep must know how long a training may be: write trainer.max_epochs")
     budget = plan.examples_at(int(steps))
     path = Path(results) if results else Path(trainer.default_root_dir).parent / "sweep.csv"
     recipe = recipe or Recipe(lambda seed: copy.deepcopy(task), "", {})
+    with mistakes():  # before the first training
+        for size in sizes:
+            short.resized(data, size, data.micro_batch_size).setup("fit")
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise Mistake(f"results {path} cannot be written ({error.strerror}): write another --results") from error
     config, all_seeds, console = f"{recipe.digest} {target}", [data.seed + number for number in range(seeds)], Console()
 
     def known() -> list[Run]:
@@ -217,7 +224,7 @@ def _numbers(key: str, text: str, kind: Callable[[str], Number]) -> list[Number]
     except ValueError:
         found = []
     if not found or min(found) <= 0:
-        raise ValueError(f"{key} is '{text}': write numbers above 0 with commas between them, such as 1,2,4")
+        raise Mistake(f"{key} is '{text}': write numbers above 0 with commas between them, such as 1,2,4")
     return list(set(found))
 
 

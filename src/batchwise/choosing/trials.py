@@ -2,6 +2,7 @@
 
 import csv
 import math
+import os
 import statistics
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from batchwise.errors import Mistake
 
 GROWN = 2
 """The most rates that are added at each end of the grid."""
@@ -133,7 +136,7 @@ def read(path: Path) -> list[Run]:
     """Return the runs in a file, or no runs if there is no file.
 
     Raises:
-        ValueError: the file holds something else.
+        Mistake: the file holds something else.
     """
     if not path.exists():
         return []
@@ -148,14 +151,22 @@ def read(path: Path) -> list[Run]:
         try:
             return [run(row) for row in csv.DictReader(file)]
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not the file of a sweep ({error!r}): move it away") from error
+            raise Mistake(f"{path} is not the file of a sweep ({error!r}): move it away") from error
 
 
 def append(path: Path, run: Run) -> None:
-    """Append a run to a file."""
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, asdict(run))
-        if new:
-            writer.writeheader()
-        writer.writerow(asdict(run))
+    """Append a run to a file that is there, and no part of a run.
+
+    Raises:
+        OSError: it cannot be written; it is as it was.
+    """
+    before = path.stat().st_size
+    try:
+        with path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, asdict(run))
+            if not before:
+                writer.writeheader()
+            writer.writerow(asdict(run))
+    except OSError as error:
+        os.truncate(path, before)
+        raise OSError(error.errno, error.strerror, str(path)) from error

@@ -17,6 +17,7 @@ from batchwise.choosing.findings import Findings
 from batchwise.choosing.search import Search
 from batchwise.choosing.speed import Stopwatch, Way
 from batchwise.data.module import DataModule
+from batchwise.errors import Mistake
 from batchwise.tasks.task import Task
 
 
@@ -42,10 +43,10 @@ def tune(
         rates: the learning rates in the configuration of the optimizer, by the names of its arguments.
 
     Raises:
-        ValueError: the task has several optimizers, or too few examples.
+        Mistake: the task has several optimizers, or too few examples.
     """
     if task._players() != [()]:
-        raise ValueError(
+        raise Mistake(
             "tune compares losses, and with several optimizers no loss says how far training is: "
             "compare batch sizes by a metric of yours, with sweep"
         )
@@ -73,7 +74,7 @@ def _tune(
     memory = -agreed(-(memory_gib * 2**30 if memory_gib else fits.free_memory(device, trainer.num_devices)))
     most = min(len(train), 2**14) // unit * unit
     if most == 0:
-        raise ValueError(f"there are {len(train)} training examples, of which {unit} must stay together: give it more")
+        raise Mistake(f"there are {len(train)} training examples, of which {unit} must stay together: give it more")
     way = Way(unit, str(trainer.precision), getattr(trainer, "channels_last", False), threads=torch.get_num_threads())
     findings = Findings(plan.batch_size, max(unit, most // 2), plan.devices, unit, schedule=task._rates.schedule)
     console = Console()
@@ -86,7 +87,7 @@ def _tune(
                 findings.sizes.append(size)
                 bars.update(bar, completed=math.log2(size.examples))
             if not findings.sizes:
-                raise ValueError(f"not even a micro-batch of {unit} fits: write a smaller model, or more memory_gib")
+                raise Mistake(f"not even a micro-batch of {unit} fits: write a smaller model, or more memory_gib")
             findings.no_larger = fits.why_no_larger(findings.sizes, most)
             findings.sizes = fits.again(watch, way, findings.sizes, agreed)
             bar = bars.add_task("short trainings", total=None)

@@ -101,8 +101,7 @@ class CommandTrainer(Trainer):
             memory_gib: memory that each device may use, in GiB; null: most of the free memory.
         """
         rates = self.recipe.rates if self.recipe else {}
-        with mistakes():
-            tune(self, model, datamodule, budget, memory_gib, rates)
+        tune(self, model, datamodule, budget, memory_gib, rates)
 
     def shards(self, model: Task, datamodule: DataModule, path: str, mib: PositiveFloat = 64.0) -> None:
         """Write the examples of all splits as shards in a new folder, with their index.
@@ -140,11 +139,10 @@ class CommandTrainer(Trainer):
             val_share: growth of the training's length from one validation to the next; its time does not count.
             results: the file that keeps all runs; null: sweep.csv beside the folders of the runs.
         """
-        with mistakes():
-            runs = sweep(
-                self, model, datamodule, self.recipe, results,
-                batch_sizes=batch_sizes, target=target, seeds=seeds, rates=rates, val_share=val_share,
-            )  # fmt: skip
+        runs = sweep(
+            self, model, datamodule, self.recipe, results,
+            batch_sizes=batch_sizes, target=target, seeds=seeds, rates=rates, val_share=val_share,
+        )  # fmt: skip
         names = ("batch_size", "learning_rate", "reached", "steps", "examples", "seconds")
         for logger in self.loggers:
             for number, run in enumerate(runs):

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import resource
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -242,6 +243,8 @@ def test_picture(tmp_path: Path) -> None:
         ),
         (("--trainer.limit_val_batches", 0), "trainer.limit_val_batches is 0: write at least 1"),
         (("--trainer.devices", 2), "sweep trains on one device"),
+        (("--batch_sizes", "16,2000", "--data.drop_last", "true"), "batch_size is 2000 with drop_last"),
+        (("--results", "no/where.csv"), "results no/where.csv cannot be written (No such file or directory): write"),
     ],
 )
 @pytest.mark.slow
@@ -265,6 +268,30 @@ def test_what_is_missing_is_named_as_it_is_written(arguments: tuple[object, ...]
     assert result.code == 2
     assert line in result.err
     assert len(result.err.strip().splitlines()) == 1
+
+
+def test_a_full_disk_leaves_whole_runs_and_is_named() -> None:
+    path, run, limits = Path("sweep.csv"), trials.Run("a target", 16), resource.getrlimit(resource.RLIMIT_FSIZE)
+    path.touch()
+    trials.append(path, run)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large: 'sweep.csv'"):
+            trials.append(path, run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    trials.append(path, run)
+    assert trials.read(path) == [run, run]
+
+
+def test_what_the_code_of_the_user_raises_keeps_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("a bug of mine")
+
+    monkeypatch.setattr(sweep.short, "train", fail)
+    with pytest.raises(ValueError, match="a bug of mine") as raised:
+        run_here(*SMALL, *TARGET, "--batch_sizes", "16")
+    assert not isinstance(raised.value, Mistake)
 
 
 def test_a_file_of_something_else() -> None:
