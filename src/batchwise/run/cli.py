@@ -40,7 +40,7 @@ class CLI(LightningCLI):
     trainer: CommandTrainer
 
     def __init__(self, arguments: list[str]) -> None:
-        self.verb = next((argument for argument in arguments if not argument.startswith("-")), None)
+        self.verb = verb_of(arguments)
         self.arguments, self.folder, self.trial = arguments, Path(), False
         self.checkpoint: Path | None = None
         super().__init__(
@@ -232,6 +232,11 @@ class CLI(LightningCLI):
         report.findings(self.trainer, self.folder, picture)
 
 
+def verb_of(arguments: list[str]) -> str | None:
+    """Return the command; None: there is none."""
+    return next((argument for argument in arguments if not argument.startswith("-")), None)
+
+
 def run(arguments: list[str]) -> int:
     """Run the command line; return its exit code."""
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
@@ -257,7 +262,7 @@ def run(arguments: list[str]) -> int:
         if isinstance(error, Mistake) and os.environ.get("BATCHWISE_TRACEBACK"):
             raise
         folder = os.environ.get(folders.FOLDER)
-        code = report.failure(error, Path(folder) if folder else None)
+        code = report.failure(error, Path(folder) if folder else None, verb_of(arguments))
         if code is None:
             raise
         return code

@@ -124,8 +124,10 @@ def _not_of_a_key(line: str, known: Collection[str], outer: str) -> str:
         return line
     key, last = outer + unknown[1], unknown[1].rpartition(".")[2]
     line = line.replace(unknown[1], key, 1)
-    if last in USUAL and USUAL[last] != key:
-        return f"{line}; did you mean {USUAL[last]}?"
+    usual = USUAL.get(last, key)
+    lacks = not outer and "." not in usual and usual not in known  # as tune lacks ckpt_path
+    if usual != key and not lacks:
+        return f"{line}; did you mean {usual}?"
     meant = sorted((option for option in known if option.startswith(unknown[1])), key=len)[:1]
     meant = meant or [option for option in known if option.endswith(f".{last}")][:1]
     meant = meant or difflib.get_close_matches(unknown[1], known, n=1)

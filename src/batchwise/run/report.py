@@ -24,6 +24,8 @@ from batchwise.tasks.task import Task
 from batchwise.trainer import Trainer
 
 OVER = "trainer.max_time is over"
+GOES_ON = re.compile(r"[;:] (the same command with )?--ckpt_path last goes on[^;]*|; no checkpoint is left")
+"""What is true of `fit` alone, in a line that says why a command has stopped."""
 UNUSED = ("parameters that were not used in producing the loss", "Expected to have finished reduction")
 """What Lightning and PyTorch say where DDP waits for a gradient that does not come."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -169,7 +171,7 @@ def unwritten(error: OSError, folder: Path) -> str | None:
     return f"cannot write {what} ({error.strerror}): training has stopped; {remedy}"
 
 
-def failure(error: Exception, folder: Path | None = None) -> int | None:
+def failure(error: Exception, folder: Path | None = None, verb: str | None = "fit") -> int | None:
     """Print one line about an error that the user can mend, and return the exit code; None: the error is a bug.
 
     If all processes have failed in the same way, only the first of them prints the line.
@@ -177,6 +179,7 @@ def failure(error: Exception, folder: Path | None = None) -> int | None:
     Args:
         error: that has ended the command.
         folder: of the run; None: there is none.
+        verb: of the command.
     """
     code = 1
     if isinstance(error, Mistake):
@@ -201,12 +204,13 @@ def failure(error: Exception, folder: Path | None = None) -> int | None:
         error = TrainingStopped(f"label {label[1]}, but the losses have other classes: {remedy}, or correct it")
     elif isinstance(error, BrokenPipeError) and nobody_reads():
         last = folder and folder / "checkpoints" / "last.ckpt"
-        if last and last.exists():
+        if verb == "fit" and last and last.exists():
             print(f"nobody reads the output: stopped; --ckpt_path last goes on from {last}", file=sys.stderr)
         return CLOSED
     elif isinstance(error, OSError) and folder is not None and (line := unwritten(error, folder)):
         error = TrainingStopped(line)
     elif not isinstance(error, DataError | MetricError):
         return None
-    print(f"error: {hide(explain(str(error)))}", file=sys.stderr)
+    line = str(error) if verb == "fit" else GOES_ON.sub("", str(error))
+    print(f"error: {hide(explain(line))}", file=sys.stderr)
     return code

@@ -132,6 +132,7 @@ USUAL = {
     "--data.layer={class_path: LAYER, init_args: {width: 1, seed: 2}}": (
         "Option 'data.layer.seed' is not accepted; did you mean seed_everything?"
     ),
+    "--resume": "unrecognized arguments: --resume",  # because this parser has no ckpt_path
     "--model.data.share=1": "unrecognized arguments: --model.data.share=1; did you mean data.share?",
 }
 

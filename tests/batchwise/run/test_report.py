@@ -12,6 +12,7 @@ import yaml
 from helpers import CSV, DIGITS, TWO, run_here, run_process
 from torch.nn import functional as F
 
+from batchwise.batching.fetch import DataError
 from batchwise.run.report import failure
 from batchwise.tasks.measures import MetricError
 
@@ -96,6 +97,19 @@ def test_a_label_that_is_no_class_and_is_read_in_training(
     line = f"error: label {label}, but the losses have other classes: {remedy}, or correct it\n"
     assert capsys.readouterr().err == line
     assert failure(IndexError("list index out of range")) is None
+
+
+@pytest.mark.parametrize(
+    ("line", "left"),
+    [
+        ("step 3: no room (x): the same command with --ckpt_path last goes on with 16", "step 3: no room (x)"),
+        ("lower data.num_workers; --ckpt_path last goes on from the last checkpoint", "lower data.num_workers"),
+        ("no shard (x): --ckpt_path last goes on once it can be; data.patience is", "no shard (x); data.patience is"),
+    ],
+)
+def test_only_fit_goes_on_from_a_checkpoint(line: str, left: str, capsys: pytest.CaptureFixture) -> None:
+    assert [failure(DataError(line), verb=verb) for verb in ("fit", "tune")] == [1, 1]
+    assert capsys.readouterr().err == f"error: {line}\nerror: {left}\n"
 
 
 def test_what_the_metrics_cannot_take_is_one_line(capsys: pytest.CaptureFixture) -> None:
