@@ -55,6 +55,8 @@ class Findings:
     devices: int = 1
     unit: int = 1
     """Examples that must stay together."""
+    copies: int = 1
+    """What divides each batch size: how often an example is in its batch."""
     sizes: list[Size] = field(default_factory=list)
     noise: list[tuple[int, Estimate]] = field(default_factory=list)
     """Examples seen, and the noise scale of the batches before."""
@@ -144,7 +146,7 @@ class Findings:
         if fitted is None:
             return []
         low, high = min(self.rates), max(self.rates)
-        sizes = {2**power for power in range(2, high.bit_length()) if low <= 2**power <= high}
+        sizes = {2**power for power in range(2, high.bit_length()) if low <= 2**power <= high and 2**power % self.copies == 0}
         return self._choices(sorted({*sizes, *self.rates}), fitted)
 
     def _choices(self, sizes: list[int], fitted: Fit) -> list[Choice]:

@@ -132,7 +132,7 @@ class Search:
         if self._far > steps / (1 + scale / own):
             at(own)
         for by in (1, 4, 1 / 4, 2, 1 / 2, 1 / 16):
-            size = int(guess * by)
+            size = self._whole(guess * by)
             wanted = by in (1, 4, 1 / 4) or len(findings.rates) < LEAST
             if wanted and self._may_try(size) and size not in findings.rates:
                 at(size)
@@ -142,8 +142,8 @@ class Search:
             if best is None:
                 return
             low, high, size = min(findings.rates), max(findings.rates), best.batch_size
-            beyond = {high: (size * 4, size * 2), low: (size // 4, size // 2)}.get(size, ())
-            new = next(filter(self._may_try, beyond), None)
+            beyond = {high: (4, 2), low: (1 / 4, 1 / 2)}.get(size, ())
+            new = next((new for by in beyond if self._may_try(new := self._whole(size * by)) and new != size), None)
             if new is None:
                 return
             at(new)
@@ -173,6 +173,11 @@ class Search:
                 each.run(shape.factor, seed)
             if not findings.pays_to_double():
                 return
+
+    def _whole(self, size: float) -> int:
+        """Return the batch size next below, or the least one."""
+        copies = self._findings.copies
+        return max(1, int(size) // copies) * copies
 
     def _may_try(self, size: int) -> bool:
         if not self._findings.unit <= size <= self._findings.largest:

@@ -76,7 +76,8 @@ def _tune(
     if most == 0:
         raise Mistake(f"there are {len(train)} training examples, of which {unit} must stay together: give it more")
     way = Way(unit, str(trainer.precision), getattr(trainer, "channels_last", False), threads=torch.get_num_threads())
-    findings = Findings(plan.batch_size, max(unit, most // 2), plan.devices, unit, schedule=task._rates.schedule)
+    sizes = plan.batch_size, max(unit, most // 2), plan.devices, unit, data.order.copies
+    findings = Findings(*sizes, schedule=task._rates.schedule)
     console = Console()
     with Progress(console=console, transient=True, disable=not trainer.is_global_zero) as bars:
         stopped: BaseException | None = None

@@ -516,6 +516,16 @@ class Small(Classification):
 
 
 @pytest.mark.weekly
+def test_an_order_that_repeats_examples_gets_batches_of_whole_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World()
+    monkeypatch.setattr(search.Search, "_train", lambda self, branch, *_: world.train(branch))
+    data = SimpleNamespace(split=lambda split: range(100_000), total_examples=lambda: 1_000_000)
+    findings = machine(batch_size=60, copies=12, schedule=Schedule("cosine"))
+    search.Search(None, SimpleNamespace(_couples=False), data, findings, 0.25, float, print).go()  # type: ignore[arg-type]
+    assert len(findings.rates) >= 3
+    assert not any(choice.batch_size % 12 for choice in findings.choices())
+
+
 def test_digits_from_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "watched.py").write_text(WATCHED)
     monkeypatch.syspath_prepend(str(tmp_path))
