@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
@@ -50,7 +51,8 @@ def stack(examples: Sequence[Any], indices: Sequence[int], name: str = "") -> An
     try:
         if isinstance(one, str | bytes) and not all(isinstance(example, type(one)) for example in examples):
             raise TypeError("texts, and values of another type")  # of which PyTorch would make a list
-        return default_collate(list(examples))
+        with torch.no_grad():  # examples do not learn
+            return default_collate(list(examples))
     except (RuntimeError, TypeError, ValueError) as error:
         shapes = [list(getattr(example, "shape", ())) for example in examples]
         for place, shape in enumerate(shapes):
@@ -122,6 +124,8 @@ def _plain(value: Any) -> Any:
     def leaf(value: Any) -> Any:
         if isinstance(value, Mapping):
             return {key: _plain(item) for key, item in value.items()}
+        if isinstance(value, Tensor):
+            return value.detach()  # examples do not learn
         return as_tensor(value) if isinstance(value, np.ndarray) and value.dtype.kind not in "OUS" else value
 
     return rebuild(value, leaf)

@@ -106,7 +106,13 @@ def _as_field(leaf: Any) -> Any:
 def _as_values(values: list[Any]) -> Any:
     if values and all(isinstance(value, int | float | np.number) for value in values):
         return torch.tensor(values)
-    return rebuild(values, lambda leaf: as_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf)
+    return rebuild(values, _as_value)
+
+
+def _as_value(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):  # of any layout
+        return leaf.detach()
+    return as_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf
 
 
 def on_device(leaf: Any, device: torch.device) -> Any:

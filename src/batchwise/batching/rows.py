@@ -93,12 +93,15 @@ def as_tensor(field: Tensor | np.ndarray) -> Tensor:
         raise ValueError("load gave a masked array, whose mask a tensor cannot hold: write .filled(...) with a value")
     if isinstance(field, Tensor) and field.layout != torch.strided:
         raise ValueError(f"load gave a tensor of layout {field.layout}: write .to_dense()")
+    if isinstance(field, Tensor) and (field.is_nested or field.is_meta):
+        kind, instead = ("nested tensor", "Ragged(...)") if field.is_nested else ("tensor on meta", "one with values")
+        raise ValueError(f"load gave a {kind}: write {instead}")
     with warnings.catch_warnings():  # about files that are mapped for reading only: nothing here writes to them
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         if isinstance(field, np.ndarray) and any(stride < 0 for stride in field.strides):
             field = field.copy()  # torch has no negative strides
         try:
-            return torch.as_tensor(field)
+            return torch.as_tensor(field).detach()  # examples do not learn
         except (TypeError, ValueError):  # ValueError: of another order of bytes
             raise ValueError(
                 f"load gave an array of {field.dtype}, which no tensor can be: write .astype(...) with float32, int64 "

@@ -149,11 +149,12 @@ def check_labels(data: DataModule, classes: int) -> None:
                 f"the targets of the {name} split are a {type(targets).__name__}: write one tensor of whole numbers, "
                 "or a task of your own"
             )
-        if targets.ndim != 1 or targets.is_floating_point():
+        if targets.ndim != 1 or targets.is_floating_point() or targets.is_complex():
             raise ValueError(
                 f"the targets of the {name} split are {targets.dtype} of shape {list(targets.shape)}: "
                 "write one whole number per example"
             )
+        targets = targets.long()  # PyTorch does not compare uint16
         wrong = ((targets < 0) | (targets >= classes)).nonzero()
         if len(wrong):
             example = int(wrong[0])

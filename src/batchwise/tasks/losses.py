@@ -74,6 +74,15 @@ def about_labels(error: Exception, batch: MicroBatch) -> DataError | None:
     return DataError(f"label {float(labels[wrong[0]]):g} at example {example} is no class: write whole numbers")
 
 
+def about_kinds(error: Exception, batch: MicroBatch) -> str:
+    """Return which part of a batch is no tensor, if an error complains of its type; otherwise nothing."""
+    for name, value in (("targets", batch.targets), ("inputs", batch.inputs)):
+        kind = type(value).__name__
+        if isinstance(error, TypeError | AttributeError) and not isinstance(value, Tensor) and kind in str(error):
+            return f"batch.{name} is {'None, since load gave none' if value is None else f'a {kind}'}: "
+    return ""
+
+
 def checked_columns(given: Any, examples: int, name: str) -> dict[str, Any]:
     """Return the columns of predictions.
 

@@ -76,17 +76,18 @@ def targets_of(data: DataModule) -> list[tuple[str, Tensor]]:
     """Return the targets of each loaded split that consists of tensors, with the name of the split.
 
     Raises:
-        ValueError: a target is not finite, or they are not in one tensor.
+        ValueError: a target is not finite, or they are not in one tensor of real numbers.
     """
     found = []
     for name, fetch in data.loaded():
         fields = getattr(fetch, "fields", ())
         if len(fields) < 2:
             continue
-        if not isinstance(fields[-1], Tensor):
+        if not isinstance(fields[-1], Tensor) or fields[-1].is_complex():
+            kind = "complex" if isinstance(fields[-1], Tensor) else f"a {type(fields[-1]).__name__}"
             raise ValueError(
-                f"the targets of the {name} split are a {type(fields[-1]).__name__}: write one tensor [N, ...], or a "
-                "task of your own"
+                f"the targets of the {name} split are {kind}: write one tensor of real numbers [N, ...], or a task of "
+                "your own"
             )
         wrong = ~fields[-1].reshape(len(fields[-1]), -1).isfinite().all(1)
         if wrong.any():

@@ -22,7 +22,7 @@ from batchwise.models.compiled import parts_watched
 from batchwise.models.kept import home_of, kept_buffers, kept_modes
 from batchwise.models.norm import batchnorms
 from batchwise.tasks.exchange import parts_of
-from batchwise.tasks.losses import about_labels
+from batchwise.tasks.losses import about_kinds, about_labels
 from batchwise.tasks.measures import MetricError
 from batchwise.tasks.memory import is_out_of_memory
 from batchwise.tasks.passes import seed_generator
@@ -196,14 +196,15 @@ def _call(task: "Task", part: MicroBatch, player: tuple[str, ...]) -> Parts:
         given = task.losses(part, *player)
     except (MetricError, Mistake):
         raise
-    except (RuntimeError, IndexError, ValueError, TypeError) as error:
+    except (RuntimeError, IndexError, ValueError, TypeError, AttributeError) as error:
+        kinds = about_kinds(error, part)
         tuple_meant = "MicroBatch' object is not subscriptable" in str(error) or "iterable MicroBatch" in str(error)
-        if is_out_of_memory(error) or (isinstance(error, TypeError) and not tuple_meant):
+        if is_out_of_memory(error) or (isinstance(error, TypeError | AttributeError) and not (tuple_meant or kinds)):
             raise
         remedy = ": write batch.inputs and batch.targets" * tuple_meant
         frames = [one for one in traceback.extract_tb(error.__traceback__) if "site-packages" not in one.filename]
         raise ValueError(
-            f"{type(task).__name__}.losses fails on a few examples: "
+            f"{type(task).__name__}.losses fails on a few examples: {kinds}"
             f"{about_labels(error, part) or (str(error) or type(error).__name__).splitlines()[0]}{remedy} "
             f"({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
         ) from error

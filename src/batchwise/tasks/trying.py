@@ -25,6 +25,7 @@ from batchwise.models.compiled import do_not_compile
 from batchwise.models.flops import count_flops
 from batchwise.models.kept import home_of, kept_buffers, kept_modes
 from batchwise.models.norm import batchnorms, has_batchnorm
+from batchwise.tasks.losses import about_kinds
 from batchwise.tasks.metric_trial import try_metrics
 from batchwise.tasks.rehearsal import as_it_was, on_device, rehearse
 
@@ -88,8 +89,10 @@ def outputs_of(task: "Task", data: DataModule, batch: MicroBatch, precision: Any
         with kept_modes(task), torch.no_grad(), precision.forward_context():
             task.eval()
             return task._outputs(batch)
-    except (RuntimeError, TypeError, IndexError) as error:  # IndexError: of an embedding, such as for the padding -1
-        if isinstance(error, TypeError) and "argument" not in str(error):  # a fault within the network
+    except (RuntimeError, TypeError, IndexError, AttributeError) as error:
+        # IndexError: of an embedding, such as for the padding -1
+        called = isinstance(error, RuntimeError | IndexError) or "argument" in str(error)
+        if not called and not about_kinds(error, batch):  # a fault within the network
             raise
         said = str(error).splitlines()[0]
         if "index out of range in self" in said:

@@ -228,6 +228,8 @@ NO_TENSORS = {
     "objects": (np.array([[1.0, 2.0]] * 5, dtype=object), r"an array of object, .*\.astype\("),
     "another order of bytes": (np.arange(5, dtype=">f4"), r"an array of >f4, .*\.astype\("),
     "sparse": (torch.eye(5).to_sparse(), r"a tensor of layout torch\.sparse_coo: write \.to_dense\(\)"),
+    "nested": (torch.nested.nested_tensor([torch.ones(2)] * 5), r"a nested tensor: write Ragged\(\.\.\.\)"),
+    "no values": (torch.ones(5, device="meta"), "a tensor on meta: write one with values"),
 }
 
 

@@ -416,3 +416,65 @@ def test_classification_of_nested_targets_is_one_line():
     line = "the targets of the train split are a dict: write one tensor of whole numbers, or a task of your own"
     with pytest.raises(ValueError, match=line):
         fit(Classification(Split(), optimizer=adamw), Shaped("dict"))
+
+
+@pytest.mark.parametrize("kind", ["tensors", "a list", "a data set", "at once", "collated", "sequences"])
+def test_examples_that_another_network_has_made_do_not_learn(kind):
+    layer = nn.Linear(5, 5).double()
+
+    class Made(Points):
+        def load(self, split):
+            features = layer(self.x)
+            if kind == "sequences":
+                return Ragged(features.flatten(), torch.arange(0, 5 * len(self.y) + 1, 5), self.y)
+            if kind == "tensors":
+                return features, self.y
+            return (list(features), self.y) if kind == "a list" else OfFeatures(features, self.y)
+
+        def transform(self, batch, training):
+            return replace(batch, inputs=torch.stack(batch.inputs)) if kind == "a list" else batch
+
+    class OfFeatures(Dataset):
+        def __init__(self, features, labels):
+            self.features, self.labels = features, labels
+            if kind == "at once":
+                self.__getitems__ = lambda indices: (features[indices], labels[indices])
+
+        def __len__(self):
+            return len(self.labels)
+
+        def __getitem__(self, index):
+            return self.features[index], self.labels[index]
+
+    class Collated(Made):
+        def collate(self, examples):
+            return tuple(map(torch.stack, zip(*examples, strict=True)))
+
+    fit(Classify(network(), optimizer=adamw), (Collated if kind == "collated" else Made)())
+    assert layer.weight.grad is None
+
+
+@pytest.mark.parametrize(
+    ("targets", "words"),
+    [
+        (None, r"batch\.targets is None, since load gave none: cross_entropy_loss\(\).* \(small\.py, line \d+\)$"),
+        (["a"] * 64, r"batch\.targets is a list: cross_entropy_loss\(\).* not list \(small\.py, line \d+\)$"),
+    ],
+)
+def test_targets_that_are_no_tensor_are_one_line(targets, words):
+    class Odd(Points):
+        def load(self, split):
+            return self.x if targets is None else (self.x, targets)
+
+    with pytest.raises(ValueError, match="^Classify.losses fails on a few examples: " + words):
+        fit(Classify(network(), optimizer=adamw), Odd())
+
+
+def test_inputs_that_are_lists_are_one_line():
+    class Lists(Points):
+        def load(self, split):
+            return self.x.tolist(), self.y
+
+    line = r"^model\.network Sequential cannot take the data, whose inputs are \['list', '\.\.\.'\] per example: 'list'"
+    with pytest.raises(ValueError, match=line):
+        fit(Classify(nn.Sequential(nn.Flatten(), network()), optimizer=adamw), Lists())

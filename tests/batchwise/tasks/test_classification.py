@@ -74,7 +74,10 @@ def test_a_label_that_is_a_float_is_named_before_training() -> None:
 
 
 @pytest.mark.parametrize("weights", [None, [0.5, 2.0, 1.0], "balanced"])
-@pytest.mark.parametrize("kind", [torch.int8, torch.uint8, torch.int16, torch.int32, torch.bool])
+@pytest.mark.parametrize(
+    "kind",
+    [torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int16, torch.int32, torch.bool],
+)
 def test_labels_may_be_any_whole_numbers(kind: torch.dtype, weights: Any) -> None:
     """PyTorch takes 64 bits alone, and bytes for a mask."""
 

@@ -89,6 +89,7 @@ def test_a_constant_target() -> None:
     ("task", "targets", "outputs", "words"),
     [
         (Regression, torch.tensor([1, torch.nan, torch.inf]), 1, "2 targets of the train split are not finite, .* 1:"),
+        (Regression, torch.ones(4) * 1j, 1, "the targets of the train split are complex: write one tensor of real"),
         (Regression, torch.ones(4, 2), 3, "network has 3 outputs, but the train split has 2 targets per example"),
         (MultiLabel, torch.ones(4, 2), 3, r"train split are \[4, 2\], but model.network gives \[2, 3\]"),
         (MultiLabel, torch.tensor([[0.0, 1], [1, 2]]), 2, r"example 1 of the train split has the targets \[1.0, 2.0\]"),
