@@ -146,7 +146,9 @@ class Findings:
         if fitted is None:
             return []
         low, high = min(self.rates), max(self.rates)
-        sizes = {2**power for power in range(2, high.bit_length()) if low <= 2**power <= high and 2**power % self.copies == 0}
+        sizes = {
+            2**power for power in range(2, high.bit_length()) if low <= 2**power <= high and 2**power % self.copies == 0
+        }
         return self._choices(sorted({*sizes, *self.rates}), fitted)
 
     def _choices(self, sizes: list[int], fitted: Fit) -> list[Choice]:

@@ -97,9 +97,7 @@ class Stopwatch:
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     line = str(error).splitlines()[0]
-                    raise Mistake(
-                        f"{type(task).__name__}.losses cannot be tried outside training ({line})"
-                    ) from error
+                    raise Mistake(f"{type(task).__name__}.losses cannot be tried outside training ({line})") from error
                 task.zero_grad()
                 return float("inf")
             return (quickest(np.diff(laps)) + _OVERHEAD) / len(micro_batch)
