@@ -147,11 +147,7 @@ class Branch(Callback):
         self.hindered = largest(waited / max(1e-9, perf_counter() - since))
 
     def until(self, step: int) -> np.ndarray:
-        """Return the smoothed losses of the points up to a step.
-
-        Branches of the same seed have the same batches. So the noise of a batch is in the losses of both, if no later
-        point takes part.
-        """
+        """Return the smoothed losses up to a step: without later ones, branches share the noise of their batches."""
         return smoothed(tuple(point for point in self.points if point[0] <= step))[1]
 
     def final(self) -> float:
@@ -250,8 +246,8 @@ class Branches:
 
     def is_found(self) -> bool:
         """Return whether training at the best factor lowers the loss: it is finite, and no factor below was as good."""
-        factors = {factor for factor, _ in self.branches}
-        return math.isfinite(self.loss(self.factor)) and (len(factors) == 1 or self.factor > min(factors))
+        best = self.factor
+        return math.isfinite(self.loss(best)) and (best > self.factors[0] or len(self.factors) == 1)
 
     def between(self) -> float:
         """Return the factor at the lowest point of a parabola that fits the losses around the best one, by log(factor).

@@ -276,7 +276,7 @@ def test_a_full_disk_leaves_whole_runs_and_is_named() -> None:
     trials.append(path, run)
     resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, limits[1]))
     try:
-        with pytest.raises(OSError, match="File too large: 'sweep.csv'"):
+        with pytest.raises(OSError, match=r"File too large: 'sweep\.csv'"):
             trials.append(path, run)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
