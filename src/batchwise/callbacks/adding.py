@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 
 
 class AddUp(EarlyStopping):
-    """Adds up what the devices have logged by the end of an epoch, and by a validation within it.
+    """Adds up what the devices have logged, before each validation and at the end of each epoch.
 
     Lightning calls callbacks that monitor a value after all others, so that they may monitor what others log at the end
     of an epoch. It takes EarlyStopping and Checkpoint for such callbacks, and calls the former first.
@@ -24,7 +24,7 @@ class AddUp(EarlyStopping):
         trainer.fit_loop.epoch_loop._results.add_up()
 
     def on_validation_start(self, trainer: Any, pl_module: pl.LightningModule) -> None:
-        """Add up the values of the newest step, of which no row may be due. All devices come here."""
+        """Add up the values of the newest step, also where they are in no row of the log. All devices come here."""
         if trainer.world_size > 1 and trainer.state.fn == "fit":
             results = trainer.fit_loop.epoch_loop._results
             results.add_up()

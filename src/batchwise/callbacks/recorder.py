@@ -99,11 +99,10 @@ class Recorder(Callback):
     def before_step(self, trainer: Any, pl_module: Task, batch: Batch) -> None:
         """Set Lightning's count of steps, under which its callbacks log. After a resume it would be one too large."""
         trainer.fit_loop.epoch_loop._batches_that_stepped = batch.step
-        self._restore_learning(pl_module)
-        self._restored = {}
+        self.on_train_epoch_start(trainer, pl_module)  # which Lightning does not call in the middle of an epoch
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Task) -> None:
-        """After a resume, undo what hooks at the start of training have frozen or thawed once more."""
+        """After a resume, let the parameters learn that learnt before it, whatever other hooks have frozen since."""
         self._restore_learning(pl_module)
         self._restored = {}
 

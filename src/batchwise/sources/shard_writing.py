@@ -53,7 +53,7 @@ def write_shards(data: DataModule, folder: Path, mib: float) -> Index:
 
 
 def _columns(data: DataModule, split: str, fetch: Fetch, index: Tensor) -> dict[str, Any]:
-    """Return columns of Arrow, by name, for the numbers of some examples, int64 [N]."""
+    """Return the columns of some examples by name, as Arrow has them. `index` are their numbers, int64 [N]."""
     own, names = data.stored(split, index), data.class_names
     if own is not None:
         return {name: as_column(values) for name, values in own.items()}

@@ -50,7 +50,7 @@ def row_is_due(trainer: Any, steps: int) -> bool:
 
 
 def values_are_due(trainer: Any, steps: int) -> bool:
-    """Return whether somebody may read what a step has logged: a logger, a checkpoint or a scheduler."""
+    """Return whether a logger, a checkpoint or a scheduler may read the values that a step has logged."""
     return (
         row_is_due(trainer, steps)
         or any(isinstance(one, ModelCheckpoint) and listens(one, "on_train_batch_end") for one in trainer.callbacks)
