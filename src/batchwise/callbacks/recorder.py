@@ -89,10 +89,7 @@ class Recorder(Callback):
         for optimizer, state in zip(trainer.optimizers, states, strict=False):
             take_states(optimizer, state if pl_module.device_mesh is None else None, weights)
             start_momenta(optimizer)
-        monitored = saved.get(KEY, {}).get("monitored", {})
-        trainer.callback_metrics.update(
-            {name: torch.tensor(value, dtype=torch.float64) for name, value in monitored.items()}
-        )
+        trainer.callback_metrics.update(saved.get(KEY, {}).get("monitored", {}))
         logs = saved.get(KEY, {}).get("logs", [])
         trainer.fit_loop.epoch_loop._results.restore(logs, trainer.is_global_zero)
 
@@ -162,7 +159,7 @@ class Recorder(Callback):
             "sums": pl_module._measures.state(row_is_due(trainer, step), ends_epoch),
             "skipped_in_a_row": pl_module._step.finite.skipped_in_a_row,
             # What a scheduler or callback monitors may have been measured before.
-            "monitored": {name: float(value) for name, value in trainer.callback_metrics.items()},
+            "monitored": dict(trainer.callback_metrics),
             "settings_taken": sorted(map(list, pl_module._rates.taken)),
             # Of parameters that callbacks have thawed or frozen. After a resume they may not do so again.
             "learning": {name: now for name, now in learning.items() if now != self._learnt.get(name, now)},

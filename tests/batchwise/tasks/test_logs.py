@@ -13,9 +13,10 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from small import Classify, Memory, Points, adamw, fit, furthest, network, trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from batchwise import MicroBatch
+from batchwise.callbacks.checkpoint import Last
 
 STEPS, PER_EPOCH, EVERY = 14, 7, 2
 FLAGS = {
@@ -197,6 +198,23 @@ def test_metric_objects() -> None:
         fit(Measured(True))
     with pytest.raises(ValueError, match="make one for each"):
         fit(Measured(False, on_step=False, on_epoch=True))
+
+
+def test_a_metric_may_be_a_table_for_callbacks() -> None:
+    class Own(Classify):
+        def on_fit_start(self) -> None:
+            self.confusion = MulticlassConfusionMatrix(3)
+
+        def losses(self, batch: MicroBatch) -> Tensor:
+            if not self.training:
+                self.confusion.update(self(batch.inputs), batch.targets)
+                self.log("confusion", self.confusion, logger=False)
+            return super().losses(batch)
+
+    for last in (None, "checkpoints/last.ckpt"):
+        settings = {"callbacks": [Last()], "enable_checkpointing": True, "max_epochs": 4 if last else 2}
+        _, made = fit(Own(network(), optimizer=adamw), ckpt_path=last, **settings)
+        assert made.callback_metrics["confusion"].sum() == 64
 
 
 def test_callbacks_may_monitor_it() -> None:
