@@ -1,5 +1,8 @@
 """What `losses` and `predictions` of a task may return."""
 
+from collections.abc import Callable
+from dataclasses import replace
+from traceback import extract_tb
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -74,12 +77,28 @@ def about_labels(error: Exception, batch: MicroBatch) -> DataError | None:
     return DataError(f"label {float(labels[wrong[0]]):g} at example {example} is no class: write whole numbers")
 
 
-def about_kinds(error: Exception, batch: MicroBatch) -> str:
-    """Return which part of a batch is no tensor, if an error complains of its type; otherwise nothing."""
+class Stranger:
+    """Takes the place of a part of a batch, to see whether an error is about that, or about something else of its type."""
+
+
+def about_kinds(call: Callable[[MicroBatch], Any], error: Exception, batch: MicroBatch) -> str:
+    """Return which part of a batch is no tensor, if a call of the user's code complains of that; otherwise nothing.
+
+    Args:
+        call: has raised the error. It is called again, without that part.
+        error: of a wrong type, or another one.
+        batch: what it was called with.
+    """
     for name, value in (("targets", batch.targets), ("inputs", batch.inputs)):
         kind = type(value).__name__
-        if isinstance(error, TypeError | AttributeError) and not isinstance(value, Tensor) and kind in str(error):
-            return f"batch.{name} is {'None, since load gave none' if value is None else f'a {kind}'}: "
+        if not isinstance(error, TypeError | AttributeError) or isinstance(value, Tensor) or kind not in str(error):
+            continue
+        try:
+            call(replace(batch, **{name: Stranger()}))
+        except Exception as other:
+            places = [extract_tb(one.__traceback__)[-1] for one in (error, other)]
+            if places[0] == places[1] and Stranger.__name__ in str(other):
+                return f"batch.{name} is {'None, since load gave none' if value is None else f'a {kind}'}: "
     return ""
 
 

@@ -197,7 +197,7 @@ def _call(task: "Task", part: MicroBatch, player: tuple[str, ...]) -> Parts:
     except (MetricError, Mistake):
         raise
     except (RuntimeError, IndexError, ValueError, TypeError, AttributeError) as error:
-        kinds = about_kinds(error, part)
+        kinds = about_kinds(lambda other: task.losses(other, *player), error, part)
         tuple_meant = "MicroBatch' object is not subscriptable" in str(error) or "iterable MicroBatch" in str(error)
         if is_out_of_memory(error) or (isinstance(error, TypeError | AttributeError) and not (tuple_meant or kinds)):
             raise

@@ -92,7 +92,7 @@ def outputs_of(task: "Task", data: DataModule, batch: MicroBatch, precision: Any
     except (RuntimeError, TypeError, IndexError, AttributeError) as error:
         # IndexError: of an embedding, such as for the padding -1
         called = isinstance(error, RuntimeError | IndexError) or "argument" in str(error)
-        if not called and not about_kinds(error, batch):  # a fault within the network
+        if not called and not about_kinds(task._outputs, error, batch):  # a fault within the network
             raise
         said = str(error).splitlines()[0]
         if "index out of range in self" in said:

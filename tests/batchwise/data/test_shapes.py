@@ -478,3 +478,24 @@ def test_inputs_that_are_lists_are_one_line():
     line = r"^model\.network Sequential cannot take the data, whose inputs are \['list', '\.\.\.'\] per example: 'list'"
     with pytest.raises(ValueError, match=line):
         fit(Classify(nn.Sequential(nn.Flatten(), network()), optimizer=adamw), Lists())
+
+
+@pytest.mark.parametrize("hook", ["on_fit_start", "on_train_start"])
+def test_what_a_hook_makes_is_waited_for_where_there_are_no_targets(hook):
+    class Teach(Classify):
+        def __init__(self):
+            super().__init__(network(), optimizer=adamw)
+            self.teacher = None
+
+        def losses(self, batch):
+            return (self(batch.inputs) - self.teacher(batch.inputs)).square().sum(1)
+
+    class Unlabelled(Points):
+        def load(self, split):
+            return self.x
+
+    def make(self):
+        self.teacher = network()
+
+    setattr(Teach, hook, make)
+    fit(Teach(), Unlabelled())
