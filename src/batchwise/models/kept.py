@@ -27,11 +27,11 @@ def kept_modes(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def kept_buffers(module: nn.Module) -> Iterator[None]:
-    """Restore the values of all buffers afterwards, such as running statistics."""
+def kept_buffers(module: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Restore the values of all buffers afterwards, such as running statistics. Yield copies of them, by name."""
     before = {name: buffer.clone() for name, buffer in module.named_buffers()}
     try:
-        yield
+        yield before
     finally:
         with torch.no_grad():
             for name, buffer in module.named_buffers():

@@ -80,9 +80,7 @@ def _rehearse(task: "Task", data: DataModule) -> None:
         elif not task._couples and is_cut:
             parts, moved_in_parts = _losses(task, data, _halves(data, batch, index, half), player, 0, half)
             apart = [term for term, losses in whole.items() if not _close(losses, parts[term])]
-            # To the bit: a spectral norm begins where it hardly moves.
-            alike = {name: torch.equal(value, moved_in_parts[name]) for name, value in moved.items()}
-            others = [name for name, same in alike.items() if not same]
+            others = [name for name, move in moved.items() if not _close(move, moved_in_parts[name])]
             if others:
                 line = (
                     f"the buffer {others[0]} is updated in each forward pass, so it depends on how the batch is "
@@ -154,10 +152,11 @@ def _losses(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the sum of weighted losses of each example by term, [N], over micro-batches of at most `most`.
 
-    And return what the buffers are after it. They are then as before.
+    And return how far the buffers have moved, by which a spectral norm is seen that hardly moves. They are then as
+    before.
     """
     found: dict[str, list[Tensor]] = {}
-    with kept_buffers(task):
+    with kept_buffers(task) as before:
         for part in (part for batch in batches for part in _on_device(task, data, batch).split(most)):
             seed_generator(home_of(task), seed + part.position)
             with torch.no_grad():
@@ -166,10 +165,12 @@ def _losses(
             for term, (losses, weights) in parts.items():
                 weighted = losses if weights is None else torch.where(weights == 0, 0.0, losses * weights)
                 found.setdefault(term, []).append(weighted.cpu().double().reshape(len(part), -1).sum(1))
-        buffers = {
-            name: buffer.cpu().double().nan_to_num() for name, buffer in task.named_buffers() if not buffer.is_complex()
+        moved = {
+            name: buffer.cpu().double().nan_to_num() - before[name].cpu().double().nan_to_num()
+            for name, buffer in task.named_buffers()
+            if not buffer.is_complex() and name in before and buffer.shape == before[name].shape
         }
-    return {term: torch.cat(losses) for term, losses in found.items()}, buffers
+    return {term: torch.cat(losses) for term, losses in found.items()}, moved
 
 
 def _on_device(task: "Task", data: DataModule, batch: MicroBatch) -> MicroBatch:

@@ -417,6 +417,25 @@ def test_a_spectral_norm_that_hardly_moves_at_first_is_named() -> None:
         fit(made(each, net), Points(micro_batch_size=5), max_steps=1)
 
 
+class Total(nn.Module):
+    """Adds up its inputs, as a mean over all examples needs it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 3).double()
+        self.register_buffer("total", torch.zeros(5))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.total += inputs.detach().sum(0).float()
+        return self.layer(inputs)
+
+
+def test_sums_that_differ_by_rounding_alone_are_not_named() -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "the buffer")
+        fit(made(each, Total), Points(micro_batch_size=5), max_steps=1)
+
+
 @pytest.mark.parametrize("size", [None, 5])
 def test_a_loss_that_reads_a_running_mean_draws_no_random_numbers(size: int | None) -> None:
     with warnings.catch_warnings():
