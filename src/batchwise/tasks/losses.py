@@ -78,7 +78,7 @@ def about_labels(error: Exception, batch: MicroBatch) -> DataError | None:
 
 
 class Stranger:
-    """Takes the place of a part of a batch, to see whether an error is about that, or about another thing of its type."""
+    """Stands in for a part of a batch, to see whether an error is about that, or about another thing of its type."""
 
 
 def about_kinds(call: Callable[[MicroBatch], Any], error: Exception, batch: MicroBatch) -> str:
