@@ -146,20 +146,11 @@ class Table(Fractions):
             )
         if kind == "number":
             return None
-        labels = {value for value in self._values if value is not None}
+        labels = {value for value in _values(column.unique()) if value is not None}
         if not is_text(column):
             return sorted(labels)
         check_alike(labels, f"the target '{self.targets[0]}' of {self.path}")
         return sorted_labels(labels)
-
-    @property
-    def _values(self) -> list:
-        """The target of each row, if it is a class: a number, a truth value or a text."""
-        from pyarrow import types
-
-        column = self._table[self.targets[0]]
-        simple = types.is_integer(column.type) or types.is_floating(column.type) or types.is_boolean(column.type)
-        return (column if simple else column.cast("string")).to_pylist()
 
     @cached_property
     def _all_targets(self) -> Tensor:
@@ -167,7 +158,8 @@ class Table(Fractions):
             check_column(self._table[name], f"the target '{name}' of {self.path}", "target")
         known = self._labels if self.recalled else self._found_labels
         if known is not None:
-            return label_numbers(self._values, known, f"the target '{self.targets[0]}' of {self.path}")
+            name = self.targets[0]
+            return label_numbers(_values(self._table[name]), known, f"the target '{name}' of {self.path}")
         targets = torch.from_numpy(np.column_stack([self._numbers(name) for name in self.targets])).float()
         return targets if self.several else targets.squeeze(1)
 
@@ -276,3 +268,11 @@ class Table(Fractions):
     @property
     def _ignored(self) -> list[str]:
         return [name for name, kind in self.columns.items() if kind == "ignore"]
+
+
+def _values(column: Any) -> list:
+    """Return the targets in a column of Arrow, where they are classes: numbers, truth values or texts."""
+    from pyarrow import types
+
+    simple = types.is_integer(column.type) or types.is_floating(column.type) or types.is_boolean(column.type)
+    return (column if simple else column.cast("string")).to_pylist()
