@@ -23,7 +23,7 @@ from batchwise.batching.structure import shape
 from batchwise.data.module import DataModule
 from batchwise.models.compiled import do_not_compile
 from batchwise.models.flops import count_flops
-from batchwise.models.kept import home_of, kept_buffers, kept_modes
+from batchwise.models.kept import home_of, kept_modes
 from batchwise.models.norm import batchnorms, has_batchnorm
 from batchwise.tasks.losses import about_kinds
 from batchwise.tasks.metric_trial import try_metrics
@@ -178,12 +178,18 @@ ONE = "more than 1 value per channel"
 
 def _check_one_example(task: "Task", data: DataModule) -> None:
     """Raise ValueError if the network, or the task, has a batch norm that fails on a micro-batch of one example."""
-    task._own_data = data
+    norms = [norm for _, norm in batchnorms(task) if norm.training]
     try:
-        with kept_modes(task), kept_buffers(task), torch.no_grad():
-            task._outputs(on_device(task, data, data.examples("train", 1), training=True))
-        if not has_batchnorm(task.network):
-            _losses_of_one(task, data)
+        with as_it_was(task, data), torch.no_grad():
+            for norm in norms:
+                norm.train()
+            one = on_device(task, data, data.examples("train", 1), training=True)
+            task._outputs(one)
+            try:
+                task.losses(one, *task._players()[0])
+            except Exception as error:  # the rehearsal says what else is wrong with it
+                if ONE in str(error):
+                    raise
     except ValueError as error:
         if ONE not in str(error):
             raise
@@ -192,18 +198,3 @@ def _check_one_example(task: "Task", data: DataModule) -> None:
             f"the {'network' if ghosts else 'task'} has batch norm, and a micro-batch has one example, of which there "
             f"is no variance: write {ghosts}data.drop_last true, or a larger data.micro_batch_size"
         ) from None
-    finally:
-        task._own_data = None
-
-
-def _losses_of_one(task: "Task", data: DataModule) -> None:
-    """Compute the loss of an example, with batch norm as in training. The rehearsal says what else is wrong with it."""
-    norms = [norm for _, norm in batchnorms(task) if norm.training]
-    with as_it_was(task, data), torch.no_grad():
-        for norm in norms:
-            norm.train()
-        try:
-            task.losses(on_device(task, data, data.examples("train", 1), training=True), *task._players()[0])
-        except Exception as error:
-            if isinstance(error, ValueError) and ONE in str(error):
-                raise
