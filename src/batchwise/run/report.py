@@ -24,8 +24,8 @@ from batchwise.tasks.task import Task
 from batchwise.trainer import Trainer
 
 OVER = "trainer.max_time is over"
-GOES_ON = re.compile(r"[;:] (the same command with )?--ckpt_path last goes on[^;]*|; no checkpoint is left")
-"""What is true of `fit` alone, in a line that says why a command has stopped."""
+GOES_ON = re.compile(r"[;:] (the same command with )?--ckpt_path last goes on[^;]*")
+"""What is true of `fit` alone, in the message of an error that also ends other commands."""
 UNUSED = ("parameters that were not used in producing the loss", "Expected to have finished reduction")
 """What Lightning and PyTorch say where DDP waits for a gradient that does not come."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -153,12 +153,13 @@ def look(trainer: Trainer) -> None:
             print(f"upload it:  wandb sync {quote(place)}/{name}")
 
 
-def unwritten(error: OSError, folder: Path) -> str | None:
+def unwritten(error: OSError, folder: Path, verb: str | None) -> str | None:
     """Return one line about a file of the run that could not be written; None: the error is about something else.
 
     Args:
         error: names the file, or else its traceback may pass through a logger.
         folder: of the run.
+        verb: of the command.
     """
     file = Path(error.filename) if isinstance(error.filename, str) else None
     if error.errno not in FULL and (file is None or folder.absolute() not in file.absolute().parents):
@@ -166,9 +167,12 @@ def unwritten(error: OSError, folder: Path) -> str | None:
     frames = traceback.walk_tb(error.__traceback__)
     log = any("loggers" in Path(frame.f_code.co_filename).parts for frame, _ in frames)
     what = file or f"{'the log' if log else 'a file'} of {folder}"
+    line = f"cannot write {what} ({error.strerror})"
+    if verb != "fit":
+        return line
     last = folder / "checkpoints" / "last.ckpt"
     remedy = f"the same command with --ckpt_path last goes on from {last}" if last.exists() else "no checkpoint is left"
-    return f"cannot write {what} ({error.strerror}): training has stopped; {remedy}"
+    return f"{line}: training has stopped; {remedy}"
 
 
 def failure(error: Exception, folder: Path | None = None, verb: str | None = "fit") -> int | None:
@@ -207,7 +211,7 @@ def failure(error: Exception, folder: Path | None = None, verb: str | None = "fi
         if verb == "fit" and last and last.exists():
             print(f"nobody reads the output: stopped; --ckpt_path last goes on from {last}", file=sys.stderr)
         return CLOSED
-    elif isinstance(error, OSError) and folder is not None and (line := unwritten(error, folder)):
+    elif isinstance(error, OSError) and folder is not None and (line := unwritten(error, folder, verb)):
         error = TrainingStopped(line)
     elif not isinstance(error, DataError | MetricError):
         return None

@@ -1,5 +1,6 @@
 """The commands that a training prints at its end work as they are pasted, however it was configured."""
 
+import errno
 import os
 import shlex
 import socket
@@ -110,6 +111,13 @@ def test_a_label_that_is_no_class_and_is_read_in_training(
 def test_only_fit_goes_on_from_a_checkpoint(line: str, left: str, capsys: pytest.CaptureFixture) -> None:
     assert [failure(DataError(line), verb=verb) for verb in ("fit", "tune")] == [1, 1]
     assert capsys.readouterr().err == f"error: {line}\nerror: {left}\n"
+
+
+def test_a_file_that_cannot_be_written_stops_training_only_in_fit(capsys: pytest.CaptureFixture) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device", "runs/x/predictions.csv")
+    assert [failure(full, Path("runs/x"), verb) for verb in ("predict", "fit")] == [1, 1]
+    line = "error: cannot write runs/x/predictions.csv (No space left on device)"
+    assert capsys.readouterr().err == f"{line}\n{line}: training has stopped; no checkpoint is left\n"
 
 
 def test_what_the_metrics_cannot_take_is_one_line(capsys: pytest.CaptureFixture) -> None:
