@@ -20,6 +20,7 @@ from batchwise.run.main import CLOSED, nobody_reads
 from batchwise.run.redact import hide
 from batchwise.run.wandb import WandbLogger
 from batchwise.tasks.measures import MetricError
+from batchwise.tasks.players import MISSING
 from batchwise.tasks.task import Task
 from batchwise.trainer import Trainer
 
@@ -197,10 +198,7 @@ def failure(error: Exception, folder: Path | None = None, verb: str | None = "fi
         reason = f"another process has died, or its machine cannot be reached ({detail})"
         error = TrainingStopped(f"{reason}: the same command with --ckpt_path last goes on")
     elif isinstance(error, RuntimeError) and any(words in str(error) for words in UNUSED):
-        error = TrainingStopped(
-            "a parameter that had a gradient has none any more, and the processes wait for it: write trainer.strategy "
-            "ddp_find_unused_parameters_true",
-        )
+        error = TrainingStopped(MISSING)
         if rank_zero_only.rank != 0:  # it is so in all of them
             return code
     elif isinstance(error, IndexError) and (label := re.fullmatch(r"Target (-?\d+) is out of bounds\.?", str(error))):

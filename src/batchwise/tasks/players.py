@@ -8,6 +8,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from batchwise.arguments import typed
+from batchwise.errors import TrainingStopped
+
+MISSING = (
+    "a parameter that had a gradient has none any more, and the processes wait for it: write trainer.strategy "
+    "ddp_find_unused_parameters_true"
+)
 
 
 class Players(Optimizer):
@@ -66,3 +72,17 @@ def add_gradients(parameters: Iterable[nn.Parameter], add: Callable[[Tensor], Te
         flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in own])
         for parameter, gradient in zip(own, add(flat).split([p.numel() for p in own]), strict=True):
             parameter.grad = gradient.view_as(parameter)
+
+
+def refuse_missing(model: Any, parameters: Iterable[nn.Parameter]) -> None:
+    """Raise TrainingStopped if DDP waits for a gradient that has not come: those beside it are not added up either.
+
+    DDP itself says so at the next step, after this one has been made with what each device has.
+
+    Args:
+        model: as DDP has wrapped it.
+        parameters: those that it waits for.
+    """
+    waits = not getattr(model, "find_unused_parameters", True) and not model.static_graph
+    if waits and any(parameter.grad is None for parameter in parameters):
+        raise TrainingStopped(MISSING, everywhere=True)

@@ -23,7 +23,7 @@ from batchwise.tasks.ledger import Made, skips_by_itself
 from batchwise.tasks.logs import Results
 from batchwise.tasks.memory import halve, is_out_of_memory, stop_if_another_ran_out
 from batchwise.tasks.passes import begin
-from batchwise.tasks.players import add_gradients
+from batchwise.tasks.players import add_gradients, refuse_missing
 from batchwise.tasks.sums import Sums, reduce, reduce_sums
 
 if TYPE_CHECKING:
@@ -220,10 +220,11 @@ class Step:
         DDP averages the gradients of the parameters that needed one when it wrapped the module, and always all of
         them. So parameters that were frozen then are left over, and so are the parameters of a single player.
         """
-        devices = self._devices
+        devices, strategy = self._devices, task.trainer.strategy
         if player is not None:
             add_gradients(parameters(optimizer), lambda values: reduce(task, values))
-        elif isinstance(task.trainer.strategy, DDPStrategy):
+        elif isinstance(strategy, DDPStrategy):
+            refuse_missing(strategy.model, [one for one in parameters(optimizer) if id(one) in self._wrapped])
             late = [one for one in parameters(optimizer) if one.requires_grad and id(one) not in self._wrapped]
             add_gradients(late, lambda values: reduce(task, values) / devices)
 

@@ -23,6 +23,10 @@ from lightning.pytorch.callbacks import Callback
 class Freeze(Callback):
     def on_train_epoch_start(self, trainer, pl_module):
         next(pl_module.network.parameters()).requires_grad_(trainer.current_epoch != 1)
+
+class FreezeLast(Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        next(pl_module.network.parameters()).requires_grad_(trainer.global_step < trainer.max_steps - 1)
 """
 
 DIGITS_FILE, LOG = DIGITS[1], (*CSV[:2], "--config", "short.yaml")
@@ -86,6 +90,15 @@ def test_a_parameter_that_is_frozen_in_training_on_two_devices() -> None:
     assert line.endswith("write trainer.strategy ddp_find_unused_parameters_true")
     whole = run_process(*fit, "--trainer.strategy", "ddp_find_unused_parameters_true", PYTHONPATH=path)
     assert whole.code == 0, whole.err
+
+
+@pytest.mark.slow
+def test_no_step_is_made_where_gradients_of_two_devices_are_not_added_up() -> None:
+    Path("freezes.py").write_text(FREEZES)
+    fit = ("fit", *DIGITS, *CSV, "--trainer.max_steps", 3, "--trainer.callbacks", "freezes.FreezeLast", *TWO)
+    result = run_process(*fit, PYTHONPATH=f"{Path.cwd()}:{os.environ.get('PYTHONPATH', '')}")
+    assert result.code == 1, result.out
+    assert "error: a parameter that had a gradient has none any more" in result.err
 
 
 @pytest.mark.parametrize(("label", "remedy"), [(7, "write num_classes 8"), (-1, "number the classes from 0")])
