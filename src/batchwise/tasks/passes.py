@@ -23,10 +23,13 @@ def begin(task: "Task", micro_batch: MicroBatch, key: int) -> None:
 
 
 def seed_generator(device: torch.device, seed: int) -> None:
-    """Seed the random generator of one device. `torch.manual_seed` is slower, because it seeds all accelerators."""
-    if device.type == "cpu":
-        torch.default_generator.manual_seed(seed)
-    elif device.type == "cuda":
-        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
-    else:
+    """Seed the random generators of one device and of the host, from which some layers draw even for a GPU.
+
+    `torch.manual_seed` is slower, because it seeds all accelerators.
+    """
+    if device.type not in ("cpu", "cuda"):
         torch.manual_seed(seed)
+        return
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(seed)

@@ -113,3 +113,23 @@ def test_training_in_micro_batches_is_that_of_the_cpu(make: Any, on: dict[str, A
     assert small.furthest(expected, start) > 0.1
     assert small.furthest(whole, expected) < 1e-10
     assert small.furthest(cut, whole) < 1e-11
+
+
+class LeftOut(nn.Linear):
+    """Is left out in half of the passes, by a number that the host draws."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs if torch.rand(()) < 0.5 else super().forward(inputs)
+
+
+def left_out() -> small.Task:
+    torch.manual_seed(1)
+    return small.Classify(nn.Sequential(LeftOut(5, 5), nn.Linear(5, 3)).double(), optimizer=small.adamw)
+
+
+def test_a_layer_that_draws_on_the_host_draws_what_it_draws_on_a_cpu(on: dict[str, Any], in_double: None) -> None:
+    start = left_out()
+    here, _ = small.fit(left_out(), small.Points(micro_batch_size=4))
+    there, _ = small.fit(left_out(), small.Points(micro_batch_size=4), **on)
+    assert small.furthest(here, start) > 0.1
+    assert small.furthest(there, here) < 1e-10

@@ -20,6 +20,7 @@ from batchwise.data.module import DataModule
 from batchwise.errors import Mistake, TrainingStopped
 from batchwise.models.dropout import Dropout
 from batchwise.models.norm import GhostBatchNorm
+from batchwise.tasks.passes import seed_generator
 from batchwise.tasks.step import Step
 from batchwise.tasks.task import Task
 from batchwise.trainer import Trainer
@@ -460,3 +461,16 @@ def test_a_teacher_in_evaluation_mode_keeps_no_examples_together() -> None:
     task.teacher.train()
     with pytest.raises(Mistake, match=r"ghost batches of \[4, 8\] examples: write one size"):
         _ = task._step.unit
+
+
+def test_layers_that_draw_on_the_host_draw_the_same_again_beside_a_gpu(monkeypatch):
+    """Such as those of transformers that are left out at random."""
+    gpu = torch.Generator()
+    monkeypatch.setattr(torch.cuda, "default_generators", (gpu,))
+
+    def draws():
+        seed_generator(torch.device("cuda", 0), 5)
+        return [torch.rand(3), torch.rand(3, generator=gpu)]
+
+    for first, second in zip(draws(), draws(), strict=True):
+        assert torch.equal(first, second)
