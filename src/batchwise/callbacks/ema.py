@@ -123,10 +123,9 @@ class EMA(Callback):
         self._swap()
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Task) -> None:
-        """Leave the average in the network, also where nothing was left to train."""
-        if not self._current:
-            pl_module.load_state_dict(self._restored, strict=False)
-        self._swap()
+        """Leave the average in the network, whose weights are on the host by now, also if nothing was left to train."""
+        average = {name: mean for names, mean in zip(self._names, self.average, strict=False) for name in names}
+        pl_module.load_state_dict(average or self._restored, strict=False)
         self._forget()
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Task, checkpoint: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ import torch
 from examples import Log, furthest, train
 from helpers import BF16, DIGITS, run_here
 
+from batchwise.callbacks.ema import EMA
 from batchwise.choosing import short, speed
 
 AUTO = {"accelerator": "auto", "devices": 1}
@@ -142,6 +143,15 @@ def test_a_step_waits_once_for_the_device(micro):
         return len(there(small.fit, task, data, precision="32-true", max_steps=steps, **AUTO)[1])
 
     assert waits(6) - waits(2) == 4
+
+
+def test_the_network_has_the_average_after_training():
+    """It is on the host by then, and the tensors that were averaged are not."""
+    host, far = (small.Classify(small.network().float(), optimizer=small.adamw) for _ in range(2))
+    settings = {"callbacks": [EMA(20)], "precision": "32-true"}
+    small.fit(host, **settings)
+    there(small.fit, far, **settings, **AUTO)
+    assert small.furthest(far, host) < 1e-5
 
 
 REFUSED = {
