@@ -111,7 +111,7 @@ def _as_values(values: list[Any]) -> Any:
 
 def _as_value(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):  # of any layout
-        return leaf.detach()
+        return leaf.detach().cpu()
     return as_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf
 
 
@@ -142,7 +142,7 @@ class InMemory:
         self.mapped = any(map(is_mapped, chain.from_iterable(map(_parts, fields))))
         self.fields = tuple(rebuild(field, _as_field, _as_values) for field in fields)
         self.pinned = pinned
-        self.home = next((leaf.device for leaf in tensors(self.fields)), torch.device("cpu"))
+        self.home = torch.device("cpu")
         self.has_lists = any(isinstance(leaf, list) for _, leaf in named(self.fields))
         lengths = [len(leaf) for _, leaf in named(self.fields)]
         if len(set(lengths)) != 1:
@@ -165,11 +165,13 @@ class InMemory:
         """Return what feeds `device`: a copy on it if that takes at most `share` of its free memory, else pinned."""
         if device.type != "cuda":
             return self
-        if self.nbytes <= share * torch.cuda.mem_get_info(device)[0]:
-            return InMemory([rebuild(field, lambda leaf: on_device(leaf, device)) for field in self.fields])
-        pinned = InMemory(self.fields, pinned=True)
-        pinned.mapped = self.mapped
-        return pinned
+        fits = self.nbytes <= share * torch.cuda.mem_get_info(device)[0]
+        fed = InMemory(self.fields, pinned=not fits)
+        fed.mapped = self.mapped and not fits
+        if fits:
+            fed.fields = tuple(rebuild(field, lambda leaf: on_device(leaf, device)) for field in self.fields)
+            fed.home = device
+        return fed
 
     def stream(self, requests: Iterable[Request], seed: int = 0) -> Iterator[Read]:
         """Yield each micro-batch. A thread reads ahead if the data goes to a GPU, or once a mapped file is slow."""

@@ -84,7 +84,7 @@ class Joined:
 
 
 def as_tensor(field: Tensor | np.ndarray) -> Tensor:
-    """Return a tensor that shares the memory of an array.
+    """Return a tensor on the host, which shares the memory of an array there.
 
     Raises:
         ValueError: no tensor can hold these values.
@@ -101,7 +101,7 @@ def as_tensor(field: Tensor | np.ndarray) -> Tensor:
         if isinstance(field, np.ndarray) and any(stride < 0 for stride in field.strides):
             field = field.copy()  # torch has no negative strides
         try:
-            return torch.as_tensor(field).detach()  # examples do not learn
+            return torch.as_tensor(field).detach().cpu()  # examples do not learn
         except (TypeError, ValueError):  # ValueError: of another order of bytes
             raise ValueError(
                 f"load gave an array of {field.dtype}, which no tensor can be: write .astype(...) with float32, int64 "

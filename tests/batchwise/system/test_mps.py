@@ -13,6 +13,7 @@ import torch
 from examples import Log, furthest, train
 from helpers import BF16, DIGITS, run_here
 
+from batchwise.batching.ragged import Ragged
 from batchwise.callbacks.ema import EMA
 from batchwise.choosing import short, speed
 
@@ -151,6 +152,27 @@ def test_the_network_has_the_average_after_training():
     settings = {"callbacks": [EMA(20)], "precision": "32-true"}
     small.fit(host, **settings)
     there(small.fit, far, **settings, **AUTO)
+    assert small.furthest(far, host) < 1e-5
+
+
+class Loaded(small.Points):
+    """The user has put the examples on the device already."""
+
+    def load(self, split):
+        return self.x.float().to("mps"), self.y.to("mps")
+
+
+class Sequences(Loaded):
+    def load(self, split):
+        x, y = super().load(split)
+        return Ragged(x.flatten(), torch.arange(0, 325, 5, device="mps"), y)
+
+
+@pytest.mark.parametrize("kind", [Loaded, Sequences])
+def test_examples_that_are_loaded_on_the_device(kind):
+    host, far = (small.Classify(small.network().float(), optimizer=small.adamw) for _ in range(2))
+    small.fit(host, precision="32-true")
+    there(small.fit, far, kind(), precision="32-true", **AUTO)
     assert small.furthest(far, host) < 1e-5
 
 
