@@ -1,6 +1,7 @@
 """What a data module keeps for itself, and what a subclass may take."""
 
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor
 from torch.utils.data import RandomSampler
 
-from batchwise.batching.fetch import make_fetch
+from batchwise.batching.fetch import InMemory, make_fetch
 from batchwise.batching.loader import TrainLoader
 from batchwise.batching.order import Repeated, Sequential
 from batchwise.batching.ragged import Ragged
@@ -204,3 +205,17 @@ def test_copies_cannot_stay_together_in_batches_of_tokens(tokens: int) -> None:
     with pytest.raises(ValueError, match=message):
         Sentences(batch_tokens=tokens, order=Repeated(2), seed=0).setup("fit")
     Sentences(batch_size=4, micro_batch_tokens=8, order=Repeated(2), seed=0).setup("fit")
+
+
+class Own(InMemory):
+    """Reads in its own way, such as with weights."""
+
+
+def test_a_source_of_ones_own_is_read_for_a_gpu_as_it_is() -> None:
+    class Points(DataModule):
+        def load(self, split: str) -> Own:
+            return Own((torch.zeros(10, 2), torch.zeros(10)))
+
+    data: Any = Points(batch_size=4)
+    data.trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cuda", 0)))
+    assert data.feed("train") is data.split("train")
