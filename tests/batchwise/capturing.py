@@ -1,7 +1,9 @@
 """Trainings whose steps can be captured, and some whose steps cannot."""
 
+import random
 from typing import Any
 
+import numpy as np
 import small
 import torch
 import torch.nn.functional as F
@@ -102,6 +104,16 @@ class Listens(Callback):
         pass
 
 
+class Draws(small.Classify):
+    def losses(self, batch: MicroBatch) -> Tensor:
+        return super().losses(batch) * (1 + random.random())
+
+
+class DrawsFromNumPy(small.Classify):
+    def losses(self, batch: MicroBatch) -> Tensor:
+        return super().losses(batch) * (1 + np.random.rand())
+
+
 def plain_adamw(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=0.05, foreach=True)
 
@@ -111,6 +123,8 @@ UNFIT: dict[str, Any] = {
     "batch.epoch": ({"task": ReadsTheEpochOfTheBatch}, {}),
     "logs values": ({"task": Logs}, {}),
     "changes its attribute calls": ({"task": Counts}, {}),
+    "draws from the generator": ({"task": Draws}, {}),
+    "the generator of Python or NumPy": ({"task": DrawsFromNumPy}, {}),
     "listens to steps": ({}, {"callbacks": [Listens()]}),
     "AdamW is not fused": ({"optimizer": plain_adamw}, {}),
 }

@@ -22,7 +22,7 @@ from batchwise.tasks.ledger import Made, skips_by_itself
 from batchwise.tasks.memory import is_out_of_memory
 from batchwise.tasks.passes import begin
 from batchwise.tasks.sums import Sums
-from batchwise.tasks.watched import Watched, attributes_of, only_the_device_decides, restore, state_of
+from batchwise.tasks.watched import Watched, attributes_of, no_draws, only_the_device_decides, restore, state_of
 
 if TYPE_CHECKING:
     from batchwise.tasks.step import Step
@@ -171,7 +171,7 @@ class Captured:
         before, trainer, seen = attributes_of(task), task._trainer, set[str]()
         task._trainer = Watched(trainer, seen, "self.trainer.")  # type: ignore[assignment]
         try:
-            with only_the_device_decides(task.device, is_compiled=trainer.compile):  # type: ignore[union-attr]
+            with only_the_device_decides(task.device, is_compiled=trainer.compile), no_draws():  # type: ignore[union-attr]
                 run(Watched(batch, seen, "batch."))
         except (RuntimeError, TypeError, AttributeError) as error:
             if is_out_of_memory(error):

@@ -1,9 +1,11 @@
 """What `losses` reads and changes on the host. A recording of the device's work would miss it."""
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -109,3 +111,18 @@ def only_the_device_decides(device: torch.device, is_compiled: bool) -> Iterator
             yield
     finally:
         torch.cuda.set_sync_debug_mode(before)
+
+
+@contextmanager
+def no_draws() -> Iterator[None]:
+    """Raise RuntimeError if something is drawn from the generator of Python or NumPy. Both are then as before."""
+    pythons = random.getstate()
+    numpys: Any = np.random.get_state()
+    try:
+        yield
+        after: Any = np.random.get_state()
+        if random.getstate() != pythons or after[2:] != numpys[2:] or not np.array_equal(after[1], numpys[1]):
+            raise RuntimeError("it draws from the generator of Python or NumPy")
+    finally:
+        random.setstate(pythons)
+        np.random.set_state(numpys)
