@@ -1,5 +1,6 @@
 """The two ways in which a run ends with one line and no traceback."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -7,6 +8,9 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""Errors of a disk on which nothing more can be written."""
 
 
 class Mistake(ValueError):
@@ -39,10 +43,12 @@ def lost_connection(error: RuntimeError) -> bool:
 
 @contextmanager
 def mistakes() -> Iterator[None]:
-    """Turn a wrong value or file into the user's mistake. For use before training."""
+    """Turn a wrong value or file into the user's mistake, but for a full disk. For use before training."""
     try:
         yield
     except (ValueError, OSError, MisconfigurationException) as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise
         raise Mistake(" ".join(line.strip() for line in str(error).splitlines())) from error
 
 

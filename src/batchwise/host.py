@@ -5,7 +5,9 @@ import os
 import re
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
 
@@ -16,11 +18,47 @@ def set_threads(count: int) -> None:
     os.environ["OMP_NUM_THREADS"] = str(count)  # else Lightning shares the cores out among the processes it starts
 
 
+def check_writable(key: str, path: Path) -> None:
+    """Make the folder of a file that is to be written.
+
+    Raises:
+        ValueError: nothing can be written there.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise ValueError(f"{key} {path} cannot be written ({error.strerror}): write another") from error
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an error of the disk the name of the file: if a write fails, and not the opening, Python leaves it out."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:
+            error.filename, error.filename2 = str(path), None
+        raise
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Yield a path to write to, which takes the place of `path` at the end. Nobody ever sees a part of the file."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with naming(path):
+            yield part
+            part.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file so that nobody ever sees a part of it."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_bytes(content.encode() if isinstance(content, str) else content)
-    part.replace(path)
+    with whole(path) as part:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def available_memory() -> int:

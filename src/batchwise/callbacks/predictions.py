@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from batchwise.arguments import typed
 from batchwise.batching.loader import MicroBatch
 from batchwise.batching.structure import rebuild
 from batchwise.errors import optional
+from batchwise.host import check_writable, naming, whole
 from batchwise.tasks.task import Task
 
 Columns = dict[str, np.ndarray | list]
@@ -47,7 +49,7 @@ class Predictions(Callback):
         return Path("" if os.path.dirname(self.name) else trainer.default_root_dir, self.name)
 
     def check(self, trainer: pl.Trainer, inputs: Iterable[str], force: bool) -> None:
-        """Refuse to replace a file that is an input of the run, or that `predict` did not write.
+        """Refuse to replace a file that is an input of the run, or that `predict` did not write. Make its folder.
 
         Args:
             trainer: has the run's folder.
@@ -55,9 +57,10 @@ class Predictions(Callback):
             force: replace a file that `predict` did not write.
 
         Raises:
-            ValueError: the file must not be replaced.
+            ValueError: the file must not be replaced, or cannot be written.
         """
         path = self.path(trainer)
+        check_writable("predictions", path)
         if not path.exists():
             return
         if path.is_dir():
@@ -94,22 +97,27 @@ class Predictions(Callback):
         if data.class_names and "predicted" in predicted:
             names = dict(enumerate(data.class_names))  # the network may have more outputs
             columns["label"] = [names.get(int(number), str(number)) for number in predicted["predicted"]]
-        self.file.write(columns | predicted)
+        with naming(self.target):
+            self.file.write(columns | predicted)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Task, exception: BaseException) -> None:
         """Leave no part behind."""
-        if self.file is not None and (part := self._part(trainer.global_rank)).exists():
-            self.file.close()
-            part.unlink()
+        if self.file is not None:
+            with suppress(OSError):  # the disk may be full
+                self.file.close()
+            for rank in range(trainer.world_size) if trainer.is_global_zero else [trainer.global_rank]:
+                self._part(rank).unlink(missing_ok=True)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: Task) -> None:
         """Join the parts in the order of the devices, and give the file its name."""
-        self.file.close()
+        with naming(self.target):
+            self.file.close()
         trainer.strategy.barrier("predictions")
         if trainer.is_global_zero:
             first, *others = (self._part(rank) for rank in range(trainer.world_size))
             if others:
-                self.kind.join(first, others)
+                with naming(self.target):
+                    self.kind.join(first, others)
             if trainer.fast_dev_run:  # type: ignore[attr-defined]
                 first.unlink(missing_ok=True)
                 print(f"trainer.fast_dev_run: a trial, which does not write {self.target.name}")
@@ -188,10 +196,9 @@ class ParquetFile:
     def _write(self) -> None:
         import pyarrow
 
-        table = pyarrow.concat_tables(self.waiting)
+        table, self.waiting = pyarrow.concat_tables(self.waiting), []
         self.writer = self.writer or optional("pyarrow.parquet", "table").ParquetWriter(self.path, table.schema)
         self.writer.write_table(table)
-        self.waiting = []
 
     def close(self) -> None:
         """Write the remaining rows, and close the file."""
@@ -205,14 +212,12 @@ class ParquetFile:
         """Append the others to the first, a group of rows at a time, and remove them."""
         from pyarrow import parquet
 
-        whole = first.with_name(first.name + ".whole")
-        with parquet.ParquetWriter(whole, parquet.read_schema(first)) as writer:
+        with whole(first) as joined, parquet.ParquetWriter(joined, parquet.read_schema(first)) as writer:
             for part in (first, *others):
                 with parquet.ParquetFile(part) as file:
                     for number in range(file.num_row_groups):
                         writer.write_table(file.read_row_group(number))
                 part.unlink()
-        whole.replace(first)
 
 
 def columns_of(predictions: dict[str, Any]) -> Columns:

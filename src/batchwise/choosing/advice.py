@@ -13,6 +13,7 @@ from batchwise.choosing.figure import draw
 from batchwise.choosing.findings import NEAR, Advice, Findings
 from batchwise.choosing.trials import Fit
 from batchwise.data.module import DataModule
+from batchwise.host import write_whole
 from batchwise.tasks.task import Task
 
 HINDERED = 0.2
@@ -196,5 +197,5 @@ def leave(
             overlay["data"]["batch_size_schedule"] = {"class_path": kind, "init_args": growth}
         overlay["model"] = model
     head = "# tune recommends; the learning rate is that of reference_batch_size, and follows the batch\n"
-    (folder / "tuned.yaml").write_text(head + yaml.safe_dump(overlay, sort_keys=False))
+    write_whole(folder / "tuned.yaml", head + yaml.safe_dump(overlay, sort_keys=False))
     print(f"use it:     --config {folder / 'tuned.yaml'}")

@@ -9,6 +9,7 @@ import numpy as np
 
 from batchwise.choosing.findings import Advice, Findings
 from batchwise.choosing.trials import Fit, Result
+from batchwise.host import whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,7 +37,8 @@ def draw(path: Path, findings: Findings, best: Advice | None) -> None:
         fill(panel, findings, best)
         if panel.get_legend_handles_labels()[0]:  # below the panel, away from the points
             panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18))
-    figure.savefig(path)
+    with whole(path) as part:
+        figure.savefig(part, format="png")
 
 
 def _answer(panel: "Axes", findings: Findings, best: Advice | None) -> None:
@@ -158,4 +160,5 @@ def draw_sweep(path: Path, found: list[Result], curve: Fit | None, target: str) 
             top = panel.get_ylim()[1]
             panel.plot(never, [top] * len(never), "x", color="tab:red", clip_on=False, label="not reached")
         panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
-    figure.savefig(path)
+    with whole(path) as part:
+        figure.savefig(part, format="png")

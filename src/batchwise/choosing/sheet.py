@@ -9,6 +9,7 @@ from torch import Tensor
 
 from batchwise.callbacks.pictures import contact_sheet
 from batchwise.choosing.classes import Classes
+from batchwise.host import whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,7 +50,8 @@ def draw(path: Path, inputs: Tensor, targets: Tensor | None, classes: Classes | 
         finite = inputs[inputs.isfinite()].double().numpy()
         right.hist(finite, bins=50, color="tab:blue")
         right.set(xlabel="value, as the network sees it", ylabel="values", yscale="log" if len(finite) else "linear")
-    figure.savefig(path)
+    with whole(path) as part:
+        figure.savefig(part, format="png")
 
 
 def _pictures(axis: "Axes", images: Tensor, targets: Tensor | None) -> None:

@@ -2,11 +2,11 @@
 
 import json
 import logging
-import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +17,8 @@ from batchwise.batching.fetch import Fetch
 from batchwise.batching.loader import MicroBatch, read
 from batchwise.batching.structure import leaves, on_tensors, tensors
 from batchwise.data.module import DataModule
-from batchwise.errors import optional
+from batchwise.errors import FULL, optional
+from batchwise.host import check_writable, whole
 from batchwise.models.kept import home_of
 from batchwise.tasks.task import Task
 
@@ -89,11 +90,11 @@ def export(task: Task, data: DataModule, fetch: Fetch, path: Path, kind: Format)
                 f"{name} is a {type(leaf).__name__} with one value per example, and an exported network takes tensors: "
                 "write `collate`, which pads them"
             )
-    pipeline, part = Pipeline(task, data).eval(), path.with_name(f".{path.name}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    pipeline = Pipeline(task, data).eval()
+    check_writable("path", path)
     metrics, task._measures.metrics = task._measures.metrics, None  # `predictions` may call `losses`, which measures
     try:
-        with _quietly(), torch.no_grad():
+        with whole(path) as part, _quietly(), torch.no_grad():
             shapes = _dynamic(samples, getattr(fetch, "lengths", None) is not None)
             try:
                 expected = [pipeline(sample) for sample in samples]
@@ -103,12 +104,12 @@ def export(task: Task, data: DataModule, fetch: Fetch, path: Path, kind: Format)
                 run = (_save_torch if kind == "torch" else _save_onnx)(program, samples[0], part, notes)
                 found = [run(sample) for sample in samples]
             except Exception as error:
+                if isinstance(error, OSError) and error.errno in FULL:
+                    raise
                 raise ValueError(f"{type(task).__name__} cannot be exported: {_reason(error)}") from error
-        furthest = max(_difference(*pair) for pair in zip(expected, found, strict=True))
-        os.replace(part, path)
+            furthest = max(_difference(*pair) for pair in zip(expected, found, strict=True))
     finally:
         task._measures.metrics = metrics
-        part.unlink(missing_ok=True)
     return Exported(min(len(fetch), MOST), furthest, outputs)
 
 
@@ -142,8 +143,9 @@ def _dynamic(samples: list[Any], is_ragged: bool) -> Any:
 
 
 def _save_torch(program: Any, sample: Any, path: Path, notes: dict) -> Callable[[Any], Outputs]:
-    with path.open("wb") as file:
-        torch.export.save(program, file, extra_files={NOTES: _json(notes)})
+    content = BytesIO()  # PyTorch aborts the process if it writes to a full disk
+    torch.export.save(program, content, extra_files={NOTES: _json(notes)})
+    path.write_bytes(content.getbuffer())
     with path.open("rb") as file:
         return torch.export.load(file).module()
 

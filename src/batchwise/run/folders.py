@@ -5,6 +5,7 @@ import os
 import shutil
 import time
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_only
@@ -16,6 +17,7 @@ from batchwise.run.lock import alone
 FOLDER = "BATCHWISE_RUN_FOLDER"
 """The environment variable that tells the processes of a training the folder that the first of them made."""
 PATIENCE = 120.0  # seconds in which the first process must have made it
+REMEDY = "write another trainer.default_root_dir"
 _until_the_end = contextlib.ExitStack()
 
 
@@ -58,7 +60,7 @@ def choose_folder(root: Path, name: str, checkpoint: Path | None, restart: bool,
         if trial:
             _until_the_end.callback(shutil.rmtree, folder, ignore_errors=True)
     else:
-        _check_writable(folder)
+        _check_writable(folder, "copy the checkpoint to another folder" if checkpoint else REMEDY)
     _share(folder)
     return folder
 
@@ -191,14 +193,13 @@ def _out_of_memory(parent: Path) -> Path | None:
     return newest.parent if newest and (newest.parent / LIMIT_FILE).exists() else None
 
 
-def _check_writable(folder: Path) -> None:
-    probe = folder / "checkpoints" / ".probe"
-    try:
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(_unwritable(folder, error)) from error
+def _check_writable(folder: Path, remedy: str) -> None:
+    for place in (folder, folder / "checkpoints"):
+        try:
+            TemporaryFile(dir=place).close()
+        except OSError as error:
+            raise ValueError(_unwritable(folder, error.strerror, remedy)) from error
 
 
-def _unwritable(folder: Path, error: object) -> str:
-    return f"the run's folder {folder} cannot be written ({error}): write another trainer.default_root_dir"
+def _unwritable(folder: Path, error: object, remedy: str = REMEDY) -> str:
+    return f"the run's folder {folder} cannot be written ({error}): {remedy}"

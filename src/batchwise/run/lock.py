@@ -28,10 +28,10 @@ def alone(folder: Path) -> Iterator[None]:
         return
     path = folder / "checkpoints" / ".lock"
     with _locked(path) as file:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
         try:
+            with contextlib.suppress(OSError):  # of a full disk: the lock holds without the name of its holder
+                file.truncate(0)
+                os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
             yield
         finally:
             path.unlink(missing_ok=True)

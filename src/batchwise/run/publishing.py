@@ -8,6 +8,7 @@ from typing import Any
 
 from batchwise.batching.structure import shape
 from batchwise.errors import optional
+from batchwise.host import check_writable, naming
 
 USE = {
     ".pt2": """import torch
@@ -36,10 +37,11 @@ and as `learnt.json` what training has learnt from them. `config.yaml` is the co
 
 
 def check(where: str) -> None:
-    """Raise ValueError if nothing can be published there."""
+    """Raise ValueError if nothing can be published there. Make the folder around one that is to be written."""
     if is_folder(where):
         if os.path.exists(os.path.expanduser(where)):
             raise ValueError(f"push {where} exists: write a folder that does not")
+        check_writable("push", Path(where).expanduser())
     elif where.count("/") != 1 or not all(where.split("/")):
         raise ValueError(f"push is {where}: write OWNER/NAME of the Hugging Face hub, or a folder such as ./{where}")
     elif optional("huggingface_hub", "hub").get_token() is None:
@@ -68,12 +70,13 @@ def publish(file: Path, config: Path, checkpoint: dict[str, Any], inputs: Any, o
     Raises:
         ValueError: the hub does not take it.
     """
-    with TemporaryDirectory() as name:
+    target = Path(where).expanduser() if is_folder(where) else None
+    with TemporaryDirectory(dir=target and target.parent, prefix=".") as name:
         folder = Path(name, "card")
         folder.mkdir()
-        shutil.copy(file, folder / file.name)
-        if config.exists():
-            shutil.copy(config, folder)
+        for one in (file, config) if config.exists() else (file,):
+            with naming((target or folder) / one.name):
+                shutil.copy(one, folder)
         card = CARD.format(
             library="pytorch" if file.suffix == ".pt2" else "onnx",
             name=Path(where).name,
@@ -84,8 +87,9 @@ def publish(file: Path, config: Path, checkpoint: dict[str, Any], inputs: Any, o
             use=USE[file.suffix].format(file=file.name),
         )
         (folder / "README.md").write_text(card)
-        if is_folder(where):
-            return str(shutil.copytree(folder, os.path.expanduser(where)))
+        if target:
+            folder.rename(target)
+            return os.path.expanduser(where)
         try:
             api = optional("huggingface_hub", "hub").HfApi()
             api.create_repo(where, private=True, exist_ok=True)

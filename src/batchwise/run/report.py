@@ -1,6 +1,5 @@
 """The texts of the command line: the plan before training, the results after it, and one line for a failure."""
 
-import errno
 import os
 import re
 import sys
@@ -13,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from batchwise.batching.fetch import DataError
 from batchwise.data.module import DataModule
-from batchwise.errors import Mistake, TrainingStopped, lost_connection
+from batchwise.errors import FULL, Mistake, TrainingStopped, lost_connection
 from batchwise.run import folders, program
 from batchwise.run.explain import explain
 from batchwise.run.main import CLOSED, nobody_reads
@@ -29,8 +28,6 @@ GOES_ON = re.compile(r"[;:] (the same command with )?--ckpt_path last goes on[^;
 """What is true of `fit` alone, in the message of an error that also ends other commands."""
 UNUSED = ("parameters that were not used in producing the loss", "Expected to have finished reduction")
 """What Lightning and PyTorch say where DDP waits for a gradient that does not come."""
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-"""Errors of a disk on which nothing more can be written."""
 
 
 def plan(model: Task, data: DataModule, done: int, checkpoint: Path | None) -> None:
@@ -154,22 +151,23 @@ def look(trainer: Trainer) -> None:
             print(f"upload it:  wandb sync {quote(place)}/{name}")
 
 
-def unwritten(error: OSError, folder: Path, verb: str | None) -> str | None:
+def unwritten(error: OSError, folder: Path | None, verb: str | None) -> str | None:
     """Return one line about a file of the run that could not be written; None: the error is about something else.
 
     Args:
         error: names the file, or else its traceback may pass through a logger.
-        folder: of the run.
+        folder: of the run; None: there is none.
         verb: of the command.
     """
     file = Path(error.filename) if isinstance(error.filename, str) else None
-    if error.errno not in FULL and (file is None or folder.absolute() not in file.absolute().parents):
+    ours = file is not None and folder is not None and folder.absolute() in file.absolute().parents
+    if error.errno is None or not (ours or error.errno in FULL):
         return None
     frames = traceback.walk_tb(error.__traceback__)
     log = any("loggers" in Path(frame.f_code.co_filename).parts for frame, _ in frames)
-    what = file or f"{'the log' if log else 'a file'} of {folder}"
-    line = f"cannot write {what} ({error.strerror})"
-    if verb != "fit":
+    what = file or f"{'the log' if log else 'a file'} of {folder or 'this command'}"
+    line = f"cannot write {what} ({os.strerror(error.errno)})"
+    if folder is None or verb != "fit":
         return line
     last = folder / "checkpoints" / "last.ckpt"
     remedy = f"the same command with --ckpt_path last goes on from {last}" if last.exists() else "no checkpoint is left"
@@ -209,7 +207,7 @@ def failure(error: Exception, folder: Path | None = None, verb: str | None = "fi
         if verb == "fit" and last and last.exists():
             print(f"nobody reads the output: stopped; --ckpt_path last goes on from {last}", file=sys.stderr)
         return CLOSED
-    elif isinstance(error, OSError) and folder is not None and (line := unwritten(error, folder, verb)):
+    elif isinstance(error, OSError) and (line := unwritten(error, folder, verb)):
         error = TrainingStopped(line)
     elif not isinstance(error, DataError | MetricError):
         return None

@@ -1,5 +1,6 @@
 """A logger for W&B that never stops training. A resumed training is one run in W&B, without a gap."""
 
+import logging
 import os
 import sys
 import time
@@ -14,6 +15,7 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_only
 
+from batchwise.host import write_whole
 from batchwise.run import program
 from batchwise.run.redact import hide
 
@@ -107,7 +109,7 @@ class WandbLogger(loggers.WandbLogger):
                     console="off",
                     silent=True,
                 )
-                with _redacted_command_line():
+                with _redacted_command_line(), _quiet_log():
                     self._experiment = wandb.init(**self._wandb_init, mode=mode, settings=settings)
                 if not self._broken:
                     self.folder = Path(self._experiment.dir).parent
@@ -201,7 +203,7 @@ class WandbLogger(loggers.WandbLogger):
         try:
             run.finish(0 if status == "success" else 1)
             if not self._broken:
-                _end_file(run).write_text(str(max(last, self._ended_at)))
+                write_whole(_end_file(run), str(max(last, self._ended_at)))
         except Exception as error:
             self._offline = True
             print(f"W&B: {_first_line(error)}; upload later with: wandb sync", flush=True)
@@ -247,6 +249,18 @@ def _redacted_command_line() -> Iterator[None]:
         yield
     finally:
         sys.argv = arguments
+
+
+@contextmanager
+def _quiet_log() -> Iterator[None]:
+    """Let W&B start without a traceback for each line that its own log does not take, as on a full disk."""
+    before, logging.raiseExceptions = logging.raiseExceptions, False
+    try:
+        yield
+    finally:
+        logging.raiseExceptions = before
+    for handler in logging.getLogger("wandb").handlers:
+        handler.handleError = lambda record: None
 
 
 def _first_line(error: Exception) -> str:
