@@ -421,16 +421,18 @@ def test_other_data_is_checked_too() -> None:
         small.fit(task, Others())
 
 
+@pytest.mark.parametrize("step", [3, 9])  # for the latter, a row is written to the log
 @pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
-def test_a_training_after_one_that_broke_off_in_a_step(error: type[BaseException]) -> None:
+def test_a_training_after_one_that_broke_off_in_a_step(error: type[BaseException], step: int) -> None:
     class Breaks(small.Classify):
-        calls = 0
+        broken = False
 
         def losses(self, batch: MicroBatch) -> Tensor:
-            self.calls += self.training
-            if self.training and self.calls == 12:
+            losses = super().losses(batch)
+            if self.training and not self.broken and self.trainer.global_step == step:
+                self.broken = True
                 raise error
-            return super().losses(batch)
+            return losses
 
     data = small.Points(micro_batch_size=4)
     reference, _ = small.fit(data=small.Points(micro_batch_size=4))

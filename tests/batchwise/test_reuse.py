@@ -1,6 +1,7 @@
 """Tasks, data modules and trainers used again, as in a notebook: each training is that of new objects."""
 
 import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,9 @@ from typing import Any
 import pytest
 import small
 import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import WeightAveraging
+from torch.utils.data import TensorDataset
 
 from batchwise import DataModule, Task
 from batchwise.batching.order import Sequential
@@ -152,3 +156,46 @@ def test_a_task_in_evaluation_mode_is_not_trained() -> None:
     with pytest.raises(ValueError, match=r"Classify is in evaluation mode, .*: write task\.train\(\)"):
         small.fit(task)
     small.fit(task.train())
+
+
+class OneByOne(small.Points):
+    def load(self, split: str) -> Any:
+        return TensorDataset(self.x, self.y)
+
+
+class Copies(Callback):
+    """Copies in the middle of training, as for a teacher or an average, or to send to another process."""
+
+    def __init__(self, make: Callable[[Any], Any]) -> None:
+        self.make, self.made = make, list[Any]()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        if trainer.global_step == 10:
+            self.made = [
+                self.make((pl_module, trainer.datamodule)),
+                self.make(pl_module),
+                self.make(trainer.datamodule),
+            ]
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+def test_copies_in_the_middle_of_training(make: Callable[[Any], Any], workers: int) -> None:
+    copies = Copies(make)
+    reference, _ = small.fit(data=OneByOne())
+    task, _ = small.fit(data=OneByOne(num_workers=workers), callbacks=[copies])
+    assert small.furthest(task, reference) == 0
+    (both, data), alone, module = copies.made
+    assert data.trainer is None
+    assert module.trainer is None
+    for one in (both, alone):
+        assert 0 < small.furthest(one, task) < 1
+        one.network.load_state_dict(small.network().state_dict())
+        small.fit(one, data)
+        assert small.furthest(one, reference) == 0
+    assert len(pickle.dumps(alone)) < 50_000  # without the trainer and the examples
+
+
+def test_a_task_that_was_trained_is_averaged() -> None:
+    task, _ = small.fit(data=OneByOne(), max_epochs=1)
+    small.fit(task, max_epochs=1, callbacks=[WeightAveraging()])

@@ -42,6 +42,7 @@ class Workers:
         self.max_unreadable = max_unreadable
         self.unreadable: set[int] = set()
         self.num_workers = num_workers
+        self._collate = collate
         self._requests = _Requests()
         self._loader = DataLoader(
             _Reader(dataset, collate),
@@ -53,6 +54,9 @@ class Workers:
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # leaves the global one alone
         )
+
+    def __reduce__(self) -> tuple:  # a copy has processes of its own
+        return Workers, (self.dataset, self.num_workers, self.max_unreadable, self._collate)
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from batchwise.batching.collate import stack
 from batchwise.batching.device import has_float64
 from batchwise.batching.fetch import Fetch, InMemory, make_fetch
-from batchwise.batching.loader import MicroBatch, read
+from batchwise.batching.loader import MicroBatch, TrainLoader, read
 from batchwise.batching.order import Order, Shuffled, Sources
 from batchwise.batching.rows import Joined, Rows
 from batchwise.data.augment import Augmentation, augment
@@ -53,6 +53,13 @@ class Examples(Reserved, pl.LightningDataModule, ABC):
         self.__loaded: dict[str, Fetch | None] = {}
         self.__fed: dict[tuple[str, torch.device], Fetch] = {}
         self.__contents: dict[str, dict[str, Any] | None] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the trainer and what it feeds from: a copy, or a data module in another process, needs neither."""
+        own = {
+            name: None if isinstance(value, pl.Trainer | TrainLoader) else value for name, value in vars(self).items()
+        }
+        return own | {"_Examples__fed": {}}
 
     # What a subclass writes
 
@@ -246,7 +253,7 @@ _ONE = torch.ones(())
 class OnWorkers:
     """A method of a data module that processes which read call.
 
-    It is that of a copy without trainer and splits. They would not be needed there, and refer to the processes, which
+    It is that of a copy without splits. They would not be needed there, and refer to the processes, which
     would then be found by the garbage collector alone, and end five seconds late.
 
     Args:
@@ -256,7 +263,7 @@ class OnWorkers:
 
     def __init__(self, data: Examples, name: str) -> None:
         self.data, self.name = copy(data), name
-        self.data.trainer, self.data._Examples__loaded, self.data._Examples__fed = None, {}, {}  # type: ignore[attr-defined]
+        self.data._Examples__loaded = {}  # type: ignore[attr-defined]
 
     def __call__(self, argument: Any) -> Any:
         """Call the method."""

@@ -74,6 +74,7 @@ class Measures:
 
     def make(self, make: Callable[[], MetricCollection | None], device: torch.device) -> None:
         """Make the metrics, with sums in double precision."""
+        self._held.clear()  # of a step that broke off
         with _DtypeContextManager(widest(device)):
             metrics = make()
         if metrics is None:

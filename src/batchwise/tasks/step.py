@@ -58,6 +58,9 @@ class Step:
         self._devices, self._wrapped = 1, set[int]()
         self._results: Any = Results(None, True)
 
+    def __reduce__(self) -> tuple:  # a copy of a task is in no training: what `listen` finds belongs to this one
+        return Step, (self._task, self.finite.most)
+
     @property
     def unit(self) -> int:
         """Number of examples that must stay together."""
@@ -220,13 +223,13 @@ class Step:
         DDP averages the gradients of the parameters that needed one when it wrapped the module, and always all of
         them. So parameters that were frozen then are left over, and so are the parameters of a single player.
         """
-        devices, strategy = self._devices, task.trainer.strategy
+        strategy = task.trainer.strategy
         if player is not None:
             add_gradients(parameters(optimizer), lambda values: reduce(task, values))
         elif isinstance(strategy, DDPStrategy):
             refuse_missing(strategy.model, [one for one in parameters(optimizer) if id(one) in self._wrapped])
             late = [one for one in parameters(optimizer) if one.requires_grad and id(one) not in self._wrapped]
-            add_gradients(late, lambda values: reduce(task, values) / devices)
+            add_gradients(late, lambda values: reduce(task, values) / self._devices)
 
     def _zero(self, task: "Task", optimizer: Optimizer) -> None:
         drop_gradients(task.trainer.optimizers[0])  # those of all players
