@@ -43,16 +43,21 @@ class Record(Callback):
 
     def __init__(self) -> None:
         self.examples = 0
-        self._row = Totals()
+        self.began = self._row = Totals()
         self._peak_flops: float | None = None
         self._gradient_norm: torch.Tensor | None = None
         self._learning_rate = 0.0
         self._before_validation = ""
 
+    def on_fit_start(self, trainer: Any, pl_module: Task) -> None:
+        """Forget an earlier training with the same trainer, also where nothing is left to train."""
+        self.examples = 0
+
     def on_train_start(self, trainer: Any, pl_module: Task) -> None:
         """Start the clock."""
         self._peak_flops = peak_flops(trainer)
         trainer.phases.enter("training")
+        self.began = self._row = self.totals(pl_module)
 
     def on_validation_start(self, trainer: Any, pl_module: Task) -> None:
         """Stop the clock of training."""

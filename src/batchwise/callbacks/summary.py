@@ -5,7 +5,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from batchwise.callbacks.record import Record, Totals
+from batchwise.callbacks.record import Record
 from batchwise.errors import TrainingStopped
 from batchwise.tasks.task import Task
 
@@ -30,7 +30,7 @@ class Summary(Callback):
         record = next((callback for callback in trainer.callbacks if isinstance(callback, Record)), None)
         if record is None or not record.examples or not trainer.is_global_zero:
             return
-        figures = record.figures(pl_module, Totals(), record.totals(pl_module))
+        figures = record.figures(pl_module, record.began, record.totals(pl_module))
         figures |= {f"{phase}_seconds": seconds for phase, seconds in trainer.phases.seconds.items()}
         for logger in trainer.loggers:
             logger.log_metrics({f"summary/{name}": value for name, value in figures.items()}, step=trainer.global_step)

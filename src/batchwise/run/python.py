@@ -16,7 +16,7 @@ from batchwise import trainer
 from batchwise.arguments import typed
 from batchwise.callbacks.phases import Phases
 from batchwise.data.module import DataModule
-from batchwise.errors import mistakes
+from batchwise.errors import Mistake, mistakes
 from batchwise.run import checks, folders, report, resume
 from batchwise.run.record import RunRecord
 from batchwise.run.usual import add_progress_bar, leave_out_unfounded_warnings, usual_callbacks
@@ -101,11 +101,13 @@ class Trainer(trainer.Trainer):
         if not (isinstance(model, Task) and isinstance(data, DataModule)):
             super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
             return
+        if val_dataloaders is not None or train_dataloaders not in (None, data):
+            raise Mistake("fit got a DataModule and further loaders: leave them out, because its load has all splits")
         with self._in_folder("fit", model, ckpt_path) as checkpoint:
             self.phases = Phases(perf_counter())
             self.callbacks += usual_callbacks(model, self.callbacks, self._saves, self.folder or self.root)
             done = checks.check(self, model, data, "fit", checkpoint, None if force else {})
-            report.plan(model, data, done, checkpoint)
+            report.plan(model, data, done if checkpoint else self.global_step, checkpoint)
             super().fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=weights_only)
             if self.folder is not None:
                 report.training(self, self.folder)
@@ -137,7 +139,7 @@ class Trainer(trainer.Trainer):
             model: None: evaluate the one of the last training, as it was at its best.
             which: `ckpt_path`.
         """
-        checkpoint = self._checkpoint(verb, "best" if which is None and model is None else which)
+        checkpoint = self._checkpoint(verb, model, which)
         try:
             if self._saves or self._wanted_logger is not False:
                 self._make_folder(checkpoint, restart=which == "last")
@@ -150,16 +152,21 @@ class Trainer(trainer.Trainer):
         finally:
             folders.forget(self.folder)  # which only the first training in it shares
 
-    def _checkpoint(self, verb: str, which: str | Path | None) -> Path | None:
-        if which is None:
+    def _checkpoint(self, verb: str, model: Any, which: str | Path | None) -> Path | None:
+        if which is None and model is not None:
             return None
         own = ""
-        if which == "best":
+        if which in (None, "best"):
             own = getattr(self.checkpoint_callback, "best_model_path", "")
         elif which == "last" and self.folder is not None:
             own = self.folder / "checkpoints" / "last.ckpt"
         if own and Path(own).exists():
             return Path(own)
+        if which is None:  # the best of another training is not what was meant
+            raise Mistake(
+                f"this trainer has kept no best checkpoint: write {verb}(task, ...), which takes the task as it is, or "
+                "ckpt_path"
+            )
         return resume.choose_checkpoint(str(which), self.root, self.name, verb)
 
     def _make_folder(self, checkpoint: Path | None, restart: bool) -> None:

@@ -36,8 +36,8 @@ def plan(model: Task, data: DataModule, done: int, checkpoint: Path | None) -> N
     Args:
         model: its parameters are counted.
         data: has the plan.
-        done: the optimizer steps that the checkpoint has done.
-        checkpoint: its file.
+        done: the optimizer steps that the checkpoint, or else an earlier training with the same trainer, has done.
+        checkpoint: its file; None: there is none.
     """
     if data.plan is None or rank_zero_only.rank != 0:
         return
@@ -51,7 +51,7 @@ def plan(model: Task, data: DataModule, done: int, checkpoint: Path | None) -> N
     if summary := data.order.summary(data.plan.batch_size):
         print(summary)
     if done:
-        print(f"resuming after step {done:,} from {checkpoint}")
+        print(f"resuming after step {done:,} {f'from {checkpoint}' if checkpoint else '(a new trainer begins anew)'}")
     if total == 0:
         key = "max_epochs" if data.trainer and data.trainer.max_epochs == 0 else "max_steps"
         print(f"trainer.{key} is 0: nothing is trained")

@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 import batchwise
 from batchwise import Task
+from batchwise.callbacks.record import Record
 from batchwise.errors import Mistake, TrainingStopped
 from batchwise.optim.schedule import Schedule
 from batchwise.run import report
@@ -510,3 +511,37 @@ def test_a_schedule_that_waits_for_what_nobody_measures_is_one_line(monitor: str
     ):
         made.fit(task, small.Points())
     assert made.global_step == 0
+
+
+def test_a_trainer_that_is_done_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    task, data, made = new(), small.Points(), trainer(enable_checkpointing=False)
+    made.fit(task, data)
+    (record,) = (callback for callback in made.callbacks if isinstance(callback, Record))
+    capsys.readouterr()
+    made.fit(task, data)
+    shown = capsys.readouterr().out
+    assert "resuming after step 21 (a new trainer begins anew)" in shown
+    assert "already trained for 21 of 21 steps" in shown
+    made.fit_loop.max_epochs = 4
+    made.fit(task, data)
+    assert record.examples == 64  # over the seconds of this part
+    assert record.began.seconds < made.phases.seconds["training"] < 1
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_best_of_another_training_is_not_that_of_this_one(trained: bool) -> None:
+    trainer(max_epochs=1).fit(new(), small.Points())
+    task, data, made = new(), small.Points(), trainer(max_epochs=1, enable_checkpointing=False)
+    if trained:
+        made.fit(task, data)
+    with pytest.raises(Mistake, match=r"this trainer has kept no best checkpoint: write test\(task, \.\.\.\)"):
+        made.test(datamodule=data)
+    assert made.test(task, data, verbose=False)
+
+
+@pytest.mark.parametrize(
+    "given", [{"val_dataloaders": small.Points()}, {"train_dataloaders": small.Points(), "datamodule": small.Points()}]
+)
+def test_loaders_beside_a_data_module_are_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(Mistake, match="fit got a DataModule and further loaders: leave them out"):
+        trainer(enable_checkpointing=False).fit(new(), **{"train_dataloaders": small.Points()} | given)
