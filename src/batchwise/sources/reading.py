@@ -8,12 +8,16 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from batchwise.errors import optional
 
 if TYPE_CHECKING:
     from pyarrow import Table as ArrowTable
 
 DELIMITERS = ",;\t|"
+INDEX = re.compile(r"__index_level_\d+__")
+"""Names that pandas gives to an index without a name, in Parquet."""
 _START = 2**20  # bytes in which the first line is looked for
 _BLOCK = 2**24  # bytes of a file that are read at once, and the most in a row
 
@@ -24,7 +28,8 @@ def read_table(
     """Return a table, and what was found out about the file, in a few words each.
 
     The delimiter is the commonest of comma, semicolon, tab and bar in the first line. Names of columns have no blanks
-    around them. A first column without a name that counts the rows is the index that pandas writes, and is left out.
+    around them. The index that pandas writes is left out: in CSV, it is a first column without a name that numbers the
+    rows, in any order.
     What is neither UTF-8 nor marked as UTF-16 is read as Latin-1, with the further characters that Windows has in it. A
     first line `sep=;`, which Excel writes, says the delimiter.
 
@@ -48,9 +53,18 @@ def read_table(
     except (OSError, ArrowException) as error:
         raise ValueError(f"{path} cannot be read: {str(error).partition(chr(10))[0][:200]}") from error
     table = table.rename_columns([name.strip() for name in table.column_names])
-    if table.num_columns and table.column_names[0] in ("", "Unnamed: 0", "__index_level_0__") and _counts(table):
-        found.append("the first column is an index and is left out")
-        table = table.remove_column(0)
+    indices = [field.name for field in table.schema if INDEX.fullmatch(field.name) and types.is_integer(field.type)]
+    if indices:
+        found.append("the index of pandas is left out")
+        table = table.drop_columns(indices)
+    if table.num_columns and table.column_names[0] in ("", "Unnamed: 0"):
+        if _counts(table):
+            found.append("the first column is an index and is left out")
+            table = table.remove_column(0)
+        elif types.is_integer(table.column(0).type):
+            found.append(
+                f"the first column may be an index: data.columns {{'{table.column_names[0]}': ignore}} leaves it out"
+            )
     refuse_double(path, table.column_names)
     if not len(table):
         raise ValueError(f"{path} has no rows: it has the columns {', '.join(table.column_names[:10])}")
@@ -126,11 +140,11 @@ def from_json(line: str) -> Any:
 
 
 def _counts(table: "ArrowTable") -> bool:
-    """Return whether the first column counts the rows, from 0 or 1."""
+    """Return whether the first column numbers the rows, from 0 or 1. They may have been shuffled since."""
     from pyarrow import types
 
     column = table.column(0)
     if not types.is_integer(column.type) or column.null_count:
         return False
-    values = column.to_numpy()
+    values = np.sort(column.to_numpy())
     return bool(len(values)) and values[0] in (0, 1) and bool((values[1:] - values[:-1] == 1).all())

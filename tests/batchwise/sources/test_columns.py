@@ -99,6 +99,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
     "an index of pandas": (rows(",n,k", lambda i: f"{i},{i},{k(i)}"), {}, 1),
     "an index from 1": (rows(",n,k", lambda i: f"{i + 1},{i},{k(i)}"), {}, 1),
     "Unnamed: 0": (rows("Unnamed: 0,n,k", lambda i: f"{i},{i},{k(i)}"), {}, 1),
+    "an index of shuffled rows": (rows(",n,k", lambda i: f"{i * 7 % 30},{i},{k(i)}"), {}, range(30)),
     "an unnamed column that is no index": (rows(",k", lambda i: f"{i * i},{k(i)}"), {}, 1),
     "numbers with dashes": (rows("n,k", lambda i: f"{i if i % 7 else '-'},{k(i)}"), {}, 2),
     "numbers with question marks": (rows("n,k", lambda i: f"{i if i % 7 else '?'},{k(i)}"), {}, 2),
@@ -280,6 +281,19 @@ def test_parquet(case: str) -> None:
     right = torch.tensor(list(expected), dtype=torch.float64)
     right = ((right - right.mean()) / right.std(correction=0)).float()
     torch.testing.assert_close(inputs[:, 0], right, rtol=0, atol=1e-4)
+
+
+def test_the_index_of_pandas_is_no_number_to_predict_from(capsys: pytest.CaptureFixture) -> None:
+    labels = pyarrow.array([k(i) for i in range(30)])
+    index = [3 * i % 31 for i in range(30)]  # of some rows, in another order
+    parquet.write_table(pyarrow.table({"n": range(30), "k": labels, "__index_level_0__": index}), "t.parquet")
+    inputs, _ = made(b"", path="t.parquet").load("train")  # type: ignore[misc]
+    assert inputs.shape[1] == 1
+    assert "t.parquet: the index of pandas is left out" in capsys.readouterr().out
+    made(rows(",n,k", lambda i: f"{index[i]},{i},{k(i)}")).load("train")
+    assert "the first column may be an index: data.columns {'': ignore} leaves it out" in capsys.readouterr().out
+    inputs, _ = made(rows(",n,k", lambda i: f"{index[i]},{i},{k(i)}"), columns={"": "ignore"}).load("train")  # type: ignore[misc]
+    assert inputs.shape[1] == 1
 
 
 NEW = {
