@@ -59,6 +59,12 @@ def gradients_of(optimizer: Any) -> list[Tensor]:
     return [parameter.grad for group in groups for parameter in group["params"] if parameter.grad is not None]
 
 
+def drop_gradients(optimizer: Any) -> None:
+    """Set all gradients to None, as `Optimizer.zero_grad` does, but without its profiler record."""
+    for parameter in parameters(optimizer):
+        parameter.grad = None
+
+
 def full(tensor: Tensor) -> Tensor:
     """Return the full tensor where it is cut over devices. This communicates, so all of them must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

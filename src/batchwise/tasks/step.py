@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
-from batchwise.batching.gradients import Number, parameters, scale_gradients
+from batchwise.batching.gradients import Number, drop_gradients, parameters, scale_gradients
 from batchwise.batching.loader import Batch
 from batchwise.batching.random import mix
 from batchwise.models import place
@@ -294,9 +294,3 @@ class Step:
         # Reading waits for the device. On a CPU that is free. Elsewhere it is done with a row in the log, which waits.
         free = task.device.type == "cpu" or trainer.global_step % trainer.log_every_n_steps == 0
         return free and bool(self.sums.stops > 0)
-
-
-def drop_gradients(optimizer: Any) -> None:
-    """Set all gradients to None, as `Optimizer.zero_grad` does, but without its profiler record."""
-    for parameter in parameters(optimizer):
-        parameter.grad = None
