@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from batchwise.batching.device import send
 from batchwise.batching.rows import Joined, Rows, as_tensor, gather, is_mapped
@@ -95,12 +96,22 @@ def _as_field(leaf: Any) -> Any:
         return leaf
     if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "OUS":  # text, or arrays of unequal shapes
         return _as_values(list(leaf))
+    refuse_frame(leaf)
     if not isinstance(leaf, Tensor | np.ndarray) or leaf.ndim == 0:
         raise ValueError(
             f"load gave a {type(leaf).__name__} among inputs and targets: write tensors or arrays with the examples "
             "in the first dimension, dicts or tuples of them, or a list with one value per example"
         )
     return as_tensor(leaf)
+
+
+def refuse_frame(value: Any) -> None:
+    """Raise ValueError for a table or column of pandas or polars, whose items are columns, or follow an index."""
+    if hasattr(value, "to_numpy") and not isinstance(value, Dataset):
+        raise ValueError(
+            f"load gave a {type(value).__name__}: write .to_numpy() of the columns with the inputs, and of that with "
+            "the targets"
+        )
 
 
 def _as_values(values: list[Any]) -> Any:
@@ -275,6 +286,7 @@ def make_fetch(
         return InMemory((source,))
     if isinstance(source, tuple):
         return InMemory(source)
+    refuse_frame(source)
     dataset: Any = source
     if isinstance(source, str | bytes | PathLike):
         raise ValueError(f"load gave {source!r}: read it, and return tensors, arrays or a map-style data set")

@@ -243,3 +243,10 @@ def test_what_no_tensor_can_hold_is_refused(kind: str) -> None:
 def test_a_path_is_no_data() -> None:
     with pytest.raises(ValueError, match=r"load gave 'data\.npy': read it"):
         make_fetch("data.npy")
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_column_of_a_table_is_no_data(nested: bool) -> None:
+    column = pytest.importorskip("pyarrow").array(range(5))  # as those of pandas and polars, which are not needed here
+    with pytest.raises(ValueError, match=r"load gave a Int64Array: write \.to_numpy\(\) of the columns"):
+        make_fetch((torch.arange(5), column) if nested else column)
