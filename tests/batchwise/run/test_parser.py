@@ -302,6 +302,9 @@ def test_an_argument_before_its_class() -> None:
         ),
         (b"data:\n  init_args:\n    a: 1\n    a: 2\n", "is not YAML at line 4: a stands there twice"),
         (b"name: a\n? [a, b]\n: 1\n", "is not YAML at line 2: found unhashable key"),
+        (b"trainer: &t\n  callbacks: [*t]\n", "is not YAML at line 2: *t is in itself"),
+        (b"name: 2026-02-30\n", "holds a value that is none in YAML: day is out of range for month"),
+        (b"name: " + b"[" * 3000, "holds a value that is none in YAML: maximum recursion depth exceeded"),
         (b"name: d\xefgits\n", "is not text in UTF-8: invalid continuation byte at byte 7"),
     ],
 )
