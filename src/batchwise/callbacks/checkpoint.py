@@ -14,10 +14,11 @@ from batchwise.arguments import typed
 from batchwise.batching.loader import Batch
 from batchwise.checkpoints import damage, read_checkpoint, unreadable
 from batchwise.errors import TrainingStopped
+from batchwise.output import write_nowhere
 from batchwise.ranges import PositiveInt
 from batchwise.tasks.task import Task
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 class Last(Checkpoint):
@@ -26,9 +27,9 @@ class Last(Checkpoint):
     A checkpoint is saved just before a step begins. By then all that belongs to the steps before it (validation,
     schedules, the end of an epoch) is done and counted.
 
-    After SIGTERM, SIGUSR1 or Ctrl-C to any process, the running step finishes, a checkpoint is saved, and the run ends
-    with exit code 143 (130 after Ctrl-C). Under SLURM, SIGUSR1 (`sbatch --signal=USR1@90`) also puts the job back into
-    the queue. A second Ctrl-C stops at once, and saves nothing.
+    After SIGTERM, SIGUSR1, SIGHUP (the terminal was closed) or Ctrl-C to any process, the running step finishes, a
+    checkpoint is saved, and the run ends with exit code 143 (129 after SIGHUP, 130 after Ctrl-C). Under SLURM, SIGUSR1
+    (`sbatch --signal=USR1@90`) also puts the job back into the queue. A second Ctrl-C stops at once, and saves nothing.
 
     Args:
         every_n_steps: optimizer steps between two checkpoints; null: one at the start of each epoch. The end of
@@ -54,11 +55,15 @@ class Last(Checkpoint):
             if number == self._signal == signal.SIGINT:
                 raise KeyboardInterrupt
             self._signal, pl_module._step.stop_requested = number, True
+            if number == signal.SIGHUP:
+                write_nowhere()
             if number == signal.SIGINT and trainer.is_global_zero:
                 os.write(2, b"\nstopping after this step, to save; Ctrl-C again stops at once, without saving\n")
 
         if threading.current_thread() is threading.main_thread():
-            self._handlers = {number: signal.signal(number, note) for number in SIGNALS}
+            # nohup has SIGHUP ignored
+            heard = [one for one in SIGNALS if one != signal.SIGHUP or signal.getsignal(one) != signal.SIG_IGN]
+            self._handlers = {number: signal.signal(number, note) for number in heard}
 
     def _stop_listening(self) -> None:
         for number, handler in self._handlers.items():
@@ -81,7 +86,7 @@ class Last(Checkpoint):
                 subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=False)
             raise TrainingStopped(
                 f"stopped by a signal after step {step:,}; saved, and the same command with --ckpt_path last goes on",
-                code=128 + (signal.SIGINT if self._signal == signal.SIGINT else signal.SIGTERM),
+                code=128 + (self._signal if self._signal in (signal.SIGINT, signal.SIGHUP) else signal.SIGTERM),
                 everywhere=True,
             )
 

@@ -17,6 +17,7 @@ from batchwise.callbacks.predictions import Predictions
 from batchwise.data.examples import SPLITS
 from batchwise.data.module import DataModule
 from batchwise.errors import Mistake, mistakes
+from batchwise.output import write_nowhere
 from batchwise.run import checks, folders, report, resume
 from batchwise.run.auto import choose_settings
 from batchwise.run.main import LEADER
@@ -30,6 +31,8 @@ from batchwise.trainer import listed
 
 LOGGER = {"class_path": "batchwise.run.wandb.WandbLogger"}
 """The default logger: W&B, into the run's folder, without an account."""
+ENDS = (signal.SIGTERM, signal.SIGHUP)
+"""The signals that end a command: SIGHUP comes where the terminal was closed."""
 
 
 class CLI(LightningCLI):
@@ -242,11 +245,13 @@ def run(arguments: list[str]) -> int:
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     leave_out_unfounded_warnings()
     inherited = folders.FOLDER in os.environ
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in ENDS}
     if not inherited:  # other processes end with this one
         os.environ[LEADER] = str(os.getpid())
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, _interrupt)
+            for number in ENDS:
+                if before[number] != signal.SIG_IGN:  # as SIGHUP is under nohup
+                    signal.signal(number, _interrupt)
     try:
         with mistakes():
             check_files(arguments)
@@ -257,7 +262,7 @@ def run(arguments: list[str]) -> int:
         if not isinstance(cause, KeyboardInterrupt):
             raise
         print("error: interrupted", file=sys.stderr)
-        return 128 + (signal.SIGTERM if cause.args == (signal.SIGTERM,) else signal.SIGINT)
+        return 128 + next((number for number in ENDS if cause.args == (number,)), signal.SIGINT)
     except Exception as error:
         if isinstance(error, Mistake) and os.environ.get("BATCHWISE_TRACEBACK"):
             raise
@@ -270,11 +275,14 @@ def run(arguments: list[str]) -> int:
         if not inherited:
             folders.forget()
             os.environ.pop(LEADER, None)
-            if signal.getsignal(signal.SIGTERM) is _interrupt:
-                signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                if signal.getsignal(number) is _interrupt:
+                    signal.signal(number, handler)
     return 0
 
 
 def _interrupt(number: int, _: object) -> NoReturn:
-    """Let SIGTERM end a command as Ctrl-C does."""
+    """Let SIGTERM, and a terminal that is closed, end a command as Ctrl-C does."""
+    if number == signal.SIGHUP:
+        write_nowhere()
     raise KeyboardInterrupt(number)

@@ -3,7 +3,6 @@
 import ctypes
 import gc
 import os
-import select
 import signal
 import sys
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from batchwise import __version__
+from batchwise.output import nobody_reads, write_nowhere
 from batchwise.run import program
 
 LEADER = "BATCHWISE_LEADER"
@@ -96,17 +96,8 @@ def end_with_the_leader() -> None:
             sys.exit(1)
 
 
-def nobody_reads() -> bool:
-    """Return whether the output goes into a pipe whose reader has ended, as in `fit ... | head`."""
-    if not hasattr(select, "poll"):
-        return False
-    output = select.poll()
-    output.register(1, select.POLLOUT)  # macOS looks at nothing if it is asked for nothing, and calls the end POLLHUP
-    return any(events & (select.POLLERR | select.POLLHUP) for _, events in output.poll(0))
-
-
 def main(name: str | None, arguments: list[str] | None = None) -> int:
-    """Run a command; return its exit code: 0 done, 1 failed, 2 the user's mistake, 130, 141 or 143 stopped by a signal.
+    """Run a command; return its exit code: 0 done, 1 failed, 2 the user's mistake, more than 128 stopped by a signal.
 
     A command ends where nobody reads its output any more, as other programs do. It has no signal for that, because a
     connection between processes would send the same one.
@@ -126,7 +117,7 @@ def main(name: str | None, arguments: list[str] | None = None) -> int:
         print("error: interrupted", file=sys.stderr)
         code = 128 + signal.SIGINT
     if code == CLOSED:  # Python would write the rest at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        write_nowhere()
     return code
 
 

@@ -13,9 +13,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from batchwise.batching.fetch import DataError
 from batchwise.data.module import DataModule
 from batchwise.errors import FULL, Mistake, TrainingStopped, lost_connection
+from batchwise.output import nobody_reads
 from batchwise.run import folders, program
 from batchwise.run.explain import explain
-from batchwise.run.main import CLOSED, nobody_reads
+from batchwise.run.main import CLOSED
 from batchwise.run.redact import hide
 from batchwise.run.wandb import WandbLogger
 from batchwise.tasks.measures import MetricError

@@ -3,10 +3,13 @@
 import contextlib
 import csv
 import os
+import pty
 import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +19,7 @@ import lightning.pytorch as pl
 import pytest
 import small
 import torch
-from helpers import CSV, DIGITS, TWO, Result, Started, furthest, run_here
+from helpers import CSV, DIGITS, TWO, Result, Started, absolute, furthest, run_here
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import batchwise
@@ -297,6 +300,52 @@ def test_a_signal_saves_and_stops(number: int, devices: int) -> None:
     # Two processes sum in another order than one.
     assert furthest(on, whole) == 0 if devices == 1 else furthest(on, whole) < 1e-9
     assert len(lines) == 1, result.err
+
+
+IN_A_TERMINAL = """
+import fcntl, runpy, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+runpy.run_module("batchwise", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "until", "code"),
+    [(FIT, b"epoch 2 ", 129), (("tune", *FIT[1:], "--budget", 9), b"fits, what is fast", 129), (FIT, b"epoch 2 ", 0)],
+    ids=["fit", "tune", "fit under nohup"],
+)
+def test_a_closed_terminal(command: tuple, until: bytes, code: int) -> None:
+    """A line that is written there afterwards is an error, which must not end training before it has saved."""
+    ours, theirs = pty.openpty()
+    nohup = code == 0
+    start = ("import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)" if nohup else "") + IN_A_TERMINAL
+    arguments = (*command, "--trainer.max_epochs", 50 if nohup else 100_000)
+    with open("log", "wb") as log:
+        output = log if nohup else theirs
+        process = subprocess.Popen(
+            [sys.executable, "-c", start, *absolute(arguments)],
+            stdin=theirs,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    os.close(theirs)
+    seen, deadline = b"", time.monotonic() + 90
+    while until not in seen and time.monotonic() < deadline:
+        seen = Path("log").read_bytes() if nohup else seen + os.read(ours, 2**12)
+    os.close(ours)
+    try:
+        assert process.wait(60) == code, seen.decode()
+    finally:
+        process.kill()
+    if command == FIT:
+        (folder,) = Path("runs/digits").iterdir()
+        step = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+        assert step == 1_000 if nohup else step >= 20
+        assert not (folder / "checkpoints" / ".lock").exists()
+    else:
+        assert not list(Path().glob("runs/digits/*"))
 
 
 @pytest.mark.weekly
