@@ -41,14 +41,14 @@ class Last(Checkpoint):
         self.every_n_steps = every_n_steps
         self._saved_at = 0
         self._handlers: dict[int, Any] = {}
-        self._signal: int | None = None
+        self._signal = 0  # none
         self._rotate: bool | None = None
         self._within_epoch = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Task) -> None:
         """Listen for signals. The step at which training starts or resumes counts as saved."""
         self._saved_at = trainer.global_step
-        self._signal, self._rotate, self._within_epoch = None, None, False
+        self._signal, self._rotate, self._within_epoch = 0, None, False
 
         def note(number: int, _: object) -> None:
             # A handler may run between any two instructions, so it sets flags, and writes past Python's buffers.
