@@ -56,8 +56,8 @@ class Record(Callback):
     def on_train_start(self, trainer: Any, pl_module: Task) -> None:
         """Start the clock."""
         self._peak_flops = peak_flops(trainer)
+        self.began = self._row = Totals(0, trainer.phases.seconds["training"], pl_module.data.waited)
         trainer.phases.enter("training")
-        self.began = self._row = self.totals(pl_module)
 
     def on_validation_start(self, trainer: Any, pl_module: Task) -> None:
         """Stop the clock of training."""
