@@ -116,7 +116,7 @@ def refuse_frame(value: Any) -> None:
 
 def _as_values(values: list[Any]) -> Any:
     if values and all(isinstance(value, int | float | np.number) for value in values):
-        return torch.tensor(values)
+        return as_tensor(np.asarray(values))  # torch.tensor would round floats of Python to float32
     return rebuild(values, _as_value)
 
 

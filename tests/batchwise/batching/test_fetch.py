@@ -63,6 +63,15 @@ def test_tensors_may_move_to_shared_memory():
     assert [x.tolist() for x in next(stream)[0]] == [[2, 2**16], [1, 2**16 - 1]]
 
 
+@pytest.mark.parametrize("values", [[0.1, 2], [True, False], [3, 4], [np.float32(0.1), np.float32(2)]])
+def test_a_list_of_numbers_is_read_as_an_array_of_them(values):
+    """Floats of Python are of double precision."""
+    ((_, as_list),) = read(make_fetch((torch.zeros(2), values)), [[1, 0]])
+    ((_, as_array),) = read(make_fetch((torch.zeros(2), np.array(values))), [[1, 0]])
+    assert as_list.dtype == as_array.dtype
+    assert as_list.tolist() == as_array.tolist() == values[::-1]
+
+
 def gathered(fetch: InMemory, sizes: list[int], monkeypatch) -> tuple[list[tuple], int]:
     """Read one request of micro-batches; return them, and in how many gathers of the first field it was done."""
     calls = []
