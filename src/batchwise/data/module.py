@@ -19,7 +19,15 @@ from batchwise.batching.schedule import Adaptive, BatchSizes
 from batchwise.batching.tokens import SequencePlan
 from batchwise.data.augment import Augmentation, unit_of
 from batchwise.data.learnt import Learning
-from batchwise.data.planning import EVAL_BATCH, LimitedLoader, adapted, eval_loader, make_plan, noise_meter
+from batchwise.data.planning import (
+    EVAL_BATCH,
+    LimitedLoader,
+    adapted,
+    check_trainer,
+    eval_loader,
+    make_plan,
+    noise_meter,
+)
 from batchwise.ranges import ClosedUnitInterval, NonNegativeInt, PositiveInt
 
 LIMIT_FILE = "micro_batch_limit"
@@ -143,9 +151,7 @@ class DataModule(Learning):
         """Load the splits that `stage` needs and, for `fit`, make the plan. Calling it again costs nothing."""
         if self.__trainer is not self.trainer:
             self.attach(self.trainer)
-        layers = getattr(getattr(self.trainer, "strategy", None), "_tensor_parallel_size", 1)
-        if layers != 1:
-            raise ValueError(f"trainer.strategy.tensor_parallel_size is {layers}: write 1, because layers are not cut")
+        check_trainer(self.trainer)
         self.check_recalled(training=stage == "fit" and not self._lenient)
         super().setup(stage)
         if stage == "fit" and self.plan is None:
@@ -162,7 +168,7 @@ class DataModule(Learning):
                 "data.batch_size_schedule Adaptive follows the gradient noise scale, but nobody measures it: write "
                 "batchwise.callbacks.noise_scale.NoiseScale under trainer.callbacks"
             )
-        micro_batch_size, accumulation = self.micro_batch_size, getattr(trainer, "accumulation", None)
+        micro_batch_size, accumulation = self.micro_batch_size, trainer and trainer.accumulation
         limit = self.__left_limit = self.__read_limit()
         if limit is not None:
             micro_batch_size, accumulation = min(micro_batch_size or limit, limit), None

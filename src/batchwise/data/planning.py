@@ -18,6 +18,23 @@ from batchwise.batching.schedule import Adaptive, BatchSizes
 from batchwise.batching.tokens import SequencePlan
 
 
+def check_trainer(trainer: Any) -> None:
+    """Refuse a trainer that takes no batches, or cuts layers.
+
+    Raises:
+        TypeError: it is Lightning's own, whose loops measure nothing of a task, and whose modules know no `Batch`.
+        ValueError: its strategy cuts layers.
+    """
+    if trainer is not None and not hasattr(trainer, "accumulation"):
+        raise TypeError(
+            "a DataModule feeds a Task, and a Task trains with batchwise.Trainer, not with "
+            f"{type(trainer).__module__}.Trainer"
+        )
+    layers = getattr(getattr(trainer, "strategy", None), "_tensor_parallel_size", 1)
+    if layers != 1:
+        raise ValueError(f"trainer.strategy.tensor_parallel_size is {layers}: write 1, because layers are not cut")
+
+
 def make_plan(
     order: Order,
     schedule: BatchSizes,

@@ -275,8 +275,6 @@ class Task(pl.LightningModule, ABC):
 
     def training_step(self, batch: MicroBatch, batch_idx: int, *player: str) -> tuple[Tensor, Number]:  # type: ignore[override]
         """Return the sum of losses and the count of one micro-batch that is still on the host."""
-        if not isinstance(batch, MicroBatch):
-            raise TypeError(f"a Task trains with batchwise.Trainer, not with {type(self.trainer).__module__}.Trainer")
         return self._summed_loss(self.data.to_device(batch, self.device, training=True), *player)
 
     def _evaluate(self, batch: MicroBatch) -> None:

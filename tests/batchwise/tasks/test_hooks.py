@@ -236,11 +236,26 @@ def test_ordinary_names_are_free(untouched: tuple[Task, Seen]) -> None:
     assert copy.deepcopy(trainer.callback_metrics)["val/loss"] < 1
 
 
-def test_a_plain_trainer_is_refused() -> None:
+class Plain(pl.LightningModule):
+    """A module that unpacks its batches, as usual."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        inputs, targets = batch
+
+    validation_step = test_step = predict_step = training_step
+
+    def configure_optimizers(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("verb", ["fit", "validate", "test", "predict"])
+def test_a_plain_trainer_is_refused(verb: str) -> None:
+    """`test` and `validate` measured nothing, and a module that is no task met batches that it did not know."""
     settings: Any = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "precision": "64-true"}
-    plain = pl.Trainer(max_epochs=1, **settings)
-    with pytest.raises(TypeError, match=r"a Task trains with batchwise\.Trainer"):
-        plain.fit(small.Classify(small.network(), optimizer=small.adamw), datamodule=small.Points())
+    for module in (small.Classify(small.network(), optimizer=small.adamw), Plain()):
+        plain = pl.Trainer(max_epochs=1, **settings)
+        with pytest.raises(TypeError, match=r"a Task trains with batchwise\.Trainer"):
+            getattr(plain, verb)(module, datamodule=small.Points())
 
 
 class Warm(small.Classify):
