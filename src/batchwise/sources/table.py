@@ -12,7 +12,19 @@ from batchwise.arguments import typed
 from batchwise.data.labels import check_alike, label_numbers, sorted_labels
 from batchwise.data.split import ALIASES, Fractions
 from batchwise.sources.checking import check_column
-from batchwise.sources.columns import Column, Kind, described, is_text, kind_of, numbers, some, stray, texts
+from batchwise.sources.columns import (
+    Column,
+    Kind,
+    described,
+    is_date,
+    is_list,
+    is_text,
+    kind_of,
+    numbers,
+    some,
+    stray,
+    texts,
+)
 from batchwise.sources.reading import read_table
 
 if TYPE_CHECKING:
@@ -124,6 +136,11 @@ class Table(Fractions):
                 if name not in table.column_names:
                     some = ", ".join(table.column_names[:20])
                     raise ValueError(f"data.{key}: {self.path} has no column '{name}': write one of {some}")
+                if key == "target" and is_list(table[name]):
+                    raise ValueError(
+                        f"data.target: '{name}' of {self.path} holds lists: write each of their values into a column "
+                        "of its own, and name all of these"
+                    )
         return table
 
     # Targets
@@ -134,15 +151,15 @@ class Table(Fractions):
 
         column = self._table[self.targets[0]]
         kind = self.target_kind or ("number" if self.several else None)
-        if kind is None and types.is_floating(column.type):
-            different = column.unique().drop_null().to_numpy()
+        if kind is None and (types.is_floating(column.type) or types.is_decimal(column.type)):
+            different = column.unique().drop_null().cast("float64").to_numpy()
             kind = None if len(different) <= MOST_CLASSES and (different == np.floor(different)).all() else "number"
         if kind is None and is_text(column) and self._kind(self.targets[0]) != "category":
             kind = "number"
         if kind is None and not is_text(column) and not types.is_boolean(column.type):
+            held = "dates or times" if is_date(column) else "whole numbers"
             raise ValueError(
-                f"the target '{self.targets[0]}' of {self.path} holds whole numbers: "
-                "write data.target_kind class or number"
+                f"the target '{self.targets[0]}' of {self.path} holds {held}: write data.target_kind class or number"
             )
         if kind == "number":
             return None

@@ -1,7 +1,9 @@
 """Tables: each kind of column, what is missing, statistics of the training split alone; what is wrong, in one line."""
 
+from decimal import Decimal
 from itertools import chain
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -172,6 +174,10 @@ WRONG = {
         "target 'income' of people.csv is missing in 1 of 7 rows, such as row 3: fill it in, or filter these rows out",
     ),
     "whole numbers as target": ({"target": "one"}, "'one' of people.csv holds whole numbers: write data.target_kind"),
+    "dates as target": (
+        {"target": "one", "text": PEOPLE.replace(",7,", ",2024-01-07,").replace(",8,", ",2024-01-08,")},
+        "'one' of people.csv holds dates or times: write data.target_kind class or number",
+    ),
     "text as number": (
         {"target": "town", "target_kind": "number", "text": PEOPLE.replace("60,,", "60,Ulm,")},
         "'town' of people.csv holds 'Bern' in row 1, and should hold number",
@@ -186,6 +192,24 @@ WRONG = {
     ),
     "rows to predict": ({"predict_path": "short.csv"}, "short.csv has no column 'town', which training had"),
 }
+
+
+@pytest.mark.parametrize("kind", ["class", "number", None])
+def test_lists_are_no_target(kind: Literal["class", "number"] | None) -> None:
+    from pyarrow import parquet
+
+    parquet.write_table(pa.table({"x": range(9), "y": [[1.0, 2.0]] * 9}), "lists.parquet")
+    with pytest.raises(ValueError, match=r"data\.target: 'y' of lists\.parquet holds lists: .* a column of its own"):
+        Table("lists.parquet", "y", kind).load("train")
+
+
+def test_decimals_are_numbers_as_floats_are() -> None:
+    from pyarrow import parquet
+
+    table = pa.table({"x": range(9), "y": [Decimal("1.5")] * 8 + [Decimal(2)]})
+    parquet.write_table(table, "decimals.parquet")
+    targets = Table("decimals.parquet", "y", val_fraction=0.2, test_fraction=0.2).load("train")[-1]
+    assert targets.unique().tolist() == [1.5, 2.0]
 
 
 @pytest.mark.filterwarnings("ignore:the same in all")

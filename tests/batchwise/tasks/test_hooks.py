@@ -240,7 +240,7 @@ class Plain(pl.LightningModule):
     """A module that unpacks its batches, as usual."""
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        inputs, targets = batch
+        _, _ = batch
 
     validation_step = test_step = predict_step = training_step
 
