@@ -19,15 +19,7 @@ from batchwise.batching.schedule import Adaptive, BatchSizes
 from batchwise.batching.tokens import SequencePlan
 from batchwise.data.augment import Augmentation, unit_of
 from batchwise.data.learnt import Learning
-from batchwise.data.planning import (
-    EVAL_BATCH,
-    LimitedLoader,
-    adapted,
-    check_trainer,
-    eval_loader,
-    make_plan,
-    noise_meter,
-)
+from batchwise.data.planning import EVAL_BATCH, LimitedLoader, adapted, check_trainer, eval_loader, make_plan
 from batchwise.ranges import ClosedUnitInterval, NonNegativeInt, PositiveInt
 
 LIMIT_FILE = "micro_batch_limit"
@@ -163,11 +155,6 @@ class DataModule(Learning):
         assert train is not None
         if self.seed is None:
             self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
-        if isinstance(schedule, Adaptive) and noise_meter(trainer) is None:
-            raise ValueError(
-                "data.batch_size_schedule Adaptive follows the gradient noise scale, but nobody measures it: write "
-                "batchwise.callbacks.noise_scale.NoiseScale under trainer.callbacks"
-            )
         micro_batch_size, accumulation = self.micro_batch_size, trainer and trainer.accumulation
         limit = self.__left_limit = self.__read_limit()
         if limit is not None:
@@ -175,8 +162,7 @@ class DataModule(Learning):
         self.__plan = self.__first_plan = plan = make_plan(
             self.order,
             schedule,
-            max_epochs=trainer and trainer.max_epochs,
-            limit=trainer and trainer.limit_train_batches,
+            trainer,
             seed=self.seed,
             examples=len(train),
             labels=self.labels(),

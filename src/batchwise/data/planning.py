@@ -38,9 +38,8 @@ def check_trainer(trainer: Any) -> None:
 def make_plan(
     order: Order,
     schedule: BatchSizes,
+    trainer: pl.Trainer | None,
     *,
-    max_epochs: int | None,
-    limit: int | float | None,
     seed: int,
     examples: int,
     labels: Tensor | None,
@@ -57,8 +56,7 @@ def make_plan(
     Args:
         order: is prepared in place.
         schedule: decides how the batch size changes.
-        max_epochs: of the trainer; None: no limit.
-        limit: the trainer's `limit_train_batches`; None: no limit.
+        trainer: has the limits; None: there are none.
         seed: of the order.
         examples: how many there are.
         labels: class of each, integers [examples]; None: not known.
@@ -71,8 +69,14 @@ def make_plan(
         **sizes: those of `BatchPlan.derive`.
 
     Raises:
-        ValueError: the sizes contradict one another, or do not suit the examples.
+        ValueError: the sizes contradict one another, or do not suit the examples; or the schedule follows what nobody
+            measures.
     """
+    if isinstance(schedule, Adaptive) and noise_meter(trainer) is None:
+        raise ValueError(
+            "data.batch_size_schedule Adaptive follows the gradient noise scale, but nobody measures it: write "
+            "batchwise.callbacks.noise_scale.NoiseScale under trainer.callbacks"
+        )
     if batch_tokens or micro_batch_tokens:
         if lengths is None:
             raise ValueError(
@@ -97,6 +101,7 @@ def make_plan(
     plan = BatchPlan.derive(examples=len(order), drop_last=drop_last, **sizes)
     if lengths is not None:
         plan = SequencePlan.of(plan, lengths, order, batch_tokens=batch_tokens, micro_batch_tokens=micro_batch_tokens)
+    limit, max_epochs = (trainer.limit_train_batches, trainer.max_epochs) if trainer else (None, None)
     if limit == 0:
         raise ValueError("trainer.limit_train_batches is 0: write at least 1, or a share above 0")
     if isinstance(limit, float):

@@ -208,8 +208,7 @@ def test_decimals_are_numbers_as_floats_are() -> None:
 
     table = pa.table({"x": range(9), "y": [Decimal("1.5")] * 8 + [Decimal(2)]})
     parquet.write_table(table, "decimals.parquet")
-    targets = Table("decimals.parquet", "y", val_fraction=0.2, test_fraction=0.2).load("train")[-1]
-    assert targets.unique().tolist() == [1.5, 2.0]
+    assert set(fields(Table("decimals.parquet", "y", val_fraction=0), "train")[1]) <= {1.5, 2.0}
 
 
 @pytest.mark.filterwarnings("ignore:the same in all")
