@@ -12,7 +12,7 @@ from typing import NamedTuple
 from batchwise.batching.random import mix
 from batchwise.data.labels import normal
 from batchwise.errors import optional
-from batchwise.sources.reading import from_json, refuse_double
+from batchwise.sources.reading import as_text, from_json, refuse_double
 
 STDLIB = "stdlib"
 """Name for the source of Python's own standard library: text that is on every machine (PSF licence)."""
@@ -82,9 +82,10 @@ def read(path: Path, text_column: str, label_column: str | None, delimiter: str 
                     value = row[column]  # what is not a number is unequal to itself
                     if value is None or value != value or (column == label_column and not str(value).strip()):
                         raise ValueError(f"{place} has an empty {column!r}: fill it in, or leave the row out")
-                label = None if label_column is None else normal(str(row[label_column]))
-                if row[text_column] or label is not None:
-                    yield Document(str(row[text_column]), label)
+                text = as_text(row[text_column], f"{place} {text_column!r}")
+                label = label_column and normal(as_text(row[label_column], f"{place} {label_column!r}"))
+                if text or label is not None:
+                    yield Document(text, label)
         elif label_column is not None:
             raise ValueError(f"{path} is plain text, which has no labels: write a .csv or .jsonl file")
         else:
@@ -126,7 +127,10 @@ def _rows(path: Path) -> Iterator[tuple[str, dict]]:
                 row = from_json(line)
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}, is no JSON: {error}") from error
-            yield f"{path}, line {number},", row if isinstance(row, dict) else {}
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number}, is of the type {type(row).__name__}: write an object into "
+                                 "each line, which has the names of columns")  # fmt: skip
+            yield f"{path}, line {number},", row
 
 
 def key_of(text: str, seed: int) -> int:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from batchwise.data.labels import check_alike, shown
 from batchwise.data.split import ALIASES
-from batchwise.sources.reading import from_json, refuse_double
+from batchwise.sources.reading import as_text, from_json, refuse_double
 
 PATHS = ("path", "file", "filename", "file_name", "filepath", "image", "image_path")
 LABELS = ("label", "class", "class_name", "target", "category")
@@ -181,7 +181,7 @@ def listed(path: Path) -> Listing:
         if split.lower() not in ALIASES:
             raise ValueError(f"row {number} of {path} has the split '{split}': write train, val or test")
         names.append(_native(row[of_path].strip(), path.parent))
-        labels.append(str(row[of_label]))
+        labels.append(as_text(row[of_label], f"the label in row {number} of {path}"))
         splits.extend([ALIASES[split.lower()]] if of_split in row else [])
     if len(splits) not in (0, len(rows)):
         raise ValueError(f"{len(rows) - len(splits):,} rows of {path} have no split: write it in all or in none")

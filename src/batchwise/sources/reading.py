@@ -139,6 +139,21 @@ def from_json(line: str) -> Any:
     return value
 
 
+def as_text(value: Any, what: str) -> str:
+    """Return a text or a number of a row as text.
+
+    Args:
+        value: of JSON or Parquet.
+        what: its place, for the message.
+
+    Raises:
+        ValueError: it is a list, a dict or bytes, which would be written as Python writes them.
+    """
+    if isinstance(value, list | dict | bytes):
+        raise ValueError(f"{what} is of the type {type(value).__name__}: write one text, or a number")
+    return str(value)
+
+
 def _counts(table: "ArrowTable") -> bool:
     """Return whether the first column numbers the rows, from 0 or 1. They may have been shuffled since."""
     from pyarrow import types

@@ -165,6 +165,11 @@ LISTS: dict[str, tuple[str, str | bytes, Any]] = {
         '{"path": "a/1.png", "label": NaN}\n',
         "row 1 of data/l.jsonl has no label",
     ),
+    "several labels": (
+        "l.jsonl",
+        '{"path": "a/1.png", "label": ["a", "b"]}\n',
+        "the label in row 1 of data/l.jsonl is of the type list: write one text",
+    ),
     "half a character": (
         "l.jsonl",
         '{"path": "a/1.png", "label": "\\ud800"}\n',
