@@ -155,7 +155,7 @@ class DataModule(Learning):
         assert train is not None
         if self.seed is None:
             self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
-        micro_batch_size, accumulation = self.micro_batch_size, trainer and trainer.accumulation
+        micro_batch_size, accumulation = self.micro_batch_size, getattr(trainer, "accumulation", None)
         limit = self.__left_limit = self.__read_limit()
         if limit is not None:
             micro_batch_size, accumulation = min(micro_batch_size or limit, limit), None
