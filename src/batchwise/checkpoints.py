@@ -118,5 +118,9 @@ def data_state(path: Path, data: object) -> dict[str, Any] | None:
 
 
 def state_of(checkpoint: dict[str, Any], data: object) -> dict[str, Any] | None:
-    """Return the state of a data module in the content of a checkpoint; None: it has none."""
-    return checkpoint.get(type(data).__qualname__)  # the name that Lightning gives it
+    """Return the state of a data module in the content of a checkpoint; None: it has none.
+
+    Lightning gives it the name of the class, which may have been another one since.
+    """
+    named = [checkpoint.get(type(data).__qualname__), *checkpoint.values()]
+    return next((part for part in named if isinstance(part, dict) and {"fingerprint", "contents"} <= part.keys()), None)

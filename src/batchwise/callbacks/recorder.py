@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from batchwise.batching.loader import Batch
 from batchwise.callbacks.checkpoint import Last
+from batchwise.checkpoints import state_of
 from batchwise.data.examples import SPLITS
 from batchwise.errors import Mistake
 from batchwise.tasks.finite import Finite
@@ -180,8 +181,10 @@ class Recorder(Callback):
                 group["params"] = [ours[number] for number in group["params"]]
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Task, checkpoint: dict) -> None:
-        """Restore the sums."""
-        state = checkpoint.get(KEY)
+        """Restore the sums, and what Lightning does not, if the class of the data module has another name now."""
+        data, state = pl_module.data, checkpoint.get(KEY)
+        if type(data).__qualname__ not in checkpoint and (saved := state_of(checkpoint, data)):
+            data.load_state_dict(saved)
         if state and trainer.state.fn == "fit":
             pl_module._measures.restore(state["sums"])
             pl_module._step.finite.skipped_in_a_row = state["skipped_in_a_row"]

@@ -11,9 +11,20 @@ from torch import Tensor
 
 from batchwise.data.examples import Examples
 from batchwise.data.labels import shown
+from batchwise.errors import Mistake
 
 Saved = tuple[dict[str, Any], list[str] | None]
 """What was learnt, and the names of the classes."""
+
+
+class Learnt(dict):
+    """What a checkpoint has of what training has learnt."""
+
+    def __missing__(self, key: str) -> Any:
+        raise Mistake(
+            f"the checkpoint has learnt no {key!r}, but {', '.join(self) or 'nothing'}: use the data module with which "
+            "it was trained, or start afresh"
+        )
 
 
 class Learning(Examples):
@@ -72,7 +83,7 @@ class Learning(Examples):
                     stacklevel=2,
                 )
         else:
-            self.__saved = plain(state["learnt"], "learnt"), state.get("class_names")
+            self.__saved = Learnt(plain(state["learnt"], "learnt")), state.get("class_names")
         now = self.__own if self.__saved is None else self.__saved[0]
         if before is not None and not same(before, now):
             self._forget()  # examples that were loaded by what was known before
@@ -108,7 +119,10 @@ class Learning(Examples):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was learnt, and the names of the classes."""
-        return {"learnt": self.learnt, "class_names": None if self.class_names is None else list(self.class_names)}
+        return {
+            "learnt": dict(self.learnt),
+            "class_names": None if self.class_names is None else list(self.class_names),
+        }
 
 
 def plain(value: Any, name: str) -> Any:

@@ -13,13 +13,14 @@ import pytest
 import torch
 from helpers import CSV, Result, run_here
 from PIL import Image
-from small import Classify, Points, adamw, fit, network, trainer
+from small import Classify, Points, adamw, fit, furthest, network, trainer
 from torch import Tensor
 
 from batchwise.callbacks.checkpoint import Last
 from batchwise.data.labels import check_alike, label_numbers, shown, sorted_labels
 from batchwise.data.learnt import plain, same
 from batchwise.data.mixture import Mixture
+from batchwise.errors import Mistake
 from batchwise.sources.folder import Folder
 from batchwise.tasks.classification import Classification
 
@@ -98,6 +99,38 @@ def test_names_of_classes_are_compared() -> None:
     other.class_names = ["a", "c", "b"]
     with pytest.raises(ValueError, match="trained with the classes a, b, c, and Named now has a, c, b"):
         trainer().test(Classify(network()), other, LAST, verbose=False)
+
+
+class Scaled(Shifted):
+    """Uses what training has not learnt."""
+
+    def transform(self, batch: Any, training: bool) -> Any:
+        batch.inputs = batch.inputs / self.learnt["std"]
+        return batch
+
+
+def test_a_data_module_whose_class_has_another_name_now() -> None:
+    """It was a new one: an evaluation learnt anew, from examples that may have changed."""
+    whole, _ = train(Centred(), max_steps=10)
+    train(Centred())
+    data = renamed(Shifted(), "Moved")
+    trainer().test(Classify(network()), data, LAST, verbose=False)
+    torch.testing.assert_close(data.learnt["mean"], Points().x.mean(0))
+    content = torch.load(LAST, weights_only=True)
+    content["Centred"]["micro_batch_limit"] = 2
+    torch.save(content, "limited.ckpt")
+    data = renamed(Centred(), "Moved")
+    task, _ = fit(Classify(network(), optimizer=adamw), data, "limited.ckpt", max_steps=10)
+    assert furthest(task, whole) < 1e-12
+    assert data.micro_batch_limit == 2
+    with pytest.raises(ValueError, match="it has learnt mean"):
+        fit(Classify(network(), optimizer=adamw), Shifted(), LAST, max_steps=10)
+
+
+def test_what_the_checkpoint_has_not_learnt_is_named() -> None:
+    train(Centred())
+    with pytest.raises(Mistake, match="the checkpoint has learnt no 'std', but mean: use the data module with which"):
+        trainer().test(Classify(network()), Scaled(), LAST, verbose=False)
 
 
 def test_a_checkpoint_without_it_is_said_to_be_old() -> None:
