@@ -87,6 +87,12 @@ class Workers:
         except RuntimeError as error:
             if "DataLoader worker (pid" not in str(error):
                 raise
+            if "with exit code" in f"{error} {error.__cause__}":
+                raise DataError(
+                    "a process that reads the data has ended by itself, for the reason above: where such processes do "
+                    "not start as copies of this one (macOS, Windows), the data set is a class in a file that can be "
+                    "imported, and a script trains within if __name__ == '__main__'; data.num_workers 0 needs no process"
+                ) from error
             raise DataError(
                 "a process that reads the data was killed, probably for want of memory: lower data.num_workers or "
                 "data.micro_batch_size; --ckpt_path last goes on from the last checkpoint"

@@ -195,6 +195,19 @@ def test_a_killed_worker_is_one_line():
         list(Workers(Killer(pair), 1).stream(asked([1, 2], [3, 4], [5, 6])))
 
 
+def test_a_worker_that_ends_by_itself_is_not_said_to_lack_memory():
+    """As one does that was started anew and cannot import the data set, which was typed into a notebook."""
+
+    class Ender(Squares):
+        def __getitem__(self, i: int):
+            os._exit(1)
+
+    with pytest.raises(
+        DataError, match=r"has ended by itself, for the reason above: .* in a file that can be imported"
+    ):
+        list(Workers(Ender(pair), 1).stream(asked([1, 2])))
+
+
 class Broken(Torn):
     """Reading several examples at once has a fault of its own."""
 
