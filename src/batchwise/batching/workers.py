@@ -89,9 +89,9 @@ class Workers:
                 raise
             if "with exit code" in f"{error} {error.__cause__}":
                 raise DataError(
-                    "a process that reads the data has ended by itself, for the reason above: where such processes do "
-                    "not start as copies of this one (macOS, Windows), the data set is a class in a file that can be "
-                    "imported, and a script trains within if __name__ == '__main__'; data.num_workers 0 needs no process"
+                    "a process that reads the data has ended by itself, for the reason above: data.num_workers 0 needs "
+                    "no process; where they do not start as copies of this one (macOS, Windows), the data set is a "
+                    "class in a file that can be imported, and a script trains within if __name__ == '__main__'"
                 ) from error
             raise DataError(
                 "a process that reads the data was killed, probably for want of memory: lower data.num_workers or "
