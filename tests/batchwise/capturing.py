@@ -55,6 +55,15 @@ class Planted(small.Points):
         self.x[17] = float("inf")
 
 
+class RateInATensor(small.Classify):
+    """PyTorch's schedulers change it in place."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=torch.tensor(0.05), fused=True)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
 RIGHT: dict[str, Any] = {
     "adamw": lambda: ({}, {}, {}),
     "micro-batches": lambda: ({}, {"micro_batch_size": 3}, {}),
@@ -70,6 +79,7 @@ RIGHT: dict[str, Any] = {
         {"batch_size_schedule": Milestones([24], [0.5]), "micro_batch_size": 4},
         {},
     ),
+    "rate in a tensor": lambda: ({"task": RateInATensor}, {}, {}),
     "reference": lambda: ({"reference_batch_size": 64, "decay_matrices_only": True}, {}, {}),
 }
 
@@ -99,6 +109,29 @@ class Counts(small.Classify):
         return super().losses(batch) / self.calls**0.01
 
 
+class Centred(small.Classify):
+    """It makes another tensor in place of its buffer. A graph would read the first one again and again."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_buffer("centre", torch.zeros(3, dtype=torch.float64))
+
+    def losses(self, batch: MicroBatch) -> Tensor:
+        outputs = self(batch.inputs)
+        if self.training:
+            self.centre = 0.9 * self.centre + 0.1 * outputs.detach().mean(0)
+        return F.cross_entropy(outputs - self.centre, batch.targets, reduction="none")
+
+
+class CentredByItself(Centred):
+    """The same, and the tensor is no buffer."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        del self.centre
+        self.centre = 0.0  # type: ignore[assignment]
+
+
 class Listens(Callback):
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         pass
@@ -125,6 +158,8 @@ UNFIT: dict[str, Any] = {
     "changes its attribute calls": ({"task": Counts}, {}),
     "draws from the generator": ({"task": Draws}, {}),
     "the generator of Python or NumPy": ({"task": DrawsFromNumPy}, {}),
+    "changes its attribute centre": ({"task": Centred}, {}),
+    "network, changes its attribute centre": ({"task": CentredByItself}, {}),
     "listens to steps": ({}, {"callbacks": [Listens()]}),
     "AdamW is not fused": ({"optimizer": plain_adamw}, {}),
 }

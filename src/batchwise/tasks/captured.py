@@ -51,7 +51,6 @@ class Captured:
         self.is_on = False
         """Whether steps are recorded and replayed."""
         self._said: set[str] = set()
-        self._state: Any = None
         self.forget()
 
     def forget(self) -> None:
@@ -59,6 +58,7 @@ class Captured:
         self._passes: dict[Any, int | Recorded] = {}
         self._end: Replay | None = None
         self._fixed: Fixed | None = None
+        self._state: Any = None
 
     def start(self, task: "Task", why_not: str | None) -> None:
         """Begin an epoch; `why_not` says why its steps must be ordinary ones."""
@@ -121,7 +121,10 @@ class Captured:
                 self._passes[shape] = self._record_pass(task, self._fixed, micro_batch, key, optimizer)
         settings = settings_of(optimizer)
         if self._end is None or settings != self._settings:
-            self._settings, self._end = settings, self._record_end(task, self._fixed, optimizer)
+            if self._end is not None and self.replays - self._recorded < 2:
+                raise Unfit("a scheduler changes more of the optimizer than the rate from step to step")
+            self._settings, self._recorded = settings, self.replays
+            self._end = self._record_end(task, self._fixed, optimizer)
         return True
 
     def _record_pass(
@@ -171,7 +174,7 @@ class Captured:
         before, trainer, seen = attributes_of(task), task._trainer, set[str]()
         task._trainer = Watched(trainer, seen, "self.trainer.")  # type: ignore[assignment]
         try:
-            with only_the_device_decides(task.device, is_compiled=trainer.compile), no_draws():  # type: ignore[union-attr]
+            with only_the_device_decides(task.device, is_compiled=trainer.compile), no_draws(task.device):  # type: ignore[union-attr]
                 run(Watched(batch, seen, "batch."))
         except (RuntimeError, TypeError, AttributeError) as error:
             if is_out_of_memory(error):

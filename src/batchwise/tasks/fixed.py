@@ -52,7 +52,7 @@ class Fixed:
     def set(self, key: int, size: int, optimizer: Optimizer) -> None:
         """Set what is new in a step."""
         self.key.fill_(key)
-        known = [size, *(group["lr"] for group in optimizer.param_groups)]
+        known = [size, *(float(group["lr"]) for group in optimizer.param_groups)]  # a tensor changes in place
         if known != self._known:
             self._known = known
             for tensor, value in zip([self.size, *self.rates], known, strict=True):

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,12 +44,26 @@ class Watched:
         return True
 
 
+class Held:
+    """A tensor that an attribute is. It equals itself alone, because a recording is of its memory."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Held) and other.tensor is self.tensor
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 def attributes_of(task: "Task") -> dict[str, Any]:
-    """Return the numbers, words and lengths that the task and its layers hold on the host, by name."""
+    """Return the numbers, words, lengths and tensors that the task and its layers hold, by name."""
     found: dict[str, Any] = {}
     for path, module in task.named_modules():
-        for name, value in vars(module).items():
-            if value is None or isinstance(value, bool | int | float | str):
+        for name, value in chain(vars(module).items(), module._buffers.items()):
+            if isinstance(value, Tensor):
+                found[f"{path}.{name}".strip(".")] = Held(value)
+            elif value is None or isinstance(value, bool | int | float | str):
                 found[f"{path}.{name}".strip(".")] = value
             elif isinstance(value, list | dict | set | tuple):
                 found[f"{path}.{name}".strip(".")] = len(value)
@@ -56,7 +71,7 @@ def attributes_of(task: "Task") -> dict[str, Any]:
 
 
 def restore(task: "Task", before: dict[str, Any]) -> list[str]:
-    """Restore the numbers and words of `attributes_of`, and return the names of what had changed."""
+    """Restore the numbers, words and tensors of `attributes_of`, and return the names of what had changed."""
     after = attributes_of(task)
     changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
     for name in changed:
@@ -64,10 +79,12 @@ def restore(task: "Task", before: dict[str, Any]) -> list[str]:
         module = task.get_submodule(path)
         if name not in before:
             delattr(module, own)
+        elif isinstance(kept := before[name], Held):
+            setattr(module, own, kept.tensor)
         elif isinstance(value := getattr(module, own, None), list):
-            del value[before[name] :]
+            del value[kept:]
         elif not isinstance(value, dict | set | tuple):
-            setattr(module, own, before[name])
+            setattr(module, own, kept)
     return changed
 
 
@@ -81,7 +98,7 @@ def state_of(task: "Task") -> list[Any]:
     learns = [parameter.requires_grad for parameter in task.parameters()]
     settings: Any = task.trainer
     return [
-        [tensor.data_ptr() for tensor in tensors],
+        [tensor.data_ptr() if tensor.layout == torch.strided else id(tensor) for tensor in tensors],
         learns,
         numbers,
         settings.gradient_clip_val,
@@ -114,12 +131,17 @@ def only_the_device_decides(device: torch.device, is_compiled: bool) -> Iterator
 
 
 @contextmanager
-def no_draws() -> Iterator[None]:
-    """Raise RuntimeError if something is drawn from the generator of Python or NumPy. Both are then as before."""
-    pythons = random.getstate()
+def no_draws(device: torch.device) -> Iterator[None]:
+    """Raise RuntimeError if something is drawn from a generator of the host: Python's and NumPy's are then as before.
+
+    PyTorch's is another one than that of the device, unless that is a CPU. It is seeded for each micro-batch.
+    """
+    pythons, torchs = random.getstate(), torch.get_rng_state()
     numpys: Any = np.random.get_state()
     try:
         yield
+        if device.type != "cpu" and not torch.equal(torch.get_rng_state(), torchs):
+            raise RuntimeError("it draws from PyTorch's generator of the host")
         after: Any = np.random.get_state()
         if random.getstate() != pythons or after[2:] != numpys[2:] or not np.array_equal(after[1], numpys[1]):
             raise RuntimeError("it draws from the generator of Python or NumPy")

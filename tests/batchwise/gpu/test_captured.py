@@ -130,7 +130,15 @@ class ReadsTheIndex(small.Classify):
         return losses * torch.linspace(1, 2, 64, dtype=torch.float64, device=losses.device)[batch.index]
 
 
-@pytest.mark.parametrize("task", [Waits, ReadsTheHost])
+class DrawsOnTheHost(small.Classify):
+    """PyTorch gives the numbers to Python without an operation. The generator is seeded for each micro-batch."""
+
+    def losses(self, batch: MicroBatch) -> Tensor:
+        first = torch.randperm(5).tolist()[0]
+        return F.cross_entropy(self(batch.inputs), batch.targets, reduction="none") * (1 + first)
+
+
+@pytest.mark.parametrize("task", [Waits, ReadsTheHost, DrawsOnTheHost])
 def test_what_a_graph_cannot_hold_runs_in_ordinary_steps(
     task: Any, ordinary: Any, cuda: torch.device, on: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

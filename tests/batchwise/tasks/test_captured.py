@@ -5,17 +5,22 @@ The graphs themselves are tested on a GPU, in `tests/batchwise/gpu`.
 
 from typing import Any
 
+import capturing
 import pytest
 import small
+import standin
 import torch
+import torch.nn.functional as F
 from capturing import RIGHT, UNFIT, Planted, make
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from batchwise import MicroBatch
+from batchwise.batching import device
 from batchwise.callbacks.ema import EMA
+from batchwise.data import examples as reading
 from batchwise.errors import TrainingStopped
-from batchwise.tasks import captured
+from batchwise.tasks import captured, step, trying
 
 
 def train(monkeypatch: pytest.MonkeyPatch, name: str, on: str, **more: Any) -> Any:
@@ -94,6 +99,65 @@ def test_what_cannot_be_captured_is_ordinary_and_said_once(
     assert reason in lines[1]
     assert made[1]._step.captured.replays == 0
     assert small.furthest(*made) == 0
+
+
+class Cycled(small.Classify):
+    """The scheduler changes the momentum, too. It would be recorded anew at each step."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = capturing.adamw(self.parameters())
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=60)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def test_a_momentum_that_changes_at_each_step_is_not_captured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    made = []
+    for on in ("cuda", "cpu"):
+        monkeypatch.setattr(captured, "DEVICES", (on,))
+        made.append(small.fit(make(Cycled), capture="auto", max_epochs=6, log_every_n_steps=10)[0])
+    assert "a scheduler changes more of the optimizer than the rate" in capsys.readouterr().out
+    assert 1 <= made[1]._step.captured.replays <= 6  # one, to see it, in each epoch
+    assert small.furthest(*made) < 1e-7  # the rate is rounded where a step is captured
+
+
+class Sparse(small.Classify):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_buffer("graph", torch.eye(3, dtype=torch.float64).to_sparse(), persistent=False)
+
+    def losses(self, batch: MicroBatch) -> Tensor:
+        outputs = torch.sparse.mm(self.graph, self(batch.inputs).T).T
+        return F.cross_entropy(outputs, batch.targets, reduction="none")
+
+
+def test_a_sparse_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    for on in ("cuda", "cpu"):
+        monkeypatch.setattr(captured, "DEVICES", (on,))
+        made.append(small.fit(make(Sparse), capture="auto", max_epochs=6, log_every_n_steps=10)[0])
+    assert made[1]._step.captured.replays > 15
+    assert small.furthest(*made) < 1e-13
+
+
+class DrawsOnTheHost(small.Classify):
+    def losses(self, batch: MicroBatch) -> Tensor:
+        return super().losses(batch) * (1 + torch.randperm(5).tolist()[0])
+
+
+def test_draws_on_the_host_are_not_captured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """On a device with a generator of its own."""
+    monkeypatch.setattr(captured, "DEVICES", ("mps",))
+    with standin.mps(float64=True):
+        for module in (device, reading, trying):
+            monkeypatch.setattr(module, "has_float64", lambda _: True)
+        for module in (device, step):
+            monkeypatch.setattr(module, "GO_ON" if module is device else "DEVICES", ("mps",))
+        settings: dict[str, Any] = {"accelerator": "auto", "devices": 1, "capture": "auto", "log_every_n_steps": 10}
+        task, _ = small.fit(make(DrawsOnTheHost), max_epochs=2, **settings)
+    assert "it draws from PyTorch's generator of the host" in capsys.readouterr().out
+    assert task._step.captured.replays == 0
 
 
 def test_a_cpu_runs_ordinary_steps(capsys: pytest.CaptureFixture) -> None:
