@@ -78,6 +78,12 @@ def core_waits() -> float:
     return found / 1e9
 
 
+def use(device: torch.device) -> None:
+    """Take a GPU as that of this process, as Lightning does when training begins: nothing is put on another one."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+
+
 def wait_for(device: torch.device) -> None:
     """Wait until a device has done all of its work."""
     torch.get_device_module(device).synchronize()

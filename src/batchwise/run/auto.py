@@ -10,6 +10,7 @@ from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator, MPSA
 from batchwise.choosing import automatic
 from batchwise.choosing.speed import Settings
 from batchwise.data.module import DataModule
+from batchwise.host import use
 from batchwise.tasks.task import Task
 
 _KINDS = {"cuda": CUDAAccelerator, "mps": MPSAccelerator, "cpu": CPUAccelerator}
@@ -29,17 +30,20 @@ def choose_settings(
         everything: choose all open settings (`--speed auto`), or the micro-batch alone.
     """
     path = folder / automatic.FILE
+    kind, devices = _kind(trainer.get("accelerator")), trainer.get("devices")
+    device = torch.device(kind)
+    if kind == "cuda" and isinstance(devices, list) and devices:
+        device = torch.device(kind, devices[0])
+    use(device)
     data.prepare_data()
     model.prepare(data, "train")
-    kind = _kind(trainer.get("accelerator"))
-    devices = trainer.get("devices")
     if isinstance(devices, list):
         processes = len(devices)
     elif str(devices).isdecimal():
         processes = int(str(devices))
     else:
         processes = _KINDS[kind].auto_device_count()
-    automatic.measure(model, data, trainer, path, torch.device(kind), processes, everything)
+    automatic.measure(model, data, trainer, path, device, processes, everything)
     chosen = yaml.safe_load(path.read_text())
     for key, value in chosen["trainer"].items():
         if trainer.get(key) is None:  # a value that was set since wins

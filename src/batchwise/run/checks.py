@@ -11,11 +11,21 @@ from batchwise.checkpoints import data_state, read_checkpoint
 from batchwise.data.examples import SPLITS
 from batchwise.data.module import DataModule
 from batchwise.errors import Mistake, mistakes
+from batchwise.host import use
 from batchwise.models.frozen import fill_in
 from batchwise.models.weights import weight_differences
 from batchwise.run.resume import other_examples, training_differences
 from batchwise.tasks.task import Task
+from batchwise.tasks.trying import note_settings
 from batchwise.trainer import Trainer
+
+FORKED = ("cuda",)
+"""Kinds of devices that a process cannot use after a fork, if they were used before it."""
+
+
+def forks(trainer: Trainer) -> bool:
+    """Return whether the processes that train are yet to be forked, as in a notebook, so that the GPU must wait."""
+    return trainer.strategy.root_device.type in FORKED and getattr(trainer.strategy, "_start_method", "") == "fork"
 
 
 def load(trainer: Trainer, model: Task, data: DataModule, stage: str, checkpoint: Path | None = None) -> bool:
@@ -28,6 +38,8 @@ def load(trainer: Trainer, model: Task, data: DataModule, stage: str, checkpoint
     data.recall(checkpoint and data_state(checkpoint, data), lenient=True)  # it is compared below
     if trainer.local_rank != 0:
         return False
+    if not forks(trainer):
+        use(trainer.strategy.root_device)
     with mistakes():
         data.prepare_data()
         data.setup(stage)
@@ -41,7 +53,8 @@ def check(
 ) -> int:
     """Load the data, try the network on it, and compare the checkpoint and the monitors with them.
 
-    Only the first process of each machine does this. It reports a mistake for all processes.
+    Only the first process of each machine does this. It reports a mistake for all processes. Where they are yet to be
+    forked, each tries the network by itself, when training begins.
 
     Args:
         trainer: has the callbacks whose monitors are checked.
@@ -61,10 +74,13 @@ def check(
         return 0
     done = 0
     with mistakes():
-        model.prepare(data, SPLITS[stage][0])
+        if is_tried := not forks(trainer):
+            model.prepare(data, SPLITS[stage][0])
+        elif stage == "fit":
+            note_settings(model)
         if checkpoint is not None:
             done = _check_checkpoint(checkpoint, trainer, model, data, config, stage)
-        if stage == "fit":
+        if stage == "fit" and is_tried:
             _check_monitors(trainer, model, data)
         if stage == "fit" and data.split("val") is not None:
             _check_interval(trainer, data)

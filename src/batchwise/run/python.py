@@ -107,7 +107,8 @@ class Trainer(trainer.Trainer):
             self.phases = Phases(perf_counter())
             self.callbacks += usual_callbacks(model, self.callbacks, self._saves, self.folder or self.root)
             done = checks.check(self, model, data, "fit", checkpoint, None if force else {})
-            report.plan(model, data, done if checkpoint else self.global_step, checkpoint)
+            if not checks.forks(self):  # the table says how the device is fed
+                report.plan(model, data, done if checkpoint else self.global_step, checkpoint)
             super().fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=weights_only)
             if self.folder is not None:
                 report.training(self, self.folder)

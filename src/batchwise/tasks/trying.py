@@ -137,9 +137,7 @@ def _check_training(task: "Task", data: DataModule) -> None:
             f"{type(task).__name__} is in evaluation mode, in which dropout and norms do not learn: write task.train()"
         )
     _refuse_callbacks(task, getattr(data.trainer, "callbacks", []))
-    optimizer = task._new_optimizer()
-    if task.configure_optimizers.__module__ == "batchwise.tasks.task":  # not overridden
-        task._rates.note(optimizer)
+    note_settings(task)
     task._rates.examples_in_all(data)
     first = data.examples("train", 32)
     if isinstance(first.inputs, Tensor) and len(first) > 1 and bool((first.inputs == first.inputs[:1]).all()):
@@ -170,6 +168,13 @@ def _check_training(task: "Task", data: DataModule) -> None:
             f"executed; write {remedy}",
             stacklevel=2,
         )
+
+
+def note_settings(task: "Task") -> None:
+    """Make an optimizer, to find what is wrong with its settings, and to note them."""
+    optimizer = task._new_optimizer()
+    if task.configure_optimizers.__module__ == "batchwise.tasks.task":  # not overridden
+        task._rates.note(optimizer)
 
 
 ONE = "more than 1 value per channel"

@@ -1,14 +1,18 @@
 """`micro_batch_size: auto`, alone and with `speed: auto` (which test_speed.py runs)."""
 
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
+import small
 import torch
 import yaml
 from helpers import CSV, DIGITS, furthest, run_here
 
 from batchwise.choosing import automatic, speed
 from batchwise.choosing.speed import Stopwatch
+from batchwise.run import auto
 from batchwise.tasks.classification import Classification
 
 AUTO = ("fit", *DIGITS, *CSV, "--trainer.max_epochs", 1, "--trainer.limit_train_batches", 3)
@@ -92,3 +96,24 @@ def test_other_commands_leave_it_open() -> None:
     trained = run_here(*AUTO)
     tested = run_here("test", *DIGITS, *CSV, "--data.micro_batch_size", "auto", "--ckpt_path", "best")
     assert trained.code == tested.code == 0, tested.err
+
+
+def test_it_is_measured_on_the_gpu_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here there is none, so what would be measured, and where, is noted. Examples are read with that GPU in use."""
+    used, measured = [], []
+    monkeypatch.setattr(auto, "_kind", lambda _: "cuda")
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+
+    def measure(
+        task: Any, data: Any, trainer: Any, path: Path, device: torch.device, processes: int, all_: bool
+    ) -> None:
+        measured.append((device, processes, list(used)))
+        path.write_text("trainer: {}")
+
+    monkeypatch.setattr(auto.automatic, "measure", measure)
+    for devices in ([3, 1], 2):
+        task, config = small.Classify(small.network(), optimizer=small.adamw), {"speed": "auto", "trainer": {}}
+        auto.choose_settings(task, small.Points(), {"devices": devices}, config, Path(), everything=True)
+    third = torch.device("cuda", 3)
+    assert measured[0] == (third, 2, [third])
+    assert measured[1] == (torch.device("cuda"), 2, [third])

@@ -14,10 +14,11 @@ from lightning.pytorch.loggers import CSVLogger
 
 import batchwise
 from batchwise import Task
+from batchwise.batching.fetch import InMemory
 from batchwise.callbacks.record import Record
 from batchwise.errors import Mistake, TrainingStopped
 from batchwise.optim.schedule import Schedule
-from batchwise.run import report
+from batchwise.run import checks, report
 from batchwise.run.usual import usual_callbacks
 
 
@@ -345,6 +346,43 @@ def test_a_notebook_on_two_devices(capfd: pytest.CaptureFixture[str]) -> None:
     assert f"best val/loss: {made.folder}" in shown
     (found,) = made.validate(datamodule=small.Points(), ckpt_path="best", verbose=False)
     assert 0 < found["val/accuracy"] <= 1
+
+
+class Forked(small.Classify):
+    """Its network runs in the processes that the notebook starts."""
+
+    notebook = os.getpid()
+
+    def forward(self, inputs: Any) -> Any:
+        assert os.getpid() != self.notebook
+        return super().forward(inputs)
+
+
+class ForkedPoints(small.Points):
+    def to_device(self, *arguments: Any, **settings: Any) -> Any:
+        assert os.getpid() != Forked.notebook
+        return super().to_device(*arguments, **settings)
+
+
+@pytest.mark.slow
+def test_a_notebook_leaves_the_gpu_to_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a fork, CUDA cannot be used if it was used before. Here a CPU stands in."""
+    one = new()
+    trainer(name="one").fit(one, small.Points())
+
+    def on(self: InMemory, *_: Any) -> InMemory:
+        assert os.getpid() != Forked.notebook
+        return self
+
+    monkeypatch.setattr(InMemory, "on", on)
+    monkeypatch.setattr(checks, "FORKED", ("cpu",))
+    two = Forked(small.network(), optimizer=small.adamw)
+    settings: dict[str, Any] = {"name": "two", "devices": 2, "strategy": "ddp_notebook"}
+    trainer(max_epochs=1, **settings).fit(two, ForkedPoints())
+    trainer(**settings).fit(two, ForkedPoints(), ckpt_path="last")
+    assert small.furthest(one, two) < 1e-14
+    with pytest.raises(Mistake, match="batch_size"):
+        trainer(**settings).fit(two, ForkedPoints(batch_size=9), ckpt_path="last")
 
 
 SCRIPT = """
