@@ -138,6 +138,11 @@ class Recorder(Callback):
                 if isinstance(callback, Last) and trainer.global_step != callback._saved_at:
                     callback.save(trainer)
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: Task, exception: BaseException) -> None:
+        """Forget the recordings: they hold memory, and the gradients of a step that broke off."""
+        if isinstance(pl_module, Task):
+            pl_module._step.captured.forget()
+
     def on_save_checkpoint(self, trainer: Any, pl_module: Task, checkpoint: dict) -> None:
         """Save the sums, the epoch, and which parameters learn. Number the optimizer's parameters in the model's order.
 

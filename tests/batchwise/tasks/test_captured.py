@@ -3,6 +3,7 @@
 The graphs themselves are tested on a GPU, in `tests/batchwise/gpu`.
 """
 
+from functools import partial
 from typing import Any
 
 import capturing
@@ -158,6 +159,33 @@ def test_draws_on_the_host_are_not_captured(monkeypatch: pytest.MonkeyPatch, cap
         task, _ = small.fit(make(DrawsOnTheHost), max_epochs=2, **settings)
     assert "it draws from PyTorch's generator of the host" in capsys.readouterr().out
     assert task._step.captured.replays == 0
+
+
+class Breaks(small.Points):
+    """A micro-batch in the middle of a batch cannot be read, once."""
+
+    calls = 0
+
+    def transform(self, batch: MicroBatch, training: bool) -> MicroBatch:
+        self.calls += training and self.trainer.global_step == 24  # type: ignore[union-attr]
+        if self.calls == 3:
+            self.calls += 1
+            raise OSError("gone")
+        return batch
+
+
+def test_a_step_that_broke_off_leaves_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    settings: dict[str, Any] = {"capture": "auto", "max_epochs": 6, "log_every_n_steps": 1000, "limit_val_batches": 0}
+    for on in ("cuda", "cpu"):
+        monkeypatch.setattr(captured, "DEVICES", (on,))
+        # An optimizer without a state is in the same place again, so nothing else tells the trainings apart.
+        task, data = make(optimizer=partial(torch.optim.SGD, lr=0.1, fused=True)), Breaks(micro_batch_size=3)
+        with pytest.raises(OSError, match="gone"):
+            small.fit(task, data, **settings)
+        made.append(small.fit(task, data, **settings)[0])
+    assert made[1]._step.captured.replays > 30
+    assert small.furthest(*made) < 1e-13
 
 
 def test_a_cpu_runs_ordinary_steps(capsys: pytest.CaptureFixture) -> None:
