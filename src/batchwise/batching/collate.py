@@ -146,14 +146,17 @@ def numbers(indices: Sequence[int]) -> str:
     return f"example {some}" if len(indices) == 1 else f"examples {some}"
 
 
-def said(error: Exception) -> str:
-    """Return the kind and the words of an error, and the line that raised it: of the user's code, if it is there."""
+def said(error: BaseException) -> str:
+    """Return the kind and the words of an error, and the line of the user's code that raised it, if it did."""
+    return f"{type(error).__name__}: {error}".splitlines()[0] + place(error)
+
+
+def place(error: BaseException) -> str:
+    """Return the line of the user's code that raised an error, such as ` at data.py:25`; nothing: other code did."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [
-        frame for frame in frames if f"{os.sep}site-packages{os.sep}" not in frame.filename and frame.filename != _US
-    ]
-    where = f" at {os.path.basename(own[-1].filename)}:{own[-1].lineno}" if own else ""
-    return f"{type(error).__name__}: {error}".splitlines()[0] + where
+    own = [frame for frame in frames if not any(other in frame.filename for other in _OTHERS)]
+    return f" at {os.path.basename(own[-1].filename)}:{own[-1].lineno}" if own else ""
 
 
-_US = os.path.join(os.path.dirname(__file__), "workers.py")
+_OTHERS = (f"{os.sep}site-packages{os.sep}", os.path.dirname(os.path.dirname(__file__)) + os.sep)
+"""Where the code of installed packages is, and that of the engine."""

@@ -5,14 +5,15 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from io import BytesIO
+from contextlib import contextmanager, redirect_stderr
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from batchwise.batching.collate import place
 from batchwise.batching.fetch import Fetch
 from batchwise.batching.loader import MicroBatch, read
 from batchwise.batching.structure import leaves, on_tensors, tensors
@@ -30,6 +31,8 @@ TOLERANCE = 1e-3, 1e-4
 """Largest relative and absolute difference of an exported output: other kernels round otherwise."""
 MOST = 1000
 """Examples on which the file is checked."""
+LEFT = (".numpy()", "SymBool", "SymInt", "SymFloat", "FakeTensor")
+"""Words in PyTorch's errors about a value that a recorded tensor does not have."""
 
 Outputs = dict[str, Tensor]
 
@@ -107,10 +110,16 @@ def export(task: Task, data: DataModule, fetch: Fetch, path: Path, kind: Format)
                 if isinstance(error, OSError) and error.errno in FULL:
                     raise
                 raise ValueError(f"{type(task).__name__} cannot be exported: {_reason(error)}") from error
-            furthest = max(_difference(*pair) for pair in zip(expected, found, strict=True))
+            if name := next(filter(None, map(_other, expected, found)), None):
+                changes = _other(expected[0], pipeline(samples[0])) is not None
+                raise ValueError(
+                    f"the exported network gives another '{name}' than the task: nothing was written"
+                    + "; the task itself gives another one each time: draw no random numbers in it, and keep nothing "
+                    "from call to call" * changes
+                )
     finally:
         task._measures.metrics = metrics
-    return Exported(min(len(fetch), MOST), furthest, outputs)
+    return Exported(min(len(fetch), MOST), max(map(_difference, expected, found)), outputs)
 
 
 # The examples
@@ -176,32 +185,38 @@ def _json(notes: dict) -> str:
 # The check
 
 
+def _other(expected: Outputs, found: Outputs) -> str | None:
+    """Return the first output that is not as expected."""
+    return next((name for name, right in expected.items() if not _close(right, found[name])), None)
+
+
+def _close(right: Tensor, value: Tensor) -> bool:
+    return value.shape == right.shape and torch.allclose(value.double(), right.double(), *TOLERANCE, equal_nan=True)
+
+
 def _difference(expected: Outputs, found: Outputs) -> float:
-    furthest = 0.0
-    for name, right in expected.items():
-        value = found[name]
-        if value.shape != right.shape or not torch.allclose(value.double(), right.double(), *TOLERANCE, equal_nan=True):
-            raise ValueError(f"the exported network gives another '{name}' than the task: nothing was written")
-        if value.numel() and value.is_floating_point():
-            furthest = max(furthest, (value.double() - right.double()).nan_to_num().abs().max().item())
-    return furthest
+    pairs = [(right, found[name]) for name, right in expected.items() if right.is_floating_point() and right.numel()]
+    return max(((one.double() - other.double()).nan_to_num().abs().max().item() for one, other in pairs), default=0.0)
 
 
 def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
-    if "Constraints violated" in str(error):
+    words = str(error)
+    if "Constraints violated" in words:
         return (
             "it works only with the number of examples that it was tried with: write tensor.shape[0] in place of "
-            "len(tensor) in `transform`, the network and `predictions`"
+            "len(tensor), and tensor code in place of a loop over examples, `tolist`, or an `if` about their number, "
+            "in `transform`, the network and `predictions`"
         )
-    if type(error).__name__.startswith("GuardOnDataDependent") or ".numpy()" in str(error):
+    if type(error).__name__.startswith("GuardOnDataDependent") or any(one in words for one in LEFT):
         return (
-            "`transform`, the network or `predictions` leaves the tensors, by `if`, a loop, `int` or NumPy, and "
-            "what then depends on the values of the data is not recorded: write tensor code, such as torch.where"
+            f"`transform`, the network or `predictions` leaves the tensors{place(error)}, by `if`, a loop, `int` or "
+            "NumPy, and what then depends on the values of the data is not recorded: write tensor code, such as "
+            "torch.where"
         )
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = f"{type(error).__name__}: {lines[0] if lines else 'no reason is given'}"
+    first = next((line.strip() for line in words.splitlines() if line.strip()), "no reason is given")
+    reason = f"{type(error).__name__}: {first}{place(error)}"
     if "ONNXRuntimeError" in reason:
         reason += "; the runtime has few layers in bfloat16 and float64: write the format torch, a file .pt2"
     return reason
@@ -209,12 +224,11 @@ def _reason(error: BaseException) -> str:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Keep the notes of the exporters from the screen."""
+    """Keep the notes of the exporters, and the program of one that fails, from the screen."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"), redirect_stderr(StringIO()):
             yield
     finally:
         logging.disable(before)

@@ -220,6 +220,24 @@ class Counts(small.Classify):
         return {"output": self(batch.inputs) + torch.zeros(len(batch), 1)}
 
 
+class Loops(small.Classify):
+    def predictions(self, batch: MicroBatch) -> dict[str, torch.Tensor]:
+        return {"output": torch.stack([self(one[None])[0] for one in batch.inputs])}
+
+
+class Truths(small.Classify):
+    def predictions(self, batch: MicroBatch) -> dict[str, torch.Tensor]:
+        return {"output": self(batch.inputs) * float(batch.inputs.sum().item() > 0)}
+
+
+class Remembers(small.Classify):
+    seen = 0.0
+
+    def predictions(self, batch: MicroBatch) -> dict[str, torch.Tensor]:
+        self.seen += 1
+        return {"output": self(batch.inputs) + self.seen}
+
+
 class Draws(small.Classify):
     def predictions(self, batch: MicroBatch) -> dict[str, torch.Tensor]:
         return {"output": torch.rand(batch.inputs.shape[0])}
@@ -239,12 +257,22 @@ class InDouble(small.Classify):
 @pytest.mark.parametrize(
     ("task", "name", "inputs", "words"),
     [
+        (Loops, "m.onnx", None, "Loops cannot be exported: it works only with the number .* a loop over examples"),
+        (Truths, "m.pt2", None, r"Truths .* leaves the tensors at test_exporting.py:\d+, .*, such as torch.where$"),
+        (Draws, "m.onnx", None, "nothing was written; the task itself gives another one each time: draw no random"),
+        (
+            Remembers,
+            "m.pt2",
+            None,
+            "another 'output' than the task: nothing was written; the task itself gives another",
+        ),
         (Looks, "m.pt2", None, "Looks cannot be exported: .*: write tensor code, such as torch.where$"),
         (Generates, "m.onnx", None, "Generates cannot be exported: .*: write tensor code, such as torch.where$"),
         (LeavesTensors, "m.pt2", None, "LeavesTensors cannot be exported: .*: write tensor code, such as torch.where$"),
         (Draws, "m.pt2", None, "the exported network gives another 'output' than the task: nothing was written"),
         (Counts, "m.pt2", None, r"Counts cannot be exported: .*: write tensor\.shape\[0\] in place of len\(tensor\)"),
         (NeedsTargets, "m.onnx", None, "NeedsTargets cannot be exported: AttributeError: 'NoneType' object .* 'long'"),
+        (NeedsTargets, "m.pt2", None, r"has no attribute 'long' at test_exporting.py:\d+$"),
         (InDouble, "m.onnx", None, "the runtime has few layers in bfloat16 and float64: write the format torch"),
         (small.Classify, "m.bin", None, r"m\.bin ends in none of \.pt2, \.onnx: write one of them"),
         (
@@ -255,12 +283,13 @@ class InDouble(small.Classify):
         ),
     ],
 )
-def test_what_cannot_be_exported(task: Any, name: str, inputs: Any, words: str) -> None:
+def test_what_cannot_be_exported(task: Any, name: str, inputs: Any, words: str, capfd: pytest.CaptureFixture) -> None:
     Path(name).write_text("mine")
     data = small.Points()
     with pytest.raises(ValueError, match=words) as error:
         made(task(small.network()), data).export(name, data.x if inputs is None else inputs)
     assert "\n" not in str(error.value)
+    assert capfd.readouterr() == ("", "")
     assert Path(name).read_text() == "mine"
     assert os.listdir() == [name]
 
