@@ -7,7 +7,12 @@
 # all begin again, from last.ckpt, where one of them dies. The folder of the runs must be the same on all machines.
 set -euo pipefail
 DEVICES="${DEVICES:-1}"
-exec "${PYTHON:-python}" -m torch.distributed.run \
+PYTHON="${PYTHON:-python}"
+
+# A wrong key or value is one line here. torchrun starts all processes again after any mistake, and prints its own table.
+"$PYTHON" -m project fit "$@" --print_config > /dev/null
+
+exec "$PYTHON" -m torch.distributed.run \
     --nnodes="${NODES:-1}" --nproc-per-node="$DEVICES" --max-restarts="${RESTARTS:-3}" \
     --rdzv-backend=c10d --rdzv-endpoint="${HEAD:-localhost:29500}" --rdzv-id="${RUN:-batchwise}" \
     -m project fit "$@" --ckpt_path last --trainer.num_nodes "${NODES:-1}" --trainer.devices "$DEVICES"

@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
 
 from batchwise.callbacks.predictions import Predictions
 from batchwise.data.examples import SPLITS
@@ -248,7 +249,8 @@ def run(arguments: list[str]) -> int:
     before = {number: signal.getsignal(number) for number in ENDS}
     if not inherited:  # other processes end with this one
         os.environ[LEADER] = str(os.getpid())
-        if threading.current_thread() is threading.main_thread():
+        # The first process cleans up for all. Another one may wait for it where a handler of Python's has no turn.
+        if rank_zero_only.rank == 0 and threading.current_thread() is threading.main_thread():
             for number in ENDS:
                 if before[number] != signal.SIG_IGN:  # as SIGHUP is under nohup
                     signal.signal(number, _interrupt)

@@ -5,12 +5,14 @@ import math
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import CSV, DIGITS, Result, Started, furthest, run_here
+from helpers import CSV, DIGITS, ROOT, Result, Started, absolute, furthest, run_here
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from batchwise.data.module import LIMIT_FILE
@@ -37,6 +39,27 @@ def under_slurm(step: int, *arguments: object, **environment: str) -> list[Start
     settings = ("--trainer.devices", 2, "--trainer.strategy", "ddp", "--trainer.callbacks", LAST)
     ranks = [{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in (1, 0)]
     return [Started(*FIT, *settings, *arguments, **(job | rank | environment)) for rank in ranks]
+
+
+@pytest.mark.slow
+def test_another_process_does_not_outlive_a_mistake_that_the_first_one_finds() -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+    settings = ("--trainer.devices", 2, "--trainer.strategy", "ddp", "--model.network.in_features", 5)
+    command = [*launch, "-m", "batchwise", *absolute((*FIT, *settings))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stderr.count("error: ") == 1
+    assert "closing signal SIGTERM" in done.stderr
+    assert "SIGKILL" not in done.stderr  # which torchrun sends to those that are still there after 30 seconds
+
+
+@pytest.mark.slow
+def test_the_script_for_torchrun_ends_with_one_line_about_a_wrong_value() -> None:
+    script = [ROOT / "scripts" / "torchrun.sh", *absolute(DIGITS), "--data.batch_size", "abc"]
+    done = subprocess.run(
+        ["bash", *script], capture_output=True, text=True, env=os.environ | {"PYTHON": sys.executable}, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: data.batch_size is abc: write a whole number of at least 1\n"
 
 
 @pytest.mark.slow
