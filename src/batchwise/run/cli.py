@@ -35,6 +35,9 @@ LOGGER = {"class_path": "batchwise.run.wandb.WandbLogger"}
 ENDS = (signal.SIGTERM, signal.SIGHUP)
 """The signals that end a command: SIGHUP comes where the terminal was closed."""
 
+OF_LIGHTNINGS_VERBS = ("ckpt_path", "weights_only", "verbose", "return_predictions")
+"""What is not in the configuration of a run, so that every command takes it. It does not say how often it was resumed."""
+
 
 class CLI(LightningCLI):
     """The verbs of Lightning, and `inspect`, `tune`, `sweep`, `export` and `shards`. Each run has a folder."""
@@ -102,8 +105,7 @@ class CLI(LightningCLI):
         root = Path(settings.trainer.default_root_dir or "runs").expanduser()
         folders.check_name(settings.name, root)
         restart = settings.get("ckpt_path") == "last"
-        resumable = "ckpt_path" in settings
-        if resumable:
+        if "ckpt_path" in settings:
             self.checkpoint = resume.choose_checkpoint(settings.ckpt_path, root, settings.name, command)
             settings.ckpt_path = None if self.checkpoint is None else str(self.checkpoint)
             if "weights_only" in settings and settings.weights_only is None:
@@ -112,9 +114,8 @@ class CLI(LightningCLI):
         self.folder = folders.choose_folder(root, settings.name, self.checkpoint, restart, self.trial)
         if command == "fit":
             folders.hold(self.folder)
-        self.plain_config = redact(yaml.safe_load(self.parser.dump(self.config, skip_none=False)))[command]
-        if resumable:
-            self.plain_config["ckpt_path"] = None  # the configuration of a run does not say how often it was resumed
+        everything = redact(yaml.safe_load(self.parser.dump(self.config, skip_none=False)))[command]
+        self.plain_config = {key: value for key, value in everything.items() if key not in OF_LIGHTNINGS_VERBS}
         if "verbose" in settings:  # the command prints the metrics itself
             settings.verbose = False
         settings.trainer.default_root_dir = str(self.folder)

@@ -162,6 +162,12 @@ def test_the_saved_configuration_gives_the_same_run() -> None:
     assert furthest(first, second) == 0
 
 
+@pytest.mark.parametrize("command", [("test", "--ckpt_path", "best"), ("export", "--ckpt_path", "best"), ("inspect",)])
+def test_each_command_takes_the_saved_configuration(trained: Result, command: tuple) -> None:
+    done = run_here(*command, "--config", trained.folder / "config.yaml")
+    assert done.code == 0, done.err
+
+
 def test_the_offline_wandb_file_holds_everything(trained: Result) -> None:
     path = sorted(trained.folder.glob("wandb/offline-run-*/*.wandb"))[0]
     config, history = {}, []
