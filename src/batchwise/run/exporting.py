@@ -111,12 +111,13 @@ def export(task: Task, data: DataModule, fetch: Fetch, path: Path, kind: Format)
                     raise
                 raise ValueError(f"{type(task).__name__} cannot be exported: {_reason(error)}") from error
             if name := next(filter(None, map(_other, expected, found)), None):
-                changes = _other(expected[0], pipeline(samples[0])) is not None
-                raise ValueError(
-                    f"the exported network gives another '{name}' than the task: nothing was written"
-                    + "; the task itself gives another one each time: draw no random numbers in it, and keep nothing "
-                    "from call to call" * changes
-                )
+                line = f"the exported network gives another '{name}' than the task: nothing was written"
+                if _other(expected[0], pipeline(samples[0])):
+                    line += (
+                        "; the task itself gives another one each time: draw no random numbers in it, and keep nothing "
+                        "from call to call"
+                    )
+                raise ValueError(line)
     finally:
         task._measures.metrics = metrics
     return Exported(min(len(fetch), MOST), max(map(_difference, expected, found)), outputs)
@@ -217,6 +218,8 @@ def _reason(error: BaseException) -> str:
         )
     first = next((line.strip() for line in words.splitlines() if line.strip()), "no reason is given")
     reason = f"{type(error).__name__}: {first}{place(error)}"
+    if "'NoneType'" in reason:
+        reason += "; there are no targets here, so batch.targets is None in `transform` and `predictions`"
     if "ONNXRuntimeError" in reason:
         reason += "; the runtime has few layers in bfloat16 and float64: write the format torch, a file .pt2"
     return reason
