@@ -34,9 +34,8 @@ LOGGER = {"class_path": "batchwise.run.wandb.WandbLogger"}
 """The default logger: W&B, into the run's folder, without an account."""
 ENDS = (signal.SIGTERM, signal.SIGHUP)
 """The signals that end a command: SIGHUP comes where the terminal was closed."""
-
 OF_LIGHTNINGS_VERBS = ("ckpt_path", "weights_only", "verbose", "return_predictions")
-"""What is not in the configuration of a run, so that every command takes it. It does not say how often it was resumed."""
+"""What the configuration of a run leaves out, so that every command takes it, and it is the same after a resume."""
 
 
 class CLI(LightningCLI):
