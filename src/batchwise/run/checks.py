@@ -1,10 +1,13 @@
 """Checks before training, so that a mistake costs seconds and one line."""
 
 import math
+import os
 from pathlib import Path
 from types import FunctionType
 from typing import Any
 
+import lightning.pytorch as pl
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from batchwise.checkpoints import data_state, read_checkpoint
@@ -26,6 +29,25 @@ FORKED = ("cuda",)
 def forks(trainer: Trainer) -> bool:
     """Return whether the processes that train are yet to be forked, as in a notebook, so that the GPU must wait."""
     return trainer.strategy.root_device.type in FORKED and getattr(trainer.strategy, "_start_method", "") == "fork"
+
+
+def check_processes(trainer: pl.Trainer) -> None:
+    """Raise Mistake if torchrun or SLURM has started another number of processes than one for each device.
+
+    With one device, each of them would train by itself, into the same folder.
+    """
+    environment = trainer._accelerator_connector.cluster_environment
+    started = trainer.world_size > 1 or not {"TORCHELASTIC_RUN_ID", "SLURM_STEP_ID"}.isdisjoint(os.environ)
+    if not started or not isinstance(environment, TorchElasticEnvironment | SLURMEnvironment):
+        return
+    total = environment.world_size()
+    each = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or total)
+    if (trainer.num_devices, trainer.num_nodes) != (each, total // each):
+        raise Mistake(
+            f"trainer.devices is {trainer.num_devices} and trainer.num_nodes {trainer.num_nodes}, but torchrun or "
+            f"SLURM has started {total} processes, {each} on each machine: write --trainer.devices {each} "
+            f"--trainer.num_nodes {total // each}"
+        )
 
 
 def load(trainer: Trainer, model: Task, data: DataModule, stage: str, checkpoint: Path | None = None) -> bool:

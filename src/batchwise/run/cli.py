@@ -143,9 +143,11 @@ class CLI(LightningCLI):
             settings["enable_progress_bar"] = add_progress_bar(callbacks)
         settings["callbacks"] = [*callbacks, RunRecord(self.plain_config, str(self.subcommand))]
         try:
-            return super().instantiate_trainer(**(plain(vars(settings)) | kwargs))
-        except (TypeError, ModuleNotFoundError) as error:
+            trainer = super().instantiate_trainer(**(plain(vars(settings)) | kwargs))
+        except (TypeError, RuntimeError, ModuleNotFoundError) as error:
             raise Mistake(f"trainer: {str(error).splitlines()[0]}") from error
+        checks.check_processes(trainer)
+        return trainer
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and check what is used at once, or by no other command."""

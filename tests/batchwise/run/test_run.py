@@ -3,6 +3,7 @@
 import errno
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -50,6 +51,35 @@ def test_another_process_does_not_outlive_a_mistake_that_the_first_one_finds() -
     assert done.stderr.count("error: ") == 1
     assert "closing signal SIGTERM" in done.stderr
     assert "SIGKILL" not in done.stderr  # which torchrun sends to those that are still there after 30 seconds
+
+
+TASKS = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "fit", "SLURM_NTASKS": "4", "SLURM_NODEID": "0", "SLURM_PROCID": "0"}
+TASKS |= {"SLURM_LOCALID": "0", "SLURM_STEP_ID": "0", "SLURM_NODELIST": "localhost"}
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+TORCHRUN |= {"GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize("devices", [1, 3])
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        (TORCHRUN, "4 processes, 2 on each machine: write --trainer.devices 2 --trainer.num_nodes 2"),
+        (
+            TASKS | {"SLURM_NTASKS_PER_NODE": "4"},
+            ", 4 on each machine: write --trainer.devices 4 --trainer.num_nodes 1",
+        ),
+        (TASKS, "trainer: You set `--ntasks=4` .* Use `--ntasks-per-node=4` instead"),
+    ],
+)
+def test_another_number_of_processes_than_of_devices(
+    variables: dict, words: str, devices: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    result = run_here(*FIT, "--trainer.devices", devices)
+    assert result.code == 2
+    assert re.fullmatch(f"error: .*{words}.*\n", result.err)
+    assert not list(Path("runs").iterdir())
 
 
 @pytest.mark.slow
