@@ -104,6 +104,8 @@ def pristine(old: str, repository: Path | None, mine: dict[str, bytes], folder: 
     """Write the old version, as it was before any change of the user's, to a folder; return the folder."""
     if repository and export(repository, nearest(repository, mine), folder) and version(folder) == old:
         return folder
+    if git("rev-parse", "--is-shallow-repository") == b"true\n":
+        stop("this clone has only a part of its history, which your changes are found in: git fetch --unshallow first")
     commit = git("log", "-1", "--format=%H", f'-S__version__ = "{old}"', "--", INIT) or b""
     folder = folder.with_name("own")
     return export(ROOT, commit.decode().strip(), folder) or stop(f"no commit has brought {INIT}: commit it first")
@@ -139,7 +141,7 @@ def keep_changes(old: dict[str, bytes], mine: dict[str, bytes], names: list[str]
 
 
 def replace(mine: dict[str, bytes], old: dict[str, bytes], new: dict[str, bytes]) -> str:
-    """Bring the files of the new version, and remove those that it no longer has; return how many these are."""
+    """Bring the files of the new version, and remove those that it no longer has; return how many, and which."""
     gone = [name for name in mine if name in old and name not in new]
     brought = {name for name in new if mine.get(name) != new[name]}
     for name in brought:
@@ -151,7 +153,8 @@ def replace(mine: dict[str, bytes], old: dict[str, bytes], new: dict[str, bytes]
             if any(folder.iterdir()):
                 break
             folder.rmdir()
-    return f"{len(brought & mine.keys())} files changed, {len(brought - mine.keys())} added, {len(gone)} removed"
+    counts = f"{len(brought & mine.keys())} files changed, {len(brought - mine.keys())} added, {len(gone)} removed"
+    return "\n".join([counts, *(f"  removed: {name}" for name in gone)])
 
 
 def news(changelog: Path, old: str, new: str) -> str:

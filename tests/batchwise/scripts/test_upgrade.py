@@ -120,8 +120,9 @@ def test_a_project_goes_on_with_the_next_version(template: Any, mine: Any) -> No
     before = mine.contents()
     done = mine.script("upgrade", template.root.as_uri(), "--ref", f"v{NEXT}")
     assert done.returncode == 0, done.stderr
-    first, *_ = done.stdout.splitlines()
+    first, second, *_ = done.stdout.splitlines()
     assert first == f"batchwise {OLD} -> {NEXT}: 4 files changed, 2 added, 1 removed"
+    assert second == "  removed: src/batchwise/models/old.py"
     assert "- The mean.\n\n## [9.0.0]" in done.stdout
     assert f"## [{OLD}]" not in done.stdout
     assert "You had changed" not in done.stdout
@@ -265,6 +266,19 @@ def test_refusals(template: Any, mine: Any) -> None:
         said(mine.script("upgrade", template.root)) == "the tree has changes (M README.md): commit or undo them first"
     )
     assert mine.git("status", "--porcelain") == " M README.md\n"
+
+
+@pytest.mark.slow
+def test_a_shallow_clone_and_a_source_without_git_are_refused(template: Any, mine: Any) -> None:
+    """What is the user's could be neither kept as a patch nor told from what the new version no longer has."""
+    root, mine.root = mine.root, Path("shallow").absolute()
+    template.call("git", "clone", "--quiet", "--depth", 1, root.as_uri(), mine.root)
+    template.call("rm", "-rf", ".git")
+    assert said(mine.script("upgrade", template.root)).endswith(": git fetch --unshallow first")
+    assert mine.git("status", "--porcelain") == ""
+    mine.git("fetch", "--quiet", "--unshallow")
+    assert mine.script("upgrade", template.root).returncode == 0
+    assert (mine.root / "docs" / "mine.md").exists()
 
 
 def test_the_changelog_has_this_version() -> None:
