@@ -44,8 +44,11 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Yield a path to write to, which takes the place of `path` at the end. Nobody ever sees a part of the file."""
-    part = path.with_name(f".{path.name}.part")
+    """Yield a path to write to, which takes the place of `path` at the end. Nobody ever sees a part of the file.
+
+    Of two processes that write it at once, the last one's stays, whole.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with naming(path):
             yield part

@@ -43,6 +43,7 @@ class Predictions(Callback):
         if self.kind is ParquetFile:
             optional("pyarrow", "table")
         self.file: Any = None
+        self._writer = 0
 
     def path(self, trainer: pl.Trainer) -> Path:
         """Return the path of the file."""
@@ -76,10 +77,11 @@ class Predictions(Callback):
         """Open the file of this device."""
         self.target = self.path(trainer)
         self.target.parent.mkdir(parents=True, exist_ok=True)
+        self._writer = trainer.strategy.broadcast(os.getpid())  # another command may write the same file
         self.file = self.kind(self._part(trainer.global_rank), header=trainer.is_global_zero)
 
     def _part(self, rank: int) -> Path:
-        return self.target.with_name(f".{self.target.name}.{rank}.part")
+        return self.target.with_name(f".{self.target.name}.{self._writer}.{rank}.part")
 
     def on_predict_batch_end(
         self,

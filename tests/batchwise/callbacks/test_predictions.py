@@ -50,6 +50,15 @@ def test_other_kinds_of_file_are_refused() -> None:
         Predictions("rows.txt")
 
 
+def test_another_command_that_writes_the_same_file_is_not_disturbed() -> None:
+    Path(".rows.csv.0.part").write_text("another's")
+    trainer = small.trainer(callbacks=[Predictions("./rows.csv")])
+    trainer.predict(small.Classify(small.network()), datamodule=small.Points())
+    assert len(Path("rows.csv").read_text().splitlines()) == 1 + len(small.Points().load("test")[0])
+    assert Path(".rows.csv.0.part").read_text() == "another's"
+    assert not [path for path in Path().glob(".rows.csv.*") if path.name != ".rows.csv.0.part"]
+
+
 def test_nested_predictions_are_columns() -> None:
     pair = namedtuple("Pair", ["left", "right"])
     boxes = [torch.zeros(0, 4), torch.ones(2, 4)]
