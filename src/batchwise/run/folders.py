@@ -17,13 +17,13 @@ from batchwise.run.lock import alone
 FOLDER = "BATCHWISE_RUN_FOLDER"
 """The environment variable that tells the processes of a training the folder that the first of them made."""
 PATIENCE = 120.0  # seconds in which the first process must have made it
-REMEDY = "write another trainer.default_root_dir"
+REMEDY = "write another name or trainer.default_root_dir"
 _until_the_end = contextlib.ExitStack()
 
 
 def check_name(name: str, root: Path) -> None:
     """Raise ValueError if the name of an experiment is not the name of a folder in `root`."""
-    if Path(name).is_absolute() or ".." in Path(name).parts or not name.isprintable() or not name:
+    if Path(name).is_absolute() or ".." in Path(name).parts or not name.isprintable() or not Path(name).parts:
         raise ValueError(f"name is {name!r}: write the name of a folder that is to lie in {root}")
 
 

@@ -17,6 +17,7 @@ from helpers import CSV, DIGITS, ROOT, Result, Started, absolute, furthest, run_
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from batchwise.data.module import LIMIT_FILE
+from batchwise.run.folders import check_name, choose_folder
 from batchwise.run.lock import alone
 from batchwise.run.record import RunRecord
 from batchwise.run.usual import usual_callbacks
@@ -287,3 +288,14 @@ def test_only_a_finite_value_is_the_best(mode: str) -> None:
     for value in (math.nan, math.inf, -math.inf):
         assert not best.check_monitor_top_k(None, torch.tensor(value))  # type: ignore[arg-type]
     assert best.check_monitor_top_k(None, torch.tensor(0.5))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", [".", "", "a/../b", "/tmp/a", "a\nb"])
+def test_a_name_that_is_no_folder_in_the_root(name: str) -> None:
+    with pytest.raises(ValueError, match="write the name of a folder that is to lie in runs"):
+        check_name(name, Path("runs"))
+
+
+def test_a_name_that_is_too_long() -> None:
+    with pytest.raises(ValueError, match=r"File name too long.*: write another name or trainer.default_root_dir"):
+        choose_folder(Path("runs"), "x" * 300, None, restart=False)
