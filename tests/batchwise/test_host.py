@@ -36,7 +36,8 @@ with whole(Path("file")) as part:
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as one:
-        assert one.stdout and one.stdout.readline() == "writing\n"
+        assert one.stdout
+        assert one.stdout.readline() == "writing\n"
         with whole(Path("file")) as part:
             part.write_text("second")
         assert Path("file").read_text() == "second"
