@@ -157,7 +157,7 @@ def _losses(
     """
     found: dict[str, list[Tensor]] = {}
     with kept_buffers(task) as before:
-        for part in (part for batch in batches for part in _on_device(task, data, batch).split(most)):
+        for part in (part for batch in batches for part in _on_device(task, data, batch, seed).split(most)):
             seed_generator(home_of(task), seed + part.position)
             with torch.no_grad():
                 parts = _call(task, part, player)
@@ -173,8 +173,9 @@ def _losses(
     return {term: torch.cat(losses) for term, losses in found.items()}, moved
 
 
-def _on_device(task: "Task", data: DataModule, batch: MicroBatch) -> MicroBatch:
+def _on_device(task: "Task", data: DataModule, batch: MicroBatch, seed: int = 0) -> MicroBatch:
     copy = replace(batch._map(torch.clone), key=KEY)  # because a transform may work in place
+    seed_generator(home_of(task), seed + batch.position)  # as in training, from which a transform may draw
     place.current = place.Place(KEY, batch.position, False, len(batch))
     return on_device(task, data, copy, training=True)
 
@@ -237,7 +238,7 @@ def _warn_of_state(task: "Task") -> None:
     warnings.warn(
         f"{type(task).__name__}.losses, or the network, keeps something between micro-batches, such as the state of a "
         "recurrent network or a generator of its own, so the result depends on how the batch is executed "
-        "(micro-batches, devices): keep nothing, and draw by batch.rand",
+        "(micro-batches, devices): keep nothing, and draw by batch.rand, also in transform",
         stacklevel=2,
     )
 
@@ -245,7 +246,7 @@ def _warn_of_state(task: "Task") -> None:
 def _warn_of_randomness(task: "Task") -> None:
     layers = [name for name, module in task.named_modules() if isinstance(module, nn.modules.dropout._DropoutNd)]
     source = f"layers such as {', '.join(layers[:3])} draw" if layers else "losses, or the network, draws"
-    ours = "batch.rand and batch.randn; in the network batchwise.models.noise, or batchwise.models.dropout.Dropout"
+    ours = "batch.randn, also in transform; in the network batchwise.models.noise or batchwise.models.dropout.Dropout"
     remedy = "model.exact_dropout true" if layers else ours
     warnings.warn(
         f"{source} random numbers that depend on how the batch is executed (micro-batches, devices): write {remedy}",

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -119,6 +120,18 @@ def test_random_numbers_without_a_key_are_named(fault: str) -> None:
     losses, net, message = RANDOM[fault]
     with pytest.warns(UserWarning, match=message):
         fit(made(losses, net), Points(), max_steps=1)
+
+
+class Noisy(Points):
+    """A transform that draws from PyTorch's generator, which in training is seeded for each micro-batch."""
+
+    def transform(self, batch: MicroBatch, training: bool) -> MicroBatch:
+        return replace(batch, inputs=batch.inputs + torch.randn_like(batch.inputs))
+
+
+def test_random_numbers_of_a_transform_are_named() -> None:
+    with pytest.warns(UserWarning, match=r"draws random numbers .*batch\.randn, also in transform"):
+        fit(made(each), Noisy(), max_steps=1)
 
 
 def test_a_whole_batch_on_one_device_may_couple() -> None:
