@@ -124,6 +124,10 @@ def own_files(project: str, monkeypatch: pytest.MonkeyPatch) -> None:
             Image.fromarray(pixels).save(f"photos/{label}/{number}.jpg")
     rows = [f"{number},{number % 7},{'abc'[number % 3]},{('no', 'yes')[number % 2]}" for number in range(40)]
     Path("houses.csv").write_text("\n".join(["area,rooms,town,sold", *rows]))
+    reviews = [
+        f"{word} {number},{stars}" for number in range(20) for stars, word in ((1, "bad"), (3, "so-so"), (5, "good"))
+    ]
+    Path("reviews.csv").write_text("\n".join(["text,stars", *reviews]))
 
 
 def run_script(name: str) -> None:

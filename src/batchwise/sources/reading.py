@@ -45,6 +45,8 @@ def read_table(
     from pyarrow import ArrowException, parquet, types
 
     file, found = Path(path).expanduser(), list[str]()
+    if not file.exists():
+        raise ValueError(f"{path} cannot be read: it does not exist: write a .csv, .tsv or .parquet file")
     try:
         if file.is_dir() or file.suffix.lower() in (".parquet", ".pq"):
             table = parquet.read_table(file)
