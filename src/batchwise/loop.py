@@ -56,6 +56,11 @@ class EpochLoop(_TrainingEpochLoop):
         self._at_start: list[Any] = []
         self._at_end: list[Any] = []
 
+    def reset(self) -> None:
+        """Begin an epoch, or go on in it. A batch that had only begun when it was saved begins again."""
+        super().reset()
+        self.batch_progress.total.reset_on_restart()
+
     def on_run_start(self, data_fetcher: Any) -> None:
         """Find out, at the start of each epoch, who listens."""
         super().on_run_start(data_fetcher)

@@ -286,6 +286,37 @@ def test_what_a_callback_has_thawed_or_frozen_is_so_after_a_resume(callback: Any
     assert small.furthest(whole, again) == 0
 
 
+class Validated(Callback):
+    """Notes the steps after which validation began, in all trainings."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        self.steps.append(trainer.global_step)
+
+
+@pytest.mark.parametrize("step", [2, 5, 8])
+def test_after_a_resume_validation_is_due_at_the_same_steps(step: int) -> None:
+    """Counted over epochs. A training that breaks off goes on where a checkpoint was saved before a step."""
+
+    class Breaks(Callback):
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == step:
+                raise RuntimeError("power")
+
+    def run(*callbacks: Callback, ckpt_path: str | None = None) -> None:
+        saving = [*callbacks, Last(every_n_steps=1)]
+        by_steps: dict[str, Any] = {"val_check_interval": 4, "check_val_every_n_epoch": None}
+        small.fit(usual(), callbacks=saving, ckpt_path=ckpt_path, **SAVING, **by_steps)
+
+    validated = Validated()
+    with pytest.raises(RuntimeError, match="power"):
+        run(validated, Breaks())
+    run(validated, ckpt_path=last())
+    assert validated.steps == [4, 8, 12, 16, 20]
+
+
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.slow
 def test_a_plateau_is_found_by_what_was_measured_before_a_resume(strict: bool) -> None:

@@ -102,7 +102,7 @@ def convert_batchnorm(network: nn.Module, ghost_batch_size: int) -> int:
             if isinstance(layer, _BatchNorm):
                 if not layer.affine or not layer.track_running_stats or layer.momentum is None:
                     raise ValueError(f"ghost_batch_size: the batch norm {name} has no weights or running statistics")
-                ghost = GhostBatchNorm(layer.num_features, ghost_batch_size, layer.eps, layer.momentum)
+                ghost = GhostBatchNorm(layer.num_features, ghost_batch_size, layer.eps, layer.momentum).to(layer.weight)
                 ghost.load_state_dict(layer.state_dict(), strict=False)
                 ghost.train(layer.training)
                 ghost.weight.requires_grad_(layer.weight.requires_grad)

@@ -119,6 +119,7 @@ class Finite:
         examples = data.order.indices(made.epoch, *data.plan.bounds(made.step)).tolist()
         path = Path(task.trainer.default_root_dir) / "skipped.csv"
         if task.trainer.is_global_zero:
+            path.parent.mkdir(parents=True, exist_ok=True)  # where nothing else is kept, nobody has made it
             with path.open("a") as file:
                 file.write(",".join(map(str, [made.step, *examples])) + "\n")
             some = ", ".join(map(str, examples[:8])) + (", ..." if len(examples) > 8 else "")

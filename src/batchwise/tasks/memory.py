@@ -49,6 +49,7 @@ def halve(task: "Task", batch: Batch, message: str) -> None:
     data.micro_batch_limit = half
     where = f"step {trainer.global_step}: out of memory with micro-batches of {size} examples"
     if trainer.world_size > 1:
+        data.limit_file.parent.mkdir(parents=True, exist_ok=True)
         data.limit_file.write_text(str(half))
         raise TrainingStopped(f"{where} ({message}): the same command with --ckpt_path last goes on with {half}")
     release_memory(task.device)

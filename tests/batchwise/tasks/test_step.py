@@ -358,6 +358,12 @@ def test_a_skipped_step_touches_neither_weights_nor_optimizer_nor_statistics(mon
     assert len(skipped()) == 2
 
 
+def test_the_folder_is_made_where_nothing_else_is_kept() -> None:
+    task = Plain(Net().double())
+    small.fit(task, Points(spoilt=(17,)), max_epochs=1, default_root_dir=Path("not/yet/there"))
+    assert len(Path("not/yet/there/skipped.csv").read_text().splitlines()) == 1
+
+
 def test_looking_can_be_switched_off() -> None:
     network = Net().double()
     fit(network, Points(spoilt=(17,)), epochs=1, max_skipped_steps=0)
