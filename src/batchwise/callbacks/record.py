@@ -45,8 +45,7 @@ class Record(Callback):
         self.examples = 0
         self.began = self._row = Totals()
         self._peak_flops: float | None = None
-        self._gradient_norm: torch.Tensor | None = None
-        self._learning_rate = 0.0
+        self._of_step: dict[str, float | torch.Tensor] = {}
         self._before_validation = ""
 
     def on_fit_start(self, trainer: Any, pl_module: Task) -> None:
@@ -92,8 +91,9 @@ class Record(Callback):
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Task, optimizer: Optimizer) -> None:
         """If a row is due, note the learning rate, and the norm of the exact gradient before clipping."""
         if pl_module._measures.row_is_due:
-            self._learning_rate = optimizer.param_groups[0]["lr"]
-            self._gradient_norm = full(torch.nn.utils.get_total_norm(gradients_of(optimizer)))
+            norm = full(torch.nn.utils.get_total_norm(gradients_of(optimizer)))
+            # Schedulers change a rate that is a tensor in its place, before the row is written.
+            self._of_step = {"learning_rate": float(optimizer.param_groups[0]["lr"]), "gradient_norm": norm}
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Task, outputs: object, batch: Batch, batch_idx: int
@@ -107,8 +107,7 @@ class Record(Callback):
         totals = self.totals(pl_module)
         row = {
             **measured,
-            "learning_rate": self._learning_rate,
-            "gradient_norm": float("nan") if self._gradient_norm is None else self._gradient_norm.item(),
+            **{name: float(value) for name, value in self._of_step.items()},
             "examples": pl_module.data.plan.examples_at(trainer.global_step),  # type: ignore[union-attr]
             "epoch": batch.epoch,
             **self.figures(pl_module, self._row, totals),
@@ -116,7 +115,7 @@ class Record(Callback):
         measures.shown = {"train/loss": measured["train/loss"], "examples/s": row["examples_per_second"]}
         for logger in trainer.loggers:
             logger.log_metrics(row, step=trainer.global_step)
-        self._row = totals
+        self._row, self._of_step = totals, {}  # a step that is skipped has none
 
 
 def peak_flops(trainer: pl.Trainer) -> float | None:

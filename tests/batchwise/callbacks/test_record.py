@@ -8,12 +8,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import small
 import torch
 import torch.nn.functional as F
 from helpers import CSV, DIGITS, Result, run_here
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.data import Dataset
 
 from batchwise.batching.loader import MicroBatch
@@ -193,3 +195,29 @@ def test_accuracy_of_the_rows_own_batch_however_it_is_run() -> None:
     assert all(accuracy * 64 == pytest.approx(round(accuracy * 64)) for accuracy in list(whole.values())[:-1])
     assert whole[20] > whole[1]
     assert run_here(*common, "--data.micro_batch_size", 10).rows("train/accuracy") == whole
+
+
+class Halved(small.Classify):
+    """The rate is halved after each step. The loss of one step is not finite."""
+
+    rate: float | Tensor = 1.0
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=self.rate)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": ExponentialLR(optimizer, 0.5), "interval": "step"},
+        }
+
+    def losses(self, batch: MicroBatch) -> Tensor:
+        losses = super().losses(batch)
+        return losses * torch.nan if self._own_data is None and self.trainer.global_step == 2 else losses
+
+
+@pytest.mark.parametrize("rate", [1.0, torch.tensor(1.0)])
+def test_a_row_has_rate_and_norm_of_its_step_and_none_of_a_skipped_one(rate: float | Tensor) -> None:
+    task, log = Halved(small.network()), small.Memory()
+    task.rate = rate
+    small.fit(task, logger=[log], log_every_n_steps=1, max_epochs=1)
+    assert log.found("learning_rate") == {step: 0.5 ** (step - 1) for step in (1, 2, 4, 5, 6, 7)}
+    assert log.found("gradient_norm").keys() == log.found("learning_rate").keys()
