@@ -46,7 +46,7 @@ def read_table(
 
     file, found = Path(path).expanduser(), list[str]()
     if not file.exists():
-        raise ValueError(f"{path} cannot be read: it does not exist: write a .csv, .tsv or .parquet file")
+        raise ValueError(f"{path} cannot be read: there is no {file.absolute()}")
     try:
         if file.is_dir() or file.suffix.lower() in (".parquet", ".pq"):
             table = parquet.read_table(file)
