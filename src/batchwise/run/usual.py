@@ -60,9 +60,9 @@ def usual_callbacks(task: Task, given: Sequence[Callback], saving: bool, folder:
     if saving and missing(Last):
         usual.append(Last())
     if saving and missing(ModelCheckpoint):
+        if tuple(task.monitor)[1:] not in (("min",), ("max",)):  # which a name alone is not either
+            raise ValueError(f"{type(task).__name__}.monitor is {task.monitor!r}: write a name, and 'min' or 'max'")
         monitor, mode = task.monitor
-        if mode not in ("min", "max"):
-            raise ValueError(f"{type(task).__name__}.monitor is {task.monitor}: write a name, and 'min' or 'max'")
         usual.append(ModelCheckpoint(monitor=monitor, mode=mode, filename="best"))
     for callback in (*given, *usual):
         if isinstance(callback, ModelCheckpoint):

@@ -1,6 +1,7 @@
 """`batchwise.Trainer` in scripts and notebooks: what it trains is checked, reported and kept as on the command line."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -461,10 +462,11 @@ def test_the_end_says_why_a_training_has_stopped(case: str, capsys: pytest.Captu
     assert f"--ckpt_path last {longer}\n" in shown if longer else "go on:" not in shown
 
 
-def test_a_monitor_needs_a_direction() -> None:
-    task = type("Own", (small.Classify,), {"monitor": ("val/loss", "lowest")})(small.network(), optimizer=small.adamw)
+@pytest.mark.parametrize("monitor", [("val/loss", "lowest"), "val/loss"])
+def test_a_monitor_needs_a_direction(monitor: Any) -> None:
+    task = type("Own", (small.Classify,), {"monitor": monitor})(small.network(), optimizer=small.adamw)
     with pytest.raises(
-        ValueError, match=r"^Own\.monitor is \('val/loss', 'lowest'\): write a name, and 'min' or 'max'"
+        ValueError, match=rf"^Own\.monitor is {re.escape(repr(monitor))}: write a name, and 'min' or 'max'"
     ):
         usual_callbacks(task, [], True, Path("runs"))
 
