@@ -21,9 +21,9 @@ from batchwise.errors import Mistake
 from batchwise.host import wait_for
 from batchwise.models.call import lay_out
 from batchwise.models.compiled import compile_network
+from batchwise.models.kept import dtype_of
 from batchwise.models.norm import has_batchnorm
 from batchwise.tasks.memory import is_out_of_memory
-from batchwise.tasks.rehearsal import dtype_of
 from batchwise.tasks.task import Task
 
 _GAIN = 1.05  # a way replaces another if it is at least so many times as fast

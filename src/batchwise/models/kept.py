@@ -15,6 +15,12 @@ def home_of(module: nn.Module) -> torch.device:
     return next(chain(module.parameters(), module.buffers()), torch.empty(0)).device
 
 
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """Return the type of a module's floats."""
+    types = (parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())
+    return next(types, torch.get_default_dtype())
+
+
 @contextmanager
 def kept_modes(module: nn.Module) -> Iterator[None]:
     """Restore the mode of each part afterwards: some parts may be in evaluation mode on purpose."""

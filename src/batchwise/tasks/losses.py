@@ -1,5 +1,6 @@
 """What `losses` and `predictions` of a task may return."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from traceback import extract_tb
@@ -100,6 +101,25 @@ def about_kinds(call: Callable[[MicroBatch], Any], error: Exception, batch: Micr
             if places[0] == places[1] and Stranger.__name__ in str(other):
                 return f"batch.{name} is {'None, since load gave none' if value is None else f'a {kind}'}: "
     return ""
+
+
+def about_pairs(name: str, is_cut: bool) -> None:
+    """Say that there is a loss for each pair of examples.
+
+    Args:
+        name: of what gives the losses.
+        is_cut: micro-batches or devices cut the batch, and so would leave out pairs. Else there is a warning.
+
+    Raises:
+        ValueError: the batch is cut.
+    """
+    line = (
+        f"{name} gives losses [N, N] for N examples, one for each pair: where outputs [N] meet targets [N, 1], write "
+        "squeeze(1) of the latter; if you mean pairs, write a task of batchwise.tasks.contrastive"
+    )
+    if is_cut:
+        raise ValueError(line)
+    warnings.warn(line, stacklevel=2)
 
 
 def checked_columns(given: Any, examples: int, name: str) -> dict[str, Any]:

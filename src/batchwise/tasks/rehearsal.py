@@ -6,23 +6,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
-from batchwise.batching.gradients import weighted_sum
 from batchwise.batching.loader import MicroBatch
 from batchwise.data.augmentation import Augmentation
 from batchwise.data.module import DataModule
 from batchwise.errors import Mistake
 from batchwise.models import place
 from batchwise.models.compiled import parts_watched
-from batchwise.models.kept import home_of, kept_buffers, kept_modes
+from batchwise.models.kept import dtype_of, home_of, kept_buffers, kept_modes
 from batchwise.models.norm import batchnorms
 from batchwise.tasks.exchange import parts_of
-from batchwise.tasks.losses import about_kinds, about_labels
+from batchwise.tasks.gradient_trial import check_gradients
+from batchwise.tasks.losses import about_kinds, about_labels, about_pairs
 from batchwise.tasks.measures import MetricError
 from batchwise.tasks.memory import is_out_of_memory
 from batchwise.tasks.passes import seed_generator
@@ -34,6 +33,17 @@ if TYPE_CHECKING:
 EXAMPLES, MOST = 6, 16
 KEY = 1
 """Stands for (seed, step) in the numbers that keyed layers draw."""
+
+
+class Tried(NamedTuple):
+    """What a few examples gave."""
+
+    losses: dict[str, Tensor]
+    """The sum of weighted losses of each example [N], by term."""
+    moved: dict[str, Tensor]
+    """How far the buffers have moved, by which a spectral norm is seen that hardly moves."""
+    pairs: set[str]
+    """The terms with losses [N, N] in micro-batches of N examples."""
 
 
 def rehearse(task: "Task", data: DataModule) -> None:
@@ -72,33 +82,45 @@ def _rehearse(task: "Task", data: DataModule) -> None:
     index, half = torch.cat([front, one, another, back]), half + len(one)
     batch, is_cut = data.examples("train", index), plan.accumulation * plan.devices > 1
     for player in task._players():
-        whole, moved = _losses(task, data, [batch], player, 0)
-        again, _ = _losses(task, data, [batch], player, 1)
+        whole = _try(task, data, [batch], player, 0)
+        again = _try(task, data, [batch], player, 1)
         if not _all_close(whole, again):
-            seeded, _ = _losses(task, data, [batch], player, 0)
+            seeded = _try(task, data, [batch], player, 0)
             (_warn_of_randomness if _all_close(whole, seeded) else _warn_of_state)(task)
-        elif not task._couples and is_cut:
-            parts, moved_in_parts = _losses(task, data, _halves(data, batch, index, half), player, 0, half)
-            apart = [term for term, losses in whole.items() if not _close(losses, parts[term])]
-            others = [name for name, move in moved.items() if not _close(move, moved_in_parts[name])]
-            if others:
-                line = (
-                    f"the buffer {others[0]} is updated in each forward pass, so it depends on how the batch is "
-                    "executed (micro-batches, devices): update it in a hook such as on_train_batch_end, or run each "
-                    "batch whole on one device (data.micro_batch_size null)"
-                )
-                if apart:
-                    raise ValueError(line.replace("so it depends", "so it, and with it the losses, depends"))
-                warnings.warn(line, stacklevel=2)
-            elif apart:
-                which = f"losses['{apart[0]}']" if apart[0] else "losses"
-                raise ValueError(
-                    f"{type(task).__name__}.{which} gives an example another loss when other examples are in its "
-                    "micro-batch, so the result depends on how the batch is executed: mask the padding, return weights "
-                    "in place of dividing by their sum, write a task of batchwise.tasks.contrastive, or run each batch "
-                    "whole on one device (data.micro_batch_size null)"
-                )
-        _check_gradients(task, data, data.examples("train", torch.cat([front, back])), player)
+        elif not task._couples and (is_cut or whole.pairs) and half < len(index):
+            parts = _try(task, data, _halves(data, batch, index, half), player, 0, half)
+            if pairs := whole.pairs & parts.pairs:
+                about_pairs(f"{type(task).__name__}.{_name(pairs.pop())}", is_cut)
+            elif is_cut:
+                _compare(task, whole, parts)
+        ends = _on_device(task, data, data.examples("train", torch.cat([front, back])))
+        check_gradients(task, data.trainer, _call(task, ends, player), player)
+
+
+def _compare(task: "Task", whole: Tried, parts: Tried) -> None:
+    """Raise ValueError if losses, or warn if buffers, depend on how the examples were cut."""
+    apart = [term for term, losses in whole.losses.items() if not _close(losses, parts.losses[term])]
+    others = [name for name, move in whole.moved.items() if not _close(move, parts.moved[name])]
+    if others:
+        line = (
+            f"the buffer {others[0]} is updated in each forward pass, so it depends on how the batch is executed "
+            "(micro-batches, devices): update it in a hook such as on_train_batch_end, or run each batch whole on one "
+            "device (data.micro_batch_size null)"
+        )
+        if apart:
+            raise ValueError(line.replace("so it depends", "so it, and with it the losses, depends"))
+        warnings.warn(line, stacklevel=2)
+    elif apart:
+        raise ValueError(
+            f"{type(task).__name__}.{_name(apart[0])} gives an example another loss when other examples are in its "
+            "micro-batch, so the result depends on how the batch is executed: mask the padding, return weights in "
+            "place of dividing by their sum, write a task of batchwise.tasks.contrastive, or run each batch whole on "
+            "one device (data.micro_batch_size null)"
+        )
+
+
+def _name(term: str) -> str:
+    return f"losses['{term}']" if term else "losses"
 
 
 def _of_each_class(data: DataModule, most: int) -> tuple[Tensor, Tensor]:
@@ -147,21 +169,20 @@ def as_it_was(task: "Task", data: DataModule) -> Iterator[None]:
             metric.reset()
 
 
-def _losses(
+def _try(
     task: "Task", data: DataModule, batches: list[MicroBatch], player: tuple[str, ...], seed: int, most: int = 2**31
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the sum of weighted losses of each example by term, [N], over micro-batches of at most `most`.
-
-    And return how far the buffers have moved, by which a spectral norm is seen that hardly moves. They are then as
-    before.
-    """
+) -> Tried:
+    """Compute the losses over micro-batches of at most `most` examples. Buffers are then as before."""
     found: dict[str, list[Tensor]] = {}
+    pairs: set[str] | None = None
     with kept_buffers(task) as before:
         for part in (part for batch in batches for part in _on_device(task, data, batch, seed).split(most)):
             seed_generator(home_of(task), seed + part.position)
             with torch.no_grad():
                 parts = _call(task, part, player)
                 task._measures.terms.check(task, part, parts)
+            square = {term for term, (losses, _) in parts.items() if losses.shape[:2] == (len(part), len(part))}
+            pairs = square if pairs is None else pairs & square
             for term, (losses, weights) in parts.items():
                 weighted = losses if weights is None else torch.where(weights == 0, 0.0, losses * weights)
                 found.setdefault(term, []).append(weighted.cpu().double().reshape(len(part), -1).sum(1))
@@ -170,7 +191,7 @@ def _losses(
             for name, buffer in task.named_buffers()
             if not buffer.is_complex() and name in before and buffer.shape == before[name].shape
         }
-    return {term: torch.cat(losses) for term, losses in found.items()}, moved
+    return Tried({term: torch.cat(losses) for term, losses in found.items()}, moved, pairs or set())
 
 
 def _on_device(task: "Task", data: DataModule, batch: MicroBatch, seed: int = 0) -> MicroBatch:
@@ -184,12 +205,6 @@ def on_device(task: "Task", data: DataModule, batch: MicroBatch, training: bool)
     """Return a micro-batch on the device of a task. Without a trainer, its floats are of the type of the network's."""
     moved = data.to_device(batch, home_of(task), training)
     return moved.cast(dtype_of(task.network)) if data.trainer is None else moved
-
-
-def dtype_of(network: nn.Module) -> torch.dtype:
-    """Return the type of a network's floats."""
-    types = (parameter.dtype for parameter in network.parameters() if parameter.is_floating_point())
-    return next(types, torch.get_default_dtype())
 
 
 def _call(task: "Task", part: MicroBatch, player: tuple[str, ...]) -> Parts:
@@ -230,8 +245,8 @@ def _close(one: Tensor, other: Tensor, same: bool = False) -> bool:
     return torch.allclose(one, other, rtol=rounding, atol=rounding * usual + 1e-12, equal_nan=True)
 
 
-def _all_close(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return all(_close(losses, other[term], same=True) for term, losses in one.items())
+def _all_close(one: Tried, other: Tried) -> bool:
+    return all(_close(losses, other.losses[term], same=True) for term, losses in one.losses.items())
 
 
 def _warn_of_state(task: "Task") -> None:
@@ -252,49 +267,3 @@ def _warn_of_randomness(task: "Task") -> None:
         f"{source} random numbers that depend on how the batch is executed (micro-batches, devices): write {remedy}",
         stacklevel=2,
     )
-
-
-def _check_gradients(task: "Task", data: DataModule, batch: MicroBatch, player: tuple[str, ...]) -> None:
-    """Raise ValueError where there is no gradient, it is not that of the mean loss, or processes would wait for it."""
-    name = f"{type(task).__name__}.losses"
-    learning = {name: parameter for name, parameter in task.named_parameters() if parameter.requires_grad}
-    parts = _call(task, _on_device(task, data, batch), player)
-    if any(weights is not None and bool((weights < 0).any()) for _, weights in parts.values()):
-        raise ValueError(
-            f"{name} gives weights below 0, but the sum of losses is divided by the sum of weights: write weights from "
-            "0, and turn the sign of the losses"
-        )
-    if any(weights is not None and weights.requires_grad for _, weights in parts.values()):
-        raise ValueError(
-            f"{name} gives weights that have a gradient, but the sum of weights, by which the sum of losses is "
-            "divided, counts as a constant: write weights.detach(), or multiply the losses by them"
-        )
-    total = torch.stack([weighted_sum(losses, None, weights)[0] for losses, weights in parts.values()]).sum()
-    if not learning:
-        return
-    if not total.requires_grad:
-        raise ValueError(f"{name} gives losses without a gradient: let them follow from the network, without detach()")
-    try:
-        found = torch.autograd.grad(total, list(learning.values()), allow_unused=True)
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise
-        said = str(error).splitlines()[0]
-        raise ValueError(f"the backward pass of {name} fails on a few examples: {said}") from error
-    for parameter, gradient in zip(learning, found, strict=True):
-        if gradient is not None and gradient.layout != torch.strided:
-            raise ValueError(f"{parameter} has a sparse gradient, and here they are dense: write sparse=False")
-    if bool(total.isfinite()) and any(gradient is not None and bool(gradient.isnan().any()) for gradient in found):
-        warnings.warn(
-            f"the gradient of a few examples is not a number, although their losses are: where {name} leaves a target "
-            "out by a weight of 0, its loss must be finite, as after nan_to_num",
-            stacklevel=2,
-        )
-    strategy: Any = getattr(data.trainer, "strategy", None)
-    waits = isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters")
-    unused = [name for name, gradient in zip(learning, found, strict=True) if gradient is None]
-    if unused and waits and not task._couples and not player:
-        raise ValueError(
-            f"{len(unused)} parameter(s) had no gradient in a few examples, such as {unused[0]}, and processes "
-            "that train together wait for it: write trainer.strategy ddp_find_unused_parameters_true, or model.freeze"
-        )

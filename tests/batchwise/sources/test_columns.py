@@ -189,7 +189,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
         rows("n,k", lambda i: f"{i if i != 7 else 'seven'},{k(i)}"), {}, "correct 'seven', which is no number or date",
     ),
     "a folder that is not there": (n_k(","), {"path": "~/nosuch/t.csv"}, "nosuch/t.csv cannot be read"),
-    "a file of Parquet that is not there": (n_k(","), {"path": "no.parquet"}, "no.parquet cannot be read: there is no /"),
+    "a file of Parquet that is not there": (n_k(","), {"path": "no.parquet"}, "no.parquet cannot be read: there is no"),
     "no such target": (n_k(","), {"target": "z"}, "has no column 'z': write one of n, k"),
 }  # fmt: skip
 

@@ -61,6 +61,14 @@ def coupled(task: Task, batch: MicroBatch) -> Tensor:
     return F.cross_entropy(embedded @ embedded.T, torch.arange(len(batch)), reduction="none")
 
 
+def broadcast(task: Task, batch: MicroBatch) -> Tensor:
+    return (task(batch.inputs)[:, 0] - batch.targets.unsqueeze(1)).square()
+
+
+def tokens(count: int) -> Callable[[Task, MicroBatch], Tensor]:
+    return lambda task, batch: each(task, batch).unsqueeze(1).expand(-1, count)
+
+
 def noisy(task: Task, batch: MicroBatch) -> Tensor:
     return F.cross_entropy(task(batch.inputs + torch.randn_like(batch.inputs)), batch.targets, reduction="none")
 
@@ -80,6 +88,7 @@ FAULTS = {
         r"Own\.losses fails on a few examples: Using a target size .*test_rehearsal\.py, line \d+\)$",
     ),
     "coupled": (coupled, network, "another loss when other examples are in its micro-batch"),
+    "pairs": (broadcast, network, r"Own\.losses gives losses \[N, N\] .* outputs \[N\] meet targets \[N, 1\]"),
     "a mean": (lambda task, batch: each(task, batch).mean(), network, r"the shape \[\] for 12 examples"),
     "a mean of one": (lambda task, batch: each(task, batch).mean()[None], network, r"the shape \[1\] for 12 examples"),
     "nothing": (lambda task, batch: None, network, "a NoneType for 12 examples"),
@@ -113,6 +122,16 @@ def test_faults_are_named(fault: str) -> None:
     task = made(losses, net)
     with pytest.raises(ValueError, match=message):
         fit(task, Points(micro_batch_size=5))
+
+
+def test_pairs_in_whole_batches_are_named_once() -> None:
+    with pytest.warns(UserWarning, match=r"Own\.losses gives losses \[N, N\] .*write squeeze\(1\)"):
+        fit(made(broadcast), Points(), max_steps=1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".* one for each pair")
+        for count in (6, 12):  # as many losses as there are examples tried, by chance
+            fit(made(tokens(count)), Points(), max_steps=1)
+            fit(made(tokens(count)), Points(micro_batch_size=5), max_steps=1)
 
 
 @pytest.mark.parametrize("fault", RANDOM)
