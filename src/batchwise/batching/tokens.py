@@ -121,7 +121,11 @@ class SequencePlan(BatchPlan):
         if self.batch_tokens is None:
             return BySize(self.positions, self.batch_size, self.changes, self.drop_last)
         steps = min(self._unlimited_steps, self.limit or self._unlimited_steps)
-        return ByTokens(self.positions, steps, lambda epoch: self.lengths[self.order.indices(epoch, 0, self.positions)])
+        return ByTokens(self.positions, steps, self._lengths_in)
+
+    def _lengths_in(self, epoch: int) -> Tensor:
+        """Return the tokens of the examples of an epoch, in its order, int64 [positions]."""
+        return self.lengths[self.order.indices(epoch, 0, self.positions)]
 
     def arrange(self, index: Tensor, rank: int) -> tuple[Tensor, list[Part]]:
         """Return the sorted examples of a batch, and the micro-batches of device `rank` in it."""

@@ -1,3 +1,5 @@
+import copy
+import pickle
 from itertools import pairwise
 
 import pytest
@@ -49,6 +51,15 @@ def test_borders_by_hand():
     assert [borders.bounds(0, number) for number in range(3)] == [(0, 1), (1, 3), (3, 4)]
     assert [borders.epoch(step) for step in (0, 2, 3)] == [0, 0, 1]
     assert borders.before(2) == (6, 8)
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda plan: pickle.loads(pickle.dumps(plan))])
+def test_a_plan_by_tokens_can_be_copied_once_it_is_in_use(make):
+    plan = sequence_plan(torch.arange(1, 41), batch_tokens=100)
+    bounds = [plan.bounds(step) for step in range(2 * plan.steps_per_epoch)]
+    own = make(plan)
+    assert [own.bounds(step) for step in range(len(bounds))] == bounds
+    assert own.borders.lengths.__self__ is own  # and not the plan that it is a copy of
 
 
 def test_a_plan_by_tokens():
