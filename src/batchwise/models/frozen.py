@@ -64,12 +64,11 @@ def not_learning(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: one for name, one in named if not one.requires_grad}
 
 
-def leave_out(module: nn.Module, state: dict[str, Any]) -> None:
-    """Take the parameters that do not learn out of a state dict, and put their checksum in."""
-    frozen = not_learning(module)
-    state[CHECKSUM] = checksum(one for name, one in frozen.items() if name in state)
+def leave_out(frozen: dict[str, nn.Parameter], state: dict[str, Any]) -> None:
+    """Take parameters out of a state dict that has them, and put their checksum in."""
+    state[CHECKSUM] = checksum(frozen.values())
     for name in frozen:
-        state.pop(name, None)
+        del state[name]
 
 
 def fill_in(module: nn.Module, state: dict[str, Any], prefix: str = "") -> None:

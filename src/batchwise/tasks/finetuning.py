@@ -44,6 +44,8 @@ class FineTuning:
         self.init_from = init_from and expanduser(init_from)
         """None once the weights are loaded, and if they come from a checkpoint."""
         self.lr_factors, self.save_frozen = lr_factors, save_frozen
+        self._moved: set[str] = set()
+        """Names of parameters that have learnt, or were loaded. They are saved, also if they are frozen later."""
         self._left_out: tuple[list[str], Tensor] | None = None
         self.frozen = Frozen(network, freeze)
         for parameter in self.frozen.parameters:
@@ -57,19 +59,30 @@ class FineTuning:
     def watch(self, task: nn.Module) -> None:
         """Note what checkpoints leave out, at the beginning of a training."""
         if not self.save_frozen:
-            frozen = not_learning(task)
+            frozen = self._never_moved(task)
             self._left_out = list(frozen), checksum(frozen.values())
 
+    def loaded(self, state: Iterable[str]) -> None:
+        """Note the names of what a checkpoint holds, which a network that is made anew does not have."""
+        self._moved.update(state)
+
+    def _never_moved(self, task: nn.Module) -> dict[str, nn.Parameter]:
+        """Return the parameters that do not learn, and have not."""
+        frozen = not_learning(task)
+        self._moved.update(name for name, _ in task.named_parameters(remove_duplicate=False) if name not in frozen)
+        return {name: parameter for name, parameter in frozen.items() if name not in self._moved}
+
     def thin(self, task: nn.Module, state: dict[str, Any]) -> None:
-        """Take what does not learn out of the weights of a checkpoint, if it is left out.
+        """Take what has never learnt out of the weights of a checkpoint, if it is left out.
 
         Raises:
             TrainingStopped: it has changed all the same, as an averaged teacher does, so it would be lost.
         """
         if self.save_frozen:
             return
-        names = [name for name in not_learning(task) if name in state]
-        leave_out(task, state)
+        frozen = {name: parameter for name, parameter in self._never_moved(task).items() if name in state}
+        names = list(frozen)
+        leave_out(frozen, state)
         if self._left_out and self._left_out[0] == names and not torch.equal(self._left_out[1], state[CHECKSUM]):
             raise TrainingStopped(
                 "model.save_frozen is false, but parameters that do not learn have changed, and would be lost: leave "

@@ -52,7 +52,7 @@ class Task(pl.LightningModule, ABC):
         init_from: file of initial weights, which are used if name and shape fit: see `take_weights`.
         freeze: patterns of modules or parameters that do not learn, such as `layers.1` or `*.bias`; batch norms, too.
         lr_factors: factors on the learning rate, by such patterns. If several match, the first counts.
-        save_frozen: false: checkpoints leave out the parameters that do not learn. They are checked when one is loaded:
+        save_frozen: false: checkpoints leave out the parameters that never learn. They are checked when one is loaded:
             the network must have the same ones, from where it is made or from `init_from`.
         exact_dropout: replace PyTorch's dropout layers by layers that draw the same numbers in any micro-batches.
         ghost_batch_size: replace the network's batch norms by ghost batch norms over this many examples.
@@ -223,6 +223,7 @@ class Task(pl.LightningModule, ABC):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load. Buffers with statistics of the data, such as a mean, take the shape that was saved."""
+        self._tuning.loaded(name.removeprefix(prefix) for name in state_dict)
         fill_in(self, state_dict, prefix)
         for name in self._buffers:
             saved = state_dict.get(prefix + name)

@@ -7,7 +7,7 @@ import examples
 import pytest
 import torch
 from helpers import CSV, DIGITS, run_here
-from lightning.pytorch.callbacks import BackboneFinetuning
+from lightning.pytorch.callbacks import BackboneFinetuning, Callback
 from small import Classify, Points, adamw, fit, furthest, trainer
 from torch import nn
 
@@ -95,6 +95,29 @@ def test_what_was_thawed_meanwhile_is_saved(tmp_path: Path) -> None:
         again, settings = made()
         fit(again, None, last, **settings, max_epochs=3)
         assert furthest(again, whole) < 1e-12
+
+
+class FreezesLater(Callback):
+    """Freezes a part of the head that has learnt until then."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        if trainer.global_step >= 3:
+            pl_module.network.head[0].bias.requires_grad_(False)
+
+
+def test_what_has_learnt_is_saved_also_where_it_is_frozen_later(tmp_path: Path) -> None:
+    def settings(steps: int) -> dict[str, Any]:
+        return {"callbacks": [Last(), FreezesLater()], "enable_checkpointing": True, "max_steps": steps}
+
+    whole, _ = fit(task(save_frozen=False), **settings(12))
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    again, _ = fit(task(save_frozen=False), **settings(5))
+    for steps in (9, 12):
+        again, _ = fit(task(save_frozen=False), None, str(last), **settings(steps))
+        names = saved(last)["state_dict"]
+        assert "network.head.0.bias" in names
+        assert "network.base.0.weight" not in names
+    assert furthest(again, whole) < 1e-12
 
 
 def test_another_network_is_refused(tmp_path: Path) -> None:
