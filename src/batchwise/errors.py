@@ -10,7 +10,6 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-"""Errors of a disk on which nothing more can be written."""
 
 
 class Mistake(ValueError):
@@ -35,6 +34,11 @@ class TrainingStopped(RuntimeError):
         self.code, self.everywhere = code, everywhere
 
 
+def disk_is_full(error: BaseException) -> bool:
+    """Return whether an error says that nothing more can be written to a disk."""
+    return isinstance(error, OSError) and error.errno in FULL
+
+
 def lost_connection(error: RuntimeError) -> bool:
     """Return whether an error says that another process of the same training no longer answers."""
     words = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "timed out waiting")
@@ -47,7 +51,7 @@ def mistakes() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, MisconfigurationException) as error:
-        if isinstance(error, OSError) and error.errno in FULL:
+        if disk_is_full(error):
             raise
         raise Mistake(" ".join(line.strip() for line in str(error).splitlines())) from error
 

@@ -16,7 +16,7 @@ def nobody_reads(stream: int = OUT) -> bool:
 
 
 def write_nowhere() -> None:
-    """Let what is still written where nobody reads it go nowhere: else the next line would end the program."""
+    """Discard all further output that nobody reads. To write it would be an error, which ends the program."""
     for stream in (OUT, ERR):
         if nobody_reads(stream):
             nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 
 
 class AddUp(EarlyStopping):
-    """Adds up what the devices have logged, before each validation and at the end of each epoch.
+    """Sums logged values over the devices: before each validation, and at the end of each epoch.
 
     Lightning calls callbacks that monitor a value after all others, so that they may monitor what others log at the end
     of an epoch. It takes EarlyStopping and Checkpoint for such callbacks, and calls the former first.

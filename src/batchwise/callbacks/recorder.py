@@ -186,7 +186,7 @@ class Recorder(Callback):
                 group["params"] = [ours[number] for number in group["params"]]
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Task, checkpoint: dict) -> None:
-        """Restore the sums, and what Lightning does not, if the class of the data module has another name now."""
+        """Restore the sums. Restore the data module too, if its class was renamed: Lightning finds it by the name."""
         data, state = pl_module.data, checkpoint.get(KEY)
         if type(data).__qualname__ not in checkpoint and (saved := state_of(checkpoint, data)):
             data.load_state_dict(saved)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from batchwise.errors import Mistake
+from batchwise.host import naming
 
 GROWN = 2
 """The most rates that are added at each end of the grid."""
@@ -162,11 +163,11 @@ def append(path: Path, run: Run) -> None:
     """
     before = path.stat().st_size
     try:
-        with path.open("a", newline="") as file:
+        with naming(path), path.open("a", newline="") as file:
             writer = csv.DictWriter(file, asdict(run))
             if not before:
                 writer.writeheader()
             writer.writerow(asdict(run))
-    except OSError as error:
+    except OSError:
         os.truncate(path, before)
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        raise

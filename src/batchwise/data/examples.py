@@ -55,7 +55,7 @@ class Examples(Reserved, pl.LightningDataModule, ABC):
         self.__contents: dict[str, dict[str, Any] | None] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the trainer and what it feeds from: a copy, or a data module in another process, needs neither."""
+        """Return the state of a copy. It has no trainer, loaders or data on a GPU: these belong to a training."""
         own = {
             name: None if isinstance(value, pl.Trainer | TrainLoader) else value for name, value in vars(self).items()
         }
@@ -253,8 +253,8 @@ _ONE = torch.ones(())
 class OnWorkers:
     """A method of a data module that processes which read call.
 
-    It is that of a copy without splits. They would not be needed there, and refer to the processes, which
-    would then be found by the garbage collector alone, and end five seconds late.
+    It is that of a copy without splits. They would not be needed there, and refer to the processes, which would then
+    be found by the garbage collector alone, and end five seconds late.
 
     Args:
         data: the data module.

@@ -18,7 +18,7 @@ Saved = tuple[dict[str, Any], list[str] | None]
 
 
 class Learnt(dict):
-    """What a checkpoint has of what training has learnt."""
+    """What was learnt from the training examples, read from a checkpoint. A missing key is a mistake."""
 
     def __missing__(self, key: str) -> Any:
         raise Mistake(

@@ -18,7 +18,7 @@ from batchwise.batching.fetch import Fetch
 from batchwise.batching.loader import MicroBatch, read
 from batchwise.batching.structure import leaves, on_tensors, tensors
 from batchwise.data.module import DataModule
-from batchwise.errors import FULL, optional
+from batchwise.errors import disk_is_full, optional
 from batchwise.host import check_writable, whole
 from batchwise.models.kept import home_of
 from batchwise.tasks.task import Task
@@ -107,7 +107,7 @@ def export(task: Task, data: DataModule, fetch: Fetch, path: Path, kind: Format)
                 run = (_save_torch if kind == "torch" else _save_onnx)(program, samples[0], part, notes)
                 found = [run(sample) for sample in samples]
             except Exception as error:
-                if isinstance(error, OSError) and error.errno in FULL:
+                if disk_is_full(error):
                     raise
                 raise ValueError(f"{type(task).__name__} cannot be exported: {_reason(error)}") from error
             if name := next(filter(None, map(_other, expected, found)), None):

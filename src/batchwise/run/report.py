@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from batchwise.batching.fetch import DataError
 from batchwise.data.module import DataModule
-from batchwise.errors import FULL, Mistake, TrainingStopped, lost_connection
+from batchwise.errors import Mistake, TrainingStopped, disk_is_full, lost_connection
 from batchwise.output import nobody_reads
 from batchwise.run import folders, program
 from batchwise.run.explain import explain
@@ -162,7 +162,7 @@ def unwritten(error: OSError, folder: Path | None, verb: str | None) -> str | No
     """
     file = Path(error.filename) if isinstance(error.filename, str) else None
     ours = file is not None and folder is not None and folder.absolute() in file.absolute().parents
-    if error.errno is None or not (ours or error.errno in FULL):
+    if error.errno is None or not (ours or disk_is_full(error)):
         return None
     frames = traceback.walk_tb(error.__traceback__)
     log = any("loggers" in Path(frame.f_code.co_filename).parts for frame, _ in frames)

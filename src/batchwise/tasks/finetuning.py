@@ -63,7 +63,7 @@ class FineTuning:
             self._left_out = list(frozen), checksum(frozen.values())
 
     def loaded(self, state: Iterable[str]) -> None:
-        """Note the names of what a checkpoint holds, which a network that is made anew does not have."""
+        """Note which parameters come from a checkpoint. A new network has others, so they must be saved again."""
         self._moved.update(state)
 
     def _never_moved(self, task: nn.Module) -> dict[str, nn.Parameter]:

@@ -1,6 +1,5 @@
 """What `losses` and `predictions` of a task may return."""
 
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from traceback import extract_tb
@@ -103,23 +102,12 @@ def about_kinds(call: Callable[[MicroBatch], Any], error: Exception, batch: Micr
     return ""
 
 
-def about_pairs(name: str, is_cut: bool) -> None:
-    """Say that there is a loss for each pair of examples.
-
-    Args:
-        name: of what gives the losses.
-        is_cut: micro-batches or devices cut the batch, and so would leave out pairs. Else there is a warning.
-
-    Raises:
-        ValueError: the batch is cut.
-    """
-    line = (
+def about_pairs(name: str) -> str:
+    """Return what is to be said where `name` gives a loss for each pair of examples."""
+    return (
         f"{name} gives losses [N, N] for N examples, one for each pair: where outputs [N] meet targets [N, 1], write "
         "squeeze(1) of the latter; if you mean pairs, write a task of batchwise.tasks.contrastive"
     )
-    if is_cut:
-        raise ValueError(line)
-    warnings.warn(line, stacklevel=2)
 
 
 def checked_columns(given: Any, examples: int, name: str) -> dict[str, Any]:

@@ -90,7 +90,10 @@ def _rehearse(task: "Task", data: DataModule) -> None:
         elif not task._couples and (is_cut or whole.pairs) and half < len(index):
             parts = _try(task, data, _halves(data, batch, index, half), player, 0, half)
             if pairs := whole.pairs & parts.pairs:
-                about_pairs(f"{type(task).__name__}.{_name(pairs.pop())}", is_cut)
+                line = about_pairs(f"{type(task).__name__}.{_name(pairs.pop())}")
+                if is_cut:
+                    raise ValueError(line)
+                warnings.warn(line, stacklevel=2)
             elif is_cut:
                 _compare(task, whole, parts)
         ends = _on_device(task, data, data.examples("train", torch.cat([front, back])))
@@ -174,15 +177,14 @@ def _try(
 ) -> Tried:
     """Compute the losses over micro-batches of at most `most` examples. Buffers are then as before."""
     found: dict[str, list[Tensor]] = {}
-    pairs: set[str] | None = None
+    squares: list[set[str]] = []
     with kept_buffers(task) as before:
         for part in (part for batch in batches for part in _on_device(task, data, batch, seed).split(most)):
             seed_generator(home_of(task), seed + part.position)
             with torch.no_grad():
                 parts = _call(task, part, player)
                 task._measures.terms.check(task, part, parts)
-            square = {term for term, (losses, _) in parts.items() if losses.shape[:2] == (len(part), len(part))}
-            pairs = square if pairs is None else pairs & square
+            squares.append({term for term, (losses, _) in parts.items() if losses.shape[:2] == (len(part), len(part))})
             for term, (losses, weights) in parts.items():
                 weighted = losses if weights is None else torch.where(weights == 0, 0.0, losses * weights)
                 found.setdefault(term, []).append(weighted.cpu().double().reshape(len(part), -1).sum(1))
@@ -191,7 +193,7 @@ def _try(
             for name, buffer in task.named_buffers()
             if not buffer.is_complex() and name in before and buffer.shape == before[name].shape
         }
-    return Tried({term: torch.cat(losses) for term, losses in found.items()}, moved, pairs or set())
+    return Tried({term: torch.cat(losses) for term, losses in found.items()}, moved, set.intersection(*squares))
 
 
 def _on_device(task: "Task", data: DataModule, batch: MicroBatch, seed: int = 0) -> MicroBatch:

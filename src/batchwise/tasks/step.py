@@ -227,7 +227,7 @@ class Step:
         if player is not None:
             add_gradients(parameters(optimizer), lambda values: reduce(task, values))
         elif isinstance(strategy, DDPStrategy):
-            refuse_missing(strategy.model, [one for one in parameters(optimizer) if id(one) in self._wrapped])
+            refuse_missing(strategy.model, (one for one in parameters(optimizer) if id(one) in self._wrapped))
             late = [one for one in parameters(optimizer) if one.requires_grad and id(one) not in self._wrapped]
             add_gradients(late, lambda values: reduce(task, values) / self._devices)
 
