@@ -11,6 +11,8 @@ from torch.optim import Optimizer
 from batchwise.batching.gradients import parameters
 from batchwise.batching.loader import MicroBatch
 from batchwise.batching.structure import rebuild
+from batchwise.errors import TrainingStopped
+from batchwise.tasks.memory import is_out_of_memory
 from batchwise.tasks.sums import Sums
 
 if TYPE_CHECKING:
@@ -94,7 +96,11 @@ class Fixed:
                 group.update(values)
 
     def graph(self, run: Callable[[], None]) -> Replay:
-        """Record what a function does on the device, without doing it."""
+        """Record what a function does on the device, without doing it.
+
+        Raises:
+            TrainingStopped: CUDA does not record it. PyTorch's stream and generators are in between then.
+        """
         if self._pool is None:  # there are no graphs: the same, by Python
 
             def replay() -> None:
@@ -102,9 +108,16 @@ class Fixed:
                     run()
 
             return replay
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            run()
+        try:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                run()
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            reason = str(error.__context__ or error).splitlines()[0]  # the end of a recording hides what broke it
+            remedy = "the same command with --ckpt_path last --trainer.capture null goes on"
+            raise TrainingStopped(f"trainer.capture: CUDA does not record this step ({reason}): {remedy}") from error
         return graph.replay
 
 

@@ -1,5 +1,8 @@
 """Steps that are replayed as CUDA graphs give what ordinary steps give."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +149,30 @@ def test_what_a_graph_cannot_hold_runs_in_ordinary_steps(
     assert "cannot be recorded" in capsys.readouterr().out
     assert second._step.captured.replays == 0
     assert small.furthest(first, second) == 0
+
+
+SYNCHRONIZES = """
+import small, torch
+from capturing import make
+
+class Synchronizes(small.Classify):
+    def losses(self, batch):
+        torch.cuda.synchronize()
+        return super().losses(batch)
+
+small.fit(make(Synchronizes), capture="auto", accelerator="cuda", devices=1)
+"""
+
+
+def test_what_cuda_does_not_record_is_told(cuda: torch.device, tmp_path: Path) -> None:
+    """In a process of its own, because PyTorch is not as before afterwards."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", SYNCHRONIZES]
+    ended = subprocess.run(command, env=env, cwd=tmp_path, text=True, capture_output=True, timeout=100)
+    assert ended.returncode == 1
+    last = ended.stderr.splitlines()[-1]
+    assert "TrainingStopped: trainer.capture: CUDA does not record this step" in last
+    assert "--trainer.capture null goes on" in last
 
 
 def test_the_numbers_of_examples_are_on_the_device(ordinary: Any, cuda: torch.device, on: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from batchwise.batching import device
 from batchwise.callbacks.ema import EMA
 from batchwise.data import examples as reading
 from batchwise.errors import TrainingStopped
-from batchwise.tasks import captured, step, trying
+from batchwise.tasks import captured, fixed, step, trying
 
 
 def train(monkeypatch: pytest.MonkeyPatch, name: str, on: str, **more: Any) -> Any:
@@ -191,3 +191,11 @@ def test_a_step_that_broke_off_leaves_no_gradient(monkeypatch: pytest.MonkeyPatc
 def test_a_cpu_runs_ordinary_steps(capsys: pytest.CaptureFixture) -> None:
     small.fit(make(), capture="auto")
     assert "steps are not captured, because cpu is no CUDA device" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this PyTorch has CUDA, which records: see tests/batchwise/gpu")
+def test_a_recording_that_fails_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captured, "DEVICES", ("cpu",))
+    monkeypatch.setattr(fixed.Fixed, "_pool", property(lambda _: (0, 1), lambda *_: None), raising=False)
+    with pytest.raises(TrainingStopped, match=r"does not record this step \(.+\): .*--trainer.capture null goes on"):
+        small.fit(make(), small.Points(), capture="auto")
