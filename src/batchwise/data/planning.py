@@ -104,8 +104,9 @@ def make_plan(
     limit, max_epochs = (trainer.limit_train_batches, trainer.max_epochs) if trainer else (None, None)
     if limit == 0:
         raise ValueError("trainer.limit_train_batches is 0: write at least 1, or a share above 0")
-    if isinstance(limit, float):
-        limit = _share(plan.steps_per_epoch, limit, "trainer.limit_train_batches", "step of an epoch")
+    if isinstance(limit, float):  # 1.0 is Lightning's default, and no limit: later batches may be of another size
+        steps = plan.steps_per_epoch
+        limit = None if limit == 1 else _share(steps, limit, "trainer.limit_train_batches", "step of an epoch")
     plan = replace(plan, limit=limit)
     total = math.inf if max_epochs in (None, -1) else max_epochs * plan.examples_per_epoch
     return replace(plan, changes=schedule.changes(total))

@@ -139,6 +139,16 @@ def test_a_share_of_epochs_of_unequal_length() -> None:
     assert (trainer.global_step, trainer.current_epoch) == (5, 2)
 
 
+def test_dropping_the_short_batch_drops_no_batch_of_a_later_size() -> None:
+    """100 examples are 3 batches of 32; with batches of 50, the second epoch is two of them."""
+    schedule = Milestones(sizes=[50], examples=[96])
+    data = Points(batch_size=32, batch_size_schedule=schedule, drop_last=True)
+    trainer, _ = fit(data, accumulate_grad_batches=None)
+    assert data.plan is not None
+    assert [data.plan.examples_at(step) for step in (3, 4, 5)] == [96, 146, 196]
+    assert (trainer.global_step, trainer.current_epoch) == (5, 2)
+
+
 def test_any_share_of_any_length_is_that_of_the_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     loader = LimitedLoader.__new__(LimitedLoader)
     for steps, loader.limit in product([1, 2, 3, 7, 29, 57, 58, 1000, 10**6 + 1], [1e-6, 0.01, 0.1, 0.3, 0.58, 0.9999]):
