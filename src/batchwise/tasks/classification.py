@@ -121,10 +121,11 @@ class Classification(Task):
             labels = data.labels() if data.plan is not None else torch.arange(classes)
             if labels is None:
                 raise ValueError("model.class_weights is balanced, but the labels are not in memory: write the weights")
-            weights = len(labels) / (classes * torch.bincount(labels.long(), minlength=classes).clamp(min=1))
+            counts = torch.bincount(labels.long(), minlength=classes).clamp(min=1)
+            weights = len(labels) / (classes * counts.double())
         elif weights is not None and len(weights) != classes:
             raise ValueError(f"model.class_weights has {len(weights)} numbers: write {classes}, one for each class")
-        self.weights = torch.as_tensor(weights).to(outputs)
+        self.weights = torch.as_tensor(weights, dtype=torch.float64).to(outputs)
 
 
 def _probability(logits: Tensor) -> Tensor:

@@ -112,6 +112,15 @@ def test_balanced_gives_each_class_the_same_weight_in_all() -> None:
     torch.testing.assert_close(task.weights * counts, torch.full((10,), 125.9))
 
 
+@pytest.mark.parametrize("weights", [[0.1, 0.7, 1.3], "balanced"])
+def test_weights_have_the_precision_of_the_training(weights: Any) -> None:
+    data = Points()
+    task, _ = fit(Classification(network(), optimizer=adamw, class_weights=weights), data, max_epochs=1)
+    balanced = [64 / (3 * count) for count in torch.bincount(data.y).tolist()]
+    expected = balanced if weights == "balanced" else weights
+    torch.testing.assert_close(task.weights, torch.tensor(expected, dtype=torch.float64), rtol=1e-15, atol=0)
+
+
 @pytest.mark.slow
 def test_an_evaluation_has_the_weights_of_the_checkpoint() -> None:
     """It does not read the training examples."""
