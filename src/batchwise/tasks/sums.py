@@ -23,13 +23,8 @@ class Sums(NamedTuple):
     """Number of devices on which something was logged."""
 
     def plus(self, loss: Number, count: Number) -> "Sums":
-        """Return the sums with more targets. Values on a CPU become numbers."""
-        if isinstance(loss, Tensor):
-            is_first = not isinstance(self.loss, Tensor) and self.loss == 0
-            loss = loss.item() if loss.is_cpu else loss.detach().to(widest(loss.device), copy=is_first)
-            if is_first:  # to add zero would take another kernel
-                return Sums(loss, self.count + count)
-        return Sums(self.loss + loss, self.count + count)
+        """Return the sums with more targets, in the widest floats. Values on a CPU become numbers."""
+        return Sums(_added(self.loss, loss), _added(self.count, count))
 
     def per_target(self) -> Number:
         """Return the mean loss, or zero if there is no target. Nothing waits."""
@@ -38,6 +33,14 @@ class Sums(NamedTuple):
     def mean(self) -> float:
         """Return the mean loss, or nan if there is no target. This waits for the device."""
         return float(self.loss / self.count) if self.count else float("nan")
+
+
+def _added(total: Number, value: Number) -> Number:
+    """Return a sum and one more value. In single precision, a sum of 2**24 could not count one more target."""
+    is_first = not isinstance(total, Tensor) and total == 0
+    if isinstance(value, Tensor):
+        value = value.item() if value.is_cpu else value.detach().to(widest(value.device), copy=is_first)
+    return value if is_first else total + value  # to add zero would take another kernel
 
 
 def reduce(task: "Task", values: Tensor) -> Tensor:

@@ -60,6 +60,22 @@ def evaluated(task: Task, data: DataModule, precision: Any = "32-true") -> dict[
     return {name.removeprefix("test/"): float(value) for name, value in values.items()}
 
 
+class Weighty(Task):
+    """Targets are weights, and inputs are losses."""
+
+    def losses(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        return self(batch.inputs), batch.targets
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_weights_are_added_up_beyond_single_precision(size: int) -> None:
+    """After 2**24 targets, a sum in single precision stays where it is."""
+    weights = torch.ones(64)
+    weights[0] = 2**24
+    data = Given((weights == 1).float(), weights, eval_batch_size=size)
+    assert evaluated(Weighty(Scaled()), data)["loss"] == pytest.approx(63 / (2**24 + 63), rel=1e-12)
+
+
 class Ranks(Classification):
     def make_metrics(self, outputs: Tensor) -> MetricCollection:
         return MetricCollection({f"top{k}": MulticlassAccuracy(3, top_k=k, average="micro") for k in (1, 2)})
