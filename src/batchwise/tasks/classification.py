@@ -11,6 +11,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
 
 from batchwise.arguments import typed
+from batchwise.batching.device import send
 from batchwise.batching.loader import MicroBatch
 from batchwise.data.mixing import Mixing
 from batchwise.data.module import DataModule
@@ -68,14 +69,16 @@ class Classification(Task):
 
     def _cross_entropy(self, logits: Tensor, targets: Tensor) -> Losses:
         mixed = targets.ndim == 2  # probabilities [N, C], of augmentations that mix examples
-        smoothing, by_class = self.label_smoothing, self.weights
-        if by_class is None or not mixed:
-            losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
-            return losses if by_class is None else (losses, by_class[targets].to(losses))
-        # Each class in a mixture has its own weight. So the divisor is the sum of these weights.
-        each = by_class.to(logits)
-        weights = (targets.to(each) @ each).clamp_min(torch.finfo(each.dtype).tiny)
-        return F.cross_entropy(logits, targets, each, reduction="none", label_smoothing=smoothing) / weights, weights
+        weights, by_class = None, self.weights
+        if by_class is not None and mixed:
+            # Each class in a mixture has its own weight. So the divisor is the sum of these weights.
+            shares = targets * by_class
+            weights = shares.sum(1)
+            targets = shares / weights.clamp_min(torch.finfo(weights.dtype).tiny)[:, None]
+        elif by_class is not None:
+            weights = by_class[targets]
+        losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=self.label_smoothing)
+        return losses if weights is None else (losses, weights)
 
     def predictions(self, batch: MicroBatch) -> dict[str, Tensor]:
         """The most probable class [N], and the probability of each class [N, C]."""
@@ -125,7 +128,9 @@ class Classification(Task):
             weights = len(labels) / (classes * counts.double())
         elif weights is not None and len(weights) != classes:
             raise ValueError(f"model.class_weights has {len(weights)} numbers: write {classes}, one for each class")
-        self.weights = torch.as_tensor(weights, dtype=torch.float64).to(outputs)
+        # In mixed precision, outputs are of half precision, but losses are not.
+        kind = torch.promote_types(outputs.dtype, torch.float32)
+        self.weights = send(torch.as_tensor(weights, dtype=torch.float64), outputs.device, kind)
 
 
 def _probability(logits: Tensor) -> Tensor:

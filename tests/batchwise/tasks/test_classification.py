@@ -113,12 +113,29 @@ def test_balanced_gives_each_class_the_same_weight_in_all() -> None:
 
 
 @pytest.mark.parametrize("weights", [[0.1, 0.7, 1.3], "balanced"])
-def test_weights_have_the_precision_of_the_training(weights: Any) -> None:
-    data = Points()
-    task, _ = fit(Classification(network(), optimizer=adamw, class_weights=weights), data, max_epochs=1)
+@pytest.mark.parametrize(
+    ("precision", "kind"),
+    [("64-true", torch.float64), ("32-true", torch.float32), ("bf16-mixed", torch.float32)],
+)
+def test_weights_have_the_precision_of_the_losses(weights: Any, precision: Any, kind: torch.dtype) -> None:
+    data, model = Points(), network().to(kind)
+    task, _ = fit(Classification(model, optimizer=adamw, class_weights=weights), data, max_steps=1, precision=precision)
     balanced = [64 / (3 * count) for count in torch.bincount(data.y).tolist()]
     expected = balanced if weights == "balanced" else weights
-    torch.testing.assert_close(task.weights, torch.tensor(expected, dtype=torch.float64), rtol=1e-15, atol=0)
+    assert torch.equal(task.weights, torch.tensor(expected, dtype=kind))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_mixture_of_one_class_alone_is_that_class(smoothing: float) -> None:
+    """Also one whose weight is zero."""
+    task = prepared([0.0, 0.5, *[1.0] * 7, 3.0])
+    task.label_smoothing = smoothing
+    logits, targets = torch.randn(20, 10), torch.arange(20) % 10
+    for found, expected in zip(
+        task._cross_entropy(logits, F.one_hot(targets, 10).float()), task._cross_entropy(logits, targets), strict=True
+    ):
+        torch.testing.assert_close(found[targets > 0], expected[targets > 0])
+        assert found.isfinite().all()
 
 
 @pytest.mark.slow
