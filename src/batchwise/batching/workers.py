@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -188,8 +187,9 @@ class _Reader(Dataset):
                     f"{said(failure)}"
                 ) from failure
             return self._fields([example for example, _ in examples], indices), None, {}
-        # Another example takes the place, with weight zero, so that shapes and positions stay as they are.
-        others = chain(examples, (self._read(index, seed) for index in range(len(self.dataset))))  # type: ignore[arg-type]
+        # The first readable example takes the place, with weight zero, so that positions stay as they are. It must not
+        # depend on the micro-batch, because ghost batch norm sees it, and a neighbour may be mixed with it.
+        others = (self._read(index, seed) for index in range(len(self.dataset)))  # type: ignore[arg-type]
         spare = next((example for example, problem in others if not problem), None)
         if spare is None:
             raise DataError(f"no example can be read; example {indices[0]}: {problems[indices[0]]}") from failure

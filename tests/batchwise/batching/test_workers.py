@@ -3,13 +3,18 @@ import random
 
 import numpy as np
 import pytest
+import small
 import torch
 from squares import REQUESTS, Squares, asked, pair, read
+from torch import nn
 from torch.utils.data import get_worker_info
 
 from batchwise.batching.collate import stack
 from batchwise.batching.fetch import DataError, InMemory, Request
 from batchwise.batching.workers import Workers
+from batchwise.data.mixing import MixUp
+from batchwise.models.norm import GhostBatchNorm
+from batchwise.tasks.classification import Classification
 
 
 class AtOnce(Squares):
@@ -165,13 +170,39 @@ def test_unreadable_examples_are_left_out_up_to_a_limit(workers, capsys):
     (_, first), (second, second_weights), (_, third), (_, fourth) = fetch.stream(requests)
     assert first is None
     assert second_weights.tolist() == [0, 1]
-    assert second[1].tolist() == [16, 16]  # example 4 keeps the place of example 3
+    assert second[1].tolist() == [0, 16]  # example 0 keeps the place of example 3, whatever is read with it
     assert third.tolist() == [0, 0]
     assert fourth.tolist() == [0, 1]
     assert fetch.unreadable == {3, 8}
     assert capsys.readouterr().out.count("left out") == 2  # said once each
     with pytest.raises(DataError, match="example 8 cannot be read"):
         list(Workers(Torn(pair), workers, max_unreadable=1).stream(requests))
+
+
+class Missing(Torn):
+    torn = range(0, small.EXAMPLES, 7)
+
+
+class Partly(small.Points):
+    """Every seventh of the training examples cannot be read."""
+
+    def load(self, split: str):
+        return Missing(lambda i: (self.x[i], int(self.y[i])), small.EXAMPLES) if split == "train" else (self.x, self.y)
+
+    def labels(self):
+        return self.y
+
+
+@pytest.mark.parametrize("ghosts", [False, True], ids=["mixed", "ghosts"])
+def test_what_looks_at_neighbours_does_not_depend_on_the_cut_where_one_cannot_be_read(ghosts):
+    trained = []
+    for size in (None, 4):
+        norm = GhostBatchNorm(8, 4) if ghosts else nn.Identity()
+        torch.manual_seed(1)
+        network = nn.Sequential(nn.Linear(5, 8, bias=False), norm, nn.Tanh(), nn.Linear(8, 3)).double()
+        data = Partly(micro_batch_size=size, max_unreadable=10, augment=[] if ghosts else [MixUp(3)])
+        trained.append(small.fit(Classification(network, optimizer=small.adamw), data)[0])
+    assert small.furthest(*trained) < 1e-12
 
 
 def test_nothing_can_be_read():
@@ -221,7 +252,7 @@ class Broken(Torn):
 def test_an_error_in_getitems_itself_is_not_hidden(workers, capsys):
     fetch = Workers(Broken(pair), workers, max_unreadable=2)
     requests = [[1], [2, 3], [3, 4]]  # with an unreadable example among them, that one is to blame
-    assert [int(fields[1][-1]) for fields, _ in fetch.stream(asked(*requests))] == [1, 4, 16]
+    assert [int(fields[1][-1]) for fields, _ in fetch.stream(asked(*requests))] == [1, 0, 16]
     assert fetch.unreadable == {3}
     line = r"^examples 1, 2 cannot be read at once.* TypeError: cannot stack a list at test_workers.py:\d+$"
     with pytest.raises(DataError, match=line):
@@ -245,7 +276,7 @@ def test_an_error_in_getitems_alone_has_the_number_of_its_example(workers):
         list(Workers(OnlyAtOnce(pair), workers).stream(asked([1, 2], [4, 3])))
     fetch = Workers(OnlyAtOnce(pair), workers, max_unreadable=1)
     ((_, squares), weights), *_ = fetch.stream(asked([4, 3]))
-    assert (squares.tolist(), weights.tolist()) == ([16, 16], [1, 0])
+    assert (squares.tolist(), weights.tolist()) == ([16, 0], [1, 0])
 
 
 class Fields(Squares):
@@ -261,7 +292,7 @@ def test_fields_made_at_once_with_an_unreadable_example_among_them():
     fetch = Workers(Fields(lambda i: "y" * i), max_unreadable=1)
     (first, _), ((x, y), weights) = fetch.stream(asked([1, 2], [4, 3]))
     assert (first[0]["x"].tolist(), first[1]) == ([1, 2], ["y", "yy"])
-    assert (x["x"].tolist(), y, weights.tolist()) == ([4, 4], ["yyyy", "yyyy"], [1, 0])
+    assert (x["x"].tolist(), y, weights.tolist()) == ([4, 0], ["yyyy", ""], [1, 0])
 
 
 @pytest.mark.parametrize("values", [["a", 1], [1, "a"], ["a", b"a"]])
