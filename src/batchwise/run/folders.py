@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -16,6 +17,8 @@ from batchwise.run.lock import alone
 
 FOLDER = "BATCHWISE_RUN_FOLDER"
 """The environment variable that tells the processes of a training the folder that the first of them made."""
+STAMP = re.compile(r"(\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d)(?:_(\d+))?")
+"""The name of a run's folder: its time, and a number if another run has begun in the same second."""
 PATIENCE = 120.0  # seconds in which the first process must have made it
 REMEDY = "write another name or trainer.default_root_dir"
 _until_the_end = contextlib.ExitStack()
@@ -75,8 +78,21 @@ def hold(folder: Path) -> None:
 
 
 def run_id(folder: Path) -> str:
-    """Return the id of a run in W&B."""
-    return f"{folder.parent.name}-{folder.name}"
+    """Return the id of a run in W&B, which takes fewer characters than the name of a folder may have."""
+    return re.sub(r"[^\w.=-]+", "-", f"{folder.parent.name}-{folder.name}")
+
+
+def newest_first(parent: Path) -> list[Path]:
+    """Return the folders of an experiment's runs by the time in their names, which a copy does not change.
+
+    A folder that was renamed, or is the copy of another, was put aside, so it comes after those that were not.
+    """
+
+    def age(folder: Path) -> tuple[str, int, str]:
+        found = STAMP.fullmatch(folder.name)
+        return (found[1], int(found[2] or 1), "") if found else ("", 0, folder.name)
+
+    return sorted((path for path in parent.glob("*") if path.is_dir()), key=age, reverse=True)
 
 
 def place_loggers(loggers: list | Namespace | bool | None, folder: Path) -> None:
@@ -189,8 +205,9 @@ def _new_folder(root: Path, name: str) -> Path:
 
 def _out_of_memory(parent: Path) -> Path | None:
     """Return the newest run's folder, if that run has left a limit of the micro-batch."""
-    newest = max(parent.glob("*/config.yaml"), default=None)  # `inspect` leaves none
-    return newest.parent if newest and (newest.parent / LIMIT_FILE).exists() else None
+    begun = (folder for folder in newest_first(parent) if (folder / "config.yaml").exists())  # `inspect` leaves none
+    newest = next(begun, None)
+    return newest if newest and (newest / LIMIT_FILE).exists() else None
 
 
 def _check_writable(folder: Path, remedy: str) -> None:

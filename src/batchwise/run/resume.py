@@ -13,6 +13,7 @@ from batchwise.checkpoints import damage, read_checkpoint, state_of, unreadable
 from batchwise.data.contents import others
 from batchwise.data.module import DataModule
 from batchwise.models.frozen import CHECKSUM
+from batchwise.run.folders import newest_first
 from batchwise.tasks.task import Task
 
 EXECUTION = (
@@ -78,7 +79,7 @@ def _newest(runs: Path, which: str) -> Path | None:
 
     If `last` cannot be read, `previous` or else `best` of the same run takes its place.
     """
-    for folder in sorted(runs.glob("*/checkpoints"), reverse=True):
+    for folder in (run / "checkpoints" for run in newest_first(runs)):
         wanted = folder / f"{which}.ckpt"
         if not wanted.exists() and not (which == "last" and (folder / "previous.ckpt").exists()):
             if which == "best" and any(folder.glob("*.ckpt")):
