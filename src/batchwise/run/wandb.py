@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch.loggers as loggers
-from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.fabric.loggers.logger import _DummyExperiment, rank_zero_experiment
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -21,6 +21,10 @@ from batchwise.run.redact import hide
 
 INIT_TIMEOUT = 20  # seconds; without a network W&B itself waits 90 and then ends the run
 FINISH_TIMEOUT = 60  # seconds for the rest of the upload at the end; W&B itself waits for ever
+REFUSED = {"id": ":;,#?/'", "project": "/\\#?%:"}
+"""The characters that W&B does not take."""
+MODES = (None, "online", "offline", "disabled", "dryrun", "run", "shared")
+"""The values of WANDB_MODE; dryrun and run are W&B's old names."""
 RECENT = 60.0  # seconds of rows that a checkpoint holds; W&B writes its file every 15
 
 
@@ -54,6 +58,11 @@ class WandbLogger(loggers.WandbLogger):
         tags: tags of the run in W&B.
         log_model: when training is done, keep its best and its last checkpoint as versions of a W&B artifact, with the
             aliases `best` and `last`.
+
+    The environment variable WANDB_MODE turns W&B off (disabled), or keeps it offline also with `offline: false`.
+
+    Raises:
+        ValueError: W&B takes no such project, id or mode.
     """
 
     def __init__(
@@ -67,6 +76,8 @@ class WandbLogger(loggers.WandbLogger):
         tags: list[str] | None = None,
         log_model: bool = False,
     ) -> None:
+        mode = _checked(id, project)
+        offline = offline or mode in ("offline", "dryrun")
         os.environ.setdefault("WANDB_SILENT", "true")
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         super().__init__(
@@ -80,7 +91,7 @@ class WandbLogger(loggers.WandbLogger):
         )
         self._wandb_init.pop("anonymous", None)  # W&B warns that it has no effect
         self._upload_checkpoints = log_model
-        self._broken = os.environ.get("WANDB_MODE") == "disabled"
+        self._broken = mode == "disabled"
         self._recent: deque[tuple[float, int, dict[str, Any]]] = deque()  # time, step, metrics
         self._step, self._row = -1, {}  # the row that is not handed over yet
         self._taken = -1  # the newest step of a row in W&B's own count
@@ -94,12 +105,12 @@ class WandbLogger(loggers.WandbLogger):
         """The W&B run; made when first asked for."""
         if self._experiment is not None:
             return self._experiment
-        import wandb
-
         # `wandb.init` is called here and not by Lightning, so that its settings are known and it can be tried again.
         modes: tuple[Literal["online", "offline", "disabled"], ...] = ("online", "offline", "disabled")
         for mode in modes[2 if self._broken else self._offline :]:
             try:
+                import wandb
+
                 if mode == "online" and not wandb.Api(timeout=INIT_TIMEOUT).api_key:
                     raise RuntimeError("no API key is set (`wandb login`, or WANDB_API_KEY)")
                 settings = wandb.Settings(
@@ -113,17 +124,21 @@ class WandbLogger(loggers.WandbLogger):
                     self._experiment = wandb.init(**self._wandb_init, mode=mode, settings=settings)
                 if not self._broken:
                     self.folder = Path(self._experiment.dir).parent
-                with suppress(FileNotFoundError):
+                with suppress(FileNotFoundError, ValueError):  # a power cut may have left an empty file
                     self._ended_at = int(_end_file(self._experiment).read_text())
                 self._experiment.define_metric("trainer/global_step")
                 self._experiment.define_metric("*", step_metric="trainer/global_step", step_sync=True)
                 break
             except Exception as error:
+                if self._broken:  # which was said
+                    continue
                 self._offline, self._broken = True, mode == "offline"
                 remedy = (
                     "training goes on, without it" if self._broken else "logging offline, upload later with: wandb sync"
                 )
                 print(f"W&B: {_first_line(error)}; {remedy}", flush=True)
+        else:
+            self._experiment = _DummyExperiment()
         return self._experiment
 
     @rank_zero_only
@@ -235,6 +250,20 @@ class WandbLogger(loggers.WandbLogger):
         except Exception as error:
             self._broken = True
             print(f"W&B failed ({_first_line(error)}): training goes on, without logging to it", flush=True)
+
+
+def _checked(id: str | None, project: str | None) -> str | None:
+    """Return the mode that the environment asks for; None: none. Raise ValueError for what W&B does not take."""
+    for key, value in {"id": id, "project": project}.items():
+        if found := set(value or "") & set(REFUSED[key]):
+            raise ValueError(
+                f"trainer.logger.{key} is {value!r}, and W&B takes no {' '.join(sorted(found))} in it: write letters "
+                "and digits"
+            )
+    mode = os.environ.get("WANDB_MODE") or None
+    if mode not in MODES:
+        raise ValueError(f"WANDB_MODE is {mode!r}: write online, offline or disabled")
+    return mode
 
 
 def _end_file(run: Any) -> Path:

@@ -139,6 +139,47 @@ def test_wandb_disabled_by_its_own_variable(monkeypatch: pytest.MonkeyPatch) -> 
     assert not any(words in result.out for words in ("W&B", "look at it", "upload it"))
 
 
+def test_its_own_variable_keeps_it_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without a network, where `wandb sync` uploads later: nothing is asked of a server."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    result = run_here(*SHORT, "--trainer.logger.offline", "false")
+    assert result.code == 0, result.err
+    assert "W&B" not in result.out
+    assert "upload it:  wandb sync " in result.out
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "said"),
+    [
+        ("project", "team/digits", "'team/digits', and W&B takes no / in it: write letters and digits"),
+        ("id", "a:b, c", "'a:b, c', and W&B takes no , : in it: write letters and digits"),
+    ],
+)
+def test_what_wandb_refuses_is_refused_before_training(flag: str, value: str, said: str) -> None:
+    """The log was lost."""
+    result = run_here(*SHORT, f"--trainer.logger.{flag}", value)
+    assert result.code == 2
+    assert result.err.splitlines()[-1] == f"error: trainer.logger.{flag} is {said}"
+
+
+def test_a_misspelt_mode_is_refused_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "ofline")
+    result = run_here(*SHORT)
+    assert result.code == 2
+    assert result.err.splitlines()[-1] == "error: WANDB_MODE is 'ofline': write online, offline or disabled"
+
+
+@pytest.mark.parametrize("mode", ["online", "disabled"])
+def test_training_goes_on_where_wandb_cannot_be_imported(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", mode)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    result = run_here(*SHORT)
+    assert result.code == 0, result.err
+    lines = [line for line in result.out.splitlines() if line.startswith("W&B: ")]
+    assert [line.endswith("; training goes on, without it") for line in lines] == ([True] if mode == "online" else [])
+
+
 def test_another_logger() -> None:
     settings = ("--trainer.logger.save_dir", ".", "--trainer.logger.name", "log")
     result = run_here(*SHORT, "--trainer.logger", "lightning.pytorch.loggers.CSVLogger", *settings)
@@ -265,6 +306,17 @@ def test_after_a_run_that_ended_no_step_stands_twice(uninterrupted: dict[str, li
     assert resumed.code == 0, resumed.err
     assert "resuming after step 40" in resumed.out
     assert check(first.folder, uninterrupted) == 0
+
+
+def test_a_power_cut_that_empties_the_note_of_the_last_step_does_not_end_the_log() -> None:
+    first = run_here(*SHORT)
+    (note,) = first.folder.glob("wandb/*.last-step")
+    note.write_text("")
+    wandb.teardown()
+    resumed = run_here(*SHORT, *RESUME, "--trainer.max_steps", 4)
+    assert resumed.code == 0, resumed.err
+    assert "W&B" not in resumed.out
+    assert [[row["step"] for row in rows if "train/loss" in row] for rows in history(first.folder)[1]][1][-2:] == [3, 4]
 
 
 @pytest.mark.slow
