@@ -47,11 +47,16 @@ class RunRecord(Callback):
         check_schedulers(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Task, checkpoint: dict[str, Any]) -> None:
-        """Keep the settings that decide the result, to compare on resume, and the last rows of the log."""
+        """Keep the settings that decide the result, to compare on resume, and the last rows of the log.
+
+        Other loggers write their rows now, because a training that is resumed from here does not repeat them.
+        """
         if self.config is not None:
             checkpoint["config"] = {key: self.config[key] for key in ("model", "data")}
         checkpoint["settings"] = settings_of(trainer, pl_module)
         checkpoint["log"] = next((logger.recent() for logger in trainer.loggers if isinstance(logger, WandbLogger)), [])
+        for logger in trainer.loggers:
+            logger.save()
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Task, checkpoint: dict[str, Any]) -> None:
         """Find the best checkpoints again, and log the rows that a crash may have lost."""

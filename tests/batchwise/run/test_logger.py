@@ -1,5 +1,6 @@
 """W&B never stops training, and a resumed training is one run in W&B."""
 
+import csv
 import json
 import os
 import socket
@@ -293,6 +294,23 @@ def test_a_killed_and_resumed_run_has_every_row(seconds: str, written: bool, uni
     assert resumed.code == 0, resumed.err
     assert bool(check(folder, uninterrupted)) == written
     assert f"upload it:  wandb sync {folder}/wandb/*run-*-digits-{folder.name}" in resumed.out
+
+
+@pytest.mark.slow
+def test_a_killed_run_has_written_every_row_before_its_checkpoint_to_another_logger() -> None:
+    """Lightning's CSV logger writes at the end of an epoch, and every 100 steps."""
+    seldom = "{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: ., name: log}}"
+    every = "[{class_path: batchwise.callbacks.checkpoint.Last, init_args: {every_n_steps: 50}}]"
+    settings = ("--data.batch_size", 1, "--trainer.max_epochs", 3, "--trainer.log_every_n_steps", 1)
+    killed = Started("fit", *DIGITS, *settings, "--trainer.logger", seldom, "--trainer.callbacks", every)
+    deadline = time.monotonic() + 60
+    while not (found := list(Path("runs/digits").glob("*/checkpoints/last.ckpt"))) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    killed.kill()
+    killed.end(60)
+    with (found[0].parents[1] / "log/version_0/metrics.csv").open() as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]]
+    assert steps[:50] == list(range(1, 51))
 
 
 @pytest.mark.slow
