@@ -102,6 +102,7 @@ def keep_the_best(checkpoint: dict[str, Any], trainer: pl.Trainer) -> None:
     """Let the callbacks know their best checkpoints again, if a run goes on in its folder.
 
     Lightning forgets them if the folder was moved, or is written as another path, and then replaces them by worse ones.
+    It remembers a best one that was deleted, or was not copied, and then keeps no other unless it is better.
     """
     folder = Path(str(trainer.ckpt_path)).absolute().parent
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -112,6 +113,8 @@ def keep_the_best(checkpoint: dict[str, Any], trainer: pl.Trainer) -> None:
         for key in ("dirpath", "best_model_path", "kth_best_model_path", "last_model_path"):
             state[key] = state[key].replace(old, new, 1)
         state["best_k_models"] = {path.replace(old, new, 1): score for path, score in state["best_k_models"].items()}
+        if not Path(state["best_model_path"]).exists():
+            del checkpoint["callbacks"][callback.state_key]
 
 
 def training_differences(

@@ -276,6 +276,17 @@ def test_a_run_that_was_moved_knows_its_best(monkeypatch: pytest.MonkeyPatch) ->
     assert torch.load(moved / "checkpoints" / "best.ckpt", weights_only=True)["global_step"] == best["global_step"]
 
 
+def test_a_run_without_its_best_keeps_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was deleted, or only `last.ckpt` was copied."""
+    result = run_here(*FIT, "--trainer.max_epochs", 2)
+    best = result.folder / "checkpoints" / "best.ckpt"
+    best.unlink()
+    monkeypatch.setattr(ModelCheckpoint, "check_monitor_top_k", never_better)
+    on = run_here(*FIT, "--trainer.max_epochs", 3, "--ckpt_path", "last")
+    assert on.code == 0, on.err
+    assert on.checkpoint("best")["global_step"] == on.checkpoint()["global_step"]
+
+
 def never_better(self: ModelCheckpoint, _: object, current: torch.Tensor | None = None) -> bool:
     """Stands in for `check_monitor_top_k`: values are worse than those that are known."""
     return current is not None and len(self.best_k_models) < self.save_top_k
