@@ -61,6 +61,7 @@ FORMS: dict[Kind, Callable[[str], float]] = {
     "month_first": partial(_date, day=3, month=1),
 }
 """How a text becomes a number. Dates become days since 1970."""
+DATES, NO_NUMBERS = ("date", "day_first", "month_first"), ("category", "ignore")
 
 
 def is_missing(text: str) -> bool:
@@ -157,7 +158,7 @@ def kind_of(column: "ChunkedArray", given: Kind | None) -> Kind:
     """
     from pyarrow import types
 
-    if given in ("category", "ignore"):
+    if given in NO_NUMBERS:
         return given
     if types.is_nested(column.type):
         raise ValueError("lists: write ignore")
@@ -223,7 +224,16 @@ def texts(column: "ChunkedArray") -> np.ndarray:
 
 
 def numbers(column: "ChunkedArray", name: str, path: str, form: Kind = "number") -> np.ndarray:
-    """Return a column as float64 [N]: dates as days since 1970, times as days, and a missing value as NaN."""
+    """Return a column as float64 [N]: dates as days since 1970, times as days, and a missing value as NaN.
+
+    Raises:
+        ValueError: it holds another form, such as plain numbers where training had dates.
+    """
+    from pyarrow import types
+
+    if not (is_text(column) or types.is_null(column.type)) and is_date(column) != (form in DATES):
+        held = "dates or times" if is_date(column) else "numbers"
+        raise ValueError(f"column '{name}' of {path} holds {held}, and should hold {form}: correct it")
     if is_text(column):
         different = column.dictionary_encode().combine_chunks()
         known = [_to_number(one, form, column, name, path) for one in different.dictionary.to_pylist()]

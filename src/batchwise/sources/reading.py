@@ -23,7 +23,7 @@ _BLOCK = 2**24  # bytes of a file that are read at once, and the most in a row
 
 
 def read_table(
-    path: str, delimiter: str | None = None, names_only: Collection[str] = ()
+    path: str, delimiter: str | None = None, as_written: Collection[str] = ()
 ) -> tuple["ArrowTable", list[str]]:
     """Return a table, and what was found out about the file, in a few words each.
 
@@ -36,7 +36,7 @@ def read_table(
     Args:
         path: a .csv, .tsv or .parquet file, or a folder of Parquet files; `~` is the home folder.
         delimiter: the character between the fields of a CSV file; None: it is found out.
-        names_only: columns of a CSV file whose values stay as written: 01234 is no number, and True no truth value.
+        as_written: columns of a CSV file that stay texts: 01234 is no number, 1.234 may be, and True is no truth value.
 
     Raises:
         ValueError: it cannot be read, has no rows, or two columns have one name.
@@ -51,7 +51,7 @@ def read_table(
         if file.is_dir() or file.suffix.lower() in (".parquet", ".pq"):
             table = parquet.read_table(file)
         else:
-            table = _read_csv(file, delimiter, names_only, found)
+            table = _read_csv(file, delimiter, as_written, found)
     except (OSError, ArrowException) as error:
         raise ValueError(f"{path} cannot be read: {str(error).partition(chr(10))[0][:200]}") from error
     table = table.rename_columns([name.strip() for name in table.column_names])
@@ -77,7 +77,7 @@ def read_table(
     return table, found
 
 
-def _read_csv(file: Path, delimiter: str | None, names_only: Collection[str], found: list[str]) -> "ArrowTable":
+def _read_csv(file: Path, delimiter: str | None, as_written: Collection[str], found: list[str]) -> "ArrowTable":
     from pyarrow import csv, input_stream, types
 
     with input_stream(str(file)) as stream:  # which decompresses
@@ -95,14 +95,12 @@ def _read_csv(file: Path, delimiter: str | None, names_only: Collection[str], fo
         if delimiter != "," and file.suffix.lower() != ".tsv":
             found.append(f"fields are separated by {'tabs' if delimiter == chr(9) else repr(delimiter)}")
 
-    def read(encoding: str, as_written: Iterable[str] = ()) -> "ArrowTable":
+    def read(encoding: str, texts: Iterable[str] = ()) -> "ArrowTable":
         return csv.read_csv(
             file,
             read_options=csv.ReadOptions(encoding=encoding, block_size=_BLOCK, skip_rows=1 if said else 0),
             parse_options=csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-            convert_options=csv.ConvertOptions(
-                strings_can_be_null=True, column_types=dict.fromkeys(as_written, "string")
-            ),
+            convert_options=csv.ConvertOptions(strings_can_be_null=True, column_types=dict.fromkeys(texts, "string")),
         )
 
     try:
@@ -117,7 +115,7 @@ def _read_csv(file: Path, delimiter: str | None, names_only: Collection[str], fo
             table = read(encoding := "latin-1")
         found.append("it is not UTF-8, and is read as Latin-1")
     parsed = [
-        field.name for field in table.schema if field.name.strip() in names_only and not types.is_string(field.type)
+        field.name for field in table.schema if field.name.strip() in as_written and not types.is_string(field.type)
     ]
     return read(encoding, parsed) if parsed else table
 

@@ -11,12 +11,13 @@ from torch import Tensor
 from batchwise.arguments import typed
 from batchwise.data.labels import check_alike, label_numbers, sorted_labels
 from batchwise.data.split import ALIASES, Fractions
-from batchwise.sources.checking import check_column
+from batchwise.sources.checking import check_column, check_rounding
 from batchwise.sources.columns import (
+    DATES,
+    NO_NUMBERS,
     Column,
     Kind,
     described,
-    is_date,
     is_list,
     is_text,
     kind_of,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 MOST_CATEGORIES = 1000
 MOST_CLASSES = 20
-"""Whole numbers, written with a decimal point, may be classes if there are at most so many."""
+"""Whole numbers, written with a decimal point or as texts, may be classes if there are at most so many."""
 
 
 class Table(Fractions):
@@ -49,7 +50,7 @@ class Table(Fractions):
         path: a .csv, .tsv or .parquet file, or a folder of Parquet files.
         target: the column to predict. Several columns give targets [N, K], for regression, or for several labels per
             example (0 and 1).
-        target_kind: class or number; null: text is a class, a fraction is a number.
+        target_kind: class or number; null: text is a class, a fraction is a number, and the rest must be said.
         columns: what columns hold, by name, where it is not what the run prints: category (such as postcodes), ignore
             (such as identifiers), number, thousands (1,234.5), decimal_comma (1.234,5), date (2024-12-31), day_first
             (31/12/2024) or month_first (12/31/2024).
@@ -87,7 +88,7 @@ class Table(Fractions):
         """Return inputs float32 [N, F] and targets, int64 or float32; just inputs for `predict_path`."""
         if split == "predict":
             assert self.predict_path is not None
-            table, _ = read_table(self.predict_path, self.delimiter, self._categories)
+            table, _ = read_table(self.predict_path, self.delimiter, self._as_written)
             return (self._inputs(table, self.predict_path),)
         index = self._index.get(split)
         return None if index is None else (self._all_inputs[index], self._all_targets[index])
@@ -114,17 +115,17 @@ class Table(Fractions):
         return None if self._labels is None else [str(label) for label in self._labels]
 
     @property
-    def _categories(self) -> list[str]:
-        """The columns that are texts in training."""
-        return [column.name for column in self._columns if column.categories is not None]
+    def _as_written(self) -> list[str]:
+        """The columns that are texts in training: a file of fewer rows may hold what looks like other numbers."""
+        return [one.name for one in self._columns if one.categories is not None or one.form == "decimal_comma"]
 
     @cached_property
     def _table(self) -> "ArrowTable":
-        # Of columns that are texts in training, a file of fewer rows may hold what looks like numbers.
-        names_only = [name for name, kind in self.columns.items() if kind == "category"]
+        as_written = [name for name, kind in self.columns.items() if kind in ("category", "decimal_comma")]
         if self.recalled:
-            names_only = self._categories + (self.targets if self._labels and isinstance(self._labels[0], str) else [])
-        table, found = read_table(self.path, self.delimiter, names_only)
+            as_written += self._as_written
+            as_written += self.targets if self._labels and isinstance(self._labels[0], str) else []
+        table, found = read_table(self.path, self.delimiter, as_written)
         for line in found:
             self.say(f"{self.path}: {line}")
         for key, names in {
@@ -149,18 +150,18 @@ class Table(Fractions):
     def _found_labels(self) -> list | None:
         from pyarrow import types
 
-        column = self._table[self.targets[0]]
-        kind = self.target_kind or ("number" if self.several else None)
-        if kind is None and (types.is_floating(column.type) or types.is_decimal(column.type)):
-            different = column.unique().drop_null().cast("float64").to_numpy()
-            kind = None if len(different) <= MOST_CLASSES and (different == np.floor(different)).all() else "number"
-        if kind is None and is_text(column) and self._kind(self.targets[0]) != "category":
+        name = self.targets[0]
+        column, kind = self._table[name], self.target_kind or ("number" if self.several else None)
+        if kind is None and not types.is_boolean(column.type) and (form := self._kind(name)) not in NO_NUMBERS:
+            held = "dates or times" if form in DATES else "whole numbers"
+            if held == "whole numbers" and not types.is_integer(column.type):
+                different = np.unique(numbers(column, name, self.path, form))
+                held = held if len(different) <= MOST_CLASSES and (different == np.floor(different)).all() else ""
+            if held:
+                raise ValueError(
+                    f"the target '{name}' of {self.path} holds {held}: write data.target_kind class or number"
+                )
             kind = "number"
-        if kind is None and not is_text(column) and not types.is_boolean(column.type):
-            held = "dates or times" if is_date(column) else "whole numbers"
-            raise ValueError(
-                f"the target '{self.targets[0]}' of {self.path} holds {held}: write data.target_kind class or number"
-            )
         if kind == "number":
             return None
         labels = {value for value in _values(column.unique()) if value is not None}
@@ -188,13 +189,14 @@ class Table(Fractions):
 
     def _numbers(self, name: str) -> np.ndarray:
         kind = self._kind(name)
-        form = "number" if kind in ("category", "ignore") else kind
+        form = "number" if kind in NO_NUMBERS else kind
         values = numbers(self._table[name], name, self.path, form)
         if (missing := np.isnan(values)).any():  # a text that stands for it, such as a dash
             raise ValueError(
                 f"the target '{name}' of {self.path} is missing in {missing.sum():,} of {len(values):,} rows, such as "
                 f"row {missing.argmax() + 1}: fill it in, or filter these rows out"
             )
+        check_rounding(values, f"the target '{name}' of {self.path}")
         return values
 
     # Splits

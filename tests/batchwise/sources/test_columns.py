@@ -369,6 +369,7 @@ def test_rows_to_predict_that_do_not_fit() -> None:
     for new, words in (
         ("n\n3\n", "new.csv has no column 't', which training had"),
         ("n,t\nthree,a\n", "column 'n' of new.csv holds 'three' in row 1, and should hold number"),
+        ("n,t\n2024-12-31,a\n", "column 'n' of new.csv holds dates or times, and should hold number"),
     ):
         Path("new.csv").write_text(new)
         with pytest.raises(ValueError, match=words):
@@ -378,3 +379,49 @@ def test_rows_to_predict_that_do_not_fit() -> None:
 def test_a_tab_after_the_empty_name_of_an_index_is_the_delimiter() -> None:
     Path("t.csv").write_text("\tn\n0\t1.5\n1\t2.5\n")
     assert read_table("t.csv")[0].to_pydict() == {"n": [1.5, 2.5]}
+
+
+def test_whole_numbers_in_place_of_dates_to_predict() -> None:
+    Path("new.csv").write_text("n\n20241231\n")
+    text = rows("n,k", lambda i: f"2024-12-{i + 1:02},{k(i)}")
+    with pytest.raises(ValueError, match="column 'n' of new.csv holds numbers, and should hold date: correct it"):
+        made(text, predict_path="new.csv").load("predict")
+
+
+def test_thousands_with_points_are_no_fractions_where_training_had_decimal_commas() -> None:
+    text = rows("n;k", lambda i: f"{i + 1}.000,5;{k(i)}")
+    Path("new.csv").write_text("n\n1.000\n30.000\n")  # of fewer rows, none of which has a comma
+    data = made(text, predict_path="new.csv")
+    (train, _), (new,) = data.load("train"), data.load("predict")  # type: ignore[misc]
+    assert torch.allclose(new, train[[0, 29]], atol=1e-3)
+
+
+def test_thousands_with_points_are_what_the_columns_say() -> None:
+    data = made(rows("n;k", lambda i: f"{i + 1}.000;{k(i)}"), target="n", columns={"n": "decimal_comma"})
+    assert data.load("train")[1].tolist() == [1000.0 * (i + 1) for i in range(30)]  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("value", "held"),
+    [
+        (lambda i: f"2024-01-{i + 1:02}", "dates or times"),
+        (lambda i: f"{i + 1:02}.01.2024", "dates or times"),
+        (lambda i: str(i % 3), "whole numbers"),
+        (lambda i: f"{i % 3}.0", "whole numbers"),
+    ],
+)
+def test_texts_that_may_be_classes_or_numbers_are_asked_about(value: Callable[[int], str], held: str) -> None:
+    from pyarrow import parquet, table
+
+    texts = [value(number) for number in range(30)]
+    parquet.write_table(table({"n": range(30), "k": texts}), "t.parquet")
+    for file in ("t.parquet", "t.csv"):
+        Path("t.csv").write_text(rows("n,k", lambda i: f"{i},{texts[i]}"))
+        with pytest.raises(ValueError, match=f"the target 'k' of {file} holds {held}: write data.target_kind class or"):
+            Table(file, "k", batch_size=4).load("train")
+
+
+def test_a_target_that_float32_cannot_hold_is_warned_of() -> None:
+    text = rows("n,k", lambda i: f"{i},{1_700_000_000 + i}")
+    with pytest.warns(UserWarning, match="'k' of t.csv holds numbers to 1.7e.09, which float32 cannot tell apart"):
+        made(text, target_kind="number").load("train")
