@@ -1,5 +1,6 @@
 """Labels and their numbers, and values in a few words."""
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -27,14 +28,14 @@ def normal(label: Any) -> Any:
 
 
 def check_alike(labels: Iterable[str], where: object) -> None:
-    """Refuse labels that differ only by case or blanks.
+    """Refuse labels that differ only by case or blanks, and a whole number that is also written as 1.0.
 
     Raises:
         ValueError: two labels look alike.
     """
     alike: dict[str, set[str]] = defaultdict(set)
     for label in map(normal, set(labels)):
-        alike[" ".join(label.split()).casefold()].add(label)
+        alike[re.sub(r"^(\d+)\.0$", r"\1", " ".join(label.split()).casefold())].add(label)
     for several in alike.values():
         if len(several) > 1:
             names = " and ".join(map(repr, sorted(several)))

@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Mapping
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import numpy as np
 import torch
@@ -13,8 +13,19 @@ from batchwise.data.examples import Examples
 from batchwise.data.labels import shown
 from batchwise.errors import Mistake
 
-Saved = tuple[dict[str, Any], list[str] | None]
-"""What was learnt, and the names of the classes."""
+
+class Saved(NamedTuple):
+    """What a checkpoint has of a data module.
+
+    Args:
+        learnt: by `learn`.
+        class_names: names of the classes.
+        division: how one set of examples was divided into splits.
+    """
+
+    learnt: dict[str, Any]
+    class_names: list[str] | None
+    division: dict[str, Any] | None
 
 
 class Learnt(dict):
@@ -33,6 +44,8 @@ class Learning(Examples):
     __own: dict[str, Any] | None = None
     __saved: Saved | None = None
     _lenient = False
+    _division: dict[str, Any] | None = None
+    """What decides which examples are in which split, where one set of them is divided; None: it is not, or not yet."""
 
     def learn(self) -> dict[str, Any]:
         """Return what is learnt from the training examples, such as a mean, or the labels that there are.
@@ -50,7 +63,7 @@ class Learning(Examples):
         So `test` and `predict` use what was learnt, and do not need the training examples.
         """
         if self.__saved is not None:
-            return self.__saved[0]
+            return self.__saved.learnt
         if self.__own is None:
             self.__own = self.__learn()
         return self.__own
@@ -71,9 +84,12 @@ class Learning(Examples):
         Args:
             state: of this data module in a checkpoint; None: learn anew.
             lenient: `setup` is to use it even if the training examples now give something else; None: as before.
+
+        Raises:
+            Mistake: it is of another data module of the engine's.
         """
         self._lenient = self._lenient if lenient is None else lenient
-        before = self.__own if self.__saved is None else self.__saved[0]
+        before = self.__own if self.__saved is None else self.__saved.learnt
         if state is None or "learnt" not in state:
             self.__saved = None
             if state is not None and type(self).learn is not Learning.learn:
@@ -83,8 +99,10 @@ class Learning(Examples):
                     stacklevel=2,
                 )
         else:
-            self.__saved = Learnt(plain(state["learnt"], "learnt")), state.get("class_names")
-        now = self.__own if self.__saved is None else self.__saved[0]
+            learnt = Learnt(plain(state["learnt"], "learnt"))
+            self.__check_learner(learnt, state.get("learner"))
+            self.__saved = Saved(learnt, state.get("class_names"), state.get("division"))
+        now = self.__own if self.__saved is None else self.__saved.learnt
         if before is not None and not same(before, now):
             self._forget()  # examples that were loaded by what was known before
 
@@ -100,7 +118,7 @@ class Learning(Examples):
         """
         if self.__saved is None:
             return
-        learnt, names = self.__saved
+        learnt, names, _ = self.__saved
         if training:
             now = self.__learn()
             for key in [*learnt, *(key for key in now if key not in learnt)]:
@@ -117,11 +135,41 @@ class Learning(Examples):
                 f"{shown(self.class_names)}: use the same classes in the same order"
             )
 
+    @final
+    def check_division(self, split: str) -> None:
+        """Warn if one set of examples is not divided as it was in training, so that `split` may be no new examples."""
+        before, now = None if self.__saved is None else self.__saved.division, self._division
+        if not before or not now or before == now or not max(one[f"data.{split}_fraction"] for one in (before, now)):
+            return
+        changes = ", ".join(
+            f"{key}: {before.get(key)} -> {value}" for key, value in now.items() if value != before.get(key)
+        )
+        warnings.warn(
+            f"the {split} split may have examples that were trained on, because all are now divided otherwise "
+            f"({changes}): use the same data and settings, or keep the split of each example with the data",
+            stacklevel=2,
+        )
+
+    def __check_learner(self, learnt: Learnt, learner: str | None) -> None:
+        own = self.__learner()
+        if learnt and learner and learner != own and any(name.startswith("batchwise.") for name in (learner, own)):
+            # A class of the user's may just have another name by now.
+            trained, now = (name.split(".")[-2] for name in (learner, own))
+            raise Mistake(
+                f"the checkpoint was trained with the data module {trained}, and {now} reads or scales its examples in "
+                f"another way: use {trained}"
+            )
+
+    def __learner(self) -> str:
+        return f"{type(self).learn.__module__}.{type(self).learn.__qualname__}"
+
     def state_dict(self) -> dict[str, Any]:
-        """Return what was learnt, and the names of the classes."""
+        """Return what was learnt, and what else must not differ where it is used."""
         return {
             "learnt": dict(self.learnt),
             "class_names": None if self.class_names is None else list(self.class_names),
+            "learner": self.__learner(),
+            "division": self._division,
         }
 
 

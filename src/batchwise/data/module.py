@@ -146,6 +146,7 @@ class DataModule(Learning):
         check_trainer(self.trainer)
         self.check_recalled(training=stage == "fit" and not self._lenient)
         super().setup(stage)
+        self.check_division("val" if stage in ("fit", "validate") else "test")
         if stage == "fit" and self.plan is None:
             self.__make_plan()
 

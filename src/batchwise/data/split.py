@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -141,7 +142,15 @@ class Fractions(DataModule):
         """
         fractions = self.fractions if test else self.fractions | {"test": 0.0}
         parts = split_examples(labels, fractions["val"], fractions["test"], self.split_seed, most_per_class)
+        self._note_division(
+            fractions, {"examples": len(labels), "checksum": crc32(class_numbers(labels).numpy().tobytes())}
+        )
         return {split: index for split, index in parts.items() if fractions.get(split, 1) > 0}
+
+    def _note_division(self, fractions: dict[str, float], others: dict[str, Any] | None = None) -> None:
+        """Remember what has decided the splits, so that a test on others is noticed."""
+        shares = {f"data.{split}_fraction": share for split, share in fractions.items()}
+        self._division = (others or {}) | shares | {"data.split_seed": self.split_seed}
 
     def _remedy(self, split: str) -> str:
         if self.fractions.get(split):

@@ -4,6 +4,7 @@ from dataclasses import replace
 from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,7 +61,7 @@ class Digits(Fractions):
 
     def transform(self, batch: MicroBatch, training: bool) -> MicroBatch:
         """Normalise on the device, so that bytes travel there and not floats."""
-        mean, std = self._statistics
+        mean, std = self.learnt["mean"], self.learnt["std"]
         return replace(batch, inputs=batch.inputs.to(torch.get_default_dtype()).sub_(mean).div_(std))
 
     @cached_property
@@ -69,7 +70,12 @@ class Digits(Fractions):
         parts = self.divide(digits, most_per_class=self.examples_per_class)
         return {split: index[torch.isin(digits[index], wanted)] for split, index in parts.items()}
 
-    @cached_property
-    def _statistics(self) -> tuple[float, float]:
+    def learn(self) -> dict[str, Any]:
+        """Mean and std of the training images, from 0 to 16."""
         images = read_digits()[0][self._index["train"]].double()
-        return images.mean().item(), images.std().item()
+        return {"mean": images.mean().item(), "std": images.std().item()}
+
+    @property
+    def class_names(self) -> list[str]:  # type: ignore[override]
+        """The digits, in the order of their numbers as targets."""
+        return [str(digit) for digit in self.classes]

@@ -167,6 +167,7 @@ class Text(Tokenized, Fractions):
             if patterns is not None
         }
         fractions = {split: 0.0 if split in files else share for split, share in self.fractions.items()}
+        self._note_division(fractions)
         return Tokens(files, fractions, **self.arguments).folder(Path(self.cache))
 
     @cached_property

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +22,11 @@ from batchwise.data.labels import check_alike, label_numbers, shown, sorted_labe
 from batchwise.data.learnt import plain, same
 from batchwise.data.mixture import Mixture
 from batchwise.errors import Mistake
+from batchwise.sources.digits import Digits
 from batchwise.sources.folder import Folder
+from batchwise.sources.hub import Hub
+from batchwise.sources.shards import Shards
+from batchwise.sources.table import Table
 from batchwise.tasks.classification import Classification
 
 # In Python
@@ -127,6 +132,52 @@ def test_a_data_module_whose_class_has_another_name_now() -> None:
         fit(Classify(network(), optimizer=adamw), Shifted(), LAST, max_steps=10)
 
 
+def test_another_source_does_not_use_what_a_folder_has_learnt() -> None:
+    """Each scales images in a way of its own, and both have learnt classes."""
+    pictures("photos", {"cat": 40, "dog": 180})
+    data = Folder("photos", size=8, batch_size=4)
+    data.load("train")
+    for other in (Shards("shards", "image", batch_size=4), Hub("photos", "image", batch_size=4)):
+        with pytest.raises(
+            Mistake, match=r"was trained with the data module Folder, and .* in another way: use Folder"
+        ):
+            other.recall(data.state_dict())
+    Folder("photos", size=8, batch_size=4).recall(data.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("settings", "change"),
+    [({"split_seed": 1}, "data.split_seed: 0 -> 1"), ({"val_fraction": 0.2}, "data.val_fraction: 0.15 -> 0.2")],
+)
+def test_a_test_split_that_training_may_have_seen_is_warned_of(settings: dict[str, Any], change: str) -> None:
+    data = Digits(batch_size=4)
+    data.setup("test")
+    other = Digits(batch_size=4, **settings)
+    other.recall(data.state_dict())
+    with pytest.warns(UserWarning, match=f"the test split may have examples that were trained on, .* \\({change}\\)"):
+        other.setup("test")
+
+
+def test_more_rows_divide_a_table_otherwise() -> None:
+    pytest.importorskip("pyarrow")
+    rows("rows.csv", ["x", "k"], [[number, "ab"[number % 2]] for number in range(40)])
+    data = Table("rows.csv", "k", batch_size=4)
+    data.setup("fit")
+    state, again = data.state_dict(), Table("rows.csv", "k", batch_size=4)
+    again.recall(state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again.setup("test")
+    rows("rows.csv", ["x", "k"], [[number, "ab"[number % 2]] for number in range(41)])
+    for stage, split in (("test", "test"), ("validate", "val")):
+        more = Table("rows.csv", "k", batch_size=4)
+        more.recall(state)
+        with pytest.warns(
+            UserWarning, match=f"the {split} split may have .* otherwise \\(examples: 40 -> 41, checksum"
+        ):
+            more.setup(stage)
+
+
 def test_what_the_checkpoint_has_not_learnt_is_named() -> None:
     train(Centred())
     with pytest.raises(Mistake, match="the checkpoint has learnt no 'std', but mean: use the data module with which"):
@@ -204,6 +255,12 @@ def test_labels_that_unicode_writes_in_two_ways_are_one() -> None:
     check_alike([one, other, "b"], "it")
     with pytest.raises(ValueError, match="it has the labels 'CAFÉ' and 'Café', which look like one"):
         check_alike([one.upper(), other], "it")
+
+
+def test_a_whole_number_with_a_point_is_no_other_label() -> None:
+    check_alike(["1", "2", "1.5", "v1.0"], "it")
+    with pytest.raises(ValueError, match=r"it has the labels '1' and '1.0', which look like one: give both the same"):
+        check_alike(["1", "1.0", "2"], "it")
 
 
 def test_numbers_of_labels() -> None:

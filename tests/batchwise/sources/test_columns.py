@@ -384,7 +384,7 @@ def test_a_tab_after_the_empty_name_of_an_index_is_the_delimiter() -> None:
 def test_whole_numbers_in_place_of_dates_to_predict() -> None:
     Path("new.csv").write_text("n\n20241231\n")
     text = rows("n,k", lambda i: f"2024-12-{i + 1:02},{k(i)}")
-    with pytest.raises(ValueError, match="column 'n' of new.csv holds numbers, and should hold date: correct it"):
+    with pytest.raises(ValueError, match=r"column 'n' of new.csv holds numbers, and should hold date: correct it"):
         made(text, predict_path="new.csv").load("predict")
 
 

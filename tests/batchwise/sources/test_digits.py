@@ -178,3 +178,16 @@ def test_some_classes_and_few_examples_of_each() -> None:
 def test_wrong_classes(wrong: dict) -> None:
     with pytest.raises(ValueError, match=f"data.{next(iter(wrong))} is "):
         Digits(batch_size=1, **wrong)
+
+
+def test_a_test_scales_by_the_images_of_training_and_knows_its_digits():
+    data = Digits(classes=[3, 1], batch_size=4)
+    data.setup("test")
+    few = Digits(classes=[3, 1], examples_per_class=2, batch_size=4)
+    few.recall(data.state_dict())
+    few.setup("test")
+    assert few.learnt == data.learnt != Digits(classes=[3, 1], examples_per_class=2).learnt
+    other = Digits(classes=[1, 3], batch_size=4)
+    other.recall(data.state_dict())
+    with pytest.raises(ValueError, match="trained with the classes 3, 1, and Digits now has 1, 3: use the same"):
+        other.setup("test")
