@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
+import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
@@ -246,4 +247,6 @@ def columns_of(predictions: dict[str, Any]) -> Columns:
 
 
 def _array(values: Tensor) -> np.ndarray:
-    return (values.float() if values.is_floating_point() else values).detach().cpu().numpy()
+    # NumPy has no bfloat16. Of float64 no digit is lost.
+    wide = torch.promote_types(values.dtype, torch.float32) if values.is_floating_point() else values.dtype
+    return values.detach().to(wide).cpu().numpy()

@@ -3,14 +3,10 @@
 import warnings
 from typing import Any, Literal
 
-import numpy as np
-
 from batchwise.sources.columns import is_list, is_text
 
 LARGEST = 2**24
 """From here on, float32 has not all whole numbers."""
-COARSE = 1e-3
-"""Rounding of targets, as a share of their std, that is worth a warning."""
 
 
 def check_column(column: Any, where: str, role: Literal["input", "target", "label"]) -> None:
@@ -63,15 +59,6 @@ def check_column(column: Any, where: str, role: Literal["input", "target", "labe
                 "and divide",
                 stacklevel=2,
             )
-
-
-def check_rounding(values: np.ndarray, where: str) -> None:
-    """Warn if float32 does not tell numbers apart, float64 [N], such as seconds since 1970."""
-    if abs(values - values.astype(np.float32)).max() > COARSE * values.std():
-        warnings.warn(
-            f"{where} holds numbers to {abs(values).max():.6g}, which float32 cannot tell apart: subtract a constant",
-            stacklevel=2,
-        )
 
 
 def check_images(column: Any, where: str) -> None:

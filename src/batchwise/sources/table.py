@@ -11,7 +11,7 @@ from torch import Tensor
 from batchwise.arguments import typed
 from batchwise.data.labels import check_alike, label_numbers, sorted_labels
 from batchwise.data.split import ALIASES, Fractions
-from batchwise.sources.checking import check_column, check_rounding
+from batchwise.sources.checking import check_column
 from batchwise.sources.columns import (
     DATES,
     NO_NUMBERS,
@@ -44,7 +44,7 @@ class Table(Fractions):
     constant column is 0. A column of text is one-hot over the values of the training split. A missing text is a value
     of its own. A value that the training split does not have is 0 throughout.
 
-    Targets are class numbers [N] of the sorted labels; or float32 [N], or [N, K] for several columns.
+    Targets are class numbers [N] of the sorted labels; or float64 [N], or [N, K] for several columns.
 
     Args:
         path: a .csv, .tsv or .parquet file, or a folder of Parquet files.
@@ -85,7 +85,7 @@ class Table(Fractions):
         self.has_predict_split = predict_path is not None
 
     def load(self, split: str) -> tuple[Tensor, ...] | None:
-        """Return inputs float32 [N, F] and targets, int64 or float32; just inputs for `predict_path`."""
+        """Return inputs float32 [N, F] and targets, int64 or float64; just inputs for `predict_path`."""
         if split == "predict":
             assert self.predict_path is not None
             table, _ = read_table(self.predict_path, self.delimiter, self._as_written)
@@ -178,7 +178,7 @@ class Table(Fractions):
         if known is not None:
             name = self.targets[0]
             return label_numbers(_values(self._table[name]), known, f"the target '{name}' of {self.path}")
-        targets = torch.from_numpy(np.column_stack([self._numbers(name) for name in self.targets])).float()
+        targets = torch.from_numpy(np.column_stack([self._numbers(name) for name in self.targets]))
         return targets if self.several else targets.squeeze(1)
 
     def _kind(self, name: str) -> Kind:
@@ -196,7 +196,6 @@ class Table(Fractions):
                 f"the target '{name}' of {self.path} is missing in {missing.sum():,} of {len(values):,} rows, such as "
                 f"row {missing.argmax() + 1}: fill it in, or filter these rows out"
             )
-        check_rounding(values, f"the target '{name}' of {self.path}")
         return values
 
     # Splits

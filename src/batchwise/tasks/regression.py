@@ -1,5 +1,6 @@
 """Regression: squared error; MSE, MAE and R2 in the units of the targets."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from batchwise.batching.loader import MicroBatch
 from batchwise.data.module import DataModule
 from batchwise.tasks.losses import described
 from batchwise.tasks.task import Task
+
+COARSE = 0.01
+"""Rounding of targets, as a share of their std, that is worth a warning."""
 
 
 class Regression(Task):
@@ -70,6 +74,15 @@ class Regression(Task):
                 std = rows.std(0, correction=0)
                 self.target_mean.copy_(rows.mean(0))
                 self.target_std.copy_(torch.where(std > 0, std, 1.0))
+                error = (rows.to(outputs.dtype) - rows).square().mean(0).sqrt()
+                if (coarse := error > COARSE * std).any():
+                    which = int(coarse.nonzero()[0])
+                    warnings.warn(
+                        f"targets to {rows[:, which].abs().max():.6g}, whose std is {std[which]:.2g}, are rounded by "
+                        f"{error[which]:.2g} in {outputs.dtype}: subtract their mean in load, or write a finer "
+                        "trainer.precision, such as bf16-mixed",
+                        stacklevel=2,
+                    )
 
 
 def targets_of(data: DataModule) -> list[tuple[str, Tensor]]:

@@ -45,6 +45,12 @@ def test_parquet_is_written_in_groups_of_rows(monkeypatch: pytest.MonkeyPatch) -
     assert [path.name for path in Path().iterdir()] == ["first"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_no_digit_is_lost(dtype: torch.dtype) -> None:
+    values = torch.tensor([1 / 3, 1e-8, 1230.1], dtype=dtype)
+    assert columns_of({"x": values})["x"].tolist() == values.tolist()  # type: ignore[union-attr]
+
+
 def test_other_kinds_of_file_are_refused() -> None:
     with pytest.raises(ValueError, match=r"predictions is rows.txt: write a file that ends in .csv or .parquet"):
         Predictions("rows.txt")

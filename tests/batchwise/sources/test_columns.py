@@ -419,9 +419,3 @@ def test_texts_that_may_be_classes_or_numbers_are_asked_about(value: Callable[[i
         Path("t.csv").write_text(rows("n,k", lambda i: f"{i},{texts[i]}"))
         with pytest.raises(ValueError, match=f"the target 'k' of {file} holds {held}: write data.target_kind class or"):
             Table(file, "k", batch_size=4).load("train")
-
-
-def test_a_target_that_float32_cannot_hold_is_warned_of() -> None:
-    text = rows("n,k", lambda i: f"{i},{1_700_000_000 + i}")
-    with pytest.warns(UserWarning, match="'k' of t.csv holds numbers to 1.7e.09, which float32 cannot tell apart"):
-        made(text, target_kind="number").load("train")

@@ -1,6 +1,7 @@
 """Numbers to predict: metrics and predictions in the units of the targets, on any number of devices."""
 
 import csv
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -173,3 +174,23 @@ def test_nested_targets_are_one_line(task: type) -> None:
     data.setup("fit")
     with pytest.raises(ValueError, match="the targets of the train split are a dict: write one tensor"):
         task(nn.Linear(3, 1)).prepare(data, "train")
+
+
+@pytest.mark.parametrize(
+    ("targets", "precision", "warned"),
+    [
+        (1_700_000_000 + torch.arange(50, dtype=torch.float64), torch.float32, True),
+        (1_700_000_000 + torch.arange(50, dtype=torch.float64), torch.float64, False),
+        (1950 + torch.arange(50, dtype=torch.float32), torch.bfloat16, True),
+        (torch.linspace(-3, 3, 50), torch.bfloat16, False),
+    ],
+)
+def test_targets_that_the_precision_rounds_are_warned_of(
+    targets: torch.Tensor, precision: torch.dtype, warned: bool
+) -> None:
+    data, model = Given(torch.randn(50, 3), targets), Regression(nn.Linear(3, 1))
+    data.split("train")
+    with warnings.catch_warnings(record=True, action="always") as found:
+        model.check(data, torch.zeros(4, 1, dtype=precision))
+    assert len(found) == warned
+    assert all("are rounded by " in str(one.message) for one in found)
