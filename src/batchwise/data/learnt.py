@@ -43,6 +43,7 @@ class Learning(Examples):
 
     __own: dict[str, Any] | None = None
     __saved: Saved | None = None
+    __told: str | None = None
     _lenient = False
     _division: dict[str, Any] | None = None
     """What decides which examples are in which split, where one set of them is divided; None: it is not, or not yet."""
@@ -144,11 +145,13 @@ class Learning(Examples):
         changes = ", ".join(
             f"{key}: {before.get(key)} -> {value}" for key, value in now.items() if value != before.get(key)
         )
-        warnings.warn(
+        line = (
             f"the {split} split may have examples that were trained on, because all are now divided otherwise "
-            f"({changes}): use the same data and settings, or keep the split of each example with the data",
-            stacklevel=2,
+            f"({changes}): use the same data and settings, or keep the split of each example with the data"
         )
+        if line != self.__told:  # a command calls it twice: to check, and to run
+            self.__told = line
+            warnings.warn(line, stacklevel=2)
 
     def __check_learner(self, learnt: Learnt, learner: str | None) -> None:
         own = self.__learner()

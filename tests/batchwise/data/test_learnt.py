@@ -27,6 +27,7 @@ from batchwise.sources.folder import Folder
 from batchwise.sources.hub import Hub
 from batchwise.sources.shards import Shards
 from batchwise.sources.table import Table
+from batchwise.sources.text import Text
 from batchwise.tasks.classification import Classification
 
 # In Python
@@ -158,6 +159,16 @@ def test_a_test_split_that_training_may_have_seen_is_warned_of(settings: dict[st
         other.setup("test")
 
 
+def test_texts_that_are_divided_otherwise() -> None:
+    rows("texts.csv", ["text"], [[f"text {number}"] for number in range(40)])
+    data = Text("texts.csv", batch_size=4)
+    data.setup("test")
+    other = Text("texts.csv", batch_size=4, split_seed=1)
+    other.recall(data.state_dict())
+    with pytest.warns(UserWarning, match=r"the test split may have .* \(data.split_seed: 0 -> 1\): use the same data"):
+        other.setup("test")
+
+
 def test_more_rows_divide_a_table_otherwise() -> None:
     pytest.importorskip("pyarrow")
     rows("rows.csv", ["x", "k"], [[number, "ab"[number % 2]] for number in range(40)])
@@ -175,6 +186,9 @@ def test_more_rows_divide_a_table_otherwise() -> None:
         with pytest.warns(
             UserWarning, match=f"the {split} split may have .* otherwise \\(examples: 40 -> 41, checksum"
         ):
+            more.setup(stage)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # it is said once
             more.setup(stage)
 
 
