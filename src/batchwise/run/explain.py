@@ -3,6 +3,8 @@
 import difflib
 import re
 from collections.abc import Collection
+from importlib import import_module
+from pkgutil import iter_modules
 from pydoc import locate
 
 from batchwise.arguments import KINDS
@@ -35,14 +37,17 @@ def explain(message: str, known: Collection[str] = (), lists: Collection[str] = 
     line = re.sub(r"\s+", " ", message).strip()
     found = re.match(r'Parser key "([^"]+)": (.*)', line)
     name, problem = found.groups() if found else ("", line)
-    tried = re.search(r"Errors: - (.*?) Given value type: .*? Given value: (.*)", problem)
+    tried = re.search(r"Subtypes: (.*) Errors: - (.*?) Given value type: .*? Given value: ?(.*)", problem)
     if not found and not tried:
         return _not_of_a_key(line, known, outer)
     key = outer + name
     if denied := re.search(r"Importing '([^']+)' is not allowed", problem):
         return f"{key} names {denied[1]}, which may run any code: a configuration must not; call it in a class of yours"
-    given = re.search(r"a path but (.+?) either", problem)
-    if given and (said := _of_a_path(given[1], problem)):
+    given = re.search(
+        r"a path but (.+?) either|class_path[ =]'(.+?)'|(?:path string:|Got value:) ([\w.]+)(?![\w.(])", problem
+    )
+    path = given and (given[1] or given[2] or given[3])
+    if path and (said := _of_a_path(path, problem)):
         return f"{key} {said}"
     if early := re.search(r"NestedArg\(key='([\w.]+)'", problem):
         return f"{key}.{early[1]} comes before {key}: write --{key} CLASS first"
@@ -50,40 +55,63 @@ def explain(message: str, known: Collection[str] = (), lists: Collection[str] = 
     if keys and (group := re.search(r'Unable to load config "(.*)"$', problem)):
         value = "null" if group[1] == "None" else group[1]
         return f"{key} is {value}, but it is a group of keys: write them, such as --{outer}{keys[0]}"
-    value = tried[2] if tried else _value(problem)
-    errors = tried[1].split(" - ") if tried else [problem]
-    errors = [error for error in errors if error != "Expected a <class 'NoneType'>" and not error.startswith(GENERAL)]
+    value = (tried[3] or "''") if tried else _value(problem)
+    errors = tried[2].split(" - ") if tried else [problem]
+    errors = [error for error in errors if not error.startswith(GENERAL)]
+    numbers = tried and "<class 'int'>" not in tried[1] and re.search(r"typing\.Literal\[\d.*?\]", tried[1])
+    if numbers:  # the error of Literal[16, 32] asks for any whole number
+        errors = [error.replace("<class 'int'>", numbers[0]) for error in errors]
     own = [error for error in errors if _wanted(error) is None]
     if own and tried:  # the message of a class that refused a value
         return own[0] if key in own[0] else f"{key}: {own[0]}"  # which may name a key itself
-    wanted = " or ".join(dict.fromkeys(filter(None, map(_wanted, errors))))
+    words = dict.fromkeys(filter(None, map(_wanted, errors)))
+    if KINDS["float"] in words:
+        words.pop(KINDS["int"], None)
+    if tried and "a dot import path" in tried[2] and "torch.Tensor" not in tried[1]:  # nobody names a class for a rate
+        words[A_PATH] = None
+    elif [*words] == ["a list"] and value and value[0].isalpha():
+        words = [f"a list, such as [{value}]"]
+    wanted = " or ".join(words)
     if wanted and value is not None:
-        each = "Not of type" in problem and (name in lists or value.startswith("["))
+        each = "Not of type" in problem and "not 'list'" not in problem and (name in lists or value.startswith("["))
         verb = "holds" if each and not value.startswith("[") else "is"
         return f"{key} {verb} {value}: write {wanted}{' for each' if each else ''}"
     if " - Problem with given class_path" in problem:
         problem = problem[problem.rindex("Problem with") :]
-    if given and "Expected a dot import path string" in problem:
-        return f"{key} is {given[1]}: write the path of a class or function, such as package.module.Name"
+    if path and "Expected a dot import path string" in problem:
+        return f"{key} is {path}: write {A_PATH}"
     return f"{key}: {problem}"
 
 
 def _of_a_path(path: str, problem: str) -> str | None:
     """Return what is wrong with the path of a class or function, and what to write."""
-    if untyped := re.search(r"does not correspond to a subclass of (\w+)", problem):
+    if untyped := re.search(r"does not correspond to a subclass of (\w+)|a subclass of <class '(\w+)'>", problem):
+        kind = untyped[1] or untyped[2]
         return (
-            f"{path} gives no {untyped[1]}: write a class of that kind, or a function whose return type is written "
-            f"(`-> {untyped[1]}`)"
+            f"{path} gives no {kind}: write a class of that kind, or a function whose return type is written "
+            f"(`-> {kind}`)"
         )
     if "is abstract" in problem:
-        missing = sorted(getattr(locate(path), "__abstractmethods__", ["a method"]))
-        return f"{path} lacks {' and '.join(missing)}: define {'them' if missing[1:] else 'it'} in the class"
+        methods = sorted(getattr(locate(path), "__abstractmethods__", ["a method"]))
+        return f"{path} lacks {' and '.join(methods)}: define {'them' if methods[1:] else 'it'} in the class"
+    absent = re.search(r"module '([\w.]+)' has no attribute '(\w+)'", problem)
+    if absent and path.startswith(missing := ".".join(absent.groups())):  # and not one that a file of the user's names
+        module, name = absent.groups()
+        home = import_module(module)
+        if path == missing:
+            names = [own for own, value in vars(home).items() if callable(value)]
+        else:
+            names = [part.name for part in iter_modules(getattr(home, "__path__", []))]
+        near = [own for own in names if own.lower() == name.lower()] or difflib.get_close_matches(name, names, n=1)
+        remedy = f"did you mean {path.replace(missing, f'{module}.{near[0]}')}?" if near else f"write {A_PATH}"
+        return f"is {path}, but {module} has no {name}: {remedy}"
     return None
 
 
+A_PATH = "the path of a class or function, such as package.module.Name"
 GENERAL = (
     *("Not a valid subclass", "a class path (str)", "a dict with", "Does not validate", "Import path"),
-    "Expected a dot import path",
+    *("Expected a dot import path", "Expected a <class 'NoneType'>"),
 )
 """Errors of jsonargparse that say less than the ones beside them."""
 
@@ -117,12 +145,14 @@ def _not_of_a_key(line: str, known: Collection[str], outer: str) -> str:
     missing = re.search(r"arguments are required: (.*)", line)
     if missing:
         return f"{outer}{missing[1]} is not set: write it" if outer else _not_given(missing[1].split(", "))
-    unknown = re.search(r"[Uu]nrecognized arguments?: --([\w.]+)", line) or re.search(
-        r"(?:not accept|Option) (?:option )?'([\w.]+)'", line
+    if file := re.search(r"unrecognized arguments: ([^-]\S*\.ya?ml)", line):
+        return f"{line}; did you mean --config {file[1]}?"
+    unknown = re.search(r"[Uu]nrecognized arguments?: --([\w.-]+)", line) or re.search(
+        r"(?:not accept|Option) (?:option )?'([\w.-]+)'", line
     )
     if unknown is None:
         return line
-    key, last = outer + unknown[1], unknown[1].rpartition(".")[2]
+    key, last = outer + unknown[1], unknown[1].rpartition(".")[2].replace("-", "_")
     line = line.replace(unknown[1], key, 1)
     usual = USUAL.get(last, key)
     lacks = not outer and "." not in usual and usual not in known  # as tune lacks ckpt_path
@@ -131,6 +161,9 @@ def _not_of_a_key(line: str, known: Collection[str], outer: str) -> str:
     meant = sorted((option for option in known if option.startswith(unknown[1])), key=len)[:1]
     meant = meant or [option for option in known if option.endswith(f".{last}")][:1]
     meant = meant or difflib.get_close_matches(unknown[1], known, n=1)
-    if not meant and key.startswith(("model.", "data.")):
+    if not meant and outer not in ("", "model.", "data."):
+        own = [option for option in known if option not in ("", "help") and "." not in option]
+        line += f"; the class takes {', '.join(own) or 'no keys'}"
+    elif not meant and key.startswith(("model.", "data.")):
         line += "; a class takes the keys of its base class if its __init__ has **kwargs and passes them on"
     return line + (f"; did you mean {outer}{meant[0]}?" if meant else "")

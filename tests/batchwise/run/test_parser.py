@@ -4,7 +4,9 @@ import contextlib
 import io
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import yaml
@@ -17,8 +19,10 @@ from jsonargparse.typing import (
     PositiveFloat,
     PositiveInt,
 )
+from torch.optim import SGD, Optimizer
 
 from batchwise.optim.schedule import Schedule
+from batchwise.run.explain import A_PATH
 from batchwise.run.parser import Parser
 
 
@@ -40,9 +44,13 @@ class Things:
         shares: list[OpenUnitInterval] | None = None,
         widths: list[PositiveInt] = [1],  # noqa: B006
         count: int = 1,
+        bits: Literal[16, 32] | Literal["full"] | None = None,
+        either: int | float = 1,
         text: str | None = None,
         layer: Layer | None = None,
         layers: list[Layer] | None = None,
+        optimizer: Callable[[Iterable], Optimizer] = SGD,
+        anything: Layer | list[Layer] | bool = False,
     ) -> None:
         pass
 
@@ -95,6 +103,34 @@ RANGES = {
         "Option 'data.layer.widht' is not accepted; did you mean data.layer.width?"
     ),
     "--data.layer={class_path: LAYER, init_args: {dropout: 0}}": "data.layer.width is not set: write it",
+    "--data.most=": "data.most is '': write a whole number of at least 1",
+    "--data.most=true": "data.most is true: write a whole number of at least 1",
+    "--data.most=[3]": "data.most is [3]: write a whole number of at least 1",
+    "--data.bits=8": "data.bits is 8: write 16, 32 or full",
+    "--data.bits=x": "data.bits is x: write 16, 32 or full",
+    "--data.either=x": "data.either is x: write a number",
+    "--data.layers=Layer": "data.layers is Layer: write a list, such as [Layer]",
+    "--data.anything=Layr": f"data.anything is Layr: write a list or true or false or {A_PATH}",
+    "--data.layer=LAYERs": (
+        f"data.layer is {__name__}.Layers, but {__name__} has no Layers: did you mean {__name__}.Layer?"
+    ),
+    "--data.layer=batchwise.models.dropouts.Dropout": (
+        "data.layer is batchwise.models.dropouts.Dropout, but batchwise.models has no dropouts: "
+        "did you mean batchwise.models.dropout.Dropout?"
+    ),
+    "--data.optimizer=torch.optim.Adamw": (
+        "data.optimizer is torch.optim.Adamw, but torch.optim has no Adamw: did you mean torch.optim.AdamW?"
+    ),
+    "--data.optimizer=torch.optim.Zebra": (
+        f"data.optimizer is torch.optim.Zebra, but torch.optim has no Zebra: write {A_PATH}"
+    ),
+    "--data.optimizer=torch.nn.Linear": (
+        "data.optimizer torch.nn.Linear gives no Optimizer: write a class of that kind, or a function whose return "
+        "type is written (`-> Optimizer`)"
+    ),
+    "--data.layer={class_path: LAYER, init_args: {width: 1, colour: 2}}": (
+        "Option 'data.layer.colour' is not accepted; the class takes width, dropout"
+    ),
 }
 
 
@@ -105,11 +141,17 @@ def test_out_of_range(argument: str, line: str, subclass: bool) -> None:
 
 
 def test_out_of_range_in_a_file() -> None:
-    layer = {"class_path": f"{__name__}.Layer", "init_args": {"width": 0}}
-    Path("c.yaml").write_text(
-        yaml.safe_dump({"data": {"class_path": f"{__name__}.Things", "init_args": {"layer": layer}}})
+    def of(layer: dict) -> str:
+        settings = {"data": {"class_path": f"{__name__}.Things", "init_args": {"layer": layer}}}
+        Path("c.yaml").write_text(yaml.safe_dump(settings))
+        return said("--config=c.yaml")
+
+    layer = f"{__name__}.Layer"
+    assert (
+        of({"class_path": layer, "init_args": {"width": 0}})
+        == "data.layer.width is 0: write a whole number of at least 1"
     )
-    assert said("--config=c.yaml") == "data.layer.width is 0: write a whole number of at least 1"
+    assert of({"class_path": f"{layer}s"}).endswith(f"{__name__} has no Layers: did you mean {layer}?")
 
 
 def test_null_where_a_number_must_be() -> None:
@@ -132,6 +174,8 @@ USUAL = {
     "--data.layer={class_path: LAYER, init_args: {width: 1, seed: 2}}": (
         "Option 'data.layer.seed' is not accepted; did you mean seed_everything?"
     ),
+    "--batch-size=3": "unrecognized arguments: --batch-size=3; did you mean data.batch_size?",
+    "digits.yaml": "unrecognized arguments: digits.yaml; did you mean --config digits.yaml?",
     "--resume": "unrecognized arguments: --resume",  # because this parser has no ckpt_path
     "--model.data.share=1": "unrecognized arguments: --model.data.share=1; did you mean data.share?",
 }
