@@ -112,7 +112,8 @@ def _as(hint: Any, value: Any) -> Any:
         each = of if kind is tuple and of[-1] is not ... else of[:1] * len(value)
         return type(value)(_as(*pair) for pair in zip(each, value, strict=True))
     if kind in (dict, Mapping) and of and type(value) is dict:
-        return {name: _as(of[1], one) for name, one in value.items()}
+        # In YAML, the name of a layer or a column may be a number.
+        return {str(name) if of[0] is str else name: _as(of[1], one) for name, one in value.items()}
     wanted = {str: str | PathLike, dict: Mapping}.get(kind, kind)
     if kind not in (Any, Callable) and isinstance(wanted, type | UnionType) and not isinstance(value, wanted):
         raise TypeError

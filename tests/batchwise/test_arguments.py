@@ -147,6 +147,7 @@ def test_arrays_and_tuples_are_lists(make: Any) -> None:
 def test_what_works_is_taken() -> None:
     torch.save(network().state_dict(), "first.pt")
     given: dict[str, Any] = {"freeze": ("0",), "init_from": Path("first.pt"), "decay_matrices_only": 1}
+    given["lr_factors"] = {0: 0.5}  # as YAML reads the name of a layer
     data: dict[str, Any] = {"augment": nn.Sequential(nn.Identity()), "drop_last": 0}
     fit(Classify(network(), **given), Points(**data), max_epochs=1, max_time={"hours": 0.5})
 

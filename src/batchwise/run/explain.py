@@ -2,7 +2,9 @@
 
 import difflib
 import re
+from ast import literal_eval
 from collections.abc import Collection
+from contextlib import suppress
 from importlib import import_module
 from pkgutil import iter_modules
 from pydoc import locate
@@ -61,6 +63,10 @@ def explain(message: str, known: Collection[str] = (), lists: Collection[str] = 
     numbers = tried and "<class 'int'>" not in tried[1] and re.search(r"typing\.Literal\[\d.*?\]", tried[1])
     if numbers:  # the error of Literal[16, 32] asks for any whole number
         errors = [error.replace("<class 'int'>", numbers[0]) for error in errors]
+    if tried and (beside := _beside_a_class(tried[3])):
+        return f"{key} has {', '.join(beside)} beside its class: write {key}.init_args.{beside[0]}"
+    if tried and not errors and "Not a valid subclass" in problem:
+        return f"{key} is {value}: write class_path and init_args"
     own = [error for error in errors if _wanted(error) is None]
     if own and tried:  # the message of a class that refused a value
         return own[0] if key in own[0] else f"{key}: {own[0]}"  # which may name a key itself
@@ -108,6 +114,16 @@ def _of_a_path(path: str, problem: str) -> str | None:
     return None
 
 
+def _beside_a_class(value: str) -> list[str]:
+    """Return the keys that stand beside `class_path` and `init_args`, from a value as Python writes it."""
+    known = {"class_path", "init_args", "dict_kwargs"}
+    with suppress(ValueError, SyntaxError):
+        settings = literal_eval(value)
+        if isinstance(settings, dict) and known & {*settings}:
+            return [str(key) for key in settings if key not in known]
+    return []
+
+
 A_PATH = "the path of a class or function, such as package.module.Name"
 GENERAL = (
     *("Not a valid subclass", "a class path (str)", "a dict with", "Does not validate", "Import path"),
@@ -153,6 +169,8 @@ def _not_of_a_key(line: str, known: Collection[str], outer: str) -> str:
     if unknown is None:
         return line
     key, last = outer + unknown[1], unknown[1].rpartition(".")[2].replace("-", "_")
+    if last == "class_path" and outer:
+        return f"{key} has other keys beside it: write those under {outer}init_args"
     line = line.replace(unknown[1], key, 1)
     usual = USUAL.get(last, key)
     lacks = not outer and "." not in usual and usual not in known  # as tune lacks ckpt_path

@@ -19,6 +19,7 @@ from jsonargparse.typing import (
     PositiveFloat,
     PositiveInt,
 )
+from lightning.pytorch.loggers import Logger
 from torch.optim import SGD, Optimizer
 
 from batchwise.optim.schedule import Schedule
@@ -50,7 +51,7 @@ class Things:
         layer: Layer | None = None,
         layers: list[Layer] | None = None,
         optimizer: Callable[[Iterable], Optimizer] = SGD,
-        anything: Layer | list[Layer] | bool = False,
+        anything: Logger | list[Logger] | bool = False,
     ) -> None:
         pass
 
@@ -103,6 +104,16 @@ RANGES = {
         "Option 'data.layer.widht' is not accepted; did you mean data.layer.width?"
     ),
     "--data.layer={class_path: LAYER, init_args: {dropout: 0}}": "data.layer.width is not set: write it",
+    "--data.layer={class_path: LAYER, width: 1}": (
+        "data.layer.class_path has other keys beside it: write those under data.layer.init_args"
+    ),
+    "--data.anything={class_path: lightning.pytorch.loggers.CSVLogger, save_dir: a}": (
+        "data.anything has save_dir beside its class: write data.anything.init_args.save_dir"
+    ),
+    "--data.layer={init_args: {width: 1}, dropout: 0}": (
+        "data.layer has dropout beside its class: write data.layer.init_args.dropout"
+    ),
+    "--data.layer=[1]": "data.layer is [1]: write class_path and init_args",
     "--data.most=": "data.most is '': write a whole number of at least 1",
     "--data.most=true": "data.most is true: write a whole number of at least 1",
     "--data.most=[3]": "data.most is [3]: write a whole number of at least 1",
