@@ -128,9 +128,13 @@ def _remedy(hint: Any, value: Any) -> str:
         own = [option for option in options if isinstance(option, type) and issubclass(value, option)]
         examples = [f"{value.__name__}(...)"] if own else examples
     examples += [EXAMPLES[name] for name in map(_name, options) if name in EXAMPLES]
-    *first, last = dict.fromkeys(_wanted(hint, value))
-    either = f"{', '.join(first)} or {last}" if first else last
-    return either + (f", such as {examples[0]}" if examples else "")
+    return _either(_wanted(hint, value)) + (f", such as {examples[0]}" if examples else "")
+
+
+def _either(words: list[str]) -> str:
+    """Return one of several words as a text."""
+    *first, last = dict.fromkeys(words)
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def _fits(hint: Any, value: Any) -> bool:
@@ -149,9 +153,9 @@ def _wanted(hint: Any, value: Any = None) -> list[str]:
     if of and kind in (list, tuple, Sequence) and isinstance(value, list | tuple):
         if kind is tuple and ... not in of and len(of) != len(value):
             return [f"a list of {len(of)}"]
-        return [f"{word} for each" for word in _wanted(of[0])]
+        return [f"{_either(_wanted(of[0]))} for each"]
     if of and kind in (dict, Mapping) and isinstance(value, dict):
-        return [f"{word} for each" for word in _wanted(of[1])]
+        return [f"{_either(_wanted(of[1]))} for each"]
     name = _name(kind)
     return ["True or False" if kind is bool else KINDS.get(name) or KINDS.get(name.rpartition(".")[2]) or f"a {name}"]
 
