@@ -101,8 +101,9 @@ def _of_a_path(path: str, problem: str) -> str | None:
         methods = sorted(getattr(locate(path), "__abstractmethods__", ["a method"]))
         return f"{path} lacks {' and '.join(methods)}: define {'them' if methods[1:] else 'it'} in the class"
     absent = re.search(r"module '([\w.]+)' has no attribute '(\w+)'", problem)
-    if absent and path.startswith(missing := ".".join(absent.groups())):  # and not one that a file of the user's names
-        module, name = absent.groups()
+    module, name = absent.groups() if absent else ("", "")
+    missing = f"{module}.{name}"
+    if absent and f"{path}.".startswith(f"{missing}."):  # and not what the user's own file lacks
         home = import_module(module)
         if path == missing:
             names = [own for own, value in vars(home).items() if callable(value)]
