@@ -384,3 +384,12 @@ def test_anchors_and_merged_keys_are_yaml(tmp_path: Path) -> None:
     )
     result = run_here("fit", *DIGITS, *CSV, "--config", path)
     assert result.code == 0, result.err
+
+
+def test_a_file_of_the_user_that_is_not_python_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was said that the class around it was not given yet."""
+    Path("torn.py").write_text("class Net(:")
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    assert said("--data.layer=torn.Net").removeprefix("data.layer: ") == "invalid syntax (torn.py, line 1)"
+    result = run_here("fit", *DIGITS, *CSV, "--model.network", "torn.Net")
+    assert result.err.splitlines()[-1] == "error: model.network: invalid syntax (torn.py, line 1)"
