@@ -48,7 +48,7 @@ class GhostBatchNorm(nn.Module):
     def zero_sums(self) -> None:
         """Forget the statistics of the step so far."""
         # Rows: sum of means, sum of variances, number of ghost batches. Not part of the state.
-        like = {"dtype": self.running_mean.dtype, "device": self.weight.device}
+        like = {"dtype": _wide(self.running_mean), "device": self.weight.device}
         self.sums = (
             torch.zeros(3, len(self.running_mean), **like) if self.sums is None else self.sums.zero_().to(**like)
         )
@@ -70,7 +70,8 @@ class GhostBatchNorm(nn.Module):
     def _ghosts(self, inputs: Tensor) -> Tensor:
         """Normalise ghost batches [G, size, C, ...], each by itself."""
         over = [1, *range(3, inputs.ndim)]
-        var, mean = torch.var_mean(inputs, over, correction=0)  # [G, C]
+        # In half precision, the statistics would be rounded, and no more than 256 ghost batches counted.
+        var, mean = torch.var_mean(inputs.to(_wide(inputs)), over, correction=0)  # [G, C]
         if place.current is None or place.current.counts:
             values = inputs[0].numel() // inputs.shape[2]
             unbiased = var.detach() * (values / max(1, values - 1))
@@ -81,17 +82,23 @@ class GhostBatchNorm(nn.Module):
     def _normalise(self, inputs: Tensor, mean: Tensor, var: Tensor) -> Tensor:
         shape = [len(mean), 1, -1, *[1] * (inputs.ndim - 3)]
         scale = self.weight * torch.rsqrt(var + self.eps)
-        return (inputs - mean.view(shape)) * scale.view(shape) + self.bias.view(shape[1:])
+        outputs = (inputs - mean.view(shape)) * scale.view(shape) + self.bias.view(shape[1:])
+        return outputs.to(torch.promote_types(inputs.dtype, self.weight.dtype))
 
     def move_running(self, sums: Tensor, made: Tensor | bool = True) -> None:
         """Move the running statistics by the sums of one optimizer step over all devices, [3, C], if it is made."""
         moves = (sums[2] > 0) & made  # on the device, so that nothing waits
         for running, total in ((self.running_mean, sums[0]), (self.running_var, sums[1])):
-            running.copy_(torch.where(moves, running.lerp(total / sums[2], self.momentum), running))
+            wide = running.to(total)
+            running.copy_(torch.where(moves, wide.lerp(total / sums[2], self.momentum), wide))
 
     def extra_repr(self) -> str:
         """Show the sizes."""
         return f"{len(self.weight)}, ghost_batch_size={self.ghost_batch_size}"
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def convert_batchnorm(network: nn.Module, ghost_batch_size: int) -> int:

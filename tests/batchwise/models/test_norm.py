@@ -108,6 +108,23 @@ def test_one_ghost_batch_per_step_is_the_batch_norm_of_torch(shape):
     assert (layer.train()(other) - plain(other)).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=["mixed", "true"])
+@pytest.mark.parametrize("cuts", [4 * 257, 4])
+def test_statistics_of_half_precision_are_as_precise_as_those_of_torch(kind, cuts):
+    """bfloat16 has numbers of eight bits: of ghost batches it counts 256."""
+    inputs = random(4 * 257, 5).add(10).bfloat16()
+    layer, plain = GhostBatchNorm(5, 4, momentum=1.0).to(kind), GhostBatchNorm(5, 4, momentum=1.0)
+    layer.zero_sums()
+    outputs = torch.cat([layer(part) for part in inputs.split(cuts)])
+    assert outputs.dtype == kind
+    precision = 2**-8 if kind == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(outputs.float(), plain(inputs.float()), rtol=precision, atol=1e-4)
+    for norm in (layer, plain):
+        norm.move_running(norm.sums)
+    torch.testing.assert_close(layer.running_mean.float(), plain.running_mean, rtol=precision, atol=0)
+    torch.testing.assert_close(layer.running_var.float(), plain.running_var, rtol=precision, atol=0)
+
+
 def test_evaluation_touches_nothing():
     layer = ghost_norm(4).eval()
     before = [layer.running_mean.clone(), layer.running_var.clone()]
