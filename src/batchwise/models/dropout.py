@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from batchwise.arguments import typed
@@ -32,11 +31,16 @@ class Dropout(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map [N, ...] to [N, ...]."""
+        return self._drop(inputs, inputs.detach())
+
+    def _drop(self, inputs: Tensor, like: Tensor) -> Tensor:
+        """Drop all values of the inputs [N, ...] that belong to one of `like`, which has the first dimensions."""
         if not self.training or self.p == 0:
             return inputs
-        if torch.compiler.is_compiling():
-            return inputs * _opaque_mask(inputs.detach(), self.p, self.number)
-        return inputs * mask(inputs, self.p, self.number)
+        kept = (_opaque_mask if torch.compiler.is_compiling() else mask)(like, self.p, self.number)
+        kept = kept.view(*kept.shape, *[1] * (inputs.ndim - kept.ndim))
+        # The factor is no part of the mask, where half precision would round it: 1 / 0.98 to 1.0234.
+        return inputs * kept * (1 / (1 - self.p))
 
     def extra_repr(self) -> str:
         """Show the probability."""
@@ -48,8 +52,7 @@ class ChannelDropout(Dropout):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map [N, C, ...] to [N, C, ...]."""
-        kept = super().forward(torch.ones(inputs.shape[:2], dtype=inputs.dtype, device=inputs.device))
-        return inputs * kept.view(*kept.shape, *[1] * (inputs.ndim - 2))
+        return self._drop(inputs, inputs.new_empty(inputs.shape[:2]))
 
 
 EXACT: dict[type, type[Dropout]] = {nn.Dropout: Dropout} | dict.fromkeys(
@@ -78,9 +81,9 @@ def convert_dropout(network: nn.Module) -> int:
 
 
 def mask(inputs: Tensor, p: float, number: int) -> Tensor:
-    """Return the factors for the inputs [N, ...] of layer `number`: 0 or 1 / (1 - p), in the shape of the inputs."""
+    """Return 1 for each of the inputs [N, ...] that layer `number` keeps, and 0 for the others, in their type."""
     if place.current is None:
-        return F.dropout(torch.ones_like(inputs), p, training=True)
+        return torch.empty_like(inputs).bernoulli_(1 - p)
     key, first, *_ = place.current
     examples = mix(mix(key, number), first + torch.arange(len(inputs), device=inputs.device))
     values = torch.arange(inputs[0].numel(), device=inputs.device)
@@ -88,7 +91,7 @@ def mask(inputs: Tensor, p: float, number: int) -> Tensor:
     bits = examples[:, None] ^ (values * 0x1E3779B97F4A7C15)
     bits.bitwise_xor_(bits >> 32).mul_(0x3F58476D1CE4E5B9)
     keep = bits.bitwise_right_shift_(40).bitwise_and_(0xFFFFFF) >= int(p * 2**24)
-    return keep.view(inputs.shape).to(inputs.dtype).mul_(1 / (1 - p))
+    return keep.view(inputs.shape).to(inputs.dtype)
 
 
 # A compiler must not look into it, because the place changes at each step.

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from batchwise.models import place
-from batchwise.models.dropout import Dropout, number_layers
+from batchwise.models.dropout import ChannelDropout, Dropout, number_layers
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +38,19 @@ def test_it_is_dropout():
     # As spread out as independent draws: over the examples for each value, and over the values for each example.
     assert kept.double().mean(0).std().item() == pytest.approx((0.21 / 2000) ** 0.5, rel=0.15)
     assert kept.double().mean(1).std().item() == pytest.approx((0.21 / 300) ** 0.5, rel=0.15)
+
+
+@pytest.mark.parametrize("layer", [Dropout(0.02), ChannelDropout(0.02)], ids=["values", "channels"])
+@pytest.mark.parametrize("key", [None, 7], ids=["alone", "in a task"])
+def test_half_precision_does_not_round_the_factor(layer, key):
+    """1 / 0.98 is 1.0234 in bfloat16, so that values would grow by 0.3%."""
+    inputs = (torch.rand(40, 50, 4) + 0.5).bfloat16().requires_grad_()
+    place.current = None if key is None else place.Place(key, 0)
+    outputs = layer(inputs)
+    outputs.sum().backward()
+    kept = outputs > 0
+    assert torch.equal(outputs[kept], (inputs.double() / 0.98).bfloat16()[kept])
+    assert inputs.grad.unique().tolist() == [0, torch.tensor(1 / 0.98).bfloat16().item()]
 
 
 def test_steps_layers_and_neighbours_are_uncorrelated():
