@@ -40,6 +40,13 @@ def test_losses_are_of_tokens_and_padding_counts_for_nothing() -> None:
     assert metrics.compute()["accuracy"].item() == 0.75
 
 
+def test_tokens_are_counted_in_half_precision_too() -> None:
+    """bfloat16 has no 301."""
+    tokens = torch.zeros(1, 301, dtype=torch.int64)
+    network = torch.nn.Embedding(5, 5).bfloat16()
+    assert Language(network).predictions(MicroBatch(tokens, tokens, torch.arange(1)))["tokens"].tolist() == [301]
+
+
 def test_texts_are_drawn_from_what_the_network_gives() -> None:
     class Fixed(torch.nn.Module):
         logits = torch.nn.Parameter(torch.tensor([0.5, 0.2, 0.25, 0.05]).log())
