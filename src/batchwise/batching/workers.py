@@ -1,6 +1,7 @@
 """From example numbers to tensors: a data set whose examples are made one by one, in worker processes."""
 
 import random
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -12,6 +13,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_
 from batchwise.batching.collate import Collate, checked, first, numbers, said, stack
 from batchwise.batching.fetch import DataError, Example, Read, Request
 from batchwise.batching.random import mix
+
+_Part = tuple[list[int], int, int]
+"""The numbers of the examples of a micro-batch, the seed, and the position of the first in the epoch."""
 
 
 class Workers:
@@ -65,24 +69,40 @@ class Workers:
         return f"{self.num_workers} workers" if self.num_workers else "one by one"
 
     def stream(self, requests: Iterable[Request], seed: int = 0) -> Iterator[Read]:
-        """Yield the collated examples of each micro-batch.
+        """Yield the collated examples of each micro-batch. Several streams may be read in turn.
 
         Raises:
             DataError: too many examples cannot be read, they make no micro-batch, or a process died.
         """
-        self._requests.current = (
+        parts = (
             (part.tolist(), seed, position)
             for index, sizes, positions in requests
             for part, position in zip(index.split(sizes), positions, strict=True)
         )
+        asked: deque[_Part] = deque()
+
+        def coming() -> Iterator[_Part]:
+            yield from list(asked)
+            for part in parts:
+                asked.append(part)
+                yield part
+
+        ousted = True
         try:
-            for made in self._loader:
-                if isinstance(made, str):  # of a worker, whose exception would come with its traceback in the message
-                    raise DataError(made)
-                fields, weights, problems = made
-                for index, problem in problems.items():
-                    self._leave_out(index, problem)
-                yield fields, weights
+            while ousted:
+                self._requests.current = mine = coming()
+                ousted = False
+                for made in self._loader:
+                    asked.popleft()
+                    if isinstance(made, str):  # of a worker, whose exception would come with its traceback
+                        raise DataError(made)
+                    fields, weights, problems = made
+                    for index, problem in problems.items():
+                        self._leave_out(index, problem)
+                    yield fields, weights
+                    # Another stream may have taken the workers since, as where a callback reads a few examples.
+                    if ousted := self._requests.current is not mine:
+                        break
         except RuntimeError as error:
             if "DataLoader worker (pid" not in str(error):
                 raise
@@ -135,9 +155,9 @@ def refuse(source: object) -> None:
 class _Requests(Sampler):
     """The requests of the current epoch: the workers outlive it, and so does their sampler."""
 
-    current: Iterable[tuple[list[int], int, int]] = ()
+    current: Iterable[_Part] = ()
 
-    def __iter__(self) -> Iterator[tuple[list[int], int, int]]:
+    def __iter__(self) -> Iterator[_Part]:
         return iter(self.current)
 
 
@@ -149,7 +169,7 @@ class _Reader(Dataset):
         self.at_once: Callable[[list[int]], Any] | None = getattr(dataset, "__getitems__", None)
         self.dtype = torch.get_default_dtype()  # some precisions set another one, for a part of the time
 
-    def __getitem__(self, request: tuple[list[int], int, int]) -> tuple[Example, Tensor | None, dict[int, str]] | str:
+    def __getitem__(self, request: _Part) -> tuple[Example, Tensor | None, dict[int, str]] | str:
         """Return the fields, the weights (None: all one), and the error of each unreadable example by its number."""
         state = torch.get_rng_state(), np.random.get_state(), random.getstate()
         dtype = torch.get_default_dtype()

@@ -179,6 +179,22 @@ def test_unreadable_examples_are_left_out_up_to_a_limit(workers, capsys):
         list(Workers(Torn(pair), workers, max_unreadable=1).stream(requests))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streams_do_not_disturb_one_another(workers):
+    """As where a callback reads a few training examples in the middle of an epoch."""
+    fetch = Workers(Squares(pair), workers)
+    long, other = fetch.stream(asked(*([i, i + 1] for i in range(12)))), fetch.stream(asked([7], [8], [9]))
+    found = []
+    for number, (fields, _) in enumerate(long):
+        found.append(fields[1].tolist())
+        if number in (2, 3, 11):
+            assert next(other)[0][1].tolist() == [{2: 49, 3: 64, 11: 81}[number]]
+        if number == 6:
+            assert [fields[1].tolist() for fields, _ in fetch.stream(asked([3], [5, 6]))] == [[9], [25, 36]]
+    assert found == [[i**2, (i + 1) ** 2] for i in range(12)]
+    assert list(other) == []
+
+
 class Missing(Torn):
     torn = range(0, small.EXAMPLES, 7)
 
