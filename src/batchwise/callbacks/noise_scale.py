@@ -17,7 +17,7 @@ from batchwise.arguments import typed
 from batchwise.batching.gradients import gradients_of
 from batchwise.batching.loader import Batch
 from batchwise.batching.noise import FEWEST, Estimate, NoiseMeter, Sample, noise_scale, sample
-from batchwise.errors import TrainingStopped
+from batchwise.errors import Mistake, TrainingStopped
 from batchwise.ranges import PositiveInt
 from batchwise.tasks.hooks import row_is_due
 from batchwise.tasks.sums import reduce
@@ -40,6 +40,7 @@ class NoiseScale(Callback, NoiseMeter):
 
     Raises:
         ValueError: `window` is below `FEWEST`.
+        Mistake: the task has several optimizers.
         TrainingStopped: the strategy shards the gradient.
     """
 
@@ -74,6 +75,11 @@ class NoiseScale(Callback, NoiseMeter):
                 f"NoiseScale cannot see the whole gradient under {type(trainer.strategy).__name__}: "
                 "write trainer.strategy ddp, or leave it out",
                 everywhere=True,
+            )
+        if stage == "fit" and pl_module._players() != [()]:
+            raise Mistake(
+                "trainer.callbacks has NoiseScale, but with several optimizers the gradients of a micro-batch are "
+                "those of several losses, so there is no noise scale: leave it out"
             )
         self.samples.clear()
         self._unread.clear()

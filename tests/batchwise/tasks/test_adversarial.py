@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from batchwise import MicroBatch
 from batchwise.batching.random import mix
+from batchwise.callbacks.noise_scale import NoiseScale
 from batchwise.errors import Mistake, TrainingStopped
 from batchwise.models import place
 from batchwise.tasks.adversarial import Adversarial
@@ -145,6 +146,14 @@ class Game(Adversarial):
 
 def made(rate: float, kind: Any = torch.optim.SGD) -> Any:
     return lambda parameters: kind(parameters, lr=rate)
+
+
+def test_there_is_no_noise_scale_of_several_losses() -> None:
+    task = Game(Pair(), optimizer={"first": made(0.1), "second": made(0.1)})
+    with pytest.raises(
+        Mistake, match=r"^trainer\.callbacks has NoiseScale, but with several optimizers .*: leave it out$"
+    ):
+        small.fit(task, small.Points(micro_batch_size=3), callbacks=[NoiseScale()])
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 3])
