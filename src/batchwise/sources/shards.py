@@ -134,7 +134,7 @@ class Shards(DataModule):
             labels = [bytes(label).decode() for label in target]
             return *inputs, label_numbers(labels, names, f"column '{self.target}'")
         numbers = torch.from_numpy(target)
-        return *inputs, numbers.float() if numbers.is_floating_point() else numbers.long()
+        return *inputs, numbers if numbers.is_floating_point() else numbers.long()
 
     def _input(self, values: np.ndarray | list[memoryview]) -> Tensor:
         if isinstance(values, list):

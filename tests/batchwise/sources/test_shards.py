@@ -175,7 +175,7 @@ def test_numbers_arrays_and_nothing_to_predict() -> None:
     boxes, tokens = rng.normal(size=(20, 2, 3)), rng.integers(0, 9, (20, 4), np.int16)
     table = pa.table({
         "a": np.arange(20), "b": np.arange(20) / 2, "y": np.arange(20) + 0.5, "on": np.arange(20) % 2 == 0,
-        "boxes": pa.array(boxes.tolist()), "tokens": pa.array(list(tokens)),
+        "third": np.arange(20) / 3, "boxes": pa.array(boxes.tolist()), "tokens": pa.array(list(tokens)),
     })  # fmt: skip
     pq.write_table(table, "data/0.parquet")
     make_index(Store("data"))
@@ -184,6 +184,7 @@ def test_numbers_arrays_and_nothing_to_predict() -> None:
     assert inputs[:, 1].tolist() == [i / 2 for i in range(20)]
     assert inputs[:2, 2].tolist() == [1, 0]
     assert targets.tolist() == [i + 0.5 for i in range(20)]
+    assert examples(shards("data", inputs=["a"], target="third"))[1].tolist() == [i / 3 for i in range(20)]
     several = examples(shards("data", inputs=["boxes", "tokens"], target=None))
     assert torch.equal(several[0], torch.from_numpy(boxes))
     assert torch.equal(several[1], torch.from_numpy(tokens))

@@ -99,6 +99,14 @@ def test_numbers_to_predict() -> None:
     assert whole.class_names == ["7", "8"]
 
 
+def test_targets_have_all_digits_of_the_file() -> None:
+    """In single precision, 1,700,000,001 is 1,700,000,000."""
+    text = PEOPLE.replace("10.5", "1700000001.25")
+    data = people(text, target="income", columns={"label": "ignore"})
+    with pytest.warns(UserWarning, match="the same in all training rows"):
+        assert fields(data, "train")[1] == [1700000001.25, 20.5, 30.5, 40.5]
+
+
 def test_a_parquet_file_is_the_same_table() -> None:
     from pyarrow import csv, parquet
 
