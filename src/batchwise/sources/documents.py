@@ -60,14 +60,17 @@ def _stdlib(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def read(path: Path, text_column: str, label_column: str | None, delimiter: str | None) -> Iterator[Document]:
-    """Yield the documents of a file, without empty ones.
+def read(
+    path: Path, text_column: str, label_column: str | None, delimiter: str | None, keep_empty: bool = False
+) -> Iterator[Document]:
+    """Yield the documents of a file, without empty ones that have no label.
 
     Args:
         path: each row of a CSV, TSV, JSON-lines or Parquet file is a document; any other file is plain text.
         text_column: the column of the text.
         label_column: the column of the label; None: there are no labels.
         delimiter: what separates two documents of a plain text; None: the whole file is one.
+        keep_empty: rows without a label may be empty, too.
 
     Raises:
         ValueError: the file cannot be read in this way; the message says where.
@@ -84,7 +87,7 @@ def read(path: Path, text_column: str, label_column: str | None, delimiter: str 
                         raise ValueError(f"{place} has an empty {column!r}: fill it in, or leave the row out")
                 text = as_text(row[text_column], f"{place} {text_column!r}")
                 label = label_column and normal(as_text(row[label_column], f"{place} {label_column!r}"))
-                if text or label is not None:
+                if text or label is not None or keep_empty:
                     yield Document(text, label)
         elif label_column is not None:
             raise ValueError(f"{path} is plain text, which has no labels: write a .csv or .jsonl file")

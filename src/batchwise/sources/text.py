@@ -135,7 +135,9 @@ class Text(Tokenized, Fractions):
         files = find_files("data.predict_path", self.predict_path or [])
         label = "" if self.labelled else None  # which only says that a text is one sequence
         columns = self.arguments["text_column"], None, self.arguments["delimiter"]
-        found = [Document(document.text, label) for path in files for document in read(path, *columns)]
+        # Of texts with labels, an empty one has a label too, as in training: predictions are of each row.
+        texts = [document.text for path in files for document in read(path, *columns, keep_empty=self.labelled)]
+        found = [Document(text, label) for text in texts]
         if not found:
             raise ValueError(f"data.predict_path {self.predict_path} has no text: write files that have some")
         return found

@@ -101,6 +101,17 @@ def test_new_texts_need_no_training_texts(new: str, label: str | None, vocabular
     assert ("\ufffd" in data.decode(batch.inputs[1])) == (vocabulary == "characters")
 
 
+def test_an_empty_text_is_predicted_like_the_others() -> None:
+    """It is a row of the file, and has a label in training: without it, predictions stand beside other rows."""
+    write("t.csv", texts())
+    write("new.csv", [{"text": text, "stars": 1} for text in ("good", "", "bad")])
+    data = made(label_column="label", predict_path="new.csv")
+    data.setup("predict")
+    batch = data.examples("predict", 9)
+    assert data.describe(torch.arange(3)) == {"text": ["good", "", "bad"]}
+    assert batch.inputs[1].tolist() == [data.separator, -1, -1, -1, -1]
+
+
 def test_no_new_texts() -> None:
     write("t.csv", texts())
     Path("empty.txt").touch()
