@@ -23,7 +23,7 @@ def check_column(column: Any, where: str, role: Literal["input", "target", "labe
     """
     from pyarrow import compute, types
 
-    values, width, rows = _plain(column), 1, len(column)
+    values, width, rows = plain_column(column), 1, len(column)
     while is_list(values):
         _refuse(compute.is_null(values), where, "is missing", width, rows)  # type: ignore[attr-defined]
         lengths = compute.min_max(compute.list_value_length(values)).as_py()  # type: ignore[attr-defined]
@@ -34,7 +34,7 @@ def check_column(column: Any, where: str, role: Literal["input", "target", "labe
             )
         if not lengths["min"]:
             raise ValueError(f"{where} holds arrays without values: leave it out")
-        values, width = _plain(compute.list_flatten(values)), width * lengths["min"]  # type: ignore[attr-defined]
+        values, width = plain_column(compute.list_flatten(values)), width * lengths["min"]  # type: ignore[attr-defined]
     kind = values.type
     _refuse(compute.is_null(values, nan_is_null=True), where, "is missing", width, rows)  # type: ignore[attr-defined]
     if types.is_floating(kind):
@@ -73,14 +73,14 @@ def check_images(column: Any, where: str) -> None:
     """
     from pyarrow import compute
 
-    values = _plain(column)
+    values = plain_column(column)
     data, path = (compute.struct_field(values, name) for name in ("bytes", "path"))  # type: ignore[attr-defined]
     empty = compute.fill_null(compute.equal(compute.binary_length(data), 0), False)  # type: ignore[attr-defined]
     neither = compute.and_(compute.is_null(data), compute.is_null(path))  # type: ignore[attr-defined]
     _refuse(compute.or_(empty, neither), where, "has no image", 1, len(column))  # type: ignore[attr-defined]
 
 
-def _plain(column: Any) -> Any:
+def plain_column(column: Any) -> Any:
     """Return a column in one piece, without the types of a library."""
     column = column.combine_chunks() if hasattr(column, "combine_chunks") else column
     return getattr(column, "storage", column)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import cached_property
 from io import BytesIO
+from math import prod
 from os.path import expanduser
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from batchwise.batching.loader import MicroBatch
 from batchwise.data.labels import check_alike, label_numbers, sorted_labels
 from batchwise.data.split import ALIASES, Fractions
 from batchwise.errors import optional
-from batchwise.sources.checking import check_column, check_images
+from batchwise.sources.checking import check_column, check_images, plain_column
+from batchwise.sources.columns import is_date, is_list, numbers
 from batchwise.sources.images import ImageFormat, Resize
 
 FILES = {
@@ -34,7 +36,8 @@ class Hub(Fractions):
 
     Each read is a whole micro-batch, in one of `num_workers` processes. The rest of the data is not in memory. Columns
     with one number per example become inputs [N, F]. Arrays are [N, ...]. Images are [N, channels, height, width], from
-    -1 to 1. Targets are class numbers [N] (of the sorted labels, if labels are text), or floats.
+    -1 to 1. Targets are class numbers [N] (of the sorted labels, if labels are text), or float64; dates
+    and durations are days.
 
     Data that stays in an object store is read by `batchwise.sources.shards.Shards`.
 
@@ -87,12 +90,12 @@ class Hub(Fractions):
             index: numbers of examples within the split, int64 [N].
         """
         part = self._parts[split]
-        rows = part.view[part.index[index].tolist()]
-        if self._images:
+        rows = part.rows(index.tolist())
+        if part.is_image:
             (name,) = self.inputs
             rows[name] = [image["bytes"] or Path(image["path"]).read_bytes() for image in rows[name]]
-        if self.class_names and not isinstance(rows[self.target][0], str):
-            rows[self.target] = [self.class_names[number] for number in rows[self.target]]
+        if part.names is not None:
+            rows[self.target] = [part.names[number] for number in rows[self.target]]
         return rows
 
     def labels(self) -> Tensor | None:
@@ -160,6 +163,11 @@ class Hub(Fractions):
 
     @cached_property
     def _parts(self) -> dict[str, "Columns"]:
+        if self._images and len(self.inputs) > 1:
+            raise ValueError(
+                f"data.inputs {self.inputs} has images beside another column: write one column, or combine them in "
+                "a data module of your own"
+            )
         for split, part in self._sets.items():
             for name in (*self.inputs, self.target):
                 where = f"column '{name}' of the {split} split"
@@ -189,12 +197,14 @@ class Columns(Dataset):
         self.inputs, self.target, self.format = data.inputs, data.target, data.format
         self.is_image = data._images
         self.known = list(data.class_names or ())
-        self.view = dataset.select_columns([*self.inputs, self.target])
+        # The numbers of labels are those of this data set, and training may have given them other numbers.
+        self.names: list[str] | None = getattr(dataset.features[self.target], "names", None)
+        view = dataset.select_columns([*self.inputs, self.target])
         if self.is_image:
             (column,) = self.inputs
-            self.view = self.view.cast_column(column, type(dataset.features[column])(decode=False))
-        else:
-            self.view = self.view.with_format("numpy")
+            view = view.cast_column(column, type(dataset.features[column])(decode=False))
+        # As numbers of NumPy, the library would round float64 to float32.
+        self.view = view.with_format("arrow")
 
     def __len__(self) -> int:
         return len(self.index)
@@ -205,32 +215,48 @@ class Columns(Dataset):
 
     def __getitems__(self, numbers: list[int]) -> tuple[Tensor, ...]:
         """Return the fields of some examples, [N, ...] each."""
-        rows = self.view[self.index[numbers].tolist()]
+        rows = self.rows(numbers)
         if self.is_image:
             files = [
                 BytesIO(image["bytes"]) if image["bytes"] else Path(image["path"]) for image in rows[self.inputs[0]]
             ]
             inputs = [torch.from_numpy(self.format.decode_all(files))]
         else:
-            inputs = [self._tensor(rows[name], name) for name in self.inputs]
+            inputs = [torch.from_numpy(rows[name].astype(np.float32)) for name in self.inputs]
             if all(column.ndim == 1 for column in inputs):
                 inputs = [torch.stack(inputs, 1)]
         return *inputs, self._targets(rows[self.target])
 
+    def rows(self, numbers: list[int]) -> dict[str, Any]:
+        """Return the columns of some examples by name: arrays [N, ...], or lists of images or texts."""
+        rows = self.view[self.index[numbers].tolist()]
+        return {name: _values(rows[name], name) for name in rows.column_names}
+
     def targets(self) -> Tensor:
         """Return the targets of all examples, [N]."""
-        return self._targets(self.view.with_format("numpy")[self.target][:])[self.index]
-
-    def _tensor(self, values: object, name: str) -> Tensor:
-        array = np.asarray(values)
-        if array.dtype.kind == "M":  # dates become days
-            array = array.astype("datetime64[us]").astype(np.int64) / 86.4e9
-        if array.dtype.kind not in "biuf":
-            raise TypeError(f"column '{name}' holds {array.dtype}: numbers, arrays of one shape, or images are needed")
-        return torch.from_numpy(array).float()
+        return self._targets(_values(_arrow(self.view, self.target), self.target))[self.index]
 
     def _targets(self, values: np.ndarray | list) -> Tensor:
-        if self.known and np.asarray(values).dtype.kind not in "iu":
-            return label_numbers(list(values), self.known, f"column '{self.target}'")
-        targets = torch.as_tensor(np.asarray(values))
-        return targets.float() if targets.is_floating_point() else targets.long()
+        if self.known:
+            names = self.names
+            labels = list(values) if names is None else [names[number] for number in values]
+            return label_numbers(labels, self.known, f"column '{self.target}'")
+        numbers = np.asarray(values)
+        return torch.from_numpy(numbers.astype(np.float64 if numbers.dtype.kind == "f" else np.int64))
+
+
+def _values(column: Any, name: str) -> np.ndarray | list:
+    """Return a column of Arrow as numbers [N, ...], as days for dates and durations, or as a list."""
+    from pyarrow import chunked_array, compute, types
+
+    values, shape = plain_column(column), [len(column)]
+    while is_list(values):
+        values = plain_column(compute.list_flatten(values))  # type: ignore[attr-defined]
+        shape.append(len(values) // prod(shape))
+    kind = values.type
+    if types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind):
+        return values.to_numpy(zero_copy_only=False).reshape(shape)
+    if types.is_decimal(kind) or is_date(values):
+        form = "date" if is_date(values) else "number"
+        return numbers(chunked_array([values]), name, "data.source", form).reshape(shape)
+    return values.to_pylist()

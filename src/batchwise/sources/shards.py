@@ -44,7 +44,7 @@ class Shards(DataModule):
 
     Columns with one number per example become inputs [N, F]. Arrays keep their type, [N, ...]. Bytes are images, [N,
     channels, height, width]. Images, and arrays uint8 of this shape, are scaled from -1 to 1 on the device, arrays by
-    their largest value. Targets are class numbers [N] (of the sorted labels, if labels are text), or floats. For
+    their largest value. Targets are class numbers [N] (of the sorted labels, if labels are text), or float64. For
     anything else, override `fields`.
 
     Args:
@@ -134,7 +134,7 @@ class Shards(DataModule):
             labels = [bytes(label).decode() for label in target]
             return *inputs, label_numbers(labels, names, f"column '{self.target}'")
         numbers = torch.from_numpy(target)
-        return *inputs, numbers if numbers.is_floating_point() else numbers.long()
+        return *inputs, numbers.double() if numbers.is_floating_point() else numbers.long()
 
     def _input(self, values: np.ndarray | list[memoryview]) -> Tensor:
         if isinstance(values, list):

@@ -1,5 +1,6 @@
 """`datasets` on local files alone: Parquet, CSV, an Arrow cache, image folders."""
 
+import datetime
 import json
 import math
 from pathlib import Path
@@ -94,6 +95,51 @@ def test_a_saved_data_set_with_splits_and_arrays() -> None:
     assert targets.tolist() == [1, 0]
     assert len(read(data, "train")[0]) == 12
     assert data.load("test") is None
+
+
+def test_classes_have_the_numbers_that_training_gave_them() -> None:
+    """A class label is a number of its own data set, or split, which may have the names in another order."""
+
+    def made(kinds: list[str], first: int) -> Any:
+        features = datasets.Features({"x": datasets.Value("int64"), "y": datasets.ClassLabel(names=kinds)})
+        truth = [("cat", "dog", "eel")[number % 3] for number in range(first, first + 12)]
+        columns = {"x": list(range(first, first + 12)), "y": list(map(kinds.index, truth))}
+        return datasets.Dataset.from_dict(columns, features=features)
+
+    whole = datasets.DatasetDict({"train": made(["cat", "dog", "eel"], 0), "val": made(["dog", "eel", "cat"], 12)})
+    whole.save_to_disk("before")
+    data = Hub("before", "x", "y", batch_size=4)
+    data.setup("fit")
+    kinds = ["eel", "dog", "cat"]
+    datasets.DatasetDict({"train": made(kinds, 24), "test": made(kinds, 36)}).save_to_disk("now")
+    later = Hub("now", "x", "y", batch_size=4)
+    later.recall(data.state_dict())
+    for source, split in ((data, "train"), (data, "val"), (later, "test")):
+        inputs, targets = read(source, split)
+        assert torch.equal(inputs[:, 0].long() % 3, targets), split
+        assert source.stored(split, torch.arange(2))["y"] == ["cat", "dog"]
+    assert later.class_names == ["cat", "dog", "eel"]
+
+
+def test_targets_keep_all_their_digits_and_dates_are_days() -> None:
+    moments = [1.7e9 + number for number in range(20)]
+    days = [datetime.date(2024, 1, 1 + number) for number in range(20)]
+    pa.parquet.write_table(pa.table({"x": days, "y": moments}), "moments.parquet")
+    inputs, targets = read(Hub("moments.parquet", "x", "y", batch_size=4, val_fraction=0, test_fraction=0), "train")
+    assert targets.tolist() == moments
+    assert inputs.flatten().tolist() == list(range(19723, 19743))
+    hours = [datetime.timedelta(hours=number) for number in range(20)]
+    pa.parquet.write_table(pa.table({"x": hours, "y": days}), "moments.parquet")
+    inputs, targets = read(Hub("moments.parquet", "x", "y", batch_size=4, val_fraction=0, test_fraction=0), "train")
+    assert targets.tolist() == list(range(19723, 19743))
+    assert inputs[6:8].flatten().tolist() == [0.25, pytest.approx(7 / 24)]
+
+
+def test_images_beside_another_column() -> None:
+    whole = datasets.Dataset.from_dict({"x": [1.0] * 8, "y": [0, 1] * 4, "photo": [Image.new("L", (4, 4))] * 8})
+    whole.cast_column("photo", datasets.Image()).save_to_disk("both")
+    with pytest.raises(ValueError, match="'x', 'photo'] has images beside another column: write one column"):
+        Hub("both", ["x", "photo"], "y", batch_size=4).setup("fit")
 
 
 def test_images_of_several_sizes() -> None:

@@ -185,6 +185,7 @@ def test_numbers_arrays_and_nothing_to_predict() -> None:
     assert inputs[:2, 2].tolist() == [1, 0]
     assert targets.tolist() == [i + 0.5 for i in range(20)]
     assert examples(shards("data", inputs=["a"], target="third"))[1].tolist() == [i / 3 for i in range(20)]
+    assert targets.dtype == torch.float64
     several = examples(shards("data", inputs=["boxes", "tokens"], target=None))
     assert torch.equal(several[0], torch.from_numpy(boxes))
     assert torch.equal(several[1], torch.from_numpy(tokens))
