@@ -106,6 +106,10 @@ class Learning(Examples):
         now = self.__own if self.__saved is None else self.__saved.learnt
         if before is not None and not same(before, now):
             self._forget()  # examples that were loaded by what was known before
+        self._pass_on(state)
+
+    def _pass_on(self, state: Mapping[str, Any] | None) -> None:
+        """Let the data modules that this one puts together use what an earlier training has learnt, as in `recall`."""
 
     @final
     def check_recalled(self, training: bool) -> None:

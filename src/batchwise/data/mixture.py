@@ -30,7 +30,8 @@ class Mixture(DataModule):
     A split of the evaluation has all examples of all modules that have this split, source after source.
 
     The modules load the examples. The first one transforms them, and has what a task may ask for, such as names of the
-    classes. All else is set here.
+    classes. What a module learns from its training examples holds for all later ones that learn in the same way: two
+    tables have the means, categories and labels of the first. All else is set here.
 
     Args:
         modules: data modules by name.
@@ -56,6 +57,7 @@ class Mixture(DataModule):
             raise ValueError("modules are {}: write data modules by name")
         self.modules, self._first = modules, next(iter(modules.values()))
         self._sizes: dict[str, int] = {}
+        self.has_predict_split = any(module.has_predict_split for module in modules.values())
         for name, module in modules.items():
             for setting in _OF_THE_WHOLE:
                 if getattr(module, setting):
@@ -71,19 +73,41 @@ class Mixture(DataModule):
         for module in self.modules.values():
             module.prepare_data()
 
+    def _teacher(self, name: str) -> str:
+        """Return the first module that learns as a module does: by the same `learn`."""
+        return next(one for one, each in self.modules.items() if type(each).learn is type(self.modules[name]).learn)
+
     def learn(self) -> dict[str, Any]:
-        """What each module learns, by its name."""
-        return {name: module.learn() for name, module in self.modules.items()}
+        """What the modules learn, by the name of the first that learns it."""
+        return {name: module.learn() for name, module in self.modules.items() if self._teacher(name) == name}
+
+    def _pass_on(self, state: Mapping[str, Any] | None) -> None:
+        """Give each module what was learnt for it, and how it was divided into splits."""
+        divisions = (state or {}).get("divisions", {})
+        for name, module in self.modules.items():
+            learnt = self.learnt.get(self._teacher(name), {}) if self.recalled else None
+            module.recall(None if learnt is None else {"learnt": learnt, "division": divisions.get(name)})
 
     def setup(self, stage: str) -> None:
-        """Give each module what it has learnt in training, then load the splits that `stage` needs."""
+        """Give each module what another has learnt for it, then load the splits that `stage` needs."""
         for name, module in self.modules.items():
-            module.recall({"learnt": self.learnt.get(name, {}), "class_names": None} if self.recalled else None)
+            if not self.recalled and (teacher := self._teacher(name)) != name:
+                module.recall({"learnt": self.modules[teacher].learnt})
         super().setup(stage)
+        for module in self.modules.values():
+            module.check_division("val" if stage in ("fit", "validate") else "test")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return also how each module is divided into splits."""
+        return super().state_dict() | {"divisions": {name: one._division for name, one in self.modules.items()}}
 
     def load(self, split: str) -> Source | None:
         """Return the examples of a split of all modules, source after source."""
-        loaded = {name: module.load(split) for name, module in self.modules.items()}
+        loaded = {
+            name: module.load(split)
+            for name, module in self.modules.items()
+            if split != "predict" or module.has_predict_split
+        }
         loaded = {name: source for name, source in loaded.items() if source is not None}
         if split == "train" and len(loaded) < len(self.modules):
             raise ValueError(f"data.modules.{min(self.modules.keys() - loaded)} has no train split: leave it out")

@@ -21,6 +21,7 @@ from batchwise.batching.ragged import Ragged
 from batchwise.batching.rows import Joined, Rows
 from batchwise.batching.tokens import SequencePlan
 from batchwise.data.mixture import Mixture
+from batchwise.sources.table import Table
 from batchwise.sources.text import Text
 
 
@@ -201,6 +202,48 @@ def test_text_in_proportions() -> None:
     characters = Text("web.txt", vocabulary="characters", **none)
     with pytest.raises(ValueError, match=r"data.modules.b has the separator \d+, and the first one 256"):
         Mixture({"a": modules["web"], "b": characters}, {"a": 1, "b": 1}).check(torch.nn.Linear(1, 1))
+
+
+def tables(**first: Any) -> Mixture:
+    """Two tables of other means, categories and rarer labels."""
+    for name, scale, colours, labels in (("a", 1, "rgb", "xyz"), ("b", 100, "gb?", "yx")):
+        rows = (f"{scale * n},{colours[n % 3]},{labels[n % len(labels)]}" for n in range(60))
+        Path(f"{name}.csv").write_text("\n".join(["size,colour,kind", *rows]))
+    none: dict[str, Any] = {"val_fraction": 0.0, "test_fraction": 0.2}
+    modules = {"a": Table("a.csv", "kind", **none | first), "b": Table("b.csv", "kind", **none)}
+    return Mixture(modules, {"a": 1, "b": 1}, batch_size=8, seed=0)
+
+
+def test_what_the_first_module_learns_holds_for_all() -> None:
+    """A column is the same input in all tables: of the same scale, and with the same category in the same place."""
+    data = tables()
+    data.setup("fit")
+    mean, std = (data.learnt["a"]["columns"][0][key] for key in ("mean", "std"))
+    inputs, targets = data.split("train").fields  # type: ignore[union-attr]
+    for n in range(60):
+        size = (100 * n - mean) / std
+        at = (inputs[48:, 0] - size).abs().argmin() + 48
+        if abs(inputs[at, 0] - size) > 1e-3:  # it is in the test
+            continue
+        expected = [float("gb?"[n % 3] == colour) for colour in "bgr"]
+        assert inputs[at, 1:].tolist() == expected
+        assert targets[at] == "xyz".index("yx"[n % 2])
+    state = data.state_dict()
+    assert list(state["learnt"]) == ["a"]
+    Path("new.csv").write_text("size,colour\n7,b\n8,r\n")
+    later = tables(predict_path="new.csv")
+    Path("a.csv").unlink()
+    later.recall(state)
+    assert later.modules["a"].learnt == later.modules["b"].learnt == state["learnt"]["a"]
+    later.setup("predict")
+    batch = later.examples("predict", 9)
+    assert torch.allclose(batch.inputs[:, 0].double(), (torch.tensor([7.0, 8.0]).double() - mean) / std, atol=1e-6)
+    grown = tables()
+    with Path("b.csv").open("a") as file:
+        file.write("\n1,g,x")
+    grown.recall(state)
+    with pytest.warns(UserWarning, match=r"examples that were trained on, .* \(examples: 60 -> 61"):
+        grown.setup("test")
 
 
 class Doubled(Given):
