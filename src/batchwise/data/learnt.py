@@ -44,6 +44,8 @@ class Learning(Examples):
     __own: dict[str, Any] | None = None
     __saved: Saved | None = None
     __told: str | None = None
+    shares_learnt = False
+    """Whether the first module of a mixture learns for all that have the same `learn`, because `load` depends on it."""
     _lenient = False
     _division: dict[str, Any] | None = None
     """What decides which examples are in which split, where one set of them is divided; None: it is not, or not yet."""

@@ -30,7 +30,7 @@ class Mixture(DataModule):
     A split of the evaluation has all examples of all modules that have this split, source after source.
 
     The modules load the examples. The first one transforms them, and has what a task may ask for, such as names of the
-    classes. What a module learns from its training examples holds for all later ones that learn in the same way: two
+    classes. What it learns from its training examples holds for all of its kind, if they have `shares_learnt`: two
     tables have the means, categories and labels of the first. All else is set here.
 
     Args:
@@ -74,11 +74,13 @@ class Mixture(DataModule):
             module.prepare_data()
 
     def _teacher(self, name: str) -> str:
-        """Return the first module that learns as a module does: by the same `learn`."""
-        return next(one for one, each in self.modules.items() if type(each).learn is type(self.modules[name]).learn)
+        """Return the module that learns for a module: the first with the same `learn` if they share it, else itself."""
+        own = self.modules[name]
+        same = (one for one, each in self.modules.items() if type(each).learn is type(own).learn)
+        return next(same) if own.shares_learnt else name
 
     def learn(self) -> dict[str, Any]:
-        """What the modules learn, by the name of the first that learns it."""
+        """What each module learns for itself or for others, by its name."""
         return {name: module.learn() for name, module in self.modules.items() if self._teacher(name) == name}
 
     def _pass_on(self, state: Mapping[str, Any] | None) -> None:

@@ -45,6 +45,8 @@ class Folder(Fractions):
         **kwargs: those of `Fractions`. Up to `max_unreadable` images that cannot be read are left out.
     """
 
+    shares_learnt = True
+
     @typed
     def __init__(
         self,

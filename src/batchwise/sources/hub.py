@@ -54,6 +54,8 @@ class Hub(Fractions):
         **kwargs: those of `Fractions`.
     """
 
+    shares_learnt = True
+
     @typed
     def __init__(
         self,

@@ -60,6 +60,8 @@ class Table(Fractions):
         **kwargs: those of `Fractions`.
     """
 
+    shares_learnt = True
+
     @typed
     def __init__(
         self,

@@ -57,6 +57,8 @@ class Text(Tokenized, Fractions):
         **kwargs: those of `DataModule`.
     """
 
+    shares_learnt = True
+
     @typed
     def __init__(
         self,

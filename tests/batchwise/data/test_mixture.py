@@ -246,6 +246,15 @@ def test_what_the_first_module_learns_holds_for_all() -> None:
         grown.setup("test")
 
 
+def test_texts_of_other_characters_are_refused() -> None:
+    for name in ("ab", "xy"):
+        Path(f"{name}.txt").write_text("\n".join(f"{name} {number}" for number in range(40)))
+    modules = {n: Text(f"{n}.txt", vocabulary="characters", delimiter="\n", sequence_length=8) for n in ("ab", "xy")}
+    data = Mixture(modules, {"ab": 1, "xy": 1}, batch_size=8, seed=0)
+    with pytest.raises(ValueError, match=r"training has learnt from its texts: \d+ characters"):
+        data.setup("fit")
+
+
 class Doubled(Given):
     def transform(self, batch: Any, training: bool) -> Any:
         return batch
