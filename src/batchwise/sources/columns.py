@@ -137,10 +137,19 @@ class Column(NamedTuple):
     categories: list[str] | None = None
     form: Kind = "number"
 
+    def places(self, different: Sequence[str]) -> np.ndarray:
+        """Return the places of some texts among the categories, int64 [N]; -1: it is none of them."""
+        known = {category: place for place, category in enumerate(self.categories or ())}
+        return np.array([known.get(text, -1) for text in different], np.int64)
+
     def inputs(self, values: np.ndarray) -> np.ndarray:
-        """Return the inputs [N, 1 or more] for the values [N]: one-hot, or standardised, with 0 if missing."""
+        """Return the inputs [N, 1 or more] for numbers [N], standardised and 0 if missing; or one-hot for categories.
+
+        Args:
+            values: numbers, or the place of each row's category in `categories` (-1: it is none of them).
+        """
         if self.categories is not None:
-            return np.array(self.categories) == values[:, None]
+            return np.arange(len(self.categories)) == values[:, None]
         there = ~np.isnan(values)
         known = np.where(there, (values - self.mean) / self.std if self.std else 0.0, 0.0)
         return np.column_stack([known, ~there]) if self.missing else known[:, None]
@@ -215,12 +224,17 @@ def is_date(column: "ChunkedArray") -> bool:
     return types.is_temporal(column.type) and not types.is_interval(column.type)
 
 
-def texts(column: "ChunkedArray") -> np.ndarray:
-    """Return a column as text [N]. A missing value is empty. What Unicode writes in two ways is one text."""
+def texts(column: "ChunkedArray") -> tuple[list[str], np.ndarray]:
+    """Return the different texts of a column, and the number of that of each row, int32 [N].
+
+    A missing value is empty. What Unicode writes in two ways is one text. An array of all texts would take for each the
+    memory of the longest.
+    """
     from pyarrow import compute
 
     plain = column.cast("string").fill_null("")
-    return compute.utf8_normalize(plain, "NFC").to_numpy().astype(str)  # type: ignore[attr-defined]
+    found = compute.utf8_normalize(plain, "NFC").dictionary_encode().combine_chunks()  # type: ignore[attr-defined]
+    return found.dictionary.to_pylist(), found.indices.to_numpy()
 
 
 def numbers(column: "ChunkedArray", name: str, path: str, form: Kind = "number") -> np.ndarray:
@@ -267,3 +281,11 @@ def _to_number(value: str, form: Kind, column: "ChunkedArray", name: str, path: 
         raise ValueError(
             f"column '{name}' of {path} holds '{value}' in row {row}, and should hold {form}: correct it"
         ) from None
+
+
+def values_of(column: "ChunkedArray") -> list:
+    """Return the targets in a column, where they are classes: numbers, truth values or texts."""
+    from pyarrow import types
+
+    simple = types.is_integer(column.type) or types.is_floating(column.type) or types.is_boolean(column.type)
+    return (column if simple else column.cast("string")).to_pylist()

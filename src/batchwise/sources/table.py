@@ -25,6 +25,7 @@ from batchwise.sources.columns import (
     some,
     stray,
     texts,
+    values_of,
 )
 from batchwise.sources.reading import read_table
 
@@ -166,7 +167,7 @@ class Table(Fractions):
             kind = "number"
         if kind == "number":
             return None
-        labels = {value for value in _values(column.unique()) if value is not None}
+        labels = {value for value in values_of(column.unique()) if value is not None}
         if not is_text(column):
             return sorted(labels)
         check_alike(labels, f"the target '{self.targets[0]}' of {self.path}")
@@ -179,7 +180,7 @@ class Table(Fractions):
         known = self._labels if self.recalled else self._found_labels
         if known is not None:
             name = self.targets[0]
-            return label_numbers(_values(self._table[name]), known, f"the target '{name}' of {self.path}")
+            return label_numbers(values_of(self._table[name]), known, f"the target '{name}' of {self.path}")
         targets = torch.from_numpy(np.column_stack([self._numbers(name) for name in self.targets]))
         return targets if self.several else targets.squeeze(1)
 
@@ -207,14 +208,15 @@ class Table(Fractions):
         if self.split_column is None:
             labels = torch.zeros(len(self._table)) if self._all_targets.is_floating_point() else self._all_targets
             return self.divide(labels)
-        names = np.char.lower(np.char.strip(texts(self._table[self.split_column])))
-        for name in np.unique(names):
+        different, rows = texts(self._table[self.split_column])
+        names = [name.strip().lower() for name in different]
+        for name in sorted(names):
             if name not in ALIASES:
                 raise ValueError(
                     f"data.split_column '{self.split_column}' of {self.path} holds '{name}': "
                     "write train, val or test there"
                 )
-        splits = np.array([ALIASES[name] for name in names])
+        splits = np.array([ALIASES[name] for name in names])[rows]
         if "train" not in splits and not self.recalled:
             raise ValueError(f"no row of {self.path} is for training")
         return {split: torch.from_numpy((splits == split).nonzero()[0]) for split in np.unique(splits)}
@@ -242,7 +244,8 @@ class Table(Fractions):
     def _fit(self, name: str) -> Column:
         index, kind = self._index["train"].numpy(), self._kind(name)
         if kind == "category":
-            categories = np.unique(texts(self._table[name])[index]).tolist()
+            different, rows = texts(self._table[name])
+            categories = sorted(different[row] for row in np.unique(rows[index]))
             if len(categories) > min(MOST_CATEGORIES, max(20, len(index) // 2)):
                 wrong = stray(categories)
                 hint = f"correct '{wrong}', which is no number or date; or " if wrong else ""
@@ -264,13 +267,16 @@ class Table(Fractions):
             if column.name not in names:
                 raise ValueError(f"{path} has no column '{column.name}', which training had")
             values = table[column.name]
-            is_name = column.categories is not None
-            values = texts(values) if is_name else numbers(values, column.name, path, column.form)
-            columns.append(column.inputs(values).astype(np.float32))
-            if is_name and 2 * (unseen := ~columns[-1].any(1)).sum() > len(unseen):
+            if column.categories is None:
+                columns.append(column.inputs(numbers(values, column.name, path, column.form)).astype(np.float32))
+                continue
+            different, rows = texts(values)
+            found = column.places(different)[rows]
+            columns.append(column.inputs(found).astype(np.float32))
+            if 2 * (unseen := found < 0).sum() > len(unseen):
                 warnings.warn(
                     f"column '{column.name}' of {path} has in {unseen.sum():,} of {len(unseen):,} rows a value that "
-                    f"training has not seen, such as '{values[unseen.argmax()]}'",
+                    f"training has not seen, such as '{different[rows[unseen.argmax()]]}'",
                     stacklevel=2,
                 )
         return torch.from_numpy(np.concatenate(columns, 1))
@@ -288,11 +294,3 @@ class Table(Fractions):
     @property
     def _ignored(self) -> list[str]:
         return [name for name, kind in self.columns.items() if kind == "ignore"]
-
-
-def _values(column: Any) -> list:
-    """Return the targets in a column of Arrow, where they are classes: numbers, truth values or texts."""
-    from pyarrow import types
-
-    simple = types.is_integer(column.type) or types.is_floating(column.type) or types.is_boolean(column.type)
-    return (column if simple else column.cast("string")).to_pylist()
