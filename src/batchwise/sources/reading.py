@@ -39,7 +39,7 @@ def read_table(
         as_written: columns of a CSV file that stay texts: 01234 is no number, 1.234 may be, and True is no truth value.
 
     Raises:
-        ValueError: it cannot be read, has no rows, or two columns have one name.
+        ValueError: it cannot be read, has no rows, two columns have one name, or files of a folder have other columns.
     """
     optional("pyarrow", "table")
     from pyarrow import ArrowException, parquet, types
@@ -49,6 +49,7 @@ def read_table(
         raise ValueError(f"{path} cannot be read: there is no {file.absolute()}")
     try:
         if file.is_dir() or file.suffix.lower() in (".parquet", ".pq"):
+            _refuse_other_columns(file)
             table = parquet.read_table(file)
         else:
             table = _read_csv(file, delimiter, as_written, found)
@@ -118,6 +119,18 @@ def _read_csv(file: Path, delimiter: str | None, as_written: Collection[str], fo
         field.name for field in table.schema if field.name.strip() in as_written and not types.is_string(field.type)
     ]
     return read(encoding, parsed) if parsed else table
+
+
+def _refuse_other_columns(folder: Path) -> None:
+    """Raise ValueError if files of a folder have other columns than the first: those would be left out, or missing."""
+    from pyarrow import parquet
+
+    files = parquet.ParquetDataset(folder).fragments
+    for other in files[1:]:
+        first = files[0]
+        if apart := {*first.physical_schema.names} ^ {*other.physical_schema.names}:
+            names = ", ".join(repr(name) for name in sorted(apart)[:5])
+            raise ValueError(f"{first.path} and {other.path} differ in the columns {names}: give both the same columns")
 
 
 def refuse_double(path: object, names: Iterable[str]) -> None:

@@ -431,3 +431,15 @@ def test_one_long_text_takes_no_memory_for_each_row() -> None:
     tracemalloc.stop()
     assert most < 2e7
     assert inputs[:, 1:].sum(0).tolist() == [15, 14, 1]
+
+
+def test_files_of_a_folder_that_have_other_columns() -> None:
+    """Columns that the first file does not have were left out, and others became missing values."""
+    Path("parts").mkdir()
+    columns = {"n": range(30), "k": ["a", "b"] * 15}
+    parquet.write_table(pyarrow.table(columns), "parts/0.parquet")
+    parquet.write_table(pyarrow.table(dict(reversed(columns.items()))), "parts/1.parquet")
+    assert len(read_table("parts")[0]) == 60
+    parquet.write_table(pyarrow.table(columns | {"more": range(30)}), "parts/1.parquet")
+    with pytest.raises(ValueError, match="^parts/0.parquet and parts/1.parquet differ in the columns 'more': give"):
+        read_table("parts")
