@@ -441,5 +441,5 @@ def test_files_of_a_folder_that_have_other_columns() -> None:
     parquet.write_table(pyarrow.table(dict(reversed(columns.items()))), "parts/1.parquet")
     assert len(read_table("parts")[0]) == 60
     parquet.write_table(pyarrow.table(columns | {"more": range(30)}), "parts/1.parquet")
-    with pytest.raises(ValueError, match="^parts/0.parquet and parts/1.parquet differ in the columns 'more': give"):
+    with pytest.raises(ValueError, match=r"^parts/0\.parquet and parts/1\.parquet differ in the columns 'more': give"):
         read_table("parts")
