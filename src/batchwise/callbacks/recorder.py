@@ -12,8 +12,11 @@ from torch.nn.parallel import DistributedDataParallel
 from batchwise.batching.loader import Batch
 from batchwise.callbacks.checkpoint import Last
 from batchwise.checkpoints import state_of
+from batchwise.data.contents import others
 from batchwise.data.examples import SPLITS
-from batchwise.errors import Mistake
+from batchwise.data.module import DataModule
+from batchwise.errors import Mistake, TrainingStopped
+from batchwise.tasks.exchange import gather_objects
 from batchwise.tasks.finite import Finite
 from batchwise.tasks.hooks import row_is_due
 from batchwise.tasks.making import refuse, start_momenta, take_states
@@ -49,6 +52,8 @@ class Recorder(Callback):
             pl_module._rates.taken = set()
         # Lightning would load the weights of 64-true into float32, because it converts the module afterwards.
         trainer.precision_plugin.convert_module(pl_module)
+        if trainer.world_size > 1:
+            _check_alike(pl_module.data, stage)
         tried, plan = pl_module._measures.tried, pl_module.data.plan
         if not tried or (stage == "fit" and tried is not plan):
             pl_module.prepare(pl_module.data, SPLITS[stage][0])
@@ -201,6 +206,27 @@ class Recorder(Callback):
 
 def _learning(module: Task) -> dict[str, bool]:
     return {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+
+
+def _check_alike(data: DataModule, stage: str) -> None:
+    """Stop if a process has other examples, or another order of them, than the first: each takes a part of each batch.
+
+    All processes must call it.
+    """
+    lengths = {f"the number of {name} examples": len(fetch) for name, fetch in data.loaded() if name in SPLITS[stage]}
+    (known, first), *rest = gather_objects((lengths | data.fingerprint(), data.contents(stage)))
+    for rank, (settings, contents) in enumerate(rest, 1):
+        differ = [
+            f"{key} ({value!r} and {settings.get(key)!r})" for key, value in known.items() if settings.get(key) != value
+        ]
+        differ += [f"the {name} examples" for name, one in contents.items() if any(others(name, first.get(name), one))]
+        if differ:
+            raise TrainingStopped(
+                f"process 0 and process {rank} differ in {differ[0]}, but each takes a part of the same batch: let "
+                "`load` and your script do the same in every process, and seed what they draw",
+                code=2,
+                everywhere=True,
+            )
 
 
 def _leave_whole_epochs(loop: _FitLoop) -> None:

@@ -163,12 +163,12 @@ class Examples(Reserved, pl.LightningDataModule, ABC):
         return [(name, fetch) for name, fetch in self.__loaded.items() if fetch is not None]
 
     @final
-    def contents(self) -> dict[str, Any]:
-        """Return a summary of the examples of each split that training loads: see `contents_of`."""
-        for name, fetch in self.loaded():
-            if name in SPLITS["fit"] and name not in self.__contents:
-                self.__contents[name] = contents_of(fetch)
-        return dict(self.__contents)
+    def contents(self, stage: str = "fit") -> dict[str, Any]:
+        """Return a summary of the examples of each split that a stage has loaded: see `contents_of`."""
+        loaded = {name: fetch for name, fetch in self.loaded() if name in SPLITS[stage]}
+        for name in loaded.keys() - self.__contents.keys():
+            self.__contents[name] = contents_of(loaded[name])
+        return {name: self.__contents[name] for name in loaded}
 
     @property
     @final

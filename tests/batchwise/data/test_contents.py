@@ -1,12 +1,14 @@
 """A resume on other examples is noticed, on one machine or another."""
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import CSV, run_here
+from helpers import CSV, DIGITS, TWO, run_here, run_process
 from small import Classify, Points, adamw, fit, network
 from torch import Tensor
 
@@ -241,3 +243,42 @@ def test_a_table_that_changes_is_refused_until_forced() -> None:
         *(*run, "--trainer.max_epochs", 3, "--ckpt_path", "last", "--data.split_seed", 5), "--force", "true"
     )
     assert split.code == 0, split.err
+
+
+OWN = """
+import os
+import torch
+from batchwise.sources.digits import Digits
+
+class Own(Digits):
+    def load(self, split):
+        images, labels = super().load(split)
+        drawn = torch.randperm(len(labels), generator=torch.Generator().manual_seed(os.getpid()))
+        if split == "train":
+            if os.environ["OWN"] == "shuffled":
+                return images[drawn], labels[drawn]
+            if os.environ["OWN"] == "of unequal length":
+                return images[: 1000 + os.getpid() % 200], labels[: 1000 + os.getpid() % 200]
+        return images, labels
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("the same", None),
+        ("shuffled", "process 0 and process 1 differ in the train examples"),
+        ("of unequal length", r"process 0 and process 1 differ in the number of train examples \(1\d+ and 1\d+\)"),
+    ],
+)
+def test_other_examples_in_another_process_are_refused(how: str, says: str | None) -> None:
+    """They would train, each on its own. Nothing said so."""
+    Path("own.py").write_text(OWN)
+    result = run_process(
+        "fit", *DIGITS, *CSV, *TWO, "--data", "own.Own", "--data.batch_size", 64, "--trainer.max_epochs", 1, OWN=how
+    )
+    assert result.code == (2 if says else 0), result.err
+    if says:
+        (line,) = (line for line in result.err.splitlines() if "differ in" in line)
+        assert re.search(says + ".*seed what they draw", line)
