@@ -134,7 +134,7 @@ def least_squares(steps: dict[int, float]) -> Fit | None:
 
 
 def read(path: Path) -> list[Run]:
-    """Return the runs in a file, or no runs if there is no file.
+    """Return the runs in a file, or no runs if there is no file. A last row that is torn, by a power cut, is none.
 
     Raises:
         Mistake: the file holds something else.
@@ -142,26 +142,34 @@ def read(path: Path) -> list[Run]:
     if not path.exists():
         return []
     kinds = {name: type(default) for name, default in asdict(Run()).items()}
+    header, content = ",".join(kinds).encode(), path.read_bytes()
 
     def run(row: dict[str, str]) -> Run:
         values: dict[str, Any] = {name: kind(row[name]) for name, kind in kinds.items()}
         values["reached"] = row["reached"] == "True"  # bool("False") is true
         return Run(**values)
 
-    with path.open(newline="") as file:
-        try:
-            return [run(row) for row in csv.DictReader(file)]
-        except (KeyError, TypeError, ValueError) as error:
-            raise Mistake(f"{path} is not the file of a sweep ({error!r}): move it away") from error
+    try:
+        if not header.startswith(content[: len(header)]):
+            raise ValueError("its columns are others")
+        return [run(row) for row in csv.DictReader(content[: _whole(content)].decode().splitlines())]
+    except (TypeError, ValueError) as error:
+        raise Mistake(f"{path} is not the file of a sweep ({error}): move it away") from error
+
+
+def _whole(content: bytes) -> int:
+    """Return the bytes up to the end of the last line: of a row without that, even the last number may be torn."""
+    return content.rfind(b"\n") + 1
 
 
 def append(path: Path, run: Run) -> None:
-    """Append a run to a file that is there, and no part of a run.
+    """Append a run to the whole rows of a file that is there, and no part of a run.
 
     Raises:
         OSError: it cannot be written; it is as it was.
     """
-    before = path.stat().st_size
+    before = _whole(path.read_bytes())
+    os.truncate(path, before)
     try:
         with naming(path), path.open("a", newline="") as file:
             writer = csv.DictWriter(file, asdict(run))

@@ -294,8 +294,28 @@ def test_what_the_code_of_the_user_raises_keeps_its_place(monkeypatch: pytest.Mo
     assert not isinstance(raised.value, Mistake)
 
 
-def test_a_file_of_something_else() -> None:
-    Path("table.csv").write_text("a,b\n1,2\n")
+def test_a_row_that_a_power_cut_has_torn_is_none() -> None:
+    """Also where the tear is within its last number, which would be another one; the next row takes its place."""
+    path = Path("sweep.csv")
+    path.touch()
+    first, last, new = run(64, 1, 30), run(64, 2, 30, 1, seconds=3.9), run(64, 4, 20)
+    sizes = []
+    for one in (first, last):
+        trials.append(path, one)
+        sizes.append(path.stat().st_size)
+    content = path.read_bytes()
+    for size in (7, *range(sizes[0], sizes[1])):  # in the header, and anywhere in the last row
+        path.write_bytes(content[:size])
+        kept = [first] if size >= sizes[0] else []
+        assert trials.read(path) == kept
+        trials.append(path, new)
+        assert trials.read(path) == [*kept, new]
+
+
+@pytest.mark.parametrize("content", ["a,b\n1,2\n", "a,b\n1,2", "a note"])
+def test_a_file_of_something_else(content: str) -> None:
+    Path("table.csv").write_text(content)
     result = run_here(*SMALL, *TARGET, "--batch_sizes", "16", "--results", "table.csv")
     assert result.code == 2
     assert "table.csv is not the file of a sweep" in result.err
+    assert Path("table.csv").read_text() == content
