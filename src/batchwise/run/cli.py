@@ -113,7 +113,7 @@ class CLI(LightningCLI):
         self.folder = folders.choose_folder(root, settings.name, self.checkpoint, restart, self.trial)
         if command == "fit":
             folders.hold(self.folder)
-        everything = redact(yaml.safe_load(self.parser.dump(self.config, skip_none=False)))[command]
+        everything = redact(yaml.safe_load(self._parser(command).dump(settings, skip_none=False)))
         self.plain_config = {key: value for key, value in everything.items() if key not in OF_LIGHTNINGS_VERBS}
         if "verbose" in settings:  # the command prints the metrics itself
             settings.verbose = False

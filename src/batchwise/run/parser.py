@@ -56,6 +56,20 @@ class Parser(LightningArgumentParser):
         # An abbreviated flag would change its meaning on the day another flag is added.
         super().__init__(*args, allow_abbrev=False, **kwargs)
         self.add_instantiator(instantiate, object, subclasses=True)
+        self._of_the_verb: list[str] = []
+
+    def add_method_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
+        """Add the arguments of a verb, which is a method of the trainer, and remember which they are."""
+        self._of_the_verb = super().add_method_arguments(*args, **kwargs)
+        return self._of_the_verb
+
+    def dump(self, namespace: Namespace, *args: Any, **kwargs: Any) -> str:
+        """Return the configuration without what the verb alone knows and has as always, so that every verb takes it."""
+        shown = namespace.clone()
+        for key in self._of_the_verb:
+            if shown.get(key) == self.get_default(key):
+                shown.pop(key, None)
+        return super().dump(shown, *args, **kwargs)
 
     def validate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> None:
         """Raise TypeError for a wrong value, also for one in the place of a group of keys."""

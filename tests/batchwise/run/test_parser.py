@@ -393,3 +393,16 @@ def test_a_file_of_the_user_that_is_not_python_is_named(monkeypatch: pytest.Monk
     assert said("--data.layer=torn.Net").removeprefix("data.layer: ") == "invalid syntax (torn.py, line 1)"
     result = run_here("fit", *DIGITS, *CSV, "--model.network", "torn.Net")
     assert result.err.splitlines()[-1] == "error: model.network: invalid syntax (torn.py, line 1)"
+
+
+def test_what_a_command_prints_is_taken_by_every_other() -> None:
+    """What only some of them know is left out where it is as always, and kept where it was written."""
+    path, before = DIGITS[1], None
+    for verb in ("fit", "validate", "test", "predict", "export", "tune", "inspect", "fit"):
+        printed = run_here(verb, "--config", path, "--print_config")
+        assert printed.code == 0, printed.err
+        assert before in (None, printed.out)
+        path, before = "mine.yaml", printed.out
+        Path(path).write_text(before)
+    written = run_here("tune", *DIGITS, "--budget", 3, "--print_config")
+    assert yaml.safe_load(written.out) == yaml.safe_load(before) | {"budget": 3}
