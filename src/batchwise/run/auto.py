@@ -31,6 +31,8 @@ def choose_settings(
     """
     path = folder / automatic.FILE
     kind, devices = _kind(trainer.get("accelerator")), trainer.get("devices")
+    if isinstance(devices, str) and "," in devices:  # Lightning reads a text with a comma as a list
+        devices = [int(number) for number in devices.split(",") if number.strip().isdecimal()]
     device = torch.device(kind)
     if kind == "cuda" and isinstance(devices, list) and devices:
         device = torch.device(kind, devices[0])

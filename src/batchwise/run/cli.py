@@ -166,7 +166,10 @@ class CLI(LightningCLI):
         stage = "predict" if command == "export" else command if command in SPLITS else "fit"
         strict = self.subcommand == "fit" and not self.settings.force
         config = self.plain_config if strict else None
-        return checks.check(self.trainer, self.model, self.datamodule, stage, self.checkpoint, config)
+        done = checks.check(self.trainer, self.model, self.datamodule, stage, self.checkpoint, config)
+        if self.checkpoint and command != "fit" and self.trainer.is_global_zero:  # fit says it after the plan
+            print(f"after step {done:,}: {self.checkpoint}", flush=True)
+        return done
 
     def before_fit(self) -> None:
         """Check, then print the plan."""

@@ -111,9 +111,10 @@ def test_it_is_measured_on_the_gpu_that_was_asked_for(monkeypatch: pytest.Monkey
         path.write_text("trainer: {}")
 
     monkeypatch.setattr(auto.automatic, "measure", measure)
-    for devices in ([3, 1], 2):
+    for devices in ([3, 1], 2, "3,"):  # the last one is a list, as Lightning reads it
         task, config = small.Classify(small.network(), optimizer=small.adamw), {"speed": "auto", "trainer": {}}
         auto.choose_settings(task, small.Points(), {"devices": devices}, config, Path(), everything=True)
     third = torch.device("cuda", 3)
     assert measured[0] == (third, 2, [third])
     assert measured[1] == (torch.device("cuda"), 2, [third])
+    assert measured[2] == (third, 1, [third, third])

@@ -395,6 +395,7 @@ def test_a_file_of_the_user_that_is_not_python_is_named(monkeypatch: pytest.Monk
     assert result.err.splitlines()[-1] == "error: model.network: invalid syntax (torn.py, line 1)"
 
 
+@pytest.mark.slow
 def test_what_a_command_prints_is_taken_by_every_other() -> None:
     """What only some of them know is left out where it is as always, and kept where it was written."""
     path, before = DIGITS[1], None

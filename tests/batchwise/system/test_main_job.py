@@ -39,6 +39,8 @@ def test_training_reaches_its_accuracy(trained: Result) -> None:
 def test_test_of_the_best_checkpoint(trained: Result) -> None:
     result = run_here("test", *DIGITS, "--trainer.default_root_dir", root(trained), "--ckpt_path", "best")
     assert result.code == 0, result.err
+    best = trained.folder / "checkpoints" / "best.ckpt"
+    assert f"after step {trained.checkpoint('best')['global_step']:,}: {best}" in result.out
     measured = dict(line.split() for line in result.out.splitlines() if line.startswith("test/"))
     assert float(measured["test/accuracy"]) >= 0.96
     assert float(measured["test/f1"]) >= 0.96
