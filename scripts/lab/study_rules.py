@@ -80,7 +80,7 @@ class Study:
         data.seed = seed
         last = _Last(steps)
         with contextlib.suppress(TrainingStopped):
-            short.train(self.trainer, task, data, steps, [last], validate=True)
+            short.train(self.trainer, task, data, steps, [last], validate=1.0)
         return last.loss
 
     def mean(self, seeds: int, *setting: Any) -> float:

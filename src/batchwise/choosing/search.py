@@ -215,7 +215,7 @@ class Search:
         assert data.seed is not None
         data.seed += branch.seed
         try:
-            short.train(self._trainer, task, data, branch.steps, [branch, *callbacks], validate=branch.validates)
+            short.train(self._trainer, task, data, branch.steps, [branch, *callbacks], float(branch.validates))
         except TrainingStopped:  # its loss is not finite any more
             branch.diverged = True
         branch.agree(self._agreed)

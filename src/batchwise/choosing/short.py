@@ -14,7 +14,7 @@ from batchwise.tasks.task import Task
 
 
 def train(
-    trainer: pl.Trainer, task: Task, data: DataModule, steps: int, callbacks: list[Callback], validate: bool = False
+    trainer: pl.Trainer, task: Task, data: DataModule, steps: int, callbacks: list[Callback], validate: float = 0
 ) -> None:
     """Train for some steps like a trainer, on its devices and in its precision and memory format; print nothing.
 
@@ -24,7 +24,8 @@ def train(
         data: has the examples; see `resized`.
         steps: the most optimizer steps.
         callbacks: all callbacks of the training.
-        validate: validate after each step for which a callback sets the trainer's `val_check_batch` to 1.
+        validate: on what to validate, as `limit_val_batches` says it (0: do not, 1.0: on all), after each step for
+            which a callback sets the trainer's `val_check_batch` to 1.
     """
     kind = trainer.strategy.root_device.type
     with TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
@@ -43,7 +44,7 @@ def train(
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
-            limit_val_batches=1.0 if validate else 0,
+            limit_val_batches=validate,
             check_val_every_n_epoch=None,
             val_check_interval=NEVER,
             default_root_dir=folder,

@@ -197,7 +197,7 @@ def sweep(
                 most = epochs * feed.plan.steps_per_epoch - (-rest // size)
                 race = Race(goal, factor, val_share, most)
                 try:
-                    short.train(trainer, own, feed, most, [race], validate=True)
+                    short.train(trainer, own, feed, most, [race], validate=trainer.limit_val_batches)
                 except TrainingStopped:  # its loss is not finite any more
                     race.reached = False
                 examples = feed.plan.examples_at(race.steps) if race.reached else budget

@@ -6,6 +6,7 @@ from time import perf_counter
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
 from rich.console import Console
 from rich.progress import Progress
@@ -43,13 +44,15 @@ def tune(
         rates: the learning rates in the configuration of the optimizer, by the names of its arguments.
 
     Raises:
-        Mistake: the task has several optimizers, or too few examples.
+        Mistake: the task has several optimizers, the strategy cuts the model, or there are too few examples.
     """
     if task._players() != [()]:
         raise Mistake(
             "tune compares losses, and with several optimizers no loss says how far training is: "
             "compare batch sizes by a metric of yours, with sweep"
         )
+    if isinstance(trainer.strategy, ModelParallelStrategy):
+        raise Mistake("tune has the whole model on each device, and trainer.strategy cuts it: write trainer.strategy ddp")
     launcher = trainer.strategy.launcher
     if launcher is None:
         return _tune(trainer, task, data, budget, memory_gib, rates)

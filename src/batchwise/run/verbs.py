@@ -173,7 +173,10 @@ def recipe(
     reference = model._rates.scaling.reference or (data.plan and data.plan.batch_size) or size
     clipping = ("gradient_clip_val", "gradient_clip_algorithm")
     keys = ("accelerator", "precision", "channels_last", "compile", "threads", *clipping)
-    parts = [plain["model"], reference, plain["data"], {key: plain["trainer"].get(key) for key in keys}]
+    settings_of_trainer = {key: plain["trainer"].get(key) for key in keys}
+    if (limit := plain["trainer"].get("limit_val_batches")) is not None:
+        settings_of_trainer["limit_val_batches"] = limit  # the target is of other examples
+    parts = [plain["model"], reference, plain["data"], settings_of_trainer]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
 
     def make(seed: int) -> Task:

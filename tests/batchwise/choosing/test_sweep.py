@@ -202,6 +202,22 @@ def test_results_with_other_clipping_are_of_another_training() -> None:
 
 
 @pytest.mark.slow
+def test_the_target_is_that_of_the_examples_that_training_validates_on() -> None:
+    """On a few of them it is reached at another step, and these runs are not taken for the others."""
+    few = ("--trainer.limit_val_batches", 0.05)
+    sweep = ("sweep", *DIGITS, "--trainer.logger", "false", "--target", "val/loss<=0.68", "--batch_sizes", 64)
+    for limit in ((), few):
+        result = run_here(*sweep, *limit, "--seeds", 1, "--rates", 1)
+        assert result.code == 0, result.err
+    all_, some = trials.read(Path("runs/digits/sweep.csv"))
+    assert some.steps < all_.steps
+    constant = ("--model.schedule", "{shape: constant, warmup: 0}", "--trainer.max_steps", some.steps)
+    fit = run_here("fit", *DIGITS, *CSV, *few, *constant, "--trainer.val_check_interval", some.steps)
+    assert fit.code == 0, fit.err
+    assert fit.rows("val/loss")[some.steps] <= 0.68
+
+
+@pytest.mark.slow
 def test_the_log_of_wandb() -> None:
     grid = ("--batch_sizes", 256, "--seeds", 1, "--rates", 1)
     result = run_here("sweep", *DIGITS, "--target", "val/accuracy>=0.97", *grid)
