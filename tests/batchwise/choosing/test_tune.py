@@ -607,13 +607,12 @@ def test_an_interrupt_among_the_micro_batches(monkeypatch: pytest.MonkeyPatch) -
         (("--budget", 0), "budget is 0: write a number above 0"),
         (("--memory_gib", 0), "memory_gib is 0: write a number above 0"),
         (("--data.batch_size", "null"), "data.batch_size is not set"),
-        (
-            ("--trainer.strategy", "lightning.pytorch.strategies.ModelParallelStrategy", "--trainer.devices", 1),
-            "trainer.strategy cuts it: write trainer.strategy ddp",
-        ),
+        (("--config", "cut.yaml"), "trainer.strategy cuts it: write trainer.strategy ddp"),
     ],
 )
 def test_bad_input(arguments, line) -> None:
+    cut = "{class_path: lightning.pytorch.strategies.ModelParallelStrategy, init_args: {tensor_parallel_size: 1}}"
+    Path("cut.yaml").write_text(f"trainer: {{devices: 1, strategy: {cut}}}")
     result = run_here("tune", *DIGITS, *CSV, *arguments)
     assert result.code == 2
     assert line in result.err
