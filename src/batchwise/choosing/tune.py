@@ -52,7 +52,9 @@ def tune(
             "compare batch sizes by a metric of yours, with sweep"
         )
     if isinstance(trainer.strategy, ModelParallelStrategy):
-        raise Mistake("tune has the whole model on each device, and trainer.strategy cuts it: write trainer.strategy ddp")
+        raise Mistake(
+            "tune has the whole model on each device, and trainer.strategy cuts it: write trainer.strategy ddp"
+        )
     launcher = trainer.strategy.launcher
     if launcher is None:
         return _tune(trainer, task, data, budget, memory_gib, rates)

@@ -407,3 +407,16 @@ def test_what_a_command_prints_is_taken_by_every_other() -> None:
         Path(path).write_text(before)
     written = run_here("tune", *DIGITS, "--budget", 3, "--print_config")
     assert yaml.safe_load(written.out) == yaml.safe_load(before) | {"budget": 3}
+
+
+def test_callbacks_whose_arguments_are_of_several_types_stay_readable() -> None:
+    """A text where a function may be, and a device. Both stood in `config.yaml` as "Unable to serialize instance ..."."""
+    path = "lightning.pytorch.callbacks."
+    pruning = ("ModelPruning", "--trainer.callbacks.pruning_fn", "l1_unstructured", "--trainer.callbacks.amount", 0.1)
+    for callback, *arguments in (pruning, ("StochasticWeightAveraging", "--trainer.callbacks.swa_lrs", 0.01)):
+        printed = run_here("fit", *DIGITS, "--trainer.callbacks+", path + callback, *arguments, "--print_config")
+        assert (printed.code, printed.err) == (0, "")
+        Path("mine.yaml").write_text(printed.out)
+        result = run_here("fit", "--config", "mine.yaml", "--trainer.fast_dev_run", "true")
+        assert result.code == 0, result.err
+        assert "Unable" not in printed.out + result.err
