@@ -410,7 +410,7 @@ def test_what_a_command_prints_is_taken_by_every_other() -> None:
 
 
 def test_callbacks_whose_arguments_are_of_several_types_stay_readable() -> None:
-    """A text where a function may be, and a device. Both stood in `config.yaml` as "Unable to serialize instance ..."."""
+    """A text where a function may be, and a device. In `config.yaml` stood "Unable to serialize instance ..."."""
     path = "lightning.pytorch.callbacks."
     pruning = ("ModelPruning", "--trainer.callbacks.pruning_fn", "l1_unstructured", "--trainer.callbacks.amount", 0.1)
     for callback, *arguments in (pruning, ("StochasticWeightAveraging", "--trainer.callbacks.swa_lrs", 0.01)):
