@@ -168,8 +168,10 @@ def append(path: Path, run: Run) -> None:
     Raises:
         OSError: it cannot be written; it is as it was.
     """
-    before = _whole(path.read_bytes())
-    os.truncate(path, before)
+    content = path.read_bytes()
+    before = _whole(content)
+    if before < len(content):  # else a row that another sweep appends at this moment would be lost
+        os.truncate(path, before)
     try:
         with naming(path), path.open("a", newline="") as file:
             writer = csv.DictWriter(file, asdict(run))

@@ -213,7 +213,7 @@ def _written(value: Any) -> Any:
     """Return a text as it is, and a function as its path.
 
     jsonargparse writes a sentence that no command can read in place of a text where a function may be, as in
-    `ModelPruning`. If jsonargparse renames its own function one day, the test of this one fails, and all else works.
+    `ModelPruning`.
     """
     return value if isinstance(value, str) else _path_of(value)
 
