@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from batchwise.origin import place
+
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -53,7 +55,7 @@ def mistakes() -> Iterator[None]:
     except (ValueError, OSError, MisconfigurationException) as error:
         if disk_is_full(error):
             raise
-        raise Mistake(" ".join(line.strip() for line in str(error).splitlines())) from error
+        raise Mistake(" ".join(line.strip() for line in str(error).splitlines()) + place(error)) from error
 
 
 def optional(module: str, extra: str) -> Any:

@@ -1,7 +1,5 @@
 """From a list of examples to the fields of a micro-batch, and one line where that cannot be done."""
 
-import os
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -144,19 +142,3 @@ def numbers(indices: Sequence[int]) -> str:
     """Return the numbers of some examples as text."""
     some = ", ".join(map(str, indices[:3])) + (", ..." if len(indices) > 3 else "")
     return f"example {some}" if len(indices) == 1 else f"examples {some}"
-
-
-def said(error: BaseException) -> str:
-    """Return the kind and the words of an error, and the line of the user's code that raised it, if it did."""
-    return f"{type(error).__name__}: {error}".splitlines()[0] + place(error)
-
-
-def place(error: BaseException) -> str:
-    """Return the line of the user's code that raised an error, such as ` at data.py:25`; nothing: other code did."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not any(other in frame.filename for other in _OTHERS)]
-    return f" at {os.path.basename(own[-1].filename)}:{own[-1].lineno}" if own else ""
-
-
-_OTHERS = (f"{os.sep}site-packages{os.sep}", os.path.dirname(os.path.dirname(__file__)) + os.sep)
-"""Where the code of installed packages is, and that of the engine."""

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
-from batchwise.batching.collate import Collate, checked, first, numbers, said, stack
+from batchwise.batching.collate import Collate, checked, first, numbers, stack
 from batchwise.batching.fetch import DataError, Example, Read, Request
 from batchwise.batching.random import mix
+from batchwise.origin import said
 
 _Part = tuple[list[int], int, int]
 """The numbers of the examples of a micro-batch, the seed, and the position of the first in the epoch."""

@@ -51,6 +51,8 @@ def explain(message: str, known: Collection[str] = (), lists: Collection[str] = 
     path = given and (given[1] or given[2] or given[3])
     if path and (said := _of_a_path(path, problem)):
         return f"{key} {said}"
+    if early := re.search(r"NestedArg\(key='([\w.]+)'", problem):
+        return f"{key}.{early[1]} comes before {key}: write --{key} CLASS first"
     keys = [option for option in known if option.startswith(f"{name}.")]
     if keys and (group := re.search(r'Unable to load config "(.*)"$', problem)):
         value = "null" if group[1] == "None" else group[1]
@@ -66,10 +68,6 @@ def explain(message: str, known: Collection[str] = (), lists: Collection[str] = 
     if tried and not errors and "Not a valid subclass" in problem:
         return f"{key} is {value}: write class_path and init_args"
     own = [error for error in errors if _wanted(error) is None]
-    if nested := re.search(r"NestedArg\(key='([\w.]+)'", problem):
-        if not own:
-            return f"{key}.{nested[1]} comes before {key}: write --{key} CLASS first"
-        key = f"{key}.{nested[1]}"  # whose file cannot be imported
     if own and tried:  # the message of a class that refused a value
         return own[0] if key in own[0] else f"{key}: {own[0]}"  # which may name a key itself
     words = dict.fromkeys(filter(None, map(_wanted, errors)))

@@ -13,7 +13,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from batchwise.batching.collate import place
 from batchwise.batching.fetch import Fetch
 from batchwise.batching.loader import MicroBatch, read
 from batchwise.batching.structure import leaves, on_tensors, tensors
@@ -21,6 +20,7 @@ from batchwise.data.module import DataModule
 from batchwise.errors import disk_is_full, optional
 from batchwise.host import check_writable, whole
 from batchwise.models.kept import home_of
+from batchwise.origin import place
 from batchwise.tasks.task import Task
 
 Format = Literal["torch", "onnx"]

@@ -1,7 +1,9 @@
 """The argument parser: one line for a mistake, and a new class does not inherit the settings of the old one."""
 
 import inspect
+import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from enum import Enum
 from importlib import import_module
@@ -11,13 +13,15 @@ from typing import Any, NoReturn, get_origin
 
 import torch
 import yaml
-from jsonargparse import Namespace, _typehints, set_loader, set_parsing_settings
+from jsonargparse import Namespace, _actions, _typehints, set_loader, set_parsing_settings
 from jsonargparse._actions import _ActionConfigLoad
 from jsonargparse._loaders_dumpers import get_loader_exceptions, yaml_load
 from jsonargparse._util import import_object
 from jsonargparse.typing import register_type
 from lightning.pytorch.cli import LightningArgumentParser
 
+from batchwise.errors import Mistake
+from batchwise.origin import place, said
 from batchwise.run import program
 from batchwise.run.explain import explain
 
@@ -109,8 +113,17 @@ def plain(value: Any) -> Any:
 
 
 def instantiate(kind: Callable[..., object], /, *args: object, **kwargs: object) -> object:
-    """Make an object of a configuration, from ordinary numbers."""
-    return kind(*plain(args), **plain(kwargs))
+    """Make an object of a configuration, from ordinary numbers.
+
+    Raises:
+        ValueError: code of the user's has failed in it, of which jsonargparse would keep the words alone.
+    """
+    try:
+        return kind(*plain(args), **plain(kwargs))
+    except Exception as error:
+        if isinstance(error, Mistake) or not place(error):
+            raise
+        raise ValueError(said(error)) from error
 
 
 def _outer_keys() -> str:
@@ -241,6 +254,28 @@ def _known(kind: Any, **settings: Any) -> list[str]:
 
 _imported = _typehints.get_all_subclass_paths
 _typehints.get_all_subclass_paths = _known
+
+
+def _import(path: str, *args: Any, **kwargs: Any) -> Any:
+    """Import what a path names. Where a file of the user's fails, end with one line that names the place in it.
+
+    jsonargparse takes any error of an import for a wrong path, and tries the other types that a value may have.
+    """
+    try:
+        return import_object(path, *args, **kwargs)
+    except Exception as error:
+        # What is not found in a package is looked for as a name in the package around it.
+        for one in filter(None, (error.__context__, error)):
+            if isinstance(one, SyntaxError) or place(one):
+                if os.environ.get("BATCHWISE_TRACEBACK"):
+                    traceback.print_exception(one)
+                words = str(one) if isinstance(one, SyntaxError) else said(one)  # which names the place itself
+                print(f"error: {_outer_keys()[:-1] or path}: {words}", file=sys.stderr)
+                sys.exit(2)
+        raise
+
+
+_typehints.import_object = _actions.import_object = _import
 
 
 def texts(settings: object) -> Iterator[str]:

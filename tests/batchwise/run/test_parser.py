@@ -3,12 +3,14 @@
 import contextlib
 import io
 import os
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
 
 import pytest
+import torch
 import yaml
 from helpers import CSV, DIGITS, run_here
 from jsonargparse.typing import (
@@ -420,3 +422,55 @@ def test_callbacks_whose_arguments_are_of_several_types_stay_readable() -> None:
         result = run_here("fit", "--config", "mine.yaml", "--trainer.fast_dev_run", "true")
         assert result.code == 0, result.err
         assert "Unable" not in printed.out + result.err
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("import torch\n1 / 0", "ZeroDivisionError: division by zero at mine.py:2"),
+        ("raise ValueError('x')", "ValueError: x at mine.py:1"),
+        ("import not_there", "ModuleNotFoundError: No module named 'not_there' at mine.py:1"),
+        ("def make():\n    return [][0]\n\n\nmake()", "IndexError: list index out of range at mine.py:2"),
+        ("import json\njson.loads('{')", "JSONDecodeError: Expecting property name enclosed in double quotes: "),
+    ],
+)
+@pytest.mark.parametrize("path", ["mine.Net", "own.mine.Net"])
+def test_an_error_in_the_file_of_a_class_is_named_with_its_place(
+    text: str, words: str, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There were its words alone, and in a configuration the key of the class around it."""
+    file = Path(*path.split(".")[:-1]).with_suffix(".py")
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(text)
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    for module in ("own", "own.mine", "mine"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    Path("own.yaml").write_text(f"data: {{class_path: {__name__}.Things, init_args: {{size: 1, layer: {path}}}}}")
+    told = [
+        said(f"--data.layer={path}"),
+        said("--config=own.yaml", subclass=True, given=()),
+        said(f"--data={path}").replace("data: ", "data.layer: "),
+    ]
+    assert all(one.startswith(f"data.layer: {words}") and " at mine.py:" in one for one in told), told
+
+
+class Failing(torch.nn.Module):
+    """Has a mistake in its constructor."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.number = [1, 2][int(text)]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a", "ValueError: invalid literal for int() with base 10: 'a' at test_parser.py:"),
+        ("2", "IndexError: list index out of range at test_parser.py:"),
+    ],
+)
+def test_an_error_in_a_class_of_the_user_is_named_with_its_place(text: str, words: str) -> None:
+    """There were its words alone."""
+    network = f"--model.network={__name__}.Failing"
+    result = run_here("fit", *DIGITS, *CSV, network, "--model.network.text", text)
+    assert (result.code, result.err.splitlines()[-1].startswith(f"error: {words}")) == (2, True), result.err
