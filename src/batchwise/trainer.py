@@ -38,6 +38,9 @@ REFUSED = {
 }
 """Arguments of Lightning's trainer that this one does not take, and what to write instead."""
 LEAST = {
+    "max_epochs": -1,
+    "max_steps": -1,
+    "num_nodes": 1,
     "log_every_n_steps": 1,
     "check_val_every_n_epoch": 1,
     "num_sanity_val_steps": -1,
@@ -77,9 +80,13 @@ def check_arguments(given: dict[str, Any]) -> None:
                 f"trainer.limit_{split}_batches is {limit:g}: write a number of batches, or a share from 0.0 to 1.0"
             )
     devices = given.get("devices")
-    words = isinstance(devices, str) and not re.fullmatch(r"auto|\s*-?\d[\d\s,]*", devices)
-    if words or devices in (0, "0", []):
-        raise ValueError(f"trainer.devices is {devices}: write a number of at least 1, a list such as [0, 1], or auto")
+    words = isinstance(devices, str) and not re.fullmatch(r"auto|-1|\s*\d[\d\s,]*", devices)
+    if words or devices in (0, "0", []) or (isinstance(devices, int) and devices < -1):
+        shown = devices or repr(devices)
+        raise ValueError(f"trainer.devices is {shown}: write a number of at least 1, a list such as [0, 1], or auto")
+    most = given.get("max_time")
+    if isinstance(most, str) and not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", most.strip()):
+        raise ValueError(f"trainer.max_time is {most or repr(most)}: write DD:HH:MM:SS, such as 00:01:30:00")
 
 
 def _is_odd(limit: Any) -> bool:
@@ -153,8 +160,12 @@ class Trainer(pl.Trainer):
         **kwargs: Any,
     ) -> None:
         kwargs = taken(pl.Trainer.__init__, kwargs)
-        counts = {"log_every_n_steps": log_every_n_steps, "num_sanity_val_steps": num_sanity_val_steps}
-        check_arguments(kwargs | counts | {"use_distributed_sampler": use_distributed_sampler})
+        own = {
+            "log_every_n_steps": log_every_n_steps,
+            "num_sanity_val_steps": num_sanity_val_steps,
+            "max_time": max_time,
+        }
+        check_arguments(kwargs | own | {"use_distributed_sampler": use_distributed_sampler})
         self.accumulation = accumulate_grad_batches
         self.channels_last, self.compile, self.capture = bool(channels_last), bool(compile), capture
         if matmul_precision is not None:
@@ -165,9 +176,9 @@ class Trainer(pl.Trainer):
         if not any(isinstance(extra, CheckpointIO) for extra in extras):
             extras.append(DurableIO())
         usual = (Record(), Pictures(), Samples())
-        own = [one for one in usual if not any(isinstance(callback, type(one)) for callback in given)]
+        usual = [one for one in usual if not any(isinstance(callback, type(one)) for callback in given)]
         super().__init__(
-            callbacks=[Recorder(), AddUp(), *given, *own],
+            callbacks=[Recorder(), AddUp(), *given, *usual],
             accumulate_grad_batches=1,
             log_every_n_steps=log_every_n_steps,
             num_sanity_val_steps=num_sanity_val_steps,

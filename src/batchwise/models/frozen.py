@@ -23,7 +23,8 @@ def check_patterns(key: str, patterns: Iterable[str], network: nn.Module) -> Non
         if not any(matches(name, pattern) for name in parameters):
             known = [*dict.fromkeys(name.rpartition(".")[0] for name in parameters if "." in name), *parameters]
             near = difflib.get_close_matches(pattern, known, cutoff=0.5) or known[:3]
-            raise ValueError(f"{key} {pattern} matches no parameter of the network: write such as {', '.join(near)}")
+            remedy = f"write such as {', '.join(near)}" if near else "leave it out, because there are none"
+            raise ValueError(f"{key} {pattern} matches no parameter of the network: {remedy}")
 
 
 class Frozen:

@@ -43,6 +43,8 @@ def explain(message: str, known: Collection[str] = (), lists: Collection[str] = 
     if not found and not tried:
         return _not_of_a_key(line, known, outer)
     key = outer + name
+    if said := _no_name(key, problem):
+        return said
     if denied := re.search(r"Importing '([^']+)' is not allowed", problem):
         return f"{key} names {denied[1]}, which may run any code: a configuration must not; call it in a class of yours"
     given = re.search(
@@ -77,6 +79,8 @@ def explain(message: str, known: Collection[str] = (), lists: Collection[str] = 
         words[A_PATH] = None
     elif [*words] == ["a list"] and value and value[0].isalpha():
         words = [f"a list, such as [{value}]"]
+    elif [*words] == ["a dict"] and value and value[0] == "{":  # which YAML reads as a text
+        words = [f"a dict, such as {re.sub(r':(?! )', ': ', value)}"]
     wanted = " or ".join(words)
     if wanted and value is not None:
         each = "Not of type" in problem and "not 'list'" not in problem and (name in lists or value.startswith("["))
@@ -113,6 +117,14 @@ def _of_a_path(path: str, problem: str) -> str | None:
         remedy = f"did you mean {path.replace(missing, f'{module}.{near[0]}')}?" if near else f"write {A_PATH}"
         return f"is {path}, but {module} has no {name}: {remedy}"
     return None
+
+
+def _no_name(key: str, problem: str) -> str | None:
+    """Return what to write in place of a key that cannot be one, such as a number, or a text with a blank."""
+    wrong = re.search(
+        r"(?:Key must be a string, got|Spaces not allowed in keys|Empty nested key): (.*?)\.(?: |$)", problem
+    )
+    return wrong and f"{key.strip('.') or 'the configuration'} has a key {wrong[1]}: write the name of an argument"
 
 
 def _beside_a_class(value: str) -> list[str]:
@@ -160,6 +172,8 @@ def _not_given(keys: list[str]) -> str:
 
 def _not_of_a_key(line: str, known: Collection[str], outer: str) -> str:
     missing = re.search(r"arguments are required: (.*)", line)
+    if said := _no_name(outer, line):
+        return said
     if missing:
         return f"{outer}{missing[1]} is not set: write it" if outer else _not_given(missing[1].split(", "))
     if file := re.search(r"unrecognized arguments: ([^-]\S*\.ya?ml)", line):

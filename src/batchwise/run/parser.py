@@ -9,6 +9,7 @@ from enum import Enum
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
+from types import FrameType
 from typing import Any, NoReturn, get_origin
 
 import torch
@@ -92,7 +93,10 @@ class Parser(LightningArgumentParser):
         parser = getattr(ex, "subcommand_parser", None) or self
         known = [option[2:] for action in parser._actions for option in action.option_strings]
         lists = [action.dest for action in parser._actions if get_origin(getattr(action, "_typehint", None)) is list]
-        print(f"error: {explain(message, known, lists, _outer_keys())}", file=sys.stderr)
+        # The message of a wrong name has no key, but the frame that raised it is in the check of one.
+        raised = [*traceback.walk_tb(ex.__traceback__)] if isinstance(ex, KeyError) else []
+        outer = _outer_keys(raised[-1][0] if raised else inspect.currentframe())
+        print(f"error: {explain(message, known, lists, outer)}", file=sys.stderr)
         self.exit(2)
 
 
@@ -126,14 +130,14 @@ def instantiate(kind: Callable[..., object], /, *args: object, **kwargs: object)
         raise ValueError(said(error)) from error
 
 
-def _outer_keys() -> str:
+def _outer_keys(frame: FrameType | None) -> str:
     """Return the keys of the classes around a nested parser, such as `model.network.`.
 
     Each class has a parser of its own, and jsonargparse does not tell it where it stands. But the outer parsers are
     on the stack, each checking the value of a key. If that function is renamed one day, the keys in messages are
     short.
     """
-    keys, frame = "", inspect.currentframe()
+    keys = ""
     while frame is not None:
         if frame.f_code.co_name == "_check_type":
             keys = f"{frame.f_locals['self'].dest}.{keys}"
@@ -270,7 +274,7 @@ def _import(path: str, *args: Any, **kwargs: Any) -> Any:
                 if os.environ.get("BATCHWISE_TRACEBACK"):
                     traceback.print_exception(one)
                 words = str(one) if isinstance(one, SyntaxError) else said(one)  # which names the place itself
-                print(f"error: {_outer_keys()[:-1] or path}: {words}", file=sys.stderr)
+                print(f"error: {_outer_keys(inspect.currentframe())[:-1] or path}: {words}", file=sys.stderr)
                 sys.exit(2)
         raise
 

@@ -54,6 +54,11 @@ def read_table(
         else:
             table = _read_csv(file, delimiter, as_written, found)
     except (OSError, ArrowException) as error:
+        if file.is_dir():
+            raise ValueError(
+                f"{file.absolute()} is a folder that holds no Parquet files, or others beside them: write the path "
+                "of a CSV or Parquet file"
+            ) from error
         raise ValueError(f"{path} cannot be read: {str(error).partition(chr(10))[0][:200]}") from error
     table = table.rename_columns([name.strip() for name in table.column_names])
     indices = [field.name for field in table.schema if INDEX.fullmatch(field.name) and types.is_integer(field.type)]

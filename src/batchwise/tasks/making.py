@@ -25,11 +25,13 @@ def made(make: Callable[[list], Optimizer], groups: list, key: str = "model.opti
         key: of the optimizer.
 
     Raises:
-        Mistake: the optimizer refuses an argument, evaluates the loss several times per step, takes sparse gradients,
-            or makes groups of its own, in which the factors are lost.
+        Mistake: nothing learns, or the optimizer refuses an argument, evaluates the loss several times per step, takes
+            sparse gradients, or makes groups of its own, in which the factors are lost.
     """
     if isinstance(make, Optimizer) or not callable(make):
         raise Mistake(f"{key} is a {type(make).__name__}: write a class or function, such as partial(AdamW, lr=0.001)")
+    if not any(group["params"] for group in groups):
+        raise Mistake(f"{key} has nothing to train: write a network that has parameters")
     try:
         optimizer = make(groups)
     except ValueError as error:

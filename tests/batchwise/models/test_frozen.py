@@ -56,6 +56,10 @@ def test_mistakes_name_what_is_near() -> None:
     ):
         with pytest.raises(ValueError, match=re.escape(words)):
             Classification(network, **arguments)
+    with pytest.raises(ValueError, match="matches no parameter of the network: leave it out, because there are none"):
+        Classification(torch.nn.Flatten(), freeze=["a"])
+    with pytest.raises(ValueError, match=r"model\.optimizer has nothing to train: write a network that has parameters"):
+        Classification(torch.nn.Flatten()).configure_optimizers()
 
 
 def test_training_mode_leaves_frozen_norms_in_evaluation_mode() -> None:

@@ -230,6 +230,19 @@ def test_a_value_in_the_place_of_a_group(value: str, in_a_file: bool) -> None:
 
 def test_a_value_in_the_place_of_a_dict_or_a_list() -> None:
     assert said("--data.things=3", subclass=False, kind=Group, given=()) == "data.things is 3: write a dict"
+    line = said("--data.things={a:1,b:2}", subclass=False, kind=Group, given=())
+    assert line == "data.things is {a:1,b:2}: write a dict, such as {a: 1,b: 2}"
+
+
+@pytest.mark.parametrize(("written", "name"), [("0.5", "0.5"), ("true", "True"), ("a b", '"a b"')])
+def test_a_name_that_cannot_be_one(written: str, name: str) -> None:
+    """There was no key: `Key must be a string, got: 0.5`."""
+    line = f"has a key {name}: write the name of an argument"
+    assert said(f"--data.layer={{{written}: 1}}") == f"data.layer {line}"
+    Path("c.yaml").write_text(f"data: {{class_path: {__name__}.Things, init_args: {{{written}: 1}}}}")
+    assert said("--config=c.yaml", subclass=True, given=()) == f"data {line}"
+    Path("c.yaml").write_text(f"{written}: 1")
+    assert said("--config=c.yaml") == f"the configuration {line}"
 
 
 @pytest.mark.slow

@@ -191,6 +191,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
     ),
     "a folder that is not there": (n_k(","), {"path": "~/nosuch/t.csv"}, "nosuch/t.csv cannot be read"),
     "a file of Parquet that is not there": (n_k(","), {"path": "no.parquet"}, "no.parquet cannot be read: there is no"),
+    "a folder of other files": (n_k(","), {"path": "."}, "is a folder that holds no Parquet files, or others beside"),
     "no such target": (n_k(","), {"target": "z"}, "has no column 'z': write one of n, k"),
 }  # fmt: skip
 

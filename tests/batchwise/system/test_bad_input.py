@@ -119,6 +119,8 @@ COMMAND_LINE = {
     "eps": (["--model.optimizer.eps", "-2"], ["model.optimizer.eps: ", "-2", "write at least 0"]),
     "decay": (["--model.optimizer.weight_decay", "-2"], ["model.optimizer.weight_decay: ", "-2", "write at least 0"]),
     "devices a word": (["--trainer.devices", "two"], ["trainer.devices is two: write a number of at least 1"]),
+    "devices of no words": (["--trainer.devices", ""], ["trainer.devices is '': write a number of at least 1"]),
+    "devices below none": (["--trainer.devices", "-2"], ["trainer.devices is -2: write a number of at least 1"]),
     "devices none": (["--trainer.devices", "0"], ["trainer.devices is 0: write a number of at least 1"]),
     "interval negative": (["--trainer.val_check_interval", "-1"], ["trainer.val_check_interval is -1: write a number"]),
     "interval odd": (["--trainer.val_check_interval", "1.5"], ["trainer.val_check_interval is 1.5: write a number"]),
