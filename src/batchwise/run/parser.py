@@ -279,7 +279,8 @@ def _import(path: str, *args: Any, **kwargs: Any) -> Any:
         raise
 
 
-_typehints.import_object = _actions.import_object = _import
+_typehints.import_object = _import  # type: ignore[attr-defined]
+_actions.import_object = _import  # type: ignore[attr-defined]
 
 
 def texts(settings: object) -> Iterator[str]:
