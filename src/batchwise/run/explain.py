@@ -53,6 +53,7 @@ def explain(message: str, known: Collection[str] = (), lists: Collection[str] = 
     path = given and (given[1] or given[2] or given[3])
     if path and (said := _of_a_path(path, problem)):
         return f"{key} {said}"
+    problem = re.sub(r"^- Expected a path but .+? either not accessible or invalid - ", "", problem)
     if early := re.search(r"NestedArg\(key='([\w.]+)'", problem):
         return f"{key}.{early[1]} comes before {key}: write --{key} CLASS first"
     keys = [option for option in known if option.startswith(f"{name}.")]
@@ -104,6 +105,9 @@ def _of_a_path(path: str, problem: str) -> str | None:
     if "is abstract" in problem:
         methods = sorted(getattr(locate(path), "__abstractmethods__", ["a method"]))
         return f"{path} lacks {' and '.join(methods)}: define {'them' if methods[1:] else 'it'} in the class"
+    module = re.search(r"No module named '([\w.]+)'", problem)
+    if module and f"{path}.".startswith(f"{module[1]}."):  # and not what a library lacks
+        return f"is {path} ({module[0]}): write {A_PATH}, of this folder or of what is installed"
     absent = re.search(r"module '([\w.]+)' has no attribute '(\w+)'", problem)
     module, name = absent.groups() if absent else ("", "")
     missing = f"{module}.{name}"

@@ -234,6 +234,24 @@ def test_a_value_in_the_place_of_a_dict_or_a_list() -> None:
     assert line == "data.things is {a:1,b:2}: write a dict, such as {a: 1,b: 2}"
 
 
+@pytest.mark.parametrize("key", ["layer", "layers", "optimizer", "anything"])
+def test_a_module_that_is_not_there(key: str) -> None:
+    line = said(f"--data.{key}={'[not_there.Net]' if key == 'layers' else 'not_there.Net'}")
+    module, remedy = "No module named 'not_there'", f"write {A_PATH}, of this folder or of what is installed"
+    assert line == f"data.{key} is not_there.Net ({module}): {remedy}"
+
+
+class Several:
+    def __init__(self, optimizer: dict[str, Callable[[Iterable], Optimizer]]) -> None:
+        pass
+
+
+def test_a_class_in_the_place_of_several() -> None:
+    """There was `- Expected a path but torch.optim.Adam either not accessible or invalid` before it."""
+    line = said("--data.optimizer=torch.optim.Adam", subclass=False, kind=Several, given=())
+    assert line == "data.optimizer is torch.optim.Adam: write a dict"
+
+
 @pytest.mark.parametrize(("written", "name"), [("0.5", "0.5"), ("true", "True"), ("a b", '"a b"')])
 def test_a_name_that_cannot_be_one(written: str, name: str) -> None:
     """There was no key: `Key must be a string, got: 0.5`."""
