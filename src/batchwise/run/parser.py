@@ -269,7 +269,7 @@ def _import(path: str, *args: Any, **kwargs: Any) -> Any:
         return import_object(path, *args, **kwargs)
     except Exception as error:
         # What is not found in a package is looked for as a name in the package around it.
-        for one in filter(None, (error.__context__, error)):
+        for one in filter(None, (error, error.__context__)):
             if isinstance(one, SyntaxError) or place(one):
                 if os.environ.get("BATCHWISE_TRACEBACK"):
                     traceback.print_exception(one)

@@ -460,6 +460,7 @@ def test_callbacks_whose_arguments_are_of_several_types_stay_readable() -> None:
     [
         ("import torch\n1 / 0", "ZeroDivisionError: division by zero at mine.py:2"),
         ("raise ValueError('x')", "ValueError: x at mine.py:1"),
+        ("try:\n    import not_there\nexcept ImportError:\n    raise OSError('x')", "OSError: x at mine.py:4"),
         ("import not_there", "ModuleNotFoundError: No module named 'not_there' at mine.py:1"),
         ("def make():\n    return [][0]\n\n\nmake()", "IndexError: list index out of range at mine.py:2"),
         ("import json\njson.loads('{')", "JSONDecodeError: Expecting property name enclosed in double quotes: "),
