@@ -51,7 +51,10 @@ def explain(message: str, known: Collection[str] = (), lists: Collection[str] = 
         r"a path but (.+?) either|class_path[ =]'(.+?)'|(?:path string:|Got value:) ([\w.]+)(?![\w.(])", problem
     )
     path = given and (given[1] or given[2] or given[3])
-    if path and (said := _of_a_path(path, problem)):
+    errors = tried[2].split(" - ") if tried else [problem]
+    errors = [error for error in errors if not error.startswith(GENERAL)]
+    own = [error for error in errors if _wanted(error) is None]  # the message of a class that refused a value, too
+    if path and (said := _of_a_path(path, " - ".join(own) or problem)):
         return f"{key} {said}"
     problem = re.sub(r"^- Expected a path but .+? either not accessible or invalid - ", "", problem)
     if early := re.search(r"NestedArg\(key='([\w.]+)'", problem):
@@ -61,8 +64,6 @@ def explain(message: str, known: Collection[str] = (), lists: Collection[str] = 
         value = "null" if group[1] == "None" else group[1]
         return f"{key} is {value}, but it is a group of keys: write them, such as --{outer}{keys[0]}"
     value = (tried[3] or "''") if tried else _value(problem)
-    errors = tried[2].split(" - ") if tried else [problem]
-    errors = [error for error in errors if not error.startswith(GENERAL)]
     numbers = tried and "<class 'int'>" not in tried[1] and re.search(r"typing\.Literal\[\d.*?\]", tried[1])
     if numbers:  # the error of Literal[16, 32] asks for any whole number
         errors = [error.replace("<class 'int'>", numbers[0]) for error in errors]
@@ -70,8 +71,7 @@ def explain(message: str, known: Collection[str] = (), lists: Collection[str] = 
         return f"{key} has {', '.join(beside)} beside its class: write {key}.init_args.{beside[0]}"
     if tried and not errors and "Not a valid subclass" in problem:
         return f"{key} is {value}: write class_path and init_args"
-    own = [error for error in errors if _wanted(error) is None]
-    if own and tried:  # the message of a class that refused a value
+    if own and tried:
         return own[0] if key in own[0] else f"{key}: {own[0]}"  # which may name a key itself
     words = dict.fromkeys(filter(None, map(_wanted, errors)))
     if KINDS["float"] in words:
