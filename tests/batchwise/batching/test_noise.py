@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import small
 import torch
 from helpers import BF16, CSV, DIGITS, TWO, Result, furthest, run_here, run_process
 from lightning.pytorch.plugins import MixedPrecision
@@ -331,13 +332,17 @@ def test_weights_do_not_change_the_scale() -> None:
 
 
 def test_another_fit_begins_anew() -> None:
-    seen, trainer = NoiseScale(), SimpleNamespace(strategy=SingleDeviceStrategy())
+    seen, trainer, task = (
+        NoiseScale(),
+        SimpleNamespace(strategy=SingleDeviceStrategy()),
+        small.Classify(small.network()),
+    )
     seen.load_state_dict({"samples": [[64, 1.0, 1.0]]})
-    seen.setup(trainer, None, "fit")  # type: ignore[arg-type]
+    seen.setup(trainer, task, "fit")  # type: ignore[arg-type]
     assert not seen.samples
     trainer.strategy = FSDPStrategy()
     with pytest.raises(TrainingStopped, match="under FSDPStrategy: write"):
-        seen.setup(trainer, None, "fit")  # type: ignore[arg-type]
+        seen.setup(trainer, task, "fit")  # type: ignore[arg-type]
 
 
 def test_a_lost_signal_is_said_once() -> None:

@@ -95,7 +95,10 @@ def test_validate_measures_what_training_measured(trained: Result) -> None:
     result = run_here("validate", *DIGITS, "--trainer.default_root_dir", root(trained), "--ckpt_path", "last")
     assert result.code == 0, result.err
     last_epoch = next(line for line in trained.out.splitlines() if line.startswith("epoch 20 "))
-    for line in result.out.splitlines():
+    where, *figures = result.out.splitlines()
+    assert where == f"after step 400: {trained.folder}/checkpoints/last.ckpt"
+    assert figures
+    for line in figures:
         assert line in last_epoch  # such as: val/accuracy 0.9888
 
 
