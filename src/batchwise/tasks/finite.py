@@ -45,6 +45,10 @@ class Finite:
     def listen(self, task: "Task") -> None:
         """Ask what does not change within an epoch."""
         self.has_scaler = getattr(task.trainer.precision_plugin, "scaler", None) is not None
+        if self.has_scaler:
+            for _, optimizer in task._turns():
+                # Made with fused=True, it would take out the scale itself, after clipping and the log.
+                optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
 
     # While the host waits
 

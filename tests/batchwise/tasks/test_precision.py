@@ -62,9 +62,10 @@ def test_floats_come_in_the_precision_of_the_trainer(precision, dtype, tmp_path)
 
 def trained(way: str, steps: int = 1, **settings) -> tuple[dict[str, torch.Tensor], Trainer]:
     """Weights after some steps of SGD on the digits; after one step at rate 1 they tell the gradient."""
-    settings = {"gradient_clip_val": None, "micro_batch_size": None, "lr": 1.0} | settings
+    settings = {"gradient_clip_val": None, "micro_batch_size": None, "lr": 1.0, "fused": None} | settings
     torch.manual_seed(0)
-    task = Classification(MLP(64, 10, [32]), optimizer=partial(torch.optim.SGD, lr=settings["lr"]))
+    sgd = partial(torch.optim.SGD, lr=settings["lr"], fused=settings["fused"])
+    task = Classification(MLP(64, 10, [32]), optimizer=sgd)
     fp16 = [MixedPrecision("16-mixed", device="cpu")] if way == "16-mixed" else None
     trainer = Trainer(
         accelerator="cpu",
@@ -112,10 +113,11 @@ def test_micro_batches_give_the_gradient_of_the_batch_up_to_rounding(way: str, t
         assert furthest(cut, exact) < 0.5 * furthest(trained("bf16-mixed")[0], exact)  # it was fp16, and not bf16
 
 
-def test_the_scaler_is_taken_out_before_clipping_and_the_log() -> None:
+@pytest.mark.parametrize("fused", [None, True])
+def test_the_scaler_is_taken_out_before_clipping_and_the_log(fused: bool | None) -> None:
     """The scale is 65,536: clipped before, or left in, it would show."""
     exact, reference = trained("64-true", steps=3, gradient_clip_val=0.5)
-    scaled, trainer = trained("16-mixed", steps=3, gradient_clip_val=0.5, micro_batch_size=40)
+    scaled, trainer = trained("16-mixed", steps=3, gradient_clip_val=0.5, micro_batch_size=40, fused=fused)
     assert trainer.precision_plugin.scaler.get_scale() == 65536
     assert furthest(scaled, exact) < 3e-3
     ours, theirs = (
