@@ -82,10 +82,11 @@ def convert_dropout(network: nn.Module) -> int:
 
 def mask(inputs: Tensor, p: float, number: int) -> Tensor:
     """Return 1 for each of the inputs [N, ...] that layer `number` keeps, and 0 for the others, in their type."""
-    if place.current is None:
+    found = place.numbers(len(inputs), inputs.device)
+    if found is None:
         return torch.empty_like(inputs).bernoulli_(1 - p)
-    key, first, *_ = place.current
-    examples = mix(mix(key, number), first + torch.arange(len(inputs), device=inputs.device))
+    key, where = found
+    examples = mix(mix(key, number), where)
     values = torch.arange(inputs[0].numel(), device=inputs.device)
     # The keys of the examples are good hashes, so one round of multiply and shift per value is enough.
     bits = examples[:, None] ^ (values * 0x1E3779B97F4A7C15)

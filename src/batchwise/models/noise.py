@@ -14,8 +14,8 @@ def rand_like(values: Tensor, name: str) -> Tensor:
     """Return uniform numbers in [0, 1), shaped like `values`, [N, ...], with one row per example.
 
     In training, the numbers of an example are a function of (seed, step, position of the example in the global batch,
-    `name`), as those of `MicroBatch.rand`. So they are the same on any device, in any micro-batch and after any resume.
-    Outside a training step they are those of `torch.rand_like`.
+    `name`), and in evaluation of the example and `name`, as those of `MicroBatch.rand`. So they are the same on any
+    device, in any micro-batch and after any resume. Outside a `Task` they are those of `torch.rand_like`.
 
     Args:
         values: floats with the examples of the micro-batch in the first dimension. Type and device are taken from it.
@@ -30,10 +30,10 @@ def randn_like(values: Tensor, name: str) -> Tensor:
 
 
 def _numbers(values: Tensor, name: str, normal: bool) -> Tensor:
-    if place.current is None:
+    found = place.numbers(len(values), exact(values.device))
+    if found is None:
         return torch.randn_like(values) if normal else torch.rand_like(values)
-    key, first, *_ = place.current
-    where = first + torch.arange(len(values), device=exact(values.device))
+    key, where = found
     return send(keyed(key, name, where, values.shape[1:], normal, values.dtype), values.device)
 
 

@@ -1,8 +1,13 @@
-"""The place of the running micro-batch in the global batch, for layers that must know it."""
+"""The place of the running examples, in the global batch or in the split that is evaluated, for layers that draw."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from batchwise.batching.device import send
 
 
 class Place(NamedTuple):
@@ -23,3 +28,30 @@ class Place(NamedTuple):
 
 current: Place | None = None
 """Set for each micro-batch in training; None outside it."""
+
+_evaluated: Tensor | None = None
+
+
+@contextmanager
+def evaluating(index: Tensor) -> Iterator[None]:
+    """Let layers draw for the examples of an evaluation by their numbers within the split, int64 [N]."""
+    global _evaluated
+    _evaluated = index
+    try:
+        yield
+    finally:
+        _evaluated = None
+
+
+def numbers(count: int, device: torch.device) -> tuple[int | Tensor, Tensor] | None:
+    """Return what random numbers are functions of: a key, and a number for each example. None: there is neither.
+
+    Args:
+        count: number of the examples.
+        device: gets their numbers.
+    """
+    if current is not None:
+        return current.key, current.first + torch.arange(count, device=device)
+    if _evaluated is not None and len(_evaluated) == count:
+        return 0, send(_evaluated, device)
+    return None

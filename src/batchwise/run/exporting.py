@@ -20,6 +20,7 @@ from batchwise.data.module import DataModule
 from batchwise.errors import disk_is_full, optional
 from batchwise.host import check_writable, whole
 from batchwise.models.kept import home_of
+from batchwise.models.place import evaluating
 from batchwise.origin import place
 from batchwise.tasks.task import Task
 
@@ -40,7 +41,8 @@ Outputs = dict[str, Tensor]
 def predictions(task: Task, data: DataModule, batch: MicroBatch) -> Outputs:
     """Return the columns that `predict` writes for a micro-batch on the host, in the precision of the weights."""
     dtype = next((one.dtype for one in task.parameters() if one.is_floating_point()), torch.float32)
-    return task.predictions(data.to_device(batch, home_of(task), training=False).cast(dtype))
+    with evaluating(batch.index):
+        return task.predictions(data.to_device(batch, home_of(task), training=False).cast(dtype))
 
 
 class Pipeline(nn.Module):

@@ -14,6 +14,7 @@ from batchwise.arguments import typed
 from batchwise.batching.gradients import Number, weighted_sum
 from batchwise.batching.loader import Batch, MicroBatch
 from batchwise.data.module import DataModule
+from batchwise.models import place
 from batchwise.models.call import call, lay_out
 from batchwise.models.compiled import compile_network, do_not_compile
 from batchwise.models.dropout import convert_dropout
@@ -284,14 +285,14 @@ class Task(pl.LightningModule, ABC):
 
     def validation_step(self, batch: MicroBatch, batch_idx: int) -> None:
         """Add one batch to the sums and metrics."""
-        self._evaluate(batch)
+        with place.evaluating(batch.index):
+            self._evaluate(batch)
 
-    def test_step(self, batch: MicroBatch, batch_idx: int) -> None:
-        """Add one batch to the sums and metrics."""
-        self._evaluate(batch)
+    test_step = validation_step
 
     def predict_step(self, batch: MicroBatch, batch_idx: int) -> dict[str, Any]:
         """Return the predictions of one batch with the numbers of its examples."""
         on_device = self.data.to_device(batch, self.device, training=False)
-        columns = checked_columns(self.predictions(on_device), len(batch), f"{type(self).__name__}.predictions")
+        with place.evaluating(batch.index):
+            columns = checked_columns(self.predictions(on_device), len(batch), f"{type(self).__name__}.predictions")
         return {"index": batch.index, "predictions": columns}

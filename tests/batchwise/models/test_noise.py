@@ -1,4 +1,6 @@
-"""Noise in a network: the same in any micro-batches, and plain outside training."""
+"""Noise in a network: the same in any micro-batches, also in evaluation, and plain outside a task."""
+
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +37,29 @@ def test_noise_does_not_depend_on_micro_batches():
     assert furthest(whole, trained(micro_batch_size=3)) < 1e-12
     assert furthest(whole, trained(micro_batch_size=1)) < 1e-12
     assert furthest(trained(False), trained(False, micro_batch_size=3)) > 1e-3  # which is why it is keyed
+
+
+class Sampler(Noisy):
+    """Draws in evaluation as in training, as an autoencoder may."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x + noise.randn_like(x, "inputs"))
+
+
+def test_noise_in_evaluation_is_that_of_the_example():
+    def measured(eval_batch_size: int, seed: int) -> tuple[float, Tensor]:
+        data = Points(eval_batch_size=eval_batch_size)
+        task, trainer = fit(Classify(Sampler(), optimizer=adamw), data, max_steps=2)
+        torch.manual_seed(seed)
+        loss = trainer.validate(task, datamodule=data, verbose=False)[0]["val/loss"]
+        pages: Any = trainer.predict(task, datamodule=data)
+        return loss, torch.cat([page["predictions"]["output"] for page in pages])
+
+    (loss, output), (other_loss, other_output) = measured(5, 0), measured(3, 1)
+    assert loss == pytest.approx(other_loss, abs=1e-12)
+    assert (output - other_output).abs().max() < 1e-12
+    x = torch.zeros(5, 4)
+    assert (noise.randn_like(x, "inputs") != noise.randn_like(x, "inputs")).all()  # outside it is plain
 
 
 @pytest.fixture
