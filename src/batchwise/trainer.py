@@ -9,10 +9,11 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins import _PLUGIN_INPUT, CheckpointIO
 from lightning.pytorch.profilers import PassThroughProfiler, Profiler
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy
 
 from batchwise import host
 from batchwise.arguments import taken, typed
@@ -227,6 +228,8 @@ class Trainer(pl.Trainer):
                 "least 1, or a share above 0"
             )
         refuse_unknown_keys()
+        if isinstance(self.strategy, SingleDeviceStrategy):
+            reset_seed()  # as Lightning does with several processes: layers that are made from here on are the same
         try:
             return super()._run(model, ckpt_path=ckpt_path, weights_only=weights_only)
         except ValueError as error:

@@ -659,3 +659,29 @@ def test_two_processes(name: str) -> None:
     two, trainer = small.fit(make(), small.Points(micro_batch_size=1), callbacks=callbacks(), **TWO)
     assert small.furthest(one, two) < 1e-14
     assert float(trainer.callback_metrics["val/loss"]) < 1.5
+
+
+class Later(small.Classify):
+    """Its last layer is made in `setup`."""
+
+    def setup(self, stage: str) -> None:
+        self.network.append(nn.Linear(3, 3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kind", ["lazy", "setup"])
+def test_layers_that_are_made_in_fit_follow_the_seed(kind: str) -> None:
+    """Lightning seeds again where there are several processes; so what a script has drawn before must not matter."""
+
+    def made(drawn: int) -> nn.Module:
+        pl.seed_everything(0, verbose=False)
+        layers = nn.Sequential(nn.Linear(5, 4, dtype=torch.float64))
+        if kind == "lazy":
+            layers.append(nn.LazyLinear(3, dtype=torch.float64))
+        task = (small.Classify if kind == "lazy" else Later)(layers, optimizer=small.adamw)
+        if kind == "setup":
+            layers.append(nn.Linear(4, 3, dtype=torch.float64))
+        torch.rand(drawn)
+        small.trainer(max_steps=1).fit(task, datamodule=small.Points())
+        return task
+
+    assert small.furthest(made(1), made(9)) < 1e-12
