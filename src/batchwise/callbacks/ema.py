@@ -5,7 +5,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
@@ -63,6 +63,12 @@ class EMA(Callback):
             if isinstance(callback, ModelCheckpoint) and callback.save_weights_only:
                 # Lightning calls no `on_save_checkpoint` for it.
                 raise TrainingStopped("save_weights_only would not save the average: leave it out", everywhere=True)
+            if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
+                raise TrainingStopped(
+                    f"trainer.callbacks has EMA and {type(callback).__name__}, each of which puts its average into the "
+                    "network: leave one of them out",
+                    everywhere=True,
+                )
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Task, checkpoint: dict[str, Any]) -> None:
         """Take the average from a checkpoint, and give the network the weights of training."""

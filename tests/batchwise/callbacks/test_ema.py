@@ -9,7 +9,7 @@ import pytest
 import small
 import torch
 from helpers import CSV, DIGITS, run_here
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from torch import Tensor, nn
 
 from batchwise.callbacks.checkpoint import Last
@@ -82,6 +82,10 @@ def test_mistakes_are_said() -> None:
     trainer = Trainer(**QUIET, max_steps=1, callbacks=[EMA(9), ModelCheckpoint(save_weights_only=True)])
     with pytest.raises(TrainingStopped, match="save_weights_only would not save the average"):
         trainer.fit(Classification(Tied()), datamodule=Digits(batch_size=300))
+    for other in (EMAWeightAveraging(), StochasticWeightAveraging(0.1)):
+        trainer = Trainer(**QUIET, max_steps=1, callbacks=[EMA(9), other])
+        with pytest.raises(TrainingStopped, match=f"EMA and {type(other).__name__}, each of which puts its average"):
+            trainer.fit(Classification(Tied()), datamodule=Digits(batch_size=300))
 
 
 @pytest.mark.slow
