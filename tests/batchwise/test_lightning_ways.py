@@ -665,7 +665,7 @@ class Later(small.Classify):
     """Its last layer is made in `setup`."""
 
     def setup(self, stage: str) -> None:
-        self.network.append(nn.Linear(3, 3, dtype=torch.float64))
+        self.network.add_module("last", nn.Linear(3, 3, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("kind", ["lazy", "setup"])

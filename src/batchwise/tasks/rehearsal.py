@@ -181,13 +181,14 @@ def _try(
     with kept_buffers(task) as before:
         for part in (part for batch in batches for part in _on_device(task, data, batch, seed).split(most)):
             seed_generator(home_of(task), seed + part.position)
-            with torch.no_grad():
+            # As in training, where a loss may take a gradient of its own. Embeddings have none in their first pass.
+            with torch.set_grad_enabled(not task._couples):
                 parts = _call(task, part, player)
-                task._measures.terms.check(task, part, parts)
+            task._measures.terms.check(task, part, parts)
             squares.append({term for term, (losses, _) in parts.items() if losses.shape[:2] == (len(part), len(part))})
             for term, (losses, weights) in parts.items():
                 weighted = losses if weights is None else torch.where(weights == 0, 0.0, losses * weights)
-                found.setdefault(term, []).append(weighted.cpu().double().reshape(len(part), -1).sum(1))
+                found.setdefault(term, []).append(weighted.detach().cpu().double().reshape(len(part), -1).sum(1))
         moved = {
             name: buffer.cpu().double().nan_to_num() - before[name].cpu().double().nan_to_num()
             for name, buffer in task.named_buffers()

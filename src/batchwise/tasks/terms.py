@@ -166,7 +166,7 @@ class Terms:
             count = sum(map(len, real))
             return torch.full((len(self.names),), count, dtype=widest(task.device), device=task.device)
         context: Any = task.trainer.precision_plugin.train_step_context  # type: ignore[attr-defined]
-        with torch.no_grad(), kept_buffers(task), kept_metrics(task):
+        with kept_buffers(task), kept_metrics(task):
             total = torch.zeros(0)
             for part in parts:
                 begin(task, part, key)
@@ -181,6 +181,7 @@ class Terms:
                     if not self.names:
                         break
                     own = _counts(copy, found)
+                    del found  # and its graph, which a loss may need for a gradient of its own
                 total = own if part is parts[0] else total + own
         return total
 
@@ -287,6 +288,7 @@ def _in_step(task: "Task") -> bool:
     return task.training and place.current is not None
 
 
+@torch.no_grad()
 def _counts(batch: MicroBatch, parts: Parts) -> Tensor:
     """Return the counts [T] of a micro-batch."""
     device = next(iter(parts.values()))[0].device

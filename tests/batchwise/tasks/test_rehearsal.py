@@ -614,3 +614,21 @@ def test_a_batch_norm_of_the_task_over_one_example_is_named() -> None:
     assert task.head.training
     assert task.head.num_batches_tracked == before
     fit(Head(network(), optimizer=adamw), Points(batch_size=9, drop_last=True), max_steps=1)
+
+
+@pytest.mark.parametrize("terms", [False, True])
+def test_a_loss_may_take_a_gradient_of_its_own(terms: bool) -> None:
+    """A gradient penalty, written as for a plain loop. As a term with weights, it is also counted before training."""
+
+    def penalised(task: Task, batch: MicroBatch) -> Any:
+        if not task.training:
+            return {"error": each(task, batch), "penalty": each(task, batch)} if terms else each(task, batch)
+        points = batch.inputs.detach().requires_grad_()
+        logits = task(points)
+        losses = F.cross_entropy(logits, batch.targets, reduction="none")
+        (slopes,) = torch.autograd.grad(logits.logsumexp(1).sum(), points, create_graph=True)
+        penalty = slopes.square().sum(1)
+        return {"error": losses, "penalty": (penalty, (batch.targets > 0).to(penalty))} if terms else losses + penalty
+
+    whole, cut = (fit(made(penalised), Points(micro_batch_size=size), max_steps=4)[0] for size in (None, 3))
+    assert furthest(whole, cut) < 1e-12
