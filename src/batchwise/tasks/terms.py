@@ -7,7 +7,7 @@ the loss of a batch is
 
 The backward pass of the first micro-batch needs the counts of the whole batch. They are there if the batch is one
 micro-batch on one device, and if all terms have one loss per example, without weights. Otherwise the task gives them in
-`counts`, or all micro-batches go forward once without a graph.
+`counts`, or all micro-batches go forward once more.
 """
 
 import math
