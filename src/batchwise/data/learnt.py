@@ -89,7 +89,7 @@ class Learning(Examples):
             lenient: `setup` is to use it even if the training examples now give something else; None: as before.
 
         Raises:
-            Mistake: it is of another data module of the engine's.
+            Mistake: it is of another data module, and this one is the engine's.
         """
         self._lenient = self._lenient if lenient is None else lenient
         before = self.__own if self.__saved is None else self.__saved.learnt
@@ -161,12 +161,13 @@ class Learning(Examples):
 
     def __check_learner(self, learnt: Learnt, learner: str | None) -> None:
         own = self.__learner()
-        if learnt and learner and learner != own and any(name.startswith("batchwise.") for name in (learner, own)):
-            # A class of the user's may just have another name by now.
-            trained, now = (name.split(".")[-2] for name in (learner, own))
+        # A class of the user's may just have another name by now, or be made for what another has learnt.
+        ours = own.startswith("batchwise.") and type(self).learn is not Learning.learn
+        if learnt and learner and learner != own and ours:
+            trained = learner.split(".")[-2]
             raise Mistake(
-                f"the checkpoint was trained with the data module {trained}, and {now} reads or scales its examples in "
-                f"another way: use {trained}"
+                f"the checkpoint was trained with the data module {trained}, and {type(self).__name__} reads or scales "
+                f"its examples in another way: use {trained}"
             )
 
     def __learner(self) -> str:

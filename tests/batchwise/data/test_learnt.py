@@ -146,6 +146,24 @@ def test_another_source_does_not_use_what_a_folder_has_learnt() -> None:
     Folder("photos", size=8, batch_size=4).recall(data.state_dict())
 
 
+class Rotated(Folder):
+    def learn(self) -> dict[str, Any]:
+        return super().learn()
+
+
+def test_a_data_module_of_the_user_may_use_what_one_of_the_engine_has_learnt() -> None:
+    """Such as one that reads a test set of its own in the way of training."""
+    pictures("photos", {"cat": 40, "dog": 180})
+    data = Folder("photos", size=8, batch_size=4)
+    data.load("train")
+    for own in (Rotated("photos", size=8, batch_size=4), Points()):
+        own.recall(data.state_dict())
+        assert own.learnt == data.learnt
+    state = Rotated("photos", size=8, batch_size=4).state_dict()
+    with pytest.raises(Mistake, match="was trained with the data module Rotated, and Folder reads or scales its"):
+        data.recall(state)
+
+
 @pytest.mark.parametrize(
     ("settings", "change"),
     [({"split_seed": 1}, "data.split_seed: 0 -> 1"), ({"val_fraction": 0.2}, "data.val_fraction: 0.15 -> 0.2")],
