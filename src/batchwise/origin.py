@@ -19,6 +19,9 @@ def place(error: BaseException) -> str:
     return f" at {os.path.basename(own[-1].filename)}:{own[-1].lineno}"
 
 
-_LIBRARIES = (f"{os.sep}site-packages{os.sep}", f"{sysconfig.get_path('stdlib')}{os.sep}", "<frozen ")
+_LIBRARIES = (
+    *(f"{os.sep}{name}-packages{os.sep}" for name in ("site", "dist")),  # the latter on Debian, and in Colab
+    *(f"{sysconfig.get_path('stdlib')}{os.sep}", "<frozen "),
+)
 """Where the code of installed packages is, and that of Python."""
 _ENGINE = os.path.dirname(__file__) + os.sep

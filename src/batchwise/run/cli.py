@@ -21,8 +21,9 @@ from batchwise.errors import Mistake, mistakes
 from batchwise.output import write_nowhere
 from batchwise.run import checks, folders, report, resume
 from batchwise.run.auto import choose_settings
+from batchwise.run.configuration import check_files, texts
 from batchwise.run.main import LEADER
-from batchwise.run.parser import Parser, check_files, plain, texts
+from batchwise.run.parser import Parser, plain
 from batchwise.run.record import RunRecord
 from batchwise.run.redact import redact
 from batchwise.run.usual import add_progress_bar, leave_out_unfounded_warnings, usual_callbacks

@@ -15,7 +15,7 @@ from batchwise.checkpoints import damage, read_checkpoint, state_of, unreadable
 from batchwise.data.module import DataModule
 from batchwise.models.frozen import CHECKSUM
 from batchwise.run.exporting import SUFFIXES, Format, export, predictions
-from batchwise.run.parser import instantiate
+from batchwise.run.parser import Broken, instantiate
 from batchwise.tasks.task import Task
 
 
@@ -128,6 +128,6 @@ def _made(config: dict[str, Any], path: object) -> tuple[Task, DataModule]:
     parser.add_subclass_arguments(DataModule, "data")
     try:
         made = parser.instantiate_classes(parser.parse_object(config))
-    except ArgumentError as error:
+    except (ArgumentError, Broken) as error:
         raise ValueError(f"the model of {path} cannot be made here: {' '.join(str(error).split())}") from error
     return made["model"], made["data"]

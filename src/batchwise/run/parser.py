@@ -4,7 +4,7 @@ import inspect
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from enum import Enum
 from importlib import import_module
 from pathlib import Path
@@ -71,6 +71,16 @@ class Parser(LightningArgumentParser):
         """Add the arguments of a verb, which is a method of the trainer, and remember which they are."""
         self._of_the_verb = super().add_method_arguments(*args, **kwargs)
         return self._of_the_verb
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Return the configuration on a command line. An error in a file of the user's is one line."""
+        try:
+            return super().parse_args(*args, **kwargs)
+        except Broken as error:
+            if os.environ.get("BATCHWISE_TRACEBACK"):
+                traceback.print_exception(error.__cause__)
+            print(f"error: {error}", file=sys.stderr)
+            self.exit(2)
 
     def dump(self, namespace: Namespace, *args: Any, **kwargs: Any) -> str:
         """Return the configuration without what the verb alone knows and has as always, so that every verb takes it."""
@@ -145,61 +155,6 @@ def _outer_keys(frame: FrameType | None) -> str:
     return keys
 
 
-class _Once(yaml.SafeLoader):
-    """Reads YAML, and refuses a key that stands twice in one place, because the last one would silently win.
-
-    It also refuses an alias inside of what it stands for, in which jsonargparse would look for ever.
-    """
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """Return the next node."""
-        event = self.peek_event()
-        node = super().compose_node(parent, index)
-        if isinstance(event, yaml.AliasEvent) and node is not None and node.end_mark is None:  # it is not over yet
-            raise yaml.MarkedYAMLError(problem=f"*{event.anchor} is in itself", problem_mark=event.start_mark)
-        return node
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        """Return the mapping of a node."""
-        seen = set()
-        for key, _ in node.value:
-            if str(key.value) in seen:
-                raise yaml.MarkedYAMLError(problem=f"{key.value} stands there twice", problem_mark=key.start_mark)
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
-
-
-def check_files(arguments: list[str]) -> None:
-    """Read the configuration files on a command line as YAML, because jsonargparse does not say which one is wrong.
-
-    Raises:
-        ValueError: a file is missing, is not YAML, or holds no keys.
-    """
-    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
-    paths = [value if name in ("--config", "-c") else name.partition("=")[2] for name, value in pairs if _names(name)]
-    for path in paths:
-        if Path(path).is_fifo():
-            raise ValueError(f"--config {path} is a pipe, but is read more than once: write it to a file")
-        try:
-            content = yaml.load(Path(path).read_text(), _Once)
-        except OSError as error:
-            raise ValueError(f"--config {path} cannot be read: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise ValueError(f"--config {path} is not text in UTF-8: {error.reason} at byte {error.start}") from error
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            where = f" at line {mark.line + 1}" if mark else ""
-            raise ValueError(f"--config {path} is not YAML{where}: {getattr(error, 'problem', error)}") from error
-        except (ValueError, RecursionError) as error:  # of a date such as 2026-02-30, or of a thousand brackets
-            raise ValueError(f"--config {path} holds a value that is none in YAML: {error}") from error
-        if not isinstance(content, dict) or not content:
-            raise ValueError(f"--config {path} holds no keys: write at least one, such as `trainer: {{max_epochs: 5}}`")
-
-
-def _names(argument: str) -> bool:
-    return argument in ("--config", "-c") or argument.startswith("--config=")
-
-
 def _forget_settings(_: object, old: Any, new: Any) -> None:
     """Drop the settings of a class when another class takes its place, and say so.
 
@@ -260,10 +215,18 @@ _imported = _typehints.get_all_subclass_paths
 _typehints.get_all_subclass_paths = _known
 
 
-def _import(path: str, *args: Any, **kwargs: Any) -> Any:
-    """Import what a path names. Where a file of the user's fails, end with one line that names the place in it.
+class Broken(BaseException):
+    """A file of the user's fails while it is imported. The message names the key, and the place in the file.
 
-    jsonargparse takes any error of an import for a wrong path, and tries the other types that a value may have.
+    jsonargparse takes any `Exception` of an import for a wrong path, and tries the other types that a value may have.
+    """
+
+
+def _import(path: str, *args: Any, **kwargs: Any) -> Any:
+    """Import what a path names.
+
+    Raises:
+        Broken: a file of the user's fails.
     """
     try:
         return import_object(path, *args, **kwargs)
@@ -271,22 +234,10 @@ def _import(path: str, *args: Any, **kwargs: Any) -> Any:
         # What is not found in a package is looked for as a name in the package around it.
         for one in filter(None, (error, error.__context__)):
             if isinstance(one, SyntaxError) or place(one):
-                if os.environ.get("BATCHWISE_TRACEBACK"):
-                    traceback.print_exception(one)
                 words = str(one) if isinstance(one, SyntaxError) else said(one)  # which names the place itself
-                print(f"error: {_outer_keys(inspect.currentframe())[:-1] or path}: {words}", file=sys.stderr)
-                sys.exit(2)
+                raise Broken(f"{_outer_keys(inspect.currentframe())[:-1] or path}: {words}") from one
         raise
 
 
 _typehints.import_object = _import  # type: ignore[attr-defined]
 _actions.import_object = _import  # type: ignore[attr-defined]
-
-
-def texts(settings: object) -> Iterator[str]:
-    """Yield all texts in a configuration."""
-    if isinstance(settings, str):
-        yield settings
-    elif isinstance(settings, dict | list):
-        for value in settings.values() if isinstance(settings, dict) else settings:
-            yield from texts(value)

@@ -2,6 +2,7 @@
 
 import csv
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +108,21 @@ def test_a_model_that_is_not_here(trained: Result) -> None:
     with pytest.raises(ValueError, match=r"the model of moved\.ckpt cannot be made here: .*elsewhere") as error:
         batchwise.load("moved.ckpt")
     assert "\n" not in str(error.value)
+
+
+def test_a_file_of_a_network_that_fails_is_an_error_and_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """It ended the notebook, or the service, with exit code 2."""
+    mine = Path("breaks.py")
+    mine.write_text("from batchwise.models.mlp import MLP as Net\n")
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    network = ("--model.network", "breaks.Net", "--model.network.in_features", 64, "--model.network.num_classes", 10)
+    trained = run_here("fit", *DIGITS, *CSV, *network, "--trainer.max_steps", 1)
+    assert trained.code == 0, trained.err
+    mine.write_text("1 / 0\n")
+    monkeypatch.delitem(sys.modules, "breaks")
+    path = trained.folder / "checkpoints" / "last.ckpt"
+    with pytest.raises(ValueError, match=r"cannot be made here: model\.network: ZeroDivisionError: .* at breaks\.py:1"):
+        batchwise.load(path)
+    assert capsys.readouterr().err == ""
