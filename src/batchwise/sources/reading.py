@@ -13,6 +13,7 @@ import numpy as np
 from batchwise.errors import optional
 
 if TYPE_CHECKING:
+    from pyarrow import Field
     from pyarrow import Table as ArrowTable
 
 DELIMITERS = ",;\t|"
@@ -54,15 +55,10 @@ def read_table(
         else:
             table = _read_csv(file, delimiter, as_written, found)
     except (OSError, ArrowException) as error:
-        if file.is_dir():
-            raise ValueError(
-                f"{file.absolute()} is a folder that holds no Parquet files, or others beside them: write the path "
-                "of a CSV or Parquet file"
-            ) from error
-        raise ValueError(f"{path} cannot be read: {str(error).partition(chr(10))[0][:200]}") from error
+        needed = "is a folder, which must hold Parquet files alone, of the same columns" if file.is_dir() else ""
+        raise ValueError(f"{path} {needed or 'cannot be read'}: {str(error).partition(chr(10))[0][:200]}") from error
     table = table.rename_columns([name.strip() for name in table.column_names])
-    indices = [field.name for field in table.schema if INDEX.fullmatch(field.name) and types.is_integer(field.type)]
-    if indices:
+    if indices := [field.name for field in table.schema if _is_index(field)]:
         found.append("the index of pandas is left out")
         table = table.drop_columns(indices)
     if table.num_columns and table.column_names[0] in ("", "Unnamed: 0"):
@@ -131,11 +127,20 @@ def _refuse_other_columns(folder: Path) -> None:
     from pyarrow import parquet
 
     files = parquet.ParquetDataset(folder).fragments
-    for other in files[1:]:
-        first = files[0]
-        if apart := {*first.physical_schema.names} ^ {*other.physical_schema.names}:
+    columns = [{field.name for field in file.physical_schema if not _is_index(field)} for file in files]
+    for file, own in zip(files, columns, strict=True):
+        if apart := columns[0] ^ own:
             names = ", ".join(repr(name) for name in sorted(apart)[:5])
-            raise ValueError(f"{first.path} and {other.path} differ in the columns {names}: give both the same columns")
+            raise ValueError(
+                f"{files[0].path} and {file.path} differ in the columns {names}: give both the same columns"
+            )
+
+
+def _is_index(field: "Field") -> bool:
+    """Return whether a column is an index of pandas, which numbers the rows."""
+    from pyarrow import types
+
+    return bool(INDEX.fullmatch(field.name)) and types.is_integer(field.type)
 
 
 def refuse_double(path: object, names: Iterable[str]) -> None:

@@ -191,7 +191,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
     ),
     "a folder that is not there": (n_k(","), {"path": "~/nosuch/t.csv"}, "nosuch/t.csv cannot be read"),
     "a file of Parquet that is not there": (n_k(","), {"path": "no.parquet"}, "no.parquet cannot be read: there is no"),
-    "a folder of other files": (n_k(","), {"path": "."}, "is a folder that holds no Parquet files, or others beside"),
+    "a folder of other files": (n_k(","), {"path": "."}, r"is a folder, which must hold Parquet .*t\.csv"),
     "no such target": (n_k(","), {"target": "z"}, "has no column 'z': write one of n, k"),
 }  # fmt: skip
 
@@ -441,6 +441,13 @@ def test_files_of_a_folder_that_have_other_columns() -> None:
     parquet.write_table(pyarrow.table(columns), "parts/0.parquet")
     parquet.write_table(pyarrow.table(dict(reversed(columns.items()))), "parts/1.parquet")
     assert len(read_table("parts")[0]) == 60
+    parquet.write_table(pyarrow.table(columns | {"__index_level_0__": range(30)}), "parts/1.parquet")
+    assert read_table("parts")[0].column_names == ["n", "k"]  # pandas writes an index that is not 0 to N
     parquet.write_table(pyarrow.table(columns | {"more": range(30)}), "parts/1.parquet")
     with pytest.raises(ValueError, match=r"^parts/0\.parquet and parts/1\.parquet differ in the columns 'more': give"):
+        read_table("parts")
+    Path("parts/1.parquet").write_bytes(Path("parts/0.parquet").read_bytes()[:-5])
+    with pytest.raises(
+        ValueError, match=r"^parts is a folder, which must hold Parquet files alone.*'parts/1\.parquet'"
+    ):
         read_table("parts")
