@@ -39,7 +39,10 @@ def explain(message: str, known: Collection[str] = (), lists: Collection[str] = 
     line = re.sub(r"\s+", " ", message).strip()
     found = re.match(r'Parser key "([^"]+)": (.*)', line)
     name, problem = found.groups() if found else ("", line)
-    tried = re.search(r"Subtypes: (.*) Errors: - (.*?) Given value type: .*? Given value: ?(.*)", problem)
+    tried = re.search(
+        r"Subtypes: (.*) Errors: - (.*?) Given value type: .*? Given value: ?(.*?)(?: - Expected a <class .*)?$",
+        problem,
+    )
     if not found and not tried:
         return _not_of_a_key(line, known, outer)
     key = outer + name
@@ -47,18 +50,21 @@ def explain(message: str, known: Collection[str] = (), lists: Collection[str] = 
         return said
     if denied := re.search(r"Importing '([^']+)' is not allowed", problem):
         return f"{key} names {denied[1]}, which may run any code: a configuration must not; call it in a class of yours"
+    if early := re.search(r"NestedArg\(key='([\w.]+)'", problem):
+        return f"{key}.{early[1]} comes before {key}: write --{key} CLASS first"
+    if tried and (beside := _beside_a_class(tried[3])):
+        return f"{key} has {', '.join(beside)} beside its class: write {key}.init_args.{beside[0]}"
     given = re.search(
-        r"a path but (.+?) either|class_path[ =]'(.+?)'|(?:path string:|Got value:) ([\w.]+)(?![\w.(])", problem
+        r"a path but ([^{\[]*?) ?either|class_path'?[ :=]+'(.+?)'|(?:path string:|Got value:) ([\w.]+)(?![\w.(])",
+        problem,
     )
-    path = given and (given[1] or given[2] or given[3])
+    path = given and next(filter(None, given.groups()), None)
     errors = tried[2].split(" - ") if tried else [problem]
     errors = [error for error in errors if not error.startswith(GENERAL)]
     own = [error for error in errors if _wanted(error) is None]  # the message of a class that refused a value, too
     if path and (said := _of_a_path(path, " - ".join(own) or problem)):
         return f"{key} {said}"
-    problem = re.sub(r"^- Expected a path but .+? either not accessible or invalid - ", "", problem)
-    if early := re.search(r"NestedArg\(key='([\w.]+)'", problem):
-        return f"{key}.{early[1]} comes before {key}: write --{key} CLASS first"
+    problem = re.sub(r"^- Expected a path but .*?either not accessible or invalid - ", "", problem)
     keys = [option for option in known if option.startswith(f"{name}.")]
     if keys and (group := re.search(r'Unable to load config "(.*)"$', problem)):
         value = "null" if group[1] == "None" else group[1]
@@ -67,9 +73,7 @@ def explain(message: str, known: Collection[str] = (), lists: Collection[str] = 
     numbers = tried and "<class 'int'>" not in tried[1] and re.search(r"typing\.Literal\[\d.*?\]", tried[1])
     if numbers:  # the error of Literal[16, 32] asks for any whole number
         errors = [error.replace("<class 'int'>", numbers[0]) for error in errors]
-    if tried and (beside := _beside_a_class(tried[3])):
-        return f"{key} has {', '.join(beside)} beside its class: write {key}.init_args.{beside[0]}"
-    if tried and not errors and "Not a valid subclass" in problem:
+    if not errors and re.search("Not a valid subclass|an instantiatable class", problem):
         return f"{key} is {value}: write class_path and init_args"
     if own and tried:
         return own[0] if key in own[0] else f"{key}: {own[0]}"  # which may name a key itself
@@ -89,8 +93,8 @@ def explain(message: str, known: Collection[str] = (), lists: Collection[str] = 
         return f"{key} {verb} {value}: write {wanted}{' for each' if each else ''}"
     if " - Problem with given class_path" in problem:
         problem = problem[problem.rindex("Problem with") :]
-    if path and "Expected a dot import path string" in problem:
-        return f"{key} is {path}: write {A_PATH}"
+    if wrong := re.search(r"Expected a dot import path string: ?(.*)", problem):
+        return f"{key} is {wrong[1] or repr('')}: write {A_PATH}"
     return f"{key}: {problem}"
 
 
@@ -144,7 +148,7 @@ def _beside_a_class(value: str) -> list[str]:
 A_PATH = "the path of a class or function, such as package.module.Name"
 GENERAL = (
     *("Not a valid subclass", "a class path (str)", "a dict with", "Does not validate", "Import path"),
-    *("Expected a dot import path", "Expected a <class 'NoneType'>"),
+    *("Expected a dot import path", "Expected a <class 'NoneType'>", "Expected an instantiatable class"),
 )
 """Errors of jsonargparse that say less than the ones beside them."""
 
@@ -162,7 +166,7 @@ def _value(problem: str) -> str | None:
     """Return the value that the error of a single type speaks of."""
     if "not 'NoneType'" in problem:
         return "null"
-    found = re.search(r": (.*) does not conform|(?:base 10|to float): '(.*)'|Got value: (.*)", problem)
+    found = re.search(r": (.*) does not conform|(?:base 10|to float): '(.*)'|Got value: (.*?)(?: Subclass|$)", problem)
     return found and next(filter(None, found.groups()), None)
 
 
@@ -189,8 +193,8 @@ def _not_of_a_key(line: str, known: Collection[str], outer: str) -> str:
         return line
     key, last = outer + unknown[1], unknown[1].rpartition(".")[2].replace("-", "_")
     if last == "class_path" and outer:
-        return f"{key} has other keys beside it: write those under {outer}init_args"
-    line = line.replace(unknown[1], key, 1)
+        return f"{key} has other keys beside it: write those under {key.removesuffix(last)}init_args"
+    line = line[: unknown.start(1)] + key + line[unknown.end(1) :]
     usual = USUAL.get(last, key)
     lacks = not outer and "." not in usual and usual not in known  # as tune lacks ckpt_path
     if usual != key and not lacks:

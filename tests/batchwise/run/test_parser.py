@@ -54,6 +54,7 @@ class Things:
         layers: list[Layer] | None = None,
         optimizer: Callable[[Iterable], Optimizer] = SGD,
         anything: Logger | list[Logger] | bool = False,
+        needed: Layer = Layer(1),  # noqa: B008
     ) -> None:
         pass
 
@@ -116,6 +117,16 @@ RANGES = {
         "data.layer has dropout beside its class: write data.layer.init_args.dropout"
     ),
     "--data.layer=[1]": "data.layer is [1]: write class_path and init_args",
+    "--data.layer={class_path: torch.optim.SGD}": (
+        "data.layer torch.optim.SGD gives no Layer: write a class of that kind, or a function whose return type is "
+        "written (`-> Layer`)"
+    ),
+    "--data.needed=": f"data.needed is '': write {A_PATH}",
+    "--data.needed=[1]": "data.needed is [1]: write class_path and init_args",
+    "--data.anything={a: 1}": "data.anything is {'a': 1}: write a list or true or false",
+    "--data.layer={class_path: LAYER, init_args: {width: 1, t: 2}}": (
+        "Option 'data.layer.t' is not accepted; the class takes width, dropout"
+    ),
     "--data.most=": "data.most is '': write a whole number of at least 1",
     "--data.most=true": "data.most is true: write a whole number of at least 1",
     "--data.most=[3]": "data.most is [3]: write a whole number of at least 1",
