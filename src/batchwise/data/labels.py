@@ -35,7 +35,7 @@ def check_alike(labels: Iterable[str], where: object) -> None:
     """
     alike: dict[str, set[str]] = defaultdict(set)
     for label in map(normal, set(labels)):
-        alike[re.sub(r"^(\d+)\.0$", r"\1", " ".join(label.split()).casefold())].add(label)
+        alike[re.sub(r"^(-?\d+)\.0$", r"\1", " ".join(label.split()).casefold())].add(label)
     for several in alike.values():
         if len(several) > 1:
             names = " and ".join(map(repr, sorted(several)))

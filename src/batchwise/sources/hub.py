@@ -36,8 +36,8 @@ class Hub(Fractions):
 
     Each read is a whole micro-batch, in one of `num_workers` processes. The rest of the data is not in memory. Columns
     with one number per example become inputs [N, F]. Arrays are [N, ...]. Images are [N, channels, height, width], from
-    -1 to 1. Targets are class numbers [N] (of the sorted labels, if labels are text), or float64; dates
-    and durations are days.
+    -1 to 1. Targets are class numbers [N] (of the sorted labels, if labels are text), or float64. Dates and durations
+    are days.
 
     Data that stays in an object store is read by `batchwise.sources.shards.Shards`.
 

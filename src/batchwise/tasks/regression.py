@@ -16,7 +16,7 @@ from batchwise.tasks.losses import described
 from batchwise.tasks.task import Task
 
 COARSE = 0.01
-"""Rounding of targets, as a share of their std, that is worth a warning."""
+"""A warning tells of targets that are rounded by more than this share of their std."""
 
 
 class Regression(Task):
@@ -78,7 +78,7 @@ class Regression(Task):
                 if (coarse := error > COARSE * std).any():
                     which = int(coarse.nonzero()[0])
                     warnings.warn(
-                        f"targets to {rows[:, which].abs().max():.6g}, whose std is {std[which]:.2g}, are rounded by "
+                        f"targets of up to {rows[:, which].abs().max():.6g} with std {std[which]:.2g} are rounded by "
                         f"{error[which]:.2g} in {outputs.dtype}: subtract their mean in load, or write a finer "
                         "trainer.precision, such as bf16-mixed",
                         stacklevel=2,

@@ -291,8 +291,11 @@ def test_labels_that_unicode_writes_in_two_ways_are_one() -> None:
 
 def test_a_whole_number_with_a_point_is_no_other_label() -> None:
     check_alike(["1", "2", "1.5", "v1.0"], "it")
-    with pytest.raises(ValueError, match=r"it has the labels '1' and '1.0', which look like one: give both the same"):
-        check_alike(["1", "1.0", "2"], "it")
+    for one in ("1", "-1"):
+        with pytest.raises(
+            ValueError, match=f"it has the labels '{one}' and '{one}.0', which look like one: give both"
+        ):
+            check_alike([one, f"{one}.0", "2"], "it")
 
 
 def test_numbers_of_labels() -> None:
