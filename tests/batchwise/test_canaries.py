@@ -196,6 +196,19 @@ def test_jsonargparse_keeps_settings_of_another_class_unless_told() -> None:
     assert parser.parse_args([f"--it={__name__}.Second"]).it.init_args.lr == 0.2
 
 
+def test_jsonargparse_imports_what_a_path_names_by_a_function_that_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`batchwise.run.parser` names the user's file and line where an import fails; else its words stood alone."""
+    import batchwise.run.parser
+
+    assert _typehints.import_object is batchwise.run.parser._import  # type: ignore[attr-defined]
+    asked = []
+    monkeypatch.setattr(_typehints, "import_object", lambda path, *_, **__: asked.append(path) or First)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Base, "it")
+    parser.parse_args([f"--it={__name__}.First"])
+    assert f"{__name__}.First" in asked
+
+
 def test_what_is_used_of_jsonargparse_to_name_a_key() -> None:
     """`batchwise.run.parser` finds the keys around a nested class on the stack, and whether a value is a list."""
     assert inspect.isfunction(_typehints.ActionTypeHint._check_type)

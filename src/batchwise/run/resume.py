@@ -102,7 +102,7 @@ def keep_the_best(checkpoint: dict[str, Any], trainer: pl.Trainer) -> None:
     """Let the callbacks know their best checkpoints again, if a run goes on in its folder.
 
     Lightning forgets them if the folder was moved, or is written as another path, and then replaces them by worse ones.
-    It remembers a best one that was deleted, or was not copied, and then keeps no other unless it is better.
+    It remembers one that was deleted, or was not copied, and then keeps no other in its place unless it is better.
     """
     folder = Path(str(trainer.ckpt_path)).absolute().parent
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -113,7 +113,11 @@ def keep_the_best(checkpoint: dict[str, Any], trainer: pl.Trainer) -> None:
         for key in ("dirpath", "best_model_path", "kth_best_model_path", "last_model_path"):
             state[key] = state[key].replace(old, new, 1)
         state["best_k_models"] = {path.replace(old, new, 1): score for path, score in state["best_k_models"].items()}
-        if not Path(state["best_model_path"]).exists():
+        there = {path: score for path, score in state["best_k_models"].items() if Path(path).exists()}
+        if there:
+            best = (min if callback.mode == "min" else max)(there, key=there.__getitem__)
+            state |= {"best_k_models": there, "best_model_path": best, "best_model_score": there[best]}
+        elif not Path(state["best_model_path"]).exists():
             del checkpoint["callbacks"][callback.state_key]
 
 

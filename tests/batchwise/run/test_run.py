@@ -287,6 +287,23 @@ def test_a_run_without_its_best_keeps_another(monkeypatch: pytest.MonkeyPatch) -
     assert on.checkpoint("best")["global_step"] == on.checkpoint()["global_step"]
 
 
+@pytest.mark.parametrize("lost", [0, 1])
+def test_of_several_best_ones_those_that_are_there_are_known(lost: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as another was deleted, the one of the next epoch takes its place."""
+    keep = "[{class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: {monitor: val/loss, save_top_k: 2}}]"
+    fit = (*FIT, "--trainer.callbacks", keep, "--trainer.max_epochs")
+    result = run_here(*fit, 2)
+    kept = sorted((result.folder / "checkpoints").glob("epoch=*.ckpt"))
+    kept[lost].unlink()
+    monkeypatch.setattr(ModelCheckpoint, "check_monitor_top_k", never_better)
+    on = run_here(*fit, 3, "--ckpt_path", "last")
+    assert on.code == 0, on.err
+    (state,) = (one for key, one in on.checkpoint()["callbacks"].items() if "val/loss" in key)
+    known = sorted(Path(path).name for path in state["best_k_models"])
+    assert known == sorted(path.name for path in kept[0].parent.glob("epoch=*.ckpt"))
+    assert [name[:7] for name in known] == [f"epoch={1 - lost}", "epoch=2"]
+
+
 def never_better(self: ModelCheckpoint, _: object, current: torch.Tensor | None = None) -> bool:
     """Stands in for `check_monitor_top_k`: values are worse than those that are known."""
     return current is not None and len(self.best_k_models) < self.save_top_k
