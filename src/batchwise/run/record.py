@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from batchwise.host import write_whole
 from batchwise.run import folders
 from batchwise.run.checks import check_schedulers
-from batchwise.run.resume import keep_the_best, settings_of
+from batchwise.run.resume import ended_by, keep_the_best, settings_of, stay_ended
 from batchwise.run.wandb import WandbLogger
 from batchwise.tasks.task import Task
 
@@ -47,22 +47,24 @@ class RunRecord(Callback):
         check_schedulers(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Task, checkpoint: dict[str, Any]) -> None:
-        """Keep the settings that decide the result, to compare on resume, and the last rows of the log.
+        """Keep the settings that decide result and end, to compare on resume, and the last rows of the log.
 
         Other loggers write their rows now, because a training that is resumed from here does not repeat them.
         """
         if self.config is not None:
             checkpoint["config"] = {key: self.config[key] for key in ("model", "data")}
         checkpoint["settings"] = settings_of(trainer, pl_module)
+        checkpoint["ended_by"] = ended_by(trainer)
         checkpoint["log"] = next((logger.recent() for logger in trainer.loggers if isinstance(logger, WandbLogger)), [])
         for logger in trainer.loggers:
             logger.save()
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Task, checkpoint: dict[str, Any]) -> None:
-        """Find the best checkpoints again, and log the rows that a crash may have lost."""
+        """Find the best checkpoints again, stay at an early end, and log the rows that a crash may have lost."""
         if trainer.state.fn != "fit":
             return
         keep_the_best(checkpoint, trainer)
+        stay_ended(checkpoint, trainer)
         for step, row in checkpoint.get("log") or []:
             for logger in trainer.loggers:
                 if isinstance(logger, WandbLogger):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 
 from batchwise.callbacks.ema import EMA
@@ -22,6 +22,8 @@ EXECUTION = (
 )
 """Settings of the data module that may change on resume, because they do not decide which examples form a batch. The
 batch size may be written in several ways, so the fingerprint has it."""
+STOPPING = ("patience", "min_delta", "stopping_threshold", "divergence_threshold", "check_finite")
+"""Settings of EarlyStopping that decide when it ends a training."""
 
 
 def settings_of(trainer: pl.Trainer, task: Task) -> dict[str, Any]:
@@ -119,6 +121,36 @@ def keep_the_best(checkpoint: dict[str, Any], trainer: pl.Trainer) -> None:
             state |= {"best_k_models": there, "best_model_path": best, "best_model_score": there[best]}
         elif not Path(state["best_model_path"]).exists():
             del checkpoint["callbacks"][callback.state_key]
+
+
+def ended_by(trainer: pl.Trainer) -> dict[str, dict[str, Any]]:
+    """Return the settings of each EarlyStopping that ends this training, by the key of its state."""
+    return {
+        key: _stopping(one) for key, one in _stoppers(trainer) if trainer.should_stop and one.stopping_reason_message
+    }
+
+
+def stay_ended(checkpoint: dict[str, Any], trainer: pl.Trainer) -> None:
+    """Train no further, if an EarlyStopping with the same settings has ended the training before.
+
+    Lightning would train on until the next check. It would also take the patience from the checkpoint.
+    """
+    for key, callback in _stoppers(trainer):
+        state = checkpoint.get("callbacks", {}).get(key)
+        if state and _stopping(callback) == checkpoint.get("ended_by", {}).get(key):
+            trainer.should_stop = True
+            if trainer.is_global_zero:
+                print("EarlyStopping has ended this training: write another patience, or leave it out, to go on")
+        elif state:
+            state |= {"patience": callback.patience, "stopping_reason": 0, "stopping_reason_message": None}
+
+
+def _stoppers(trainer: pl.Trainer) -> list[tuple[str, EarlyStopping]]:
+    return [(one.state_key, one) for one in trainer.callbacks if isinstance(one, EarlyStopping)]  # type: ignore[attr-defined]
+
+
+def _stopping(callback: EarlyStopping) -> dict[str, Any]:
+    return {name: getattr(callback, name) for name in STOPPING}
 
 
 def training_differences(

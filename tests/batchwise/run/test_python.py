@@ -462,6 +462,44 @@ def test_the_end_says_why_a_training_has_stopped(case: str, capsys: pytest.Captu
     assert f"--ckpt_path last {longer}\n" in shown if longer else "go on:" not in shown
 
 
+def early(patience: int = 1) -> EarlyStopping:
+    return EarlyStopping("val/loss", min_delta=10.0, patience=patience)  # no value is so much better than the first
+
+
+def goes_on(*callbacks: Callback, **settings: Any) -> int:
+    """Resume a training of seven steps an epoch in a new process, as it were; return the steps."""
+    made = trainer(callbacks=list(callbacks), **{"max_epochs": 9} | settings)
+    made.fit(new(), small.Points(), ckpt_path="last")
+    return made.global_step
+
+
+def test_a_training_that_has_ended_early_stays_ended(capsys: pytest.CaptureFixture[str]) -> None:
+    assert goes_on(early()) == 14
+    assert "has ended this training" not in capsys.readouterr().out
+    assert goes_on(early(), max_epochs=20) == 14
+    shown = capsys.readouterr().out
+    assert "EarlyStopping has ended this training: write another patience, or leave it out, to go on\n" in shown
+    assert "stopped early: Monitored metric val/loss did not improve in the last 1 records" in shown
+    assert goes_on(early(3)) == 28  # of the patience, two records are left
+    assert goes_on(early(3)) == 28
+    assert goes_on(early(3), min_epochs=6) == 42
+    assert goes_on() == 63
+
+
+def test_a_patience_that_changes_within_a_training_counts() -> None:
+    assert goes_on(early(4), max_epochs=2) == 14
+    assert goes_on(early(2)) == 21
+
+
+def test_an_early_end_that_is_over_ends_nothing_later(capsys: pytest.CaptureFixture[str]) -> None:
+    assert goes_on(early()) == 14
+    assert goes_on(early(9), max_epochs=4) == 28
+    assert goes_on(early(9), Stop()) == 35  # another callback has ended it
+    capsys.readouterr()
+    assert goes_on(early(9)) == 63
+    assert "stopped early" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("monitor", [("val/loss", "lowest"), "val/loss"])
 def test_a_monitor_needs_a_direction(monitor: Any) -> None:
     task = type("Own", (small.Classify,), {"monitor": monitor})(small.network(), optimizer=small.adamw)
