@@ -169,14 +169,15 @@ def sweep(
     config, all_seeds, console = f"{recipe.digest} {target}", [data.seed + number for number in range(seeds)], Console()
 
     def known() -> list[Run]:
-        return [
-            run
+        found = {  # two sweeps at once may both have done a run, and a longer sweep have done it again
+            (run.batch_size, run.seed, run.factor): run
             for run in trials.read(path)
             if run.config == config
             and run.batch_size in sizes
             and run.seed in all_seeds
             and (run.reached or run.examples >= budget)
-        ]
+        }
+        return list(found.values())
 
     before = len(known())
     with isolate_rng(), Progress(console=console, transient=True) as bars:

@@ -106,13 +106,10 @@ def place_loggers(loggers: list | Namespace | bool | None, folder: Path) -> None
 
 
 def _remove_if_empty(folder: Path) -> None:
-    """Remove the folder of a run that has left nothing, and that of its experiment if it has no other run."""
-    with contextlib.suppress(OSError):  # raised by a folder that holds something, and after a trial
-        if os.listdir(folder) == ["checkpoints"]:
-            (folder / "checkpoints").rmdir()
-            folder.rmdir()
-    with contextlib.suppress(OSError):
-        folder.parent.rmdir()
+    """Remove what a run has left empty: its folder, the one of its checkpoints, and that of its experiment."""
+    for place in (folder / "checkpoints", folder, folder.parent):
+        with contextlib.suppress(OSError):  # it holds something, or is not there
+            place.rmdir()
 
 
 def logs(folder: Path) -> Path:
@@ -161,7 +158,7 @@ def forget(folder: Path | None = None) -> None:
     """Forget the folder that the processes share, because the training is over.
 
     Args:
-        folder: is removed if it has nothing; None: the shared one.
+        folder: what is empty of it is removed; None: the shared one.
     """
     _until_the_end.close()
     all_have_met()
@@ -213,6 +210,7 @@ def _out_of_memory(parent: Path) -> Path | None:
 def _check_writable(folder: Path, remedy: str) -> None:
     for place in (folder, folder / "checkpoints"):
         try:
+            place.mkdir(exist_ok=True)  # that of the checkpoints was removed if it was empty
             TemporaryFile(dir=place).close()
         except OSError as error:
             raise ValueError(_unwritable(folder, error.strerror, remedy)) from error

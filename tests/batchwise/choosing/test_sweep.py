@@ -142,9 +142,12 @@ def test_a_sweep_from_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row.split() == ["1,259", "none", "0/12", "-", "-", ">3,777", "-", "never"]
     assert result.out.count("fastest") == 1
     assert (result.folder / "sweep.png").stat().st_size > 10_000
+    assert not (result.folder / "checkpoints").exists()
     logged = list(csv.DictReader((result.folder / "log/version_0/metrics.csv").open()))
     assert sum(bool(line["sweep/examples"]) for line in logged) == len(runs)
     count = len(trained)
+    for one in runs:  # as another sweep at the same time has done them
+        trials.append(Path("runs/digits/sweep.csv"), one)
     again = run_here(*common)
     assert len(trained) == count
     assert again.out.splitlines()[:5] == result.out.splitlines()[:5]  # the same table
