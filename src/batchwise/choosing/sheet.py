@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 IMAGES, PANELS, ACROSS = 32, 12, 8
+OBLONG = 16
+"""Inputs whose one side has more than so many times the values of the other are no images, but signals."""
 
 
 def draw(path: Path, inputs: Tensor, targets: Tensor | None, classes: Classes | None, lengths: Sequence[int]) -> None:
@@ -29,7 +31,7 @@ def draw(path: Path, inputs: Tensor, targets: Tensor | None, classes: Classes | 
     """
     from matplotlib.figure import Figure
 
-    images = inputs.ndim in (3, 4)
+    images = inputs.ndim in (3, 4) and max(inputs.shape[-2:]) <= OBLONG * min(inputs.shape[-2:])
     inputs = inputs.flatten() if lengths else inputs
     count = min(len(inputs), IMAGES) if images else min(inputs.shape[1], PANELS) if inputs.ndim == 2 else 0
     across = ACROSS if images else 4

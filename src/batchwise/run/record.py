@@ -55,16 +55,22 @@ class RunRecord(Callback):
             checkpoint["config"] = {key: self.config[key] for key in ("model", "data")}
         checkpoint["settings"] = settings_of(trainer, pl_module)
         checkpoint["ended_by"] = ended_by(trainer)
+        checkpoint["length"] = pl_module.data.total_examples()
         checkpoint["log"] = next((logger.recent() for logger in trainer.loggers if isinstance(logger, WandbLogger)), [])
         for logger in trainer.loggers:
             logger.save()
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Task, checkpoint: dict[str, Any]) -> None:
-        """Find the best checkpoints again, stay at an early end, and log the rows that a crash may have lost."""
+        """Go on with what is in the checkpoint beside the training: the best, an early end, the schedule, and rows."""
         if trainer.state.fn != "fit":
             return
         keep_the_best(checkpoint, trainer)
         stay_ended(checkpoint, trainer)
+        old, new = checkpoint.get("length"), pl_module.data.total_examples()
+        if pl_module._rates.schedule.needs_end and old not in (None, new) and trainer.is_global_zero:
+            print(
+                f"model.schedule is now that of {new:,.0f} examples, and was that of {old:,.0f}: the rate changes here"
+            )
         for step, row in checkpoint.get("log") or []:
             for logger in trainer.loggers:
                 if isinstance(logger, WandbLogger):

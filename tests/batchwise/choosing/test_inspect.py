@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 from helpers import CSV, DIGITS, TWO, Result, absolute, run_here, wandb_records
+from PIL import Image
 from torch import Tensor
 
 from batchwise.batching.fetch import InMemory, make_fetch
 from batchwise.choosing.classes import Classes
 from batchwise.choosing.look import BLOCK, Look, Values, hashes
+from batchwise.choosing.sheet import draw
 from batchwise.run.main import main
 
 INSPECT = ("inspect", *CSV, "--seconds", 2, "--trainer.accelerator", "cpu")
@@ -262,3 +264,13 @@ def test_values_of_columns_leave_out_what_is_not_finite() -> None:
     assert values.low.tolist() == [1, 10]
     assert values.high.tolist() == [3, 30]
     assert (values.sum / values.count).tolist() == [2, 20]
+
+
+def test_signals_are_not_drawn_as_images(tmp_path: Path) -> None:
+    """An image of 2 x 400 pixels is a line that nobody sees."""
+    heights = []
+    for shape in ((8, 2, 400), (8, 2, 32)):
+        draw(tmp_path / "sheet.png", torch.rand(shape), None, None, [])
+        with Image.open(tmp_path / "sheet.png") as picture:
+            heights.append(picture.height)
+    assert heights[0] < heights[1]

@@ -500,6 +500,20 @@ def test_an_early_end_that_is_over_ends_nothing_later(capsys: pytest.CaptureFixt
     assert "stopped early" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("shape", "lines"),
+    [
+        ("cosine", ["model.schedule is now that of 256 examples, and was that of 192: the rate changes here"]),
+        ("constant", []),
+    ],
+)
+def test_a_schedule_that_ends_later_is_named(shape: Any, lines: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    for epochs, said in ((3, []), (3, []), (4, lines)):
+        task = small.Classify(small.network(), optimizer=small.adamw, schedule=Schedule(shape))
+        trainer(max_epochs=epochs).fit(task, small.Points(), ckpt_path="last")
+        assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("model.schedule")] == said
+
+
 @pytest.mark.parametrize("monitor", [("val/loss", "lowest"), "val/loss"])
 def test_a_monitor_needs_a_direction(monitor: Any) -> None:
     task = type("Own", (small.Classify,), {"monitor": monitor})(small.network(), optimizer=small.adamw)

@@ -273,6 +273,7 @@ def test_a_run_that_was_moved_knows_its_best(monkeypatch: pytest.MonkeyPatch) ->
     on = run_here(*FIT, "--trainer.max_epochs", 3, "--ckpt_path", moved / "checkpoints" / "last.ckpt")
     assert on.code == 0, on.err
     assert f"{moved}/checkpoints/best.ckpt" in on.out
+    assert f"note: training goes on in {moved}, where its checkpoint is, and not in " in on.out
     assert torch.load(moved / "checkpoints" / "best.ckpt", weights_only=True)["global_step"] == best["global_step"]
 
 
