@@ -114,11 +114,9 @@ class CLI(LightningCLI):
         self.folder = folders.choose_folder(root, settings.name, self.checkpoint, restart, self.trial)
         if command == "fit":
             folders.hold(self.folder)
-            elsewhere = self.folder.parent.resolve() != (root / settings.name).resolve()
-            if elsewhere and rank_zero_only.rank == 0:
-                print(
-                    f"note: training goes on in {self.folder}, where its checkpoint is, and not in {root / settings.name}"
-                )
+            asked = root / settings.name
+            if self.folder.parent.resolve() != asked.resolve() and rank_zero_only.rank == 0:
+                print(f"note: training goes on in {self.folder}, where its checkpoint is, and not in {asked}")
         everything = redact(yaml.safe_load(self._parser(command).dump(settings, skip_none=False)))
         self.plain_config = {key: value for key, value in everything.items() if key not in OF_LIGHTNINGS_VERBS}
         if "verbose" in settings:  # the command prints the metrics itself
