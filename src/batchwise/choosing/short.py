@@ -13,6 +13,16 @@ from batchwise.data.module import DataModule
 from batchwise.tasks.task import Task
 
 
+class NoPlateau(Callback):
+    """Leaves `ReduceLROnPlateau` out: a short training has no plateau, and validates at other times than the whole."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let its turn never come."""
+        for config in trainer.lr_scheduler_configs:
+            if config.reduce_on_plateau:
+                config.frequency = NEVER
+
+
 def train(
     trainer: pl.Trainer, task: Task, data: DataModule, steps: int, callbacks: list[Callback], validate: float = 0
 ) -> None:
@@ -40,7 +50,7 @@ def train(
             compile=getattr(trainer, "compile", False),  # type: ignore[call-arg]
             gradient_clip_val=trainer.gradient_clip_val,
             gradient_clip_algorithm=trainer.gradient_clip_algorithm,
-            callbacks=callbacks,
+            callbacks=[*callbacks, NoPlateau()],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,

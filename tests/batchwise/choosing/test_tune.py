@@ -18,7 +18,7 @@ from helpers import CSV, DIGITS, TWO, run_here, run_process
 
 from batchwise.batching.noise import Estimate
 from batchwise.batching.schedule import Milestones
-from batchwise.choosing import branches, fits, search, speed
+from batchwise.choosing import branches, fits, search, short, speed
 from batchwise.choosing.advice import leave, sentences, why_none
 from batchwise.choosing.branches import Branch, Branches, Course
 from batchwise.choosing.findings import Advice, Findings
@@ -413,6 +413,25 @@ def test_rates_that_the_task_sets_are_left_alone() -> None:
     assert best is not None
     assert best.factor == 1.0
     assert "as configure_optimizers of the task sets it" in sentences(findings, best)[0]
+
+
+class Plateau(small.Classify):
+    """Lowers the rate after an epoch in which validation was no better."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=1.0)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val/loss"}}
+
+
+@pytest.mark.parametrize("validate", [0, 1.0])
+def test_short_trainings_have_no_plateau(validate: float) -> None:
+    """They ended where they had not validated. There each epoch has seven steps."""
+    branch, data = Branch(10, 1.0, 0, 30, validates=bool(validate)), short.resized(small.Points(), 10, None)
+    task = Plateau(small.network())
+    short.train(small.trainer(), task, data, 30, [branch], validate)
+    assert len(branch.points) > 5
+    assert task.optimizers().param_groups[0]["lr"] == 0.1  # type: ignore[union-attr]
 
 
 @pytest.mark.slow
