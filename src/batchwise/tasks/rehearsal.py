@@ -88,7 +88,9 @@ def _rehearse(task: "Task", data: DataModule) -> None:
             seeded = _try(task, data, [batch], player, 0)
             (_warn_of_randomness if _all_close(whole, seeded) else _warn_of_state)(task)
         elif not task._couples and (is_cut or whole.pairs) and half < len(index):
-            parts = _try(task, data, _halves(data, batch, index, half), player, 0, half)
+            # In small parts, because of two large ones each may well have its share of what a loss picks from the
+            # batch, such as the hardest half of it.
+            parts = _try(task, data, _halves(data, batch, index, half), player, 0, max(2, plan.unit))
             if pairs := whole.pairs & parts.pairs:
                 line = about_pairs(f"{type(task).__name__}.{_name(pairs.pop())}")
                 if is_cut:
@@ -175,11 +177,13 @@ def as_it_was(task: "Task", data: DataModule) -> Iterator[None]:
 def _try(
     task: "Task", data: DataModule, batches: list[MicroBatch], player: tuple[str, ...], seed: int, most: int = 2**31
 ) -> Tried:
-    """Compute the losses over micro-batches of at most `most` examples. Buffers are then as before."""
+    """Compute the losses over micro-batches of `most` examples, or one more. Buffers are then as before."""
     found: dict[str, list[Tensor]] = {}
     squares: list[set[str]] = []
     with kept_buffers(task) as before:
-        for part in (part for batch in batches for part in _on_device(task, data, batch, seed).split(most)):
+        for part in (
+            part for batch in batches for part in _on_device(task, data, batch, seed).split(most, max(3, most))
+        ):
             seed_generator(home_of(task), seed + part.position)
             # As in training, where a loss may take a gradient of its own. Embeddings have none in their first pass.
             with torch.set_grad_enabled(not task._couples):

@@ -78,6 +78,16 @@ def unpacked(task: Task, batch: Any) -> Tensor:
     return F.cross_entropy(task(inputs), targets, reduction="none")
 
 
+def harder_than_the_mean(task: Task, batch: MicroBatch) -> Tensor:
+    losses = each(task, batch)
+    return losses * (losses > losses.mean())
+
+
+def of_the_easier_nine_tenths(task: Task, batch: MicroBatch) -> Tensor:
+    losses = each(task, batch)
+    return losses * (losses < losses.quantile(0.9))
+
+
 WRITE = r"write batch\.inputs and batch\.targets \(test_rehearsal\.py, line \d+\)$"
 FAULTS = {
     "a tuple": (unpacked, network, r"Own\.losses fails on a few examples: cannot unpack .*" + WRITE),
@@ -88,6 +98,8 @@ FAULTS = {
         r"Own\.losses fails on a few examples: Using a target size .*test_rehearsal\.py, line \d+\)$",
     ),
     "coupled": (coupled, network, "another loss when other examples are in its micro-batch"),
+    "the hardest": (harder_than_the_mean, network, "another loss when other examples are in its micro-batch"),
+    "the easiest": (of_the_easier_nine_tenths, network, "another loss when other examples are in its micro-batch"),
     "pairs": (broadcast, network, r"Own\.losses gives losses \[N, N\] .* outputs \[N\] meet targets \[N, 1\]"),
     "a mean": (lambda task, batch: each(task, batch).mean(), network, r"the shape \[\] for 12 examples"),
     "a mean of one": (lambda task, batch: each(task, batch).mean()[None], network, r"the shape \[1\] for 12 examples"),
