@@ -240,8 +240,10 @@ class Results(_ResultCollection):
 
 def as_lightning_takes_it(value: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of Lightning's `log`, which takes scalars, and would round numbers to float32."""
-    if isinstance(value, Tensor) and value.numel() > 1:
+    if isinstance(value, Tensor) and value.dim():  # also of one example, or of none, where some are picked
         reduce, values = arguments.get("reduce_fx", "mean"), value.detach().to(widest(value.device))
+        if not value.numel():
+            return {"batch_size": 0} | arguments | {"value": values.sum()}
         reduced = (getattr(torch, reduce) if isinstance(reduce, str) else reduce)(values)
         return {"batch_size": value.numel()} | arguments | {"value": reduced}
     if isinstance(value, int | float):

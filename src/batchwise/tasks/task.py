@@ -180,7 +180,8 @@ class Task(pl.LightningModule, ABC):
         Args:
             name: its name everywhere; `name_step` and `name_epoch` where it is logged in both ways.
             value: a number or scalar tensor, the mean over the examples of the micro-batch (in hooks: of the batch);
-                or one value per example [N, ...]; or a torchmetrics metric, of which the epoch's value is logged.
+                or one value per example [N, ...], or of some of them, each of which counts once; or a torchmetrics
+                metric, of which the epoch's value is logged.
             **kwargs: those of Lightning's `log`. `batch_size` and `sync_dist` are not needed. In an evaluation there
                 are no steps, so `on_step` is left out there.
 

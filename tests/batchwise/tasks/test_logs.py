@@ -108,6 +108,21 @@ def test_a_value_per_example(scalar: bool) -> None:
     check(memory.found, data, "both")
 
 
+@pytest.mark.parametrize("size", [None, 3, 1])
+def test_values_of_some_examples(size: int | None) -> None:
+    """Each counts once, also where a micro-batch has one of them, or none."""
+
+    class Picked(Classify):
+        def losses(self, batch: MicroBatch) -> Tensor:
+            self.log("sum", values(batch.inputs)[batch.targets == 1], on_step=False, on_epoch=True)
+            return super().losses(batch)
+
+    data, memory = Points(micro_batch_size=size), Memory()
+    fit(Picked(network(), optimizer=adamw), data, logger=memory, limit_val_batches=0, max_epochs=1)
+    expected = values(data.x)[data.y == 1].mean().item()
+    assert [row["sum"] for _, row in memory.rows if "sum" in row] == [pytest.approx(expected, abs=1e-12)]
+
+
 def test_evaluations_return_what_they_log() -> None:
     task, data = Logging("losses", FLAGS["both"]), Points(eval_batch_size=5)
     made, memory = trainer(logger=Memory()), Memory()
