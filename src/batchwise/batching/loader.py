@@ -53,19 +53,25 @@ class MicroBatch:
         places = self.position, self.epoch, self.counts, self.key
         return MicroBatch(self.inputs, self.targets, self.index, self.weights, *places)
 
-    def rand(self, name: str, *shape: int) -> Tensor:
+    def rand(self, name: str, *shape: int | tuple[int, ...]) -> Tensor:
         """Return uniform numbers in [0, 1) for each example, [N, *shape], on the device of the inputs.
+
+        `shape` is that of one example: numbers, or one tuple of them.
 
         In training they are a function of seed, step, position in the batch and `name`; in evaluation of example and
         `name`. So they are the same in any micro-batches, on any devices and after any resume.
         """
         return self._drawn(name, shape, False)
 
-    def randn(self, name: str, *shape: int) -> Tensor:
+    def randn(self, name: str, *shape: int | tuple[int, ...]) -> Tensor:
         """Return numbers of the standard normal distribution, [N, *shape], drawn as those of `rand`."""
         return self._drawn(name, shape, True)
 
-    def _drawn(self, name: str, shape: tuple[int, ...], normal: bool) -> Tensor:
+    def _drawn(self, name: str, shape: tuple[Any, ...], normal: bool) -> Tensor:
+        if not isinstance(name, str):
+            raise TypeError(f"batch.rand and batch.randn take a name first, which is a text: it is {name!r}")
+        if len(shape) == 1 and isinstance(shape[0], tuple | list):
+            shape = tuple(shape[0])
         device = next((tensor.device for tensor in tensors((self.inputs, self.targets))), torch.device("cpu"))
         home = exact(device)
         in_training = isinstance(self.key, Tensor) or self.key != 0

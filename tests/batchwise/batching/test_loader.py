@@ -301,6 +301,15 @@ def test_random_numbers_of_examples_do_not_depend_on_the_cut() -> None:
     assert torch.equal(evaluated, numbers(12, key=0)[[11, 0]])  # by the number of the example
 
 
+def test_a_shape_may_be_a_tuple_and_a_name_comes_first() -> None:
+    batch = MicroBatch(torch.zeros(4, 3, 2), None, torch.arange(4))
+    for shape in ((3, 2), batch.inputs.shape[1:]):
+        assert batch.randn("noise", shape).equal(batch.randn("noise", 3, 2))
+    assert batch.rand("noise", ()).shape == (4,)
+    with pytest.raises(TypeError, match="take a name first, which is a text: it is 3"):
+        batch.randn(3, 2)  # type: ignore[arg-type]
+
+
 def test_random_numbers_have_their_distributions() -> None:
     batch = MicroBatch(torch.zeros(1), None, torch.arange(200_000), key=7)
     uniform, normal = batch.rand("u").double(), batch.randn("n").double()
