@@ -86,13 +86,23 @@ class NoiseScale(Callback, NoiseMeter):
         self._is_new = self._was_lost = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Task) -> None:
-        """Warn if each batch is one micro-batch, because then there is nothing to compare."""
+        """Warn if nothing will be logged: each batch is one micro-batch, or the training is too short."""
         plan = pl_module.data.plan
         assert plan is not None
         if plan.accumulation * plan.devices == 1:
             warnings.warn(
                 "the gradient noise scale compares parts of a batch, but each batch is run in one: "
                 f"write data.micro_batch_size, such as {max(1, plan.batch_size // 4)}",
+                stacklevel=2,
+            )
+        steps = pl_module.data.total_steps()
+        if steps <= (FEWEST - 1) * self.every_n_steps:
+            remedy = (
+                f"write every_n_steps {int(steps // FEWEST)}" if steps >= FEWEST else "leave it out, or train longer"
+            )
+            warnings.warn(
+                f"the gradient noise scale needs {FEWEST} samples, one in {self.every_n_steps} steps, which this "
+                f"training of {steps:,} steps does not have, so it will not be logged: {remedy}",
                 stacklevel=2,
             )
 

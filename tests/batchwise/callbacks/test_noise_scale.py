@@ -2,6 +2,7 @@
 
 import os
 import signal
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +64,23 @@ def test_stopped_after_any_step(step: int, expected: dict[str, dict[int | None, 
             assert found[number] == pytest.approx(value, rel=1e-9), (name, number)
     steps = [number for number, row in logger.rows if "train/loss" in row]
     assert len(steps) == len(set(steps))
+
+
+@pytest.mark.parametrize(("every", "steps", "remedy"), [(10, 390, "write every_n_steps 9"), (1, 39, "train longer")])
+def test_a_training_that_is_too_short_is_named(every: int, steps: int, remedy: str) -> None:
+    def train(steps: int) -> dict[int | None, float]:
+        task, data, memory = (
+            small.Classify(small.network()),
+            small.Points(batch_size=16, micro_batch_size=8),
+            small.Memory(),
+        )
+        ends: dict[str, Any] = {"max_steps": steps, "max_epochs": -1, "log_every_n_steps": 1}
+        small.fit(task, data, callbacks=[NoiseScale(every)], logger=memory, limit_val_batches=0, **ends)
+        return memory.found("noise_scale_low")
+
+    line = f"needs 40 samples, one in {every} steps, which this training of {steps} steps does not have.*{remedy}$"
+    with pytest.warns(match=line):
+        assert not train(steps)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "the gradient noise scale needs")
+        assert train(steps + 1)
