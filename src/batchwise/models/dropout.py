@@ -72,7 +72,7 @@ def convert_dropout(network: nn.Module) -> int:
     found: list[tuple[nn.Module, str, Any]] = [
         (parent, name, layer)
         for parent in network.modules()
-        for name, layer in parent.named_children()
+        for name, layer in parent._modules.items()  # also a layer that has two names, which `named_children` tells once
         if type(layer) in EXACT
     ]
     for parent, name, layer in found:

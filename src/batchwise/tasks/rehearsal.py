@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from batchwise.batching.loader import MicroBatch
 from batchwise.data.augmentation import Augmentation
@@ -17,6 +17,7 @@ from batchwise.data.module import DataModule
 from batchwise.errors import Mistake
 from batchwise.models import place
 from batchwise.models.compiled import parts_watched
+from batchwise.models.dropout import EXACT
 from batchwise.models.kept import dtype_of, home_of, kept_buffers, kept_modes
 from batchwise.models.norm import batchnorms
 from batchwise.tasks.exchange import parts_of
@@ -266,7 +267,7 @@ def _warn_of_state(task: "Task") -> None:
 
 
 def _warn_of_randomness(task: "Task") -> None:
-    layers = [name for name, module in task.named_modules() if isinstance(module, nn.modules.dropout._DropoutNd)]
+    layers = [name for name, module in task.named_modules() if type(module) in EXACT]
     source = f"layers such as {', '.join(layers[:3])} draw" if layers else "losses, or the network, draws"
     ours = "batch.randn, also in transform; in the network batchwise.models.noise or batchwise.models.dropout.Dropout"
     remedy = "model.exact_dropout true" if layers else ours

@@ -335,6 +335,22 @@ def test_exact_dropout() -> None:
         made(each, lambda: nn.Linear(5, 3), exact_dropout=True)
 
 
+def test_a_dropout_layer_with_two_names_is_exact() -> None:
+    layer = nn.Dropout(0.3)
+    tasks = []
+    for size in (None, 3):
+        net = nn.Sequential(nn.Linear(5, 8), layer, nn.Tanh(), layer, nn.Linear(8, 3)).double()
+        net.load_state_dict({name: torch.full_like(value, 0.1) for name, value in net.state_dict().items()})
+        tasks.append(fit(made(each, lambda net=net: net, exact_dropout=True), Points(micro_batch_size=size))[0])
+    assert furthest(*tasks) < 1e-12
+
+
+def test_layers_that_cannot_be_exact_are_not_told_to_be() -> None:
+    net = nn.Sequential(nn.Linear(5, 8), nn.AlphaDropout(0.3), nn.Linear(8, 3)).double()
+    with pytest.warns(match=r"^losses, or the network, draws random numbers.*batchwise\.models\.dropout\.Dropout$"):
+        fit(made(each, lambda: net), max_steps=1)
+
+
 def test_channels_are_dropped_whole() -> None:
     layer = nn.Sequential(nn.Dropout2d(0.5))
     from batchwise.models.dropout import convert_dropout
