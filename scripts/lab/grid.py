@@ -110,7 +110,7 @@ class Grid:
         if known := [self.seconds(run, 1) for run in self.runs if math.isfinite(run.steps[1])]:
             steps = min(steps, math.ceil(self.problem.hopeless * min(known) / self.step(size)))
         with contextlib.suppress(TrainingStopped):  # its loss is not finite any more
-            short.train(self.trainer, task, data, max(1, steps), [curve], validate=True)
+            short.train(self.trainer, task, data, max(1, steps), [curve], validate=1.0)
         run = Run(
             self.name, self.optimizer, size, factor, seed, (curve.found[0], curve.found[1]),
             statistics.median(curve.times), course,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
@@ -51,8 +52,11 @@ class Whole(Sharded):
         shards = [read_shard(Path(str(self.store.local), shard.name), shard.name) for shard in self.index.of(split)]
         if split == "train":
             self.order = Within(self.order, torch.tensor([len(shard) for shard in shards]))
-        parts = [[torch.from_numpy(shard_columns[name]) for name in ("inputs", "targets")]
-                 for shard_columns in map(opened, map(plain_table, shards, ["a shard"] * len(shards)))]  # fmt: skip
+        parts = []
+        for table in map(plain_table, shards, ["a shard"] * len(shards)):
+            columns: dict[str, Any] = opened(table)
+            names = columns["targets"][np.arange(len(table))]  # the label of a digit is its name
+            parts.append((torch.from_numpy(columns["inputs"]), torch.tensor([int(bytes(name)) for name in names])))
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 

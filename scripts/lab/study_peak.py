@@ -92,7 +92,7 @@ class Case:
         steps = round(length * self.data.total_examples() / size)
         last = Last(factor, steps)
         with contextlib.suppress(TrainingStopped):  # its loss is not finite any more
-            short.train(self.trainer, task, data, steps, [last], validate=True)
+            short.train(self.trainer, task, data, steps, [last], validate=1.0)
         return last.loss
 
 
