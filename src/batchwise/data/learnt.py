@@ -48,7 +48,7 @@ class Learning(Examples):
     """Whether the first module of a mixture learns for all that have the same `learn`, because `load` depends on it."""
     _lenient = False
     _division: dict[str, Any] | None = None
-    """What decides which examples are in which split, where one set of them is divided; None: it is not, or not yet."""
+    """What decides the division of one set of examples into splits; None: there is none, or not yet."""
 
     def learn(self) -> dict[str, Any]:
         """Return what is learnt from the training examples, such as a mean, or the labels that there are.
@@ -111,7 +111,7 @@ class Learning(Examples):
         self._pass_on(state)
 
     def _pass_on(self, state: Mapping[str, Any] | None) -> None:
-        """Let the data modules that this one puts together use what an earlier training has learnt, as in `recall`."""
+        """Call `recall` of each data module within this one, with its part of `state`. Here there are none."""
 
     @final
     def check_recalled(self, training: bool) -> None:
@@ -144,7 +144,7 @@ class Learning(Examples):
 
     @final
     def check_division(self, split: str) -> None:
-        """Warn if one set of examples is not divided as it was in training, so that `split` may be no new examples."""
+        """Warn if the division into splits is not that of training: `split` may then have examples of training."""
         before, now = None if self.__saved is None else self.__saved.division, self._division
         if not before or not now or before == now or not max(one[f"data.{split}_fraction"] for one in (before, now)):
             return
@@ -174,7 +174,7 @@ class Learning(Examples):
         return f"{type(self).learn.__module__}.{type(self).learn.__qualname__}"
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what was learnt, and what else must not differ where it is used."""
+        """Return what was learnt, the class that learnt it, the names of the classes, and the division into splits."""
         return {
             "learnt": dict(self.learnt),
             "class_names": None if self.class_names is None else list(self.class_names),

@@ -84,14 +84,14 @@ class Mixture(DataModule):
         return {name: module.learn() for name, module in self.modules.items() if self._teacher(name) == name}
 
     def _pass_on(self, state: Mapping[str, Any] | None) -> None:
-        """Give each module what was learnt for it, and how it was divided into splits."""
+        """Call `recall` of each module, with what was learnt for it and its own division into splits."""
         divisions = (state or {}).get("divisions", {})
         for name, module in self.modules.items():
             learnt = self.learnt.get(self._teacher(name), {}) if self.recalled else None
             module.recall(None if learnt is None else {"learnt": learnt, "division": divisions.get(name)})
 
     def setup(self, stage: str) -> None:
-        """Give each module what another has learnt for it, then load the splits that `stage` needs."""
+        """Load the splits that `stage` needs. A module for which another learns gets that first."""
         for name, module in self.modules.items():
             if not self.recalled and (teacher := self._teacher(name)) != name:
                 module.recall({"learnt": self.modules[teacher].learnt})
@@ -100,7 +100,7 @@ class Mixture(DataModule):
             module.check_division("val" if stage in ("fit", "validate") else "test")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return also how each module is divided into splits."""
+        """Return the state of a data module, and the division of each module into splits."""
         return super().state_dict() | {"divisions": {name: one._division for name, one in self.modules.items()}}
 
     def load(self, split: str) -> Source | None:

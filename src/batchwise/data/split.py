@@ -148,7 +148,7 @@ class Fractions(DataModule):
         return {split: index for split, index in parts.items() if fractions.get(split, 1) > 0}
 
     def _note_division(self, fractions: dict[str, float], others: dict[str, Any] | None = None) -> None:
-        """Remember what has decided the splits, so that a test on others is noticed."""
+        """Keep what decides the division into splits. It goes into checkpoints, and `check_division` compares it."""
         shares = {f"data.{split}_fraction": share for split, share in fractions.items()}
         self._division = (others or {}) | shares | {"data.split_seed": self.split_seed}
 

@@ -1,4 +1,4 @@
-"""The place of the running examples, in the global batch or in the split that is evaluated, for layers that draw."""
+"""Which examples a network runs on. Layers that draw random numbers draw them by example."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
